@@ -1,0 +1,395 @@
+"""The artifact: a directory with a payload and a manifest that says what it is, whole or not there.
+
+The hashes find damage and editing by mistake. They do not find malice: whoever can write the directory can write
+fitting hashes, and an engine file is executable code.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from deploy.errors import ArtifactError, OutputError
+from deploy.parity import Parity
+from deploy.preprocess import Preprocess
+from deploy.tensors import Profile, TensorSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ONNX = "model.onnx"
+WEIGHTS = "weights.safetensors"
+ENGINE = "engine.plan"
+
+Kind = Literal["onnx", "engine"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 (hexadecimal) of one file of the payload."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the user's own Python files that the model was built from: absolute path and SHA-256."""
+
+    path: str
+    sha256: str
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the weights and the computation come from; the same in every artifact derived from one export.
+
+    factory: `lenet5`, `torchvision:resnet18`, `/path/net.py:Net`, `pkg.mod:Net`; None for a bare ONNX file.
+    args: the factory's keyword arguments.
+    files: the user's files that were imported to build the module, the factory's own first.
+    weights: name of the checkpoint file; None when the weights are random or came with an ONNX file.
+    state_dict: SHA-256 of the weights, which descendants share (of the whole file for a bare ONNX file).
+    random: the weights were never trained.
+    """
+
+    factory: str | None
+    args: dict[str, Any]
+    files: list[SourceFile]
+    weights: str | None
+    state_dict: str
+    random: bool
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The artifact this one was made from: path relative to this artifact's directory, and digest."""
+
+    path: str
+    digest: str
+
+
+class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node that a precision pass left in FP32, and why."""
+
+    node: str
+    reason: str
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The stage that made the artifact, and the digest of all that went into it."""
+
+    name: str
+    request: str
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine was built with and for.
+
+    gpu and compute_capability are those of the GPU it was built on; `targets` the compute capabilities that an engine
+    built without one is for.
+    """
+
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    gpu: str | None
+    compute_capability: str | None
+    targets: list[str]
+
+
+class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Share of the multiply-accumulates of Conv, Gemm and MatMul in each precision, 0 to 1.
+
+    `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made.
+    """
+
+    int8: float
+    fp16: float
+    bf16: float
+    fp32: float
+    origin: Literal["engine", "network"] = msgspec.field(name="from")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an artifact says of itself. `digest` is the SHA-256 of all the rest, as canonical JSON."""
+
+    format: int
+    kind: Kind
+    name: str
+    precision: Precision
+    source: Source
+    parent: Parent | None
+    files: dict[str, FileRecord]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    profiles: list[Profile]
+    preprocess: Preprocess | None
+    classes: list[str] | None
+    parity: Parity | None
+    accuracy: dict[str, Any] | None
+    calibration: dict[str, Any] | None
+    exclusions: list[Exclusion]
+    tools: dict[str, str]
+    stage: Stage
+    created: str
+    target: Target | None = None
+    precision_share: PrecisionShare | None = None
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """A copy whose `digest` fits its content."""
+        return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": ""}))
+
+    def to_json(self) -> str:
+        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def request_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-like value in canonical form: keys sorted, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory and its manifest. `payload` is the file that is run.
+
+    A bare ONNX file is an artifact too, made in memory: `path` is then the file's own directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    bare: str | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Artifact":
+        """Read the manifest of the artifact at `path`. Raises ArtifactError; hashes of the payload: `verify`."""
+        path = Path(path)
+        if not path.exists():
+            raise ArtifactError(f"no artifact at {path}")
+        if not path.is_dir():
+            raise ArtifactError(f"{path} is not an artifact: expected a directory with {MANIFEST}, or an .onnx file")
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+        try:
+            head = json.loads(text)
+            if isinstance(head, dict) and head.get("format", FORMAT) != FORMAT:
+                raise ArtifactError(
+                    f"{path / MANIFEST} has format {head['format']!r}; this version reads {FORMAT}: export it again"
+                )
+            manifest = msgspec.convert(head, Manifest)
+        except ValueError as error:  # msgspec's errors, JSON's and Unicode's are ValueErrors
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}; make the artifact again") from error
+        if manifest.sealed().digest != manifest.digest:
+            raise ArtifactError(f"{path / MANIFEST} was edited: its content does not fit its digest; make the artifact again")
+        return cls(path, manifest)
+
+    @property
+    def onnx_path(self) -> Path:
+        """The ONNX graph: the payload itself, or the typed graph that an engine was built from."""
+        return self.path / (self.bare or ONNX)
+
+    @property
+    def payload(self) -> Path:
+        return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
+
+    @property
+    def location(self) -> Path:
+        """What the user would type to name it."""
+        return self.path / self.bare if self.bare else self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is run: the engine, or the ONNX file with its external data."""
+        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]
+        return sum(self.manifest.files[name].bytes for name in names)
+
+    def verify(self, *, weights: bool = True) -> None:
+        """Compare every file of the payload with its size and hash. Raises ArtifactError naming the file.
+
+        With `weights=False` the state_dict is left out, which only rebuilding the eager module reads.
+        """
+        for name, record in self.manifest.files.items():
+            if name == WEIGHTS and not weights:
+                continue
+            path = self.path / name
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing: the manifest lists it")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise ArtifactError(f"{path} has {size} bytes; the manifest says {record.bytes}: the file is damaged")
+            if file_digest(path) != record.sha256:
+                raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest; make the artifact again")
+
+    def parent(self) -> "Artifact | None":
+        """The artifact this one was made from; None for an export. Raises ArtifactError when it is gone or replaced."""
+        record = self.manifest.parent
+        if record is None:
+            return None
+        path = Path(os.path.normpath(self.path / record.path))
+        try:
+            found = Artifact.open(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"the parent of {self.location} cannot be used: {error}") from error
+        if found.manifest.digest != record.digest:
+            raise ArtifactError(
+                f"the parent of {self.location} has changed: {path} has digest {found.manifest.digest[:12]},"
+                f" and {record.digest[:12]} was used; make {self.location} again"
+            )
+        return found
+
+    def root(self) -> "Artifact":
+        """The export at the end of the line of parents, which holds the weights. Raises ArtifactError."""
+        artifact = self
+        while (parent := artifact.parent()) is not None:
+            artifact = parent
+        return artifact
+
+
+def standing(out: Path, stage: Stage) -> Artifact | None:
+    """The artifact at `out` when the same stage made it from the same inputs and it is undamaged, else None."""
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        artifact = Artifact.open(out)
+        if artifact.manifest.stage != stage:
+            return None
+        artifact.verify()
+        artifact.root()
+    except ArtifactError:
+        return None  # damaged or orphaned: it is made again
+    return artifact
+
+
+def check_output(out: Path) -> None:
+    """Raise OutputError, before any work, when `out` is something that is not ours to replace or cannot be written."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a directory; choose another -o")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            head = json.loads((out / MANIFEST).read_bytes())
+            ours = isinstance(head, dict) and "format" in head and "digest" in head
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise OutputError(
+                f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
+            )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the directory {out.parent}: {error.strerror}") from error
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {out.parent}: permission denied")
+
+
+class ArtifactWriter:
+    """Writes an artifact beside `out` and puts it in place in one atomic step.
+
+        with ArtifactWriter(out) as writer:
+            ...  # write files into writer.path
+            artifact = writer.commit(manifest_without_files)
+
+    A process that dies at any point leaves the old artifact, the new one or none, each whole, and perhaps a hidden
+    `.NAME.*.partial` directory beside it, which the next writer of the same `out` removes. An OSError inside the
+    block (a full disk, say) becomes an OutputError.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.abspath(out))
+        check_output(self.out)
+        self._remove_stale()
+        self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
+        try:
+            self.path.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from error
+        self._lock = _lock(self.path)
+
+    def _remove_stale(self) -> None:
+        for path in self.out.parent.glob(f".{self.out.name}.*.partial"):
+            lock = _lock(path)
+            if lock is not None:  # nobody holds it: its writer is dead
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def commit(self, manifest: Manifest) -> Artifact:
+        """Hash what was written, seal the manifest and put the directory in place. Returns the artifact at `out`."""
+        files = {
+            path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path)) for path in sorted(self.path.iterdir())
+        }
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        sealed = msgspec.structs.replace(manifest, files=files, created=created).sealed()
+        (self.path / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
+        for path in [*self.path.iterdir(), self.path]:
+            _sync(path)
+        _put_in_place(self.path, self.out)
+        _sync(self.out.parent)
+        return Artifact(self.out, sealed)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
+        if self._lock is not None:
+            os.close(self._lock)
+        if isinstance(error, OSError) or (error is not None and "No space left on device" in str(error)):
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise OutputError(f"cannot write {self.out}: {reason}; nothing that stood there was changed") from error
+
+
+def _lock(path: Path) -> int | None:
+    """Take the lock of a directory: its descriptor, or None when another process holds it or it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(new: Path, out: Path) -> None:
+    """Make `out` be what `new` is. Where `out` stands, the two change places; `new` is then what was replaced."""
+    if not out.exists():
+        os.rename(new, out)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_exchange = -100, 2  # <fcntl.h>, <linux/fs.h>
+    if libc.renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(out), rename_exchange) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(out))
+    # The file system cannot exchange: for a moment there is no artifact, but never half of one.
+    old = new.with_name(new.name.removesuffix(".partial") + ".old.partial")
+    os.rename(out, old)
+    os.rename(new, out)
+    os.rename(old, new)

@@ -1,0 +1,1 @@
+"""Candidates paired with the baseline, each in a process of its own."""

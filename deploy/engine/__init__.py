@@ -1,0 +1,1 @@
+"""Typed ONNX graph in, TensorRT engine out."""

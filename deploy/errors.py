@@ -1,0 +1,85 @@
+"""Every error that `deploy` raises on purpose.
+
+    DeployError
+    ├── UsageError          an option, a name or a combination of them that cannot be meant (exit status 2)
+    ├── OutputError         the output cannot be written where it was asked for
+    ├── ArtifactError       an artifact that is missing, damaged, edited or of another format
+    ├── CheckpointError     a checkpoint that cannot be read, or does not fit the module
+    ├── FactoryError        a model factory that cannot be found, imported or called
+    ├── ExportError         a module that the ONNX exporter cannot handle
+    ├── PrecisionError      a graph that a precision pass cannot convert
+    ├── ParityError         outputs further from the reference than the tolerance allows
+    ├── EngineError         a graph that TensorRT refuses, or an engine that did not honour the request
+    ├── DataError           images or folders that cannot be used
+    ├── BackendError        a backend that is unknown, not installed or cannot run this artifact here
+    └── SessionError        a session used wrongly
+        ├── InputError      names, dtypes or shapes other than those that the session takes
+        └── SessionClosedError
+
+A message is one or two lines: what, where, what was expected, what to do. An error of another library is wrapped
+with `from`, so that `--debug` shows it.
+"""
+
+
+class DeployError(Exception):
+    """Base of all errors raised on purpose. `exit_status` is what the command line ends with."""
+
+    exit_status = 1
+
+
+class UsageError(DeployError):
+    """An option, a name or a combination of them that cannot be meant."""
+
+    exit_status = 2
+
+
+class OutputError(DeployError):
+    """The output cannot be written where it was asked for: not ours to replace, no room, no permission."""
+
+
+class ArtifactError(DeployError):
+    """An artifact that is missing, damaged, edited by hand or of another format."""
+
+
+class CheckpointError(DeployError):
+    """A checkpoint that cannot be read safely, or whose tensors do not fit the module."""
+
+
+class FactoryError(DeployError):
+    """A model factory that cannot be found, imported or called."""
+
+
+class ExportError(DeployError):
+    """A module that the ONNX exporter cannot handle."""
+
+
+class PrecisionError(DeployError):
+    """A graph that a precision pass cannot convert."""
+
+
+class ParityError(DeployError):
+    """Outputs further from the reference than the tolerance allows."""
+
+
+class EngineError(DeployError):
+    """A graph that TensorRT refuses, or an engine that did not honour the request."""
+
+
+class DataError(DeployError):
+    """Images or folders that cannot be used."""
+
+
+class BackendError(DeployError):
+    """A backend that is unknown, not installed or cannot run this artifact on this machine."""
+
+
+class SessionError(DeployError):
+    """A session used wrongly."""
+
+
+class InputError(SessionError):
+    """Names, dtypes or shapes other than those that the session takes."""
+
+
+class SessionClosedError(SessionError):
+    """A session used after `close()`."""

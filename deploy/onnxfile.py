@@ -1,0 +1,109 @@
+"""Reading ONNX files: what goes in and out of a graph, and a bare `.onnx` file as an artifact."""
+
+from pathlib import Path
+
+import onnx
+
+from deploy.artifact import FORMAT, Artifact, FileRecord, Manifest, Source, Stage, file_digest
+from deploy.errors import ArtifactError
+from deploy.tensors import Dim, TensorSpec, default_profile
+
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.DOUBLE: "float64",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT16: "int16",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.UINT16: "uint16",
+    onnx.TensorProto.UINT32: "uint32",
+    onnx.TensorProto.UINT64: "uint64",
+    onnx.TensorProto.BOOL: "bool",
+}
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """The artifact at `path`: a directory, or a bare `.onnx` file. Raises ArtifactError."""
+    path = Path(path)
+    if path.suffix == ".onnx" and not path.is_dir():
+        return open_onnx(path)
+    return Artifact.open(path)
+
+
+def open_onnx(path: Path) -> Artifact:
+    """A bare ONNX file as an artifact in memory, its weights taken for trained. Raises ArtifactError."""
+    if not path.is_file():
+        raise ArtifactError(f"no file at {path}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # protobuf and the checker raise errors of several families
+        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}") from error
+    inputs, outputs = graph_specs(model.graph)
+    names = [path.name, *sorted(external_files(model.graph))]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{path} keeps its weights in {missing[0]!r}, which is not beside it")
+    files = {
+        name: FileRecord(bytes=(path.parent / name).stat().st_size, sha256=file_digest(path.parent / name)) for name in names
+    }
+    profile = default_profile(inputs)
+    floats = {"float16": "fp16", "bfloat16": "bf16"}
+    weights = {_DTYPES.get(tensor.data_type, "") for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    precision = next((floats[dtype] for dtype in floats if dtype in weights), "fp32")
+    manifest = Manifest(
+        format=FORMAT,
+        kind="onnx",
+        name=path.stem,
+        precision=precision,  # type: ignore[arg-type]
+        source=Source(factory=None, args={}, files=[], weights=None, state_dict=files[path.name].sha256, random=False),
+        parent=None,
+        files=files,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=[profile] if profile else [],
+        preprocess=None,
+        classes=None,
+        parity=None,
+        accuracy=None,
+        calibration=None,
+        exclusions=[],
+        tools={},
+        stage=Stage(name="onnx", request=files[path.name].sha256),
+        created="",
+    ).sealed()
+    return Artifact(path.parent, manifest, bare=path.name)
+
+
+def external_files(graph: onnx.GraphProto) -> set[str]:
+    """Names of the files, relative to the ONNX file, that hold its external data."""
+    return {
+        entry.value
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a graph, initializers left out. Raises ArtifactError for one that is not a plain tensor."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [_spec(value) for value in graph.input if value.name not in initializers]
+    return inputs, [_spec(value) for value in graph.output]
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or tensor.elem_type not in _DTYPES or not tensor.HasField("shape"):
+        raise ArtifactError(f"{value.name!r} of the ONNX file is not a tensor of a known dtype and rank")
+    shape: list[Dim] = []
+    for axis, dim in enumerate(tensor.shape.dim):
+        if dim.HasField("dim_value") and dim.dim_value > 0:
+            shape.append(dim.dim_value)
+        else:
+            shape.append(dim.dim_param or f"{value.name}_{axis}")
+    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(shape))

@@ -1,0 +1,1 @@
+"""The stages, each `stage(artifact, out, options) -> Artifact`."""

@@ -1,0 +1,1 @@
+"""ONNX graph in, ONNX graph of another precision out: one pass a file."""

@@ -1,0 +1,220 @@
+"""From an image to the array that a model takes: part of the manifest, and the same code everywhere.
+
+The arithmetic is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on a PIL image, without torch.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from deploy.errors import DataError, UsageError
+
+Size = int | tuple[int, int]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image becomes one model input, float32.
+
+    resize: the shorter side in pixels (the longer in proportion), or (height, width); None leaves the size.
+    crop: side of the centre square, or (height, width), zero-padded where the image is smaller; None leaves it whole.
+    mean, std: one value a channel, on pixels times `scale`: `(pixel * scale - mean) / std`.
+    channels: 3, or 1 for grey (ITU-R 601-2 luma, as PIL's mode "L").
+    order: of the three channels, `rgb` or `bgr`; mean and std are in that order too.
+    layout: `chw`, or `hwc` for models that take channels last.
+    """
+
+    resize: Size | None = None
+    crop: Size | None = None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    scale: float = 1 / 255
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bilinear"
+    channels: Literal[1, 3] = 3
+    order: Literal["rgb", "bgr"] = "rgb"
+    layout: Literal["chw", "hwc"] = "chw"
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise UsageError(f"preprocess: channels must be 1 or 3, not {self.channels!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) == 3 and self.channels == 1 and len(set(values)) == 1:
+                object.__setattr__(self, name, values[:1])  # the default, or one value for all
+            elif len(values) != self.channels:
+                raise UsageError(f"preprocess: {name} has {len(values)} values for {self.channels} channels")
+        if any(value == 0 for value in self.std):
+            raise UsageError("preprocess: std must not be 0")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(
+                f"preprocess: unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+            )
+        if self.order not in ("rgb", "bgr"):
+            raise UsageError(f"preprocess: order must be rgb or bgr, not {self.order!r}")
+        if self.layout not in ("chw", "hwc"):
+            raise UsageError(f"preprocess: layout must be chw or hwc, not {self.layout!r}")
+        for name in ("resize", "crop"):
+            size = getattr(self, name)
+            if size is not None and min(_pair(size)) < 1:
+                raise UsageError(f"preprocess: {name} must be 1 or more, not {size}")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Preprocess":
+        """From the JSON form; every key optional. Raises UsageError for an unknown key or a value that does not fit."""
+        known = {field.name for field in fields(cls)}
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise UsageError(f"preprocess: unknown {', '.join(map(repr, unknown))}; expected {', '.join(sorted(known))}")
+        options = dict(value)
+        try:
+            for name in ("mean", "std"):
+                if name in options:
+                    numbers = options[name] if isinstance(options[name], Sequence) else [options[name]]
+                    options[name] = tuple(float(number) for number in numbers)
+            for name in ("resize", "crop"):
+                if options.get(name) is not None:
+                    options[name] = _size(options[name])
+            if "scale" in options:
+                options["scale"] = float(options["scale"])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"preprocess: {name} is {value[name]!r}: {error}") from error
+        channels = options.get("channels", 3)
+        if channels == 1:  # one value for grey unless said otherwise
+            options = {"mean": (0.0,), "std": (1.0,)} | options
+        return cls(**options)
+
+    @classmethod
+    def load(cls, spec: str, size: tuple[int, int] | None) -> "Preprocess":
+        """From a preset's name or a JSON file. `size` is the input's (height, width), None where it is dynamic.
+
+        Raises UsageError.
+        """
+        if spec in PRESETS:
+            return preset(spec, size)
+        path = Path(spec)
+        if not path.is_file():
+            raise UsageError(f"unknown preprocess {spec!r}; expected {', '.join(PRESETS)} or a JSON file")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise UsageError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        return cls.from_json(value)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        """The normalized value of each of the 256 levels, (channels, 256) float32: exact, and quicker than arithmetic."""
+        levels = (np.arange(256) * self.scale).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        return (levels[None, :] - mean) / std
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """(channels, height, width) float32, or (height, width, channels) with the layout `hwc`; no batch dimension."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if self.resize is not None:
+            width, height = image.size
+            target = _resized(height, width, self.resize)
+            if target != (height, width):
+                image = image.resize((target[1], target[0]), INTERPOLATIONS[self.interpolation])
+        if self.crop is not None:
+            image = _center_crop(image, *_pair(self.crop))
+        pixels = np.asarray(image)
+        planes = pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+        if self.order == "bgr":
+            planes = planes[::-1]
+        result = np.empty(planes.shape, dtype=np.float32)
+        for channel, plane in enumerate(planes):
+            np.take(self._tables[channel], plane, out=result[channel])
+        return result if self.layout == "chw" else np.ascontiguousarray(result.transpose(1, 2, 0))
+
+    def open(self, source: Path | str | bytes) -> np.ndarray:
+        """Read an image file, or the bytes of one, and call self on it. Raises DataError naming the file."""
+        name = "the image" if isinstance(source, bytes) else str(source)
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return self(image)
+        except FileNotFoundError:
+            raise DataError(f"no image at {name}") from None
+        except UnidentifiedImageError:
+            raise DataError(f"{name} is not an image that Pillow can read") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
+    """The preset `name` for inputs of `size` (height, width); its crop follows the input size.
+
+    `imagenet` resizes the shorter side to 8/7 of the crop (256 for 224); the others to the crop itself. Where `size` is
+    None (dynamic) `imagenet` takes 224 and the others leave the image as it is.
+    """
+    base = PRESETS[name]
+    if name == "imagenet":
+        crop = size or (224, 224)
+        return replace(base, resize=round(min(crop) * 256 / 224), crop=crop if crop[0] != crop[1] else crop[0])
+    if size is None:
+        return base
+    return replace(base, resize=size if size[0] != size[1] else size[0], crop=size if size[0] != size[1] else size[0])
+
+
+PRESETS = {
+    # torchvision's ImageNet statistics, https://pytorch.org/vision/stable/models.html
+    "imagenet": Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    # Mean and standard deviation of the 60,000 MNIST training images, as in PyTorch's MNIST example.
+    "mnist": Preprocess(mean=(0.1307,), std=(0.3081,), channels=1),
+    # Those of the 50,000 CIFAR-10 training images.
+    "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    # Pixels scaled to 0..1.
+    "none": Preprocess(),
+}
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _size(value: Any) -> Size:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return (value[0], value[1])
+    raise ValueError("expected a number of pixels or [height, width]")
+
+
+def _resized(height: int, width: int, resize: Size) -> tuple[int, int]:
+    """torchvision's `Resize`: the shorter side to `resize`, the longer truncated to whole pixels."""
+    if not isinstance(resize, int):
+        return resize
+    short, long = min(height, width), max(height, width)
+    scaled = int(resize * long / short)
+    return (resize, scaled) if height <= width else (scaled, resize)
+
+
+def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """torchvision's `CenterCrop`, its rounding and its padding with zeros included."""
+    if image.height < height or image.width < width:
+        left, top = max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)
+        padded = Image.new(image.mode, (max(width, image.width), max(height, image.height)))
+        padded.paste(image, (left, top))
+        image = padded
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))

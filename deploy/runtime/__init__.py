@@ -1,0 +1,1 @@
+"""Sessions: one opened artifact each, whatever runs it."""

@@ -1,0 +1,152 @@
+"""What goes in and out of a model: names, dtypes and shapes, and the range of shapes an engine is built for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deploy.errors import InputError, UsageError
+
+Dim = int | str
+
+DTYPES = (
+    "float32", "float16", "bfloat16", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+)  # fmt: skip
+
+DEFAULT_BATCH = (1, 8, 32)
+"""Batch sizes (min, opt, max) of the profile that an engine gets when none is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output: its name, its dtype (a numpy name, or `bfloat16`) and its shape.
+
+    A dimension is a positive int or the name of a symbolic dimension; two tensors that use the same name have the
+    same size there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"{self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for dim in self.shape:
+            if isinstance(dim, int) and dim < 1:
+                raise UsageError(f"{self.name!r} has a dimension of {dim} in {format_shape(self.shape)}; expected 1 or more")
+
+    @property
+    def dynamic(self) -> tuple[str, ...]:
+        """Names of the symbolic dimensions, in order, each once."""
+        return tuple(dict.fromkeys(dim for dim in self.shape if isinstance(dim, str)))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} {format_shape(self.shape)}"
+
+    def check(self, dtype: str, shape: Sequence[int], dims: dict[str, int]) -> None:
+        """Compare a dtype and a shape with this spec; sizes of symbolic dimensions are noted in `dims`.
+
+        Raises InputError when they differ, or when a symbolic dimension has another size than `dims` says.
+        """
+        if dtype != self.dtype:
+            raise InputError(f"{self.name!r} is {dtype}; expected {self}")
+        if len(shape) != len(self.shape):
+            raise InputError(f"{self.name!r} has {len(shape)} dimensions {format_shape(shape)}; expected {self}")
+        for size, dim in zip(shape, self.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise InputError(f"{self.name!r} has shape {format_shape(shape)}; expected {self}")
+            elif size < 1:
+                raise InputError(f"{self.name!r} has shape {format_shape(shape)}: {dim!r} must be 1 or more")
+            elif dims.setdefault(dim, size) != size:
+                raise InputError(
+                    f"{self.name!r} has shape {format_shape(shape)}: {dim!r} is {size} here and {dims[dim]} in another input"
+                )
+
+    def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every symbolic dimension replaced. Raises UsageError for one that `dims` lacks."""
+        missing = [dim for dim in self.dynamic if dim not in dims]
+        if missing:
+            raise UsageError(f"{self} needs a size for {', '.join(map(repr, missing))}")
+        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRange:
+    """Smallest, optimal and largest shape of one input of an engine."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise UsageError(f"the shapes of {self} differ in rank")
+        if not all(1 <= low <= best <= high for low, best, high in zip(self.min, self.opt, self.max, strict=True)):
+            raise UsageError(f"expected 1 <= MIN <= OPT <= MAX in every dimension of {self}")
+
+    def __str__(self) -> str:
+        return ":".join(format_shape(shape) for shape in (self.min, self.opt, self.max))
+
+
+Profile = dict[str, ShapeRange]
+"""A shape range for every input, by name."""
+
+
+def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
+    """Name of the symbolic batch dimension: the first dimension of the first input that has a symbolic one there."""
+    return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
+
+
+def default_profile(specs: Sequence[TensorSpec]) -> Profile | None:
+    """The profile with batch sizes `DEFAULT_BATCH`; None when a dimension other than the batch is symbolic."""
+    batch = batch_dim(specs)
+    if any(dim != batch for spec in specs for dim in spec.dynamic):
+        return None
+    low, best, high = DEFAULT_BATCH
+    return {
+        spec.name: ShapeRange(
+            min=spec.concrete({batch: low} if batch else {}),
+            opt=spec.concrete({batch: best} if batch else {}),
+            max=spec.concrete({batch: high} if batch else {}),
+        )
+        for spec in specs
+    }
+
+
+def parse_shape(text: str) -> tuple[Dim, ...]:
+    """`"1x3xHxW"` -> `(1, 3, "H", "W")`. Raises UsageError."""
+    dims: list[Dim] = []
+    for part in text.split("x"):
+        if part.isdecimal() and int(part) > 0:
+            dims.append(int(part))
+        elif part.isidentifier():
+            dims.append(part)
+        else:
+            raise UsageError(f"cannot read the shape {text!r}: {part!r} is neither a positive number nor a name")
+    return tuple(dims)
+
+
+def format_shape(shape: Sequence[Dim]) -> str:
+    """`(1, 3, "H", "W")` -> `"1x3xHxW"`; a scalar is `"scalar"`."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random arrays that fit `specs`: standard normal for floats, 0 to 9 for integers, coin flips for booleans.
+
+    `dims` gives the size of every symbolic dimension. `bfloat16` inputs come as float32, for numpy has no such dtype.
+    """
+    rng = np.random.default_rng(seed)
+    feed: dict[str, np.ndarray] = {}
+    for spec in specs:
+        shape = spec.concrete(dims)
+        dtype = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
+        if dtype.kind == "f":
+            feed[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+        elif dtype.kind == "b":
+            feed[spec.name] = rng.random(shape) < 0.5
+        else:
+            feed[spec.name] = rng.integers(0, 10, shape).astype(dtype)
+    return feed

@@ -1,0 +1,1 @@
+"""Reference architectures in plain torch. Imports neither `deploy` nor `calibration`."""
