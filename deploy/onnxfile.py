@@ -8,7 +8,7 @@ from deploy.artifact import FORMAT, Artifact, FileRecord, Manifest, Source, Stag
 from deploy.errors import ArtifactError
 from deploy.tensors import Dim, TensorSpec, default_profile
 
-_DTYPES = {
+_DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
