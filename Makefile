@@ -29,6 +29,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 lock:
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --no-header --no-annotate \
 	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --output-file requirements.lock pyproject.toml
+	sed -i '/^deploy @/d' requirements.lock
 
 clean:
 	rm -rf build $(VENV)

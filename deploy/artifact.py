@@ -237,11 +237,20 @@ class Artifact:
                 raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest; make the artifact again")
 
     def parent(self) -> "Artifact | None":
-        """The artifact this one was made from; None for an export. Raises ArtifactError when it is gone or replaced."""
+        """The artifact this one was made from. Raises ArtifactError when it is gone or replaced.
+
+        None for an export, and for what was made of a bare ONNX file, which is then only checked to be there unchanged.
+        """
         record = self.manifest.parent
         if record is None:
             return None
-        path = Path(os.path.normpath(self.path / record.path))
+        path = Path(os.path.realpath(self.path / record.path))
+        if path.suffix == ".onnx" and not path.is_dir():
+            if not path.is_file():
+                raise ArtifactError(f"the parent of {self.location} cannot be used: no file at {path}")
+            if file_digest(path) != self.manifest.source.state_dict:
+                raise ArtifactError(f"the parent of {self.location} has changed: {path}; make {self.location} again")
+            return None
         try:
             found = Artifact.open(path)
         except ArtifactError as error:
@@ -314,28 +323,39 @@ class ArtifactWriter:
         self.out = Path(os.path.abspath(out))
         check_output(self.out)
         self._remove_stale()
-        self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
-        try:
-            self.path.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from error
-        self._lock = _lock(self.path)
+        lock = None
+        while lock is None:  # another writer may take a directory for stale before it is locked
+            self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
+            try:
+                self.path.mkdir()
+            except OSError as error:
+                raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from error
+            lock = _lock(self.path)
+        self._lock = lock
 
     def _remove_stale(self) -> None:
         for path in self.out.parent.glob(f".{self.out.name}.*.partial"):
             lock = _lock(path)
-            if lock is not None:  # nobody holds it: its writer is dead
+            if lock is not None:  # nobody holds it: whoever wrote it is dead
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
     def __enter__(self) -> Self:
         return self
 
-    def commit(self, manifest: Manifest) -> Artifact:
-        """Hash what was written, seal the manifest and put the directory in place. Returns the artifact at `out`."""
+    def describe(self, manifest: Manifest) -> Artifact:
+        """What has been written so far, hashed, as an artifact that can be opened before it is in place."""
         files = {
             path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path)) for path in sorted(self.path.iterdir())
         }
+        return Artifact(self.path, msgspec.structs.replace(manifest, files=files))
+
+    def commit(self, manifest: Manifest) -> Artifact:
+        """Seal the manifest and put the directory in place. Returns the artifact at `out`.
+
+        Files are hashed unless `manifest` comes from `describe` and lists them.
+        """
+        files = manifest.files or self.describe(manifest).manifest.files
         created = datetime.now(UTC).isoformat(timespec="seconds")
         sealed = msgspec.structs.replace(manifest, files=files, created=created).sealed()
         (self.path / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
@@ -347,8 +367,7 @@ class ArtifactWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
-        if self._lock is not None:
-            os.close(self._lock)
+        os.close(self._lock)
         if isinstance(error, OSError) or (error is not None and "No space left on device" in str(error)):
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise OutputError(f"cannot write {self.out}: {reason}; nothing that stood there was changed") from error
@@ -378,9 +397,12 @@ def _sync(path: Path) -> None:
 
 def _put_in_place(new: Path, out: Path) -> None:
     """Make `out` be what `new` is. Where `out` stands, the two change places; `new` is then what was replaced."""
-    if not out.exists():
-        os.rename(new, out)
+    try:
+        os.rename(new, out)  # nothing there, or an empty directory
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
     libc = ctypes.CDLL(None, use_errno=True)
     at_fdcwd, rename_exchange = -100, 2  # <fcntl.h>, <linux/fs.h>
     if libc.renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(out), rename_exchange) == 0:

@@ -38,7 +38,7 @@ def open_onnx(path: Path) -> Artifact:
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = load_graph(path)
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf and the checker raise errors of several families
         raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}") from error
@@ -76,6 +76,11 @@ def open_onnx(path: Path) -> Artifact:
         created="",
     ).sealed()
     return Artifact(path.parent, manifest, bare=path.name)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph of an ONNX file, external data left on disk."""
+    return onnx.load(path, load_external_data=False)
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:

@@ -114,8 +114,10 @@ def compare(
 ) -> ParityCase:
     """Compare all outputs of one batch. `what` names the artifact in the error.
 
-    Raises ParityError when an output has another shape, or differs by more than `tolerance`.
+    Raises ParityError when there are other outputs, or one has another shape or differs by more than `tolerance`.
     """
+    if set(actual) != set(expected):
+        raise ParityError(f"{what} has the outputs {', '.join(sorted(actual))}; the reference has {', '.join(sorted(expected))}")
     differences = {}
     for name, reference in expected.items():
         result = actual[name]
@@ -124,8 +126,8 @@ def compare(
                 f"{what}: output {name!r} has shape {result.shape} at batch {batch}; the reference has {reference.shape}"
             )
         found = difference(result, reference)
-        finite = reference[np.isfinite(reference)] if reference.dtype.kind == "f" else reference
-        scale = float(np.abs(finite.astype(np.float64)).max()) if finite.size else 0.0
+        values = np.asarray(reference, dtype=np.float64)
+        scale = float(np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(initial=0.0))
         limit = tolerance.atol + tolerance.rtol * scale
         if not found.max_abs <= limit:
             raise ParityError(

@@ -5,9 +5,9 @@ The arithmetic is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Preprocess:
     layout: Literal["chw", "hwc"] = "chw"
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
+        if isinstance(self.channels, bool) or self.channels not in (1, 3):
             raise UsageError(f"preprocess: channels must be 1 or 3, not {self.channels!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -59,9 +59,13 @@ class Preprocess:
                 object.__setattr__(self, name, values[:1])  # the default, or one value for all
             elif len(values) != self.channels:
                 raise UsageError(f"preprocess: {name} has {len(values)} values for {self.channels} channels")
+            if not all(math.isfinite(value) for value in getattr(self, name)):
+                raise UsageError(f"preprocess: {name} must be finite numbers, not {getattr(self, name)}")
         if any(value == 0 for value in self.std):
             raise UsageError("preprocess: std must not be 0")
-        if self.interpolation not in INTERPOLATIONS:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise UsageError(f"preprocess: scale must be more than 0, not {self.scale}")
+        if self.interpolation not in tuple(INTERPOLATIONS):
             raise UsageError(
                 f"preprocess: unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
             )
@@ -85,13 +89,14 @@ class Preprocess:
         try:
             for name in ("mean", "std"):
                 if name in options:
-                    numbers = options[name] if isinstance(options[name], Sequence) else [options[name]]
-                    options[name] = tuple(float(number) for number in numbers)
+                    numbers = options[name] if isinstance(options[name], list | tuple) else [options[name]]
+                    options[name] = tuple(_number(number) for number in numbers)
             for name in ("resize", "crop"):
                 if options.get(name) is not None:
                     options[name] = _size(options[name])
             if "scale" in options:
-                options["scale"] = float(options["scale"])
+                name = "scale"
+                options["scale"] = _number(options["scale"])
         except (TypeError, ValueError) as error:
             raise UsageError(f"preprocess: {name} is {value[name]!r}: {error}") from error
         channels = options.get("channels", 3)
@@ -121,16 +126,14 @@ class Preprocess:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @cached_property
-    def _tables(self) -> np.ndarray:
-        """The normalized value of each of the 256 levels, (channels, 256) float32: exact, and quicker than arithmetic."""
-        levels = (np.arange(256) * self.scale).astype(np.float32)
-        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
-        return (levels[None, :] - mean) / std
-
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """(channels, height, width) float32, or (height, width, channels) with the layout `hwc`; no batch dimension."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        """(channels, height, width) float32, or (height, width, channels) with the layout `hwc`; no batch dimension.
+
+        Transparency is dropped and an EXIF orientation is left as it is, as by torchvision's ImageFolder; of 16-bit grey
+        pixels the high byte is taken, as Pillow does with 16-bit colour. Raises DataError for 32-bit pixels, whose range
+        is unknown, and for colour spaces that Pillow cannot convert.
+        """
+        image = _eight_bit(image, "L" if self.channels == 1 else "RGB")
         if self.resize is not None:
             width, height = image.size
             target = _resized(height, width, self.resize)
@@ -143,8 +146,11 @@ class Preprocess:
         if self.order == "bgr":
             planes = planes[::-1]
         result = np.empty(planes.shape, dtype=np.float32)
-        for channel, plane in enumerate(planes):
-            np.take(self._tables[channel], plane, out=result[channel])
+        result[...] = planes
+        # A division, for pixel / 255 is what ToTensor rounds, and pixel * (1 / 255) may be its neighbour.
+        result /= np.float32(1 / self.scale)
+        result -= np.array(self.mean, dtype=np.float32)[:, None, None]
+        result /= np.array(self.std, dtype=np.float32)[:, None, None]
         return result if self.layout == "chw" else np.ascontiguousarray(result.transpose(1, 2, 0))
 
     def open(self, source: Path | str | bytes) -> np.ndarray:
@@ -152,28 +158,39 @@ class Preprocess:
         name = "the image" if isinstance(source, bytes) else str(source)
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return self(image)
+                image.load()
         except FileNotFoundError:
             raise DataError(f"no image at {name}") from None
         except UnidentifiedImageError:
             raise DataError(f"{name} is not an image that Pillow can read") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged files
             raise DataError(f"{name} cannot be read: {error}") from error
+        try:
+            return self(image)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
 def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
     """The preset `name` for inputs of `size` (height, width); its crop follows the input size.
 
-    `imagenet` resizes the shorter side to 8/7 of the crop (256 for 224); the others to the crop itself. Where `size` is
-    None (dynamic) `imagenet` takes 224 and the others leave the image as it is.
+    A square crop is taken of the image with its shorter side resized to 8/7 of the crop for `imagenet` (256 for 224),
+    to the crop itself for the others. For an oblong one both sides are resized, so that no image is padded. Where
+    `size` is None (dynamic) `imagenet` takes 224 and the others leave the image as it is.
+
+    Raises UsageError for an unknown name.
     """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preprocess {name!r}; expected one of {', '.join(PRESETS)}")
     base = PRESETS[name]
     if name == "imagenet":
-        crop = size or (224, 224)
-        return replace(base, resize=round(min(crop) * 256 / 224), crop=crop if crop[0] != crop[1] else crop[0])
+        size = size or (224, 224)
     if size is None:
         return base
-    return replace(base, resize=size if size[0] != size[1] else size[0], crop=size if size[0] != size[1] else size[0])
+    height, width = (round(side * 256 / 224) if name == "imagenet" else side for side in size)
+    if size[0] == size[1]:
+        return replace(base, resize=height, crop=size[0])
+    return replace(base, resize=(height, width), crop=size)
 
 
 PRESETS = {
@@ -192,12 +209,32 @@ def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a number")
+    return float(value)
+
+
 def _size(value: Any) -> Size:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(side, int) for side in value):
-        return (value[0], value[1])
-    raise ValueError("expected a number of pixels or [height, width]")
+    sides = value if isinstance(value, list | tuple) else [value]
+    if len(sides) not in (1, 2) or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        raise ValueError("expected a number of pixels or [height, width]")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in `mode`, L or RGB. Raises DataError."""
+    # Pillow before 11.3 opens 16-bit grey PNG and PPM files as mode "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise DataError(f"32-bit pixels (mode {image.mode!r}) have no known range; convert the image to 8 bits a channel")
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise DataError(f"mode {image.mode!r} cannot be converted to {mode}; convert the image to RGB") from error
 
 
 def _resized(height: int, width: int, resize: Size) -> tuple[int, int]:

@@ -9,6 +9,7 @@ Importing it raises BackendError, saying what is missing, where its library is n
 """
 
 import importlib
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from deploy.artifact import Artifact
+from deploy.artifact import Artifact, Manifest
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.tensors import Profile, TensorSpec, format_shape, random_feed
 
@@ -65,18 +66,40 @@ class Session(ABC):
     backend: ClassVar[str]
     native: ClassVar[Literal["numpy", "torch"]] = "numpy"
     """What `_compute` takes and returns: C-contiguous numpy arrays, or torch tensors on `device`."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    computes: ClassVar[tuple[str, ...]] = ("fp32",)
+    """Values of `SessionOptions.device` and `.compute` that the backend takes."""
 
-    def __init__(self, artifact: Artifact, *, device: str = "cpu") -> None:
-        manifest = artifact.manifest
-        self.name = manifest.name
+    def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
+        """Refuses what the backend cannot do. Raises BackendError, or ArtifactError naming a damaged file."""
+        self._check_request(artifact, options)
+        self.name = artifact.manifest.name
         self.device = device
+        self._closed = False
+        self._describe(artifact.manifest)
+
+    def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
+        refuse_engine(artifact)
+        if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
+            raise BackendError(f"{self.backend} runs on {' or '.join(self.devices)} in this version, not on {options.device}")
+        if options.compute not in self.computes:
+            raise BackendError(
+                f"{self.backend} computes in the precision of the file, not in {options.compute};"
+                f" make such a file with `deploy convert --{options.compute}`"
+            )
+        for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs):
+            if spec.dtype == "bfloat16" and self.native == "numpy":
+                raise BackendError(f"{self.backend} cannot pass {spec}: numpy has no bfloat16; keep inputs and outputs float32")
+        artifact.verify(weights=False)
+
+    def _describe(self, manifest: Manifest) -> None:
+        """Take inputs, outputs and profiles from a manifest."""
         self.inputs: tuple[TensorSpec, ...] = tuple(manifest.inputs)
         self.outputs: tuple[TensorSpec, ...] = tuple(manifest.outputs)
         self.profiles: tuple[Profile, ...] = tuple(manifest.profiles)
         self._input_names = tuple(spec.name for spec in self.inputs)
         self._output_names = tuple(spec.name for spec in self.outputs)
-        self._seen: set[Any] = set()
-        self._closed = False
+        self._seen: dict[tuple[Any, ...], Literal["numpy", "torch"]] = {}  # feeds that passed the checks
 
     @abstractmethod
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
@@ -89,59 +112,74 @@ class Session(ABC):
         """Run the model on one feed; the outputs by name.
 
         `out` maps output names to arrays or tensors that the results are written to; they are then what comes back.
-        Raises InputError for names, dtypes or shapes other than `inputs` says, SessionClosedError after `close()`.
+        Raises InputError for names, dtypes or shapes other than `inputs` says, SessionClosedError after `close()`,
+        BackendError when the backend fails.
         """
         if self._closed:
-            raise SessionClosedError(f"the session on {self.name!r} is closed")
-        # The fast path: numpy arrays of shapes that were checked before. Everything else is checked in full.
-        key = [len(feed)]
+            raise closed_error(self.name)
+        key: list[Any] = []
+        sort = None
         try:
             for name in self._input_names:
                 x = feed[name]
-                if type(x) is not np.ndarray or not x.flags.c_contiguous:
+                key += (x.__class__, x.dtype, x.shape)
+            if len(feed) == len(self._input_names):
+                sort = self._seen.get(tuple(key))
+        except (KeyError, AttributeError, TypeError):
+            pass  # whatever is wrong is named by _check
+        if sort is None:
+            sort = self._check(feed)
+            self._remember(tuple(key), sort)
+        if sort == "torch":
+            results = self._run_torch(feed)
+        elif self.native == "torch":
+            results = self._run_numpy_on_torch(feed)
+        else:
+            for x in feed.values():
+                if not x.flags.c_contiguous:  # np.ascontiguousarray would make a scalar a vector
+                    feed = {name: np.asarray(x, order="C") for name, x in feed.items()}
                     break
-                key += (x.dtype, x.shape)
-            else:
-                if self.native == "numpy" and tuple(key) in self._seen:
-                    results = dict(zip(self._output_names, self._compute(feed), strict=True))
-                    return results if out is None else _write(results, out)
-        except KeyError:
-            pass  # named by _run_checked
-        return self._run_checked(feed, out)
+            results = self._compute(feed)
+        named = dict(zip(self._output_names, results, strict=True))
+        return named if out is None else _write(named, out)
 
-    def _run_checked(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _check(self, feed: Mapping[str, Any]) -> Literal["numpy", "torch"]:
+        """Check a feed in full and say what it is made of. Raises InputError."""
         self._check_names(feed)
         sorts = {_sort(name, x) for name, x in feed.items()}
         if len(sorts) > 1:
             raise InputError("the feed mixes numpy arrays and torch tensors; give all inputs as one of the two")
-        sort = sorts.pop()
         dims: dict[str, int] = {}
         for spec in self.inputs:
             x = feed[spec.name]
             spec.check(str(x.dtype).removeprefix("torch."), tuple(x.shape), dims)
-        device = feed[self._input_names[0]].device if sort == "torch" else None
+        sort = sorts.pop() if sorts else "numpy"
+        if sort == "numpy" and any(spec.dtype == "bfloat16" for spec in self.outputs):
+            raise InputError(f"{self.name!r} returns bfloat16, which numpy lacks; give torch tensors")
+        return sort
+
+    def _remember(self, key: tuple[Any, ...], sort: Literal["numpy", "torch"]) -> None:
+        if len(self._seen) >= _SEEN_SHAPES:
+            self._seen.clear()
+        self._seen[key] = sort
+
+    def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        """Torch tensors in, torch tensors on the device of the first of them out."""
+        torch = sys.modules["torch"]
+        device = feed[self._input_names[0]].device
         if self.native == "torch":
-            torch = importlib.import_module("torch")
-            native = {n: torch.as_tensor(x if sort == "torch" else _writable(x), device=self.device) for n, x in feed.items()}
-            results = list(self._compute(native))
-            if sort == "numpy":
-                results = [result.cpu().numpy() for result in results]
+            # What inference mode makes cannot be changed in place outside it; a second tensor on the same memory can.
+            results = [torch.from_dlpack(x) for x in self._compute({n: x.to(self.device) for n, x in feed.items()})]
         else:
-            native = {
-                n: x.detach().cpu().contiguous().numpy() if sort == "torch" else np.ascontiguousarray(x) for n, x in feed.items()
-            }
-            results = list(self._compute(native))
-            if sort == "torch":
-                torch = sys.modules["torch"]
-                results = [torch.from_numpy(_writable(np.asarray(result))) for result in results]
-            else:
-                if len(self._seen) >= _SEEN_SHAPES:
-                    self._seen.clear()
-                self._seen.add((len(feed), *(part for n in self._input_names for part in (feed[n].dtype, feed[n].shape))))
-        if sort == "torch":
-            results = [result.to(device) for result in results]
-        named = dict(zip(self._output_names, results, strict=True))
-        return named if out is None else _write(named, out)
+            arrays = self._compute({name: np.asarray(x.numpy(force=True), order="C") for name, x in feed.items()})
+            results = [torch.from_numpy(_writable(np.asarray(array))) for array in arrays]
+        return [result.to(device) for result in results]
+
+    def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        """Numpy arrays in and out of a backend that computes on torch tensors."""
+        torch = sys.modules["torch"]  # imported by the backend
+        results = self._compute({name: torch.from_numpy(_writable(x)).to(self.device) for name, x in feed.items()})
+        return [result.numpy(force=True) for result in results]
 
     def _check_names(self, feed: Mapping[str, Any]) -> None:
         missing = [str(spec) for spec in self.inputs if spec.name not in feed]
@@ -198,7 +236,7 @@ class Session(ABC):
         return f"<{type(self).__name__} {self.name!r} on {self.device}: {', '.join(map(str, self.inputs))}>"
 
 
-def _sort(name: str, x: Any) -> str:
+def _sort(name: str, x: Any) -> Literal["numpy", "torch"]:
     if isinstance(x, np.ndarray):
         return "numpy"
     if type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "detach"):
@@ -212,19 +250,33 @@ def _writable(x: np.ndarray) -> np.ndarray:
 
 
 def _write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy results into the arrays of `out`; the results by name, with those of `out` in place."""
+    """Copy results into the arrays of `out`, all or, when one does not fit, none; the results by name."""
     for name, target in out.items():
         if name not in results:
             raise InputError(f"unknown output {name!r} in out; expected one of {', '.join(results)}")
         result = results[name]
         if type(target) is not type(result) or target.shape != result.shape or target.dtype != result.dtype:
-            found = f"{type(target).__name__} {target.dtype} {format_shape(tuple(target.shape))}"
-            raise InputError(
-                f"out[{name!r}] is {found}; expected {type(result).__name__} {result.dtype} {format_shape(tuple(result.shape))}"
-            )
-        target[...] = result
+            found = " ".join(str(part) for part in (type(target).__name__, getattr(target, "dtype", ""), _shape(target)) if part)
+            raise InputError(f"out[{name!r}] is {found}; expected {type(result).__name__} {result.dtype} {_shape(result)}")
+        if isinstance(target, np.ndarray) and not target.flags.writeable:
+            raise InputError(f"out[{name!r}] is read-only")
+    for name, target in out.items():
+        target[...] = results[name]
         results[name] = target
     return results
+
+
+def _shape(x: Any) -> str:
+    return format_shape(tuple(x.shape)) if hasattr(x, "shape") else ""
+
+
+def closed_error(name: str) -> SessionClosedError:
+    return SessionClosedError(f"the session on {name!r} is closed")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
@@ -236,6 +288,7 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
     options = options or SessionOptions()
     if backend != "auto":
         return _module(backend).open_session(artifact, options)  # type: ignore[no-any-return]
+    refuse_engine(artifact)
     reasons = []
     for name in AUTO:
         try:
@@ -247,13 +300,17 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
 
 def _module(backend: str) -> Any:
     if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}; expected auto, fastest or one of {', '.join(BACKENDS)}")
+        raise BackendError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     return importlib.import_module(f"deploy.runtime.{backend}")
 
 
-def refuse_engine(artifact: Artifact, backend: str) -> None:
-    """Raise BackendError when `artifact` is an engine, which `backend` cannot run."""
-    if artifact.manifest.kind == "engine":
-        target = artifact.manifest.target
-        flavour = target.flavour if target else "TensorRT"
-        raise BackendError(f"{artifact.location} is a {flavour} engine, which {backend} cannot run")
+def refuse_engine(artifact: Artifact) -> None:
+    """Raise BackendError when `artifact` is an engine."""
+    manifest = artifact.manifest
+    if manifest.kind == "engine":
+        flavour = manifest.target.flavour if manifest.target else "TensorRT"
+        parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
+        raise BackendError(
+            f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the TensorRT runtime, which this version"
+            f" does not have yet; run the ONNX artifact that it was built from{parent} instead"
+        )

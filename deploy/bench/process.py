@@ -1,0 +1,110 @@
+"""The parent's side of a worker process: start it, ask it, and say what became of it."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deploy import errors
+from deploy.artifact import Artifact
+from deploy.errors import BackendError, DeployError
+from deploy.runtime.session import SessionOptions
+
+_CHILD = "import sys; sys.path[:] = sys.argv[2:]; from deploy.bench.worker import main; main(sys.argv[1])"
+_TAIL_LINES = 5
+
+
+class WorkerDiedError(BackendError):
+    """A worker process that ended before it replied; the message ends with its last lines on standard error."""
+
+
+class WorkerProcess:
+    """One artifact on one backend in a process of its own, which blocks on its pipe while it is not asked.
+
+    Requests raise what the session in the worker raises, and WorkerDiedError when the process is gone.
+    """
+
+    def __init__(self, artifact: Artifact, backend: str, options: SessionOptions) -> None:
+        self.label = f"{artifact.location} on {backend}"
+        opened = {"artifact": str(artifact.location.absolute()), "backend": backend, "options": asdict(options)}
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
+        # The child finds modules where this process does, whatever is installed and wherever it stands.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _CHILD, json.dumps(opened), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            encoding="utf-8",
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_open(self) -> None:
+        """Wait for the session to be open: workers start side by side."""
+        self._receive()
+
+    def prepare(self, batch: int | None, outputs: Path | None = None) -> float:
+        """Take a random feed of `batch` rows (None: of the optimal shape) and warm up; the seconds of one run.
+
+        The outputs on that feed are saved to the .npz file `outputs`.
+        """
+        self._send({"do": "prepare", "batch": batch, "outputs": outputs and str(outputs)})
+        return float(self._receive()["run_s"])
+
+    def round(self, seconds: float, most: int) -> list[float]:
+        """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""
+        self._send({"do": "round", "seconds": seconds, "most": most})
+        return [float(value) for value in self._receive()["samples_s"]]
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._died() from None
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise self._died()
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            kind = getattr(errors, reply["error"], BackendError)
+            assert issubclass(kind, DeployError)
+            raise kind(reply["message"])
+        return reply
+
+    def _died(self) -> WorkerDiedError:
+        status = self._process.wait()
+        self._stderr.seek(0)
+        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        if status == -9:
+            cause += " (out of memory?)"
+        last = "; ".join(lines[-_TAIL_LINES:]) or "nothing on standard error"
+        return WorkerDiedError(f"the process of {self.label} died ({cause}); its last lines: {last}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # a request that the dead process never read
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,59 @@
+"""The result of a benchmark as a table for people."""
+
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deploy.bench.measure import BenchResult, BenchRow
+
+WIDTH = 100
+
+
+def print_table(result: BenchResult, file: TextIO) -> None:
+    """Write the table, its conditions and what was skipped to `file`; in colour only where it is a terminal."""
+    console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
+    console.print(_table(result))
+    conditions = result.conditions
+    load = conditions["load_average"][0]
+    where = f"{conditions['cpu']}, {conditions['threads']} threads, load average {load} at the start."
+    console.print(where, style="dim", markup=False)
+    console.print(
+        "Speed-up over eager PyTorch in the same rounds, with its 95 % interval; error: largest difference to eager.",
+        style="dim",
+    )
+    for title, entries in (("Not run", result.skipped), ("Failed", result.failures)):
+        for entry in entries:
+            console.print(f"{title}: {entry.artifact} on {entry.backend}: {entry.reason}", style="yellow", markup=False)
+
+
+def _table(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("artifact", overflow="fold", min_width=8)
+    for name in ("precision", "backend"):
+        table.add_column(name.replace("precision", "prec."), no_wrap=True)
+    for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    batch = None
+    for row in result.results:
+        if batch not in (None, row.batch):
+            table.add_section()
+        batch = row.batch
+        table.add_row(*_cells(row), style="bold" if _best(result, row) else None)
+    return table
+
+
+def _cells(row: BenchRow) -> tuple[str, ...]:
+    speed = "1" if row.backend == "eager" else f"{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+    error = "not finite" if row.max_abs_error is None else f"{row.max_abs_error:.1e}" if row.max_abs_error else "0"
+    times = (row.p50_ms, row.p90_ms, row.p99_ms)
+    return (
+        escape(row.artifact), row.precision, row.backend, str(row.batch), *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in times),
+        f"{row.images_per_s:,.0f}" if row.images_per_s >= 100 else f"{row.images_per_s:.3g}", speed, error,
+    )  # fmt: skip
+
+
+def _best(result: BenchResult, row: BenchRow) -> bool:
+    """Whether the row has the highest speed-up at its batch size."""
+    return row.speedup == max(other.speedup for other in result.results if other.batch == row.batch)

@@ -1,0 +1,112 @@
+"""The process that one candidate runs in: opens one session, and works only when told to.
+
+Requests come as JSON lines on standard input, replies go as JSON lines to what was standard output; whatever libraries
+or the user's code print goes to standard error. Each reply waits until the process has come to rest, so that thread
+pools that spin after a run (ONNX Runtime's, OpenMP's and TBB's do, for up to tens of milliseconds) do not take time
+from the candidate whose turn is next. That needs no knowledge of the libraries and is therefore not left to settings
+such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is measured.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.errors import BackendError, DeployError
+from deploy.onnxfile import open_artifact
+from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.tensors import batch_dim, random_feed
+from deploy.timing import sample, settle
+
+SETTLE_S = 1.0
+REST_STEP_S = 0.002
+REST_SHARE = 0.2
+REST_LIMIT_S = 3.0
+
+
+class Worker:
+    """One session, and the feed that it is timed on."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._feed: dict[str, np.ndarray] = {}
+
+    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what one request asks; the reply."""
+        if self._session is None:  # the first request
+            options = SessionOptions(**request["options"])
+            self._session = open_session(open_artifact(request["artifact"]), request["backend"], options)
+            return {}
+        if request["do"] == "prepare":
+            return self._prepare(self._session, request["batch"], request["outputs"])
+        assert request["do"] == "round"
+        return self._round(self._session, request["seconds"], request["most"])
+
+    def _prepare(self, session: Session, batch: int | None, outputs: str | None) -> dict[str, Any]:
+        """Make the random feed of a batch size, save what comes of it, and warm up until the time settles."""
+        dims = session.dims()
+        name = batch_dim(session.inputs)
+        if batch is not None and name is not None:
+            dims[name] = batch
+        self._feed = random_feed(session.inputs, dims)
+        results = session.run(self._feed)
+        if outputs is not None:
+            with Path(outputs).open("wb") as file:
+                np.savez(file, *results.values())  # by position: a name may be anything
+        del results
+        run_s = settle(lambda: session.run(self._feed), limit_s=SETTLE_S)
+        gc.collect()
+        gc.freeze()
+        return {"run_s": run_s}
+
+    def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
+        """Samples of one round, in seconds. Its first tenth is not timed: the caches are another candidate's."""
+        run, feed = session.run, self._feed
+        gc.disable()  # as timeit does
+        try:
+            start = time.perf_counter()
+            while (time.perf_counter() - start) < seconds / 10:
+                run(feed)
+            return {"samples_s": sample(lambda: run(feed), seconds, most)}
+        finally:
+            gc.enable()
+
+
+def rest() -> None:
+    """Wait until this process uses next to no processor time. Raises BackendError when it never comes to rest."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < REST_LIMIT_S:
+        before, used = time.perf_counter(), time.process_time()
+        time.sleep(REST_STEP_S)
+        if time.process_time() - used < REST_SHARE * (time.perf_counter() - before):
+            return
+    raise BackendError(f"threads still spin {REST_LIMIT_S:g} s after a run: what is measured next would be slowed down")
+
+
+def main(opened: str) -> None:
+    """Open the session that the JSON text `opened` describes, then obey requests until standard input ends.
+
+    An error is a reply too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in chain([opened], sys.stdin):
+        try:
+            reply = worker.handle(json.loads(line))
+            rest()
+        except Exception as error:
+            traceback.print_exc()
+            kind = type(error).__name__
+            message = str(error) if isinstance(error, DeployError) else f"{kind}: {error}"
+            reply = {"error": kind if isinstance(error, DeployError) else "BackendError", "message": message}
+        print(json.dumps(reply), file=replies, flush=True)

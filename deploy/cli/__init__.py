@@ -1,0 +1,105 @@
+"""The command `deploy`: every command parses, calls the public function of the same name, and prints.
+
+Only click is imported here, and a command's own module when it is called, so that `--help` answers at once.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+
+import click
+
+from deploy import __version__
+from deploy.errors import DeployError
+
+# Name -> module of deploy.cli and what --help says; the module's `command` is the click command.
+_COMMANDS = {
+    "doctor": ("doctor", "Show what this machine can do: GPUs, driver, backends."),
+    "export": ("export", "Turn a state_dict into an ONNX artifact, checked against eager."),
+    "convert": ("convert", "Turn an ONNX artifact into half precision."),
+    "build-trt": ("build_trt", "Build a TensorRT engine from an ONNX artifact."),
+    "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
+    "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
+    "predict": ("predict", "Show class names and probabilities of images."),
+    "bench": ("bench", "Time artifacts and backends, paired with eager PyTorch."),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"deploy.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            import difflib  # slow to import, and needed for this error alone
+
+            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Expected one of {', '.join(_COMMANDS)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="deploy")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """From a trained PyTorch state_dict to a fast, verified GPU inference engine.
+
+    \b
+    deploy export --arch resnet34 --weights weights.pth
+    deploy build-trt --fp16
+    deploy bench
+    """
+
+
+def main() -> None:
+    """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
+    args = sys.argv[1:]
+    debug = "--debug" in args
+    logging.getLogger("deploy").addHandler(_Stderr())
+    logging.getLogger("deploy").setLevel(logging.INFO)
+    try:
+        status = cli.main(args, prog_name="deploy", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except click.exceptions.Exit as exit_:
+        status = exit_.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        status = 130
+    except BrokenPipeError:  # the reader has seen enough (`deploy ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except DeployError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        status = error.exit_status
+    except Exception as error:  # a bug of ours: said in one line too
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {type(error).__name__}: {error}\nthis is a bug in deploy; --debug shows where", err=True)
+        status = 1
+    sys.exit(status)
+
+
+class _Stderr(logging.Handler):
+    """Log lines on standard error, as plain sentences."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)

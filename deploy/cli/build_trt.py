@@ -1,0 +1,71 @@
+"""`deploy build-trt`."""
+
+from pathlib import Path
+
+import click
+
+import deploy
+from deploy.artifact import Artifact
+from deploy.cli.common import PATH, debug_option, open_or_newest, output_option, progress_bar
+from deploy.cli.show import summary
+from deploy.errors import UsageError
+
+
+@click.command("build-trt")
+@click.argument("artifact", required=False)
+@click.option("--fp16", is_flag=True, help="Convert to FP16 first.")
+@click.option("--bf16", is_flag=True, help="Convert to bfloat16 first.")
+@click.option("--fp16-io", is_flag=True, help="Inputs and outputs in FP16 too.")
+@click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Real images for activation ranges and parity of the conversion.")
+@click.option("--flavour", default="auto", show_default=True, metavar="F", help="auto, tensorrt or tensorrt-rtx.")
+@click.option("--shapes", multiple=True, metavar="NAME=MIN:OPT:MAX", help="Range of one input's shape, such as x=1x8:4x8:9x8.")
+@click.option("--opt-level", type=int, metavar="N", help="0 (quick build) to 5 (fast engine).  [default: TensorRT's, 3]")
+@click.option("--tf32", is_flag=True, help="Let FP32 arithmetic round its inputs to TF32: faster, off by about 1e-3.")
+@click.option("--timing-cache", type=PATH, metavar="FILE", help="Tactic timings to read and write (tensorrt only).")
+@click.option("--version-compatible", is_flag=True, help="An engine that later minor versions run too.")
+@click.option("--hardware-compatible", is_flag=True, help="An engine for any GPU from Ampere on.")
+@output_option("build/<name>[-<precision>]-trt")
+@debug_option
+def command(
+    artifact: str | None,
+    fp16: bool,
+    bf16: bool,
+    fp16_io: bool,
+    data: Path | None,
+    flavour: str,
+    shapes: tuple[str, ...],
+    opt_level: int | None,
+    tf32: bool,
+    timing_cache: Path | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    out: Path | None,
+) -> None:
+    """Build a TensorRT engine from an ONNX artifact or file (the newest FP32 artifact under build/ by default).
+
+    Without --fp16 and --bf16 the file's own precisions are built as they are.
+    """
+    if fp16 and bf16:
+        raise UsageError("--fp16 and --bf16 exclude one another")
+    source = open_or_newest(artifact, "FP32 ONNX artifact", _fp32)
+    with progress_bar() as progress:
+        made = deploy.build_trt(
+            source,
+            out,
+            precision="fp16" if fp16 else "bf16" if bf16 else None,
+            fp16_io=fp16_io,
+            data=data,
+            flavour=flavour,
+            shapes=shapes,
+            opt_level=opt_level,
+            tf32=tf32,
+            timing_cache=timing_cache,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            progress=progress,
+        )
+    click.echo(summary(made))
+
+
+def _fp32(found: Artifact) -> bool:
+    return found.manifest.kind == "onnx" and found.manifest.precision == "fp32"

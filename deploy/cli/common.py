@@ -1,0 +1,116 @@
+"""What several commands share: options, progress, and the choice of an artifact that was not named."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deploy.artifact import MANIFEST, Artifact
+from deploy.errors import ArtifactError, UsageError
+from deploy.progress import Progress, silent
+
+BUILD = Path("build")
+"""Where artifacts go, and are looked for, when no directory is named."""
+
+PATH = click.Path(path_type=Path)
+
+_QUIET_S = 2.0
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+device_option = click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or cuda:N.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads of one run.  [default: what the backend thinks best]"
+)
+
+
+def backend_option(function: _F) -> _F:
+    return click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        metavar="B",
+        help="auto, fastest, onnxruntime, openvino, eager, compile or null.",
+    )(function)
+
+
+def output_option(default: str) -> Callable[[_F], _F]:
+    return click.option("-o", "out", type=PATH, metavar="DIR", help=f"Where to write.  [default: {default}]")
+
+
+def open_or_newest(path: str | None, what: str, usable: Callable[[Artifact], bool]) -> Artifact:
+    """The artifact at `path`, or the newest under `build/` that is `usable`, which is then named on standard error.
+
+    Raises UsageError when nothing was named and nothing is there, ArtifactError.
+    """
+    if path is not None:
+        from deploy.onnxfile import open_artifact  # loads onnx, which a directory alone would not need
+
+        return open_artifact(path)
+    found = newest(usable)
+    if found is None:
+        raise UsageError(f"no {what} under {BUILD}/: name one, or make one with `deploy export`")
+    click.echo(f"using {found.location}", err=True)
+    return found
+
+
+def newest(usable: Callable[[Artifact], bool]) -> Artifact | None:
+    """The newest artifact right under `build/` that is `usable`; those that cannot be read are named and passed over."""
+    manifests = sorted(BUILD.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for manifest in manifests:
+        try:
+            artifact = Artifact.open(manifest.parent)
+        except ArtifactError as error:
+            click.echo(f"warning: {error}", err=True)
+            continue
+        if usable(artifact):
+            return artifact
+    return None
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A progress callback that draws on standard error once two seconds have passed, and never where that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console  # slow to import, and of use on a terminal only
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("", total=None)
+    done = threading.Event()
+    started = threading.Event()
+
+    def show() -> None:
+        if not done.wait(_QUIET_S):
+            started.set()
+            bar.start()
+
+    def report(what: str, finished: int = 0, total: int = 0, /) -> None:
+        bar.update(task, description=what, completed=finished, total=total or None)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        done.set()
+        thread.join()
+        if started.is_set():
+            bar.stop()

@@ -1,0 +1,52 @@
+"""`deploy eval`."""
+
+import json
+
+import click
+
+import deploy
+from deploy.artifact import Artifact
+from deploy.cli.common import (
+    backend_option,
+    debug_option,
+    device_option,
+    json_option,
+    open_or_newest,
+    progress_bar,
+    threads_option,
+)
+from deploy.errors import UsageError
+
+
+@click.command("eval")
+@click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGEFOLDER")
+@backend_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="B", help="Images a run.")
+@device_option
+@threads_option
+@json_option
+@debug_option
+def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, threads: int | None, as_json: bool) -> None:
+    """Measure top-1 and top-5 accuracy on an ImageFolder: a folder with one folder of images a class.
+
+    Folder names are paired with the class names in the manifest, so a folder with some of the classes will do.
+    """
+    if len(paths) not in (1, 2):
+        raise UsageError(f"expected [ARTIFACT] IMAGEFOLDER, not {len(paths)} arguments")
+    artifact = open_or_newest(paths[0] if len(paths) == 2 else None, "classifier", _classifier)
+    with progress_bar() as progress:
+        result = deploy.evaluate(
+            artifact, paths[-1], backend=backend, batch_size=batch_size, device=device, threads=threads, progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+        return
+    top5 = f"top-{result.k} {result.top5:.2f} %"
+    click.echo(
+        f"{artifact.location} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {result.images} images,"
+        f" {result.images_per_s:.0f} images/s with decoding"
+    )
+
+
+def _classifier(found: Artifact) -> bool:
+    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None

@@ -1,0 +1,49 @@
+"""`deploy predict`."""
+
+import json
+from pathlib import Path
+
+import click
+
+import deploy
+from deploy.artifact import MANIFEST, Artifact
+from deploy.cli.common import (
+    backend_option,
+    debug_option,
+    device_option,
+    json_option,
+    open_or_newest,
+    progress_bar,
+    threads_option,
+)
+from deploy.errors import UsageError
+
+
+@click.command("predict")
+@click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGE|DIR...")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Classes shown an image.")
+@backend_option
+@device_option
+@threads_option
+@json_option
+@debug_option
+def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads: int | None, as_json: bool) -> None:
+    """Show the likeliest classes of images, with their probabilities."""
+    named = bool(paths) and (paths[0].endswith(".onnx") or (Path(paths[0]) / MANIFEST).is_file())
+    images = [Path(path) for path in paths[named:]]
+    if not images:
+        raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
+    artifact = open_or_newest(paths[0] if named else None, "classifier", _classifier)
+    with progress_bar() as progress:
+        predictions = deploy.predict(
+            artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps([prediction.to_json() for prediction in predictions], indent=2, ensure_ascii=False))
+        return
+    for prediction in predictions:
+        click.echo(f"{prediction.path}: " + ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes))
+
+
+def _classifier(found: Artifact) -> bool:
+    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None

@@ -1,0 +1,66 @@
+"""The flavours of TensorRT: `tensorrt` (10.x, 11.x) and `tensorrt-rtx`, one interface, side by side in one process."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from deploy.errors import BackendError, UsageError
+
+FlavourName = Literal["tensorrt", "tensorrt-rtx"]
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "cpu"}
+
+RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities that TensorRT-RTX builds for when no GPU is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flavour:
+    """One installed flavour. `trt` is its Python module, `version` the library's."""
+
+    name: FlavourName
+    version: str
+    trt: Any
+
+    @property
+    def builds_without_gpu(self) -> bool:
+        return self.name == "tensorrt-rtx"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver is loaded and offers a device (Linux), asked without loading CUDA."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # /dev/dxg: WSL
+
+
+def load_flavour(name: str = "auto") -> Flavour:
+    """The flavour `name`. `auto` is `tensorrt` where it is installed and there is a GPU, else `tensorrt-rtx`.
+
+    Raises UsageError for an unknown name, BackendError when the flavour is not installed or needs a GPU that is not there.
+    """
+    if name == "auto":
+        if has_gpu() and _importable("tensorrt"):
+            name = "tensorrt"
+        else:
+            name = "tensorrt-rtx"
+    if name not in get_args(FlavourName):
+        raise UsageError(f"unknown flavour {name!r}; expected auto, tensorrt or tensorrt-rtx")
+    try:
+        trt = importlib.import_module(_MODULES[name])
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{name} is not installed: pip install 'deploy[{_EXTRAS[name]}]' ({error})") from error
+    flavour = Flavour(name=name, version=trt.__version__, trt=trt)  # type: ignore[arg-type]
+    if not flavour.builds_without_gpu and not has_gpu():
+        raise BackendError(
+            f"{name} {trt.__version__} builds on an NVIDIA GPU, and there is none here; use --flavour tensorrt-rtx"
+        )
+    return flavour
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(_MODULES[name])
+    except (ImportError, OSError):
+        return False
+    return True

@@ -1,0 +1,352 @@
+"""The stage `export`: a trained state_dict to an ONNX artifact, compared with the eager module."""
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from deploy.artifact import (
+    FORMAT,
+    ONNX,
+    WEIGHTS,
+    Artifact,
+    ArtifactWriter,
+    Manifest,
+    Source,
+    Stage,
+    check_output,
+    file_digest,
+    request_digest,
+    standing,
+)
+from deploy.errors import ExportError, UsageError
+from deploy.exporter import example_dims, export_graph, flatten_outputs, save_graph
+from deploy.factory import BuiltModel, build_model
+from deploy.feeds import image_feeds
+from deploy.onnxfile import graph_specs, load_graph, open_onnx
+from deploy.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
+from deploy.preprocess import Preprocess
+from deploy.progress import Progress, silent
+from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, parse_shape, random_feed
+from deploy.weights import save_weights
+
+logger = logging.getLogger(__name__)
+
+BATCH = "batch"
+_REAL_IMAGES = 8
+"""Real images that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export and how. Exactly one of `arch` and `model`.
+
+    arch: a reference architecture, `torchvision:NAME` or `timm:NAME`.
+    model: `FILE.py:FACTORY` or `pkg.mod:FACTORY`, called with `model_args`.
+    weights: the checkpoint; None for seeded random weights.
+    match: pair tensors by `name` or by `order`. allow_partial: load what fits.
+    inputs: `NAME=1x3x224x224[:dtype]`, by position; outputs: names, by position.
+    static_batch: keep the leading 1 instead of a symbolic batch.
+    preprocess: a preset or a JSON file. classes: a file with one class name a line. data: an ImageFolder for parity.
+    """
+
+    arch: str | None = None
+    model: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    match: Literal["name", "order"] = "name"
+    allow_partial: bool = False
+    num_classes: int | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    static_batch: bool = False
+    preprocess: str | None = None
+    classes: Path | None = None
+    opset: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    name: str | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.arch is None) == (self.model is None):
+            raise UsageError("name what to export: one of --arch, --model and --onnx")
+        if self.match not in ("name", "order"):
+            raise UsageError(f"match must be name or order, not {self.match!r}")
+        if self.weights is None and (self.allow_partial or self.match != "name"):
+            raise UsageError("--match and --allow-partial say how to load a checkpoint: give one with --weights")
+        if self.opset is not None and not 18 <= self.opset <= 25:
+            raise UsageError(f"--opset must be 18 to 25, not {self.opset}")
+        _tolerance(self)  # checked now, not after the export
+
+
+def export_artifact(out: Path, options: ExportOptions, progress: Progress = silent) -> Artifact:
+    """Export to the artifact `out`; what was loaded and what was not is logged.
+
+    Raises CheckpointError, FactoryError, ExportError, ParityError, OutputError, DataError, UsageError and BackendError
+    (ONNX Runtime, which parity is checked on, is not installed). `out` is then as it was.
+    """
+    check_output(out)
+    progress("building the module")
+    built, report = build_model(
+        arch=options.arch,
+        model=options.model,
+        args=options.model_args,
+        num_classes=options.num_classes,
+        weights=options.weights,
+        match=options.match,
+        allow_partial=options.allow_partial,
+    )
+    specs = _input_specs(options, built)
+    preprocess = _preprocess(options.preprocess or built.preprocess, specs)
+    classes = read_classes(options.classes) if options.classes else None
+    stage = _stage(options, built, specs, preprocess, classes)
+    if (stood := standing(out, stage)) is not None:
+        logger.info("%s is up to date", out)
+        return stood
+    if report is None:
+        logger.warning("no --weights: the weights of %s are random", built.factory)
+    else:
+        logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report.summary())
+
+    progress("running the eager module")
+    batch = batch_dim(specs)
+    dims = example_dims(specs, batch)
+    feed = {name: torch.from_numpy(array) for name, array in random_feed(specs, dims).items()}
+    outputs = _output_names(options, built, list(_eager(built.module, specs, feed)))
+    progress("exporting to ONNX")
+    graph = export_graph(
+        built.module, specs, feed, outputs, opset=options.opset, user_files=[file.path for file in built.source_files]
+    )
+    with ArtifactWriter(out) as writer:
+        save_graph(graph.model, writer.path / ONNX)
+        save_weights(built.module, writer.path / WEIGHTS)
+        inputs, found = graph_specs(load_graph(writer.path / ONNX).graph)
+        _check_classes(classes, found)
+        profile = default_profile(inputs)
+        manifest = Manifest(
+            format=FORMAT,
+            kind="onnx",
+            name=options.name or out.resolve().name,
+            precision="fp32",
+            source=Source(
+                factory=built.factory,
+                args=dict(built.args),
+                files=list(built.source_files),
+                weights=options.weights.name if options.weights else None,
+                state_dict="",
+                random=options.weights is None,
+            ),
+            parent=None,
+            files={},
+            inputs=inputs,
+            outputs=found,
+            profiles=[profile] if profile else [],
+            preprocess=preprocess,
+            classes=classes,
+            parity=None,
+            accuracy=None,
+            calibration=None,
+            exclusions=[],
+            tools=tools(),
+            stage=stage,
+            created="",
+        )
+        written = writer.describe(manifest)
+        progress("comparing with eager")
+        with open_session(written, "onnxruntime", SessionOptions(device="cpu")) as session:
+            parity = _parity(session, built.module, written, dims, options)
+        source = msgspec.structs.replace(manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
+        return writer.commit(msgspec.structs.replace(written.manifest, source=source, parity=parity))
+
+
+def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: Path | None, name: str | None) -> Artifact:
+    """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
+
+    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError.
+    """
+    check_output(out)
+    bare = open_onnx(path)
+    names = read_classes(classes) if classes else None
+    _check_classes(names, bare.manifest.outputs)
+    with ArtifactWriter(out) as writer:
+        for file in bare.manifest.files:
+            shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
+        return writer.commit(
+            msgspec.structs.replace(
+                bare.manifest,
+                name=name or out.resolve().name,
+                files={},
+                preprocess=_preprocess(preprocess, bare.manifest.inputs),
+                classes=names,
+                tools=tools(),
+            )
+        )
+
+
+def tools() -> dict[str, str]:
+    """Versions of what takes part in making artifacts."""
+    return {name: version(name) for name in ("deploy", "torch", "onnx", "onnxscript", "onnxruntime")}
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, one a line. Raises UsageError when the file is missing, empty or names a class twice."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the class names of {path}: {error}") from error
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        raise UsageError(f"{path} must hold one class name a line, and no empty line between them")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{path} names {twice[0]!r} twice")
+    return names
+
+
+def _tolerance(options: ExportOptions) -> Tolerance:
+    default = TOLERANCES["fp32"]
+    return Tolerance(
+        rtol=default.rtol if options.rtol is None else options.rtol,
+        atol=default.atol if options.atol is None else options.atol,
+    )
+
+
+def _input_specs(options: ExportOptions, built: BuiltModel) -> tuple[TensorSpec, ...]:
+    """Specs of the inputs: those of the options, else the architecture's own; the leading 1 made symbolic."""
+    if not options.inputs and built.inputs is None:
+        raise UsageError(f"say what {built.factory} takes: --input NAME=1x3x224x224[:dtype], once for each input")
+    if options.inputs and built.inputs is not None and len(options.inputs) != len(built.inputs):
+        raise UsageError(
+            f"{built.factory} takes {len(built.inputs)} inputs ({', '.join(map(str, built.inputs))}), not {len(options.inputs)}"
+        )
+    specs = tuple(parse_input(text) for text in options.inputs) or built.inputs or ()
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise UsageError(f"two inputs have the same name: {', '.join(names)}")
+    if options.static_batch:
+        return specs
+    return tuple(dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) else spec for spec in specs)
+
+
+def parse_input(text: str) -> TensorSpec:
+    """`"image=1x3x224x224:float32"` -> the spec; float32 when no dtype is given. Raises UsageError."""
+    name, equals, rest = text.partition("=")
+    shape, colon, dtype = rest.partition(":")
+    if not equals or not name or not shape or (colon and dtype not in DTYPES):
+        raise UsageError(f"cannot read the input {text!r}; expected NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}")
+    return TensorSpec(name=name, dtype=dtype or "float32", shape=parse_shape(shape))
+
+
+def _output_names(options: ExportOptions, built: BuiltModel, found: Sequence[str]) -> list[str]:
+    names = list(options.outputs or built.outputs or found)
+    if len(names) != len(found):
+        raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
+    return names
+
+
+def _preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
+    if spec is None:
+        return None
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
+    size = inputs[0].shape[2:] if inputs[0].shape[1] in (1, 3) else inputs[0].shape[1:3]
+    height, width = size
+    return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
+
+
+def _check_classes(classes: Sequence[str] | None, outputs: Sequence[TensorSpec]) -> None:
+    last = outputs[0].shape[-1] if len(outputs) == 1 and len(outputs[0].shape) == 2 else None
+    if classes is not None and isinstance(last, int) and last != len(classes):
+        raise UsageError(f"--classes has {len(classes)} names, and the model gives {last} scores ({outputs[0]})")
+
+
+def _stage(
+    options: ExportOptions,
+    built: BuiltModel,
+    specs: Sequence[TensorSpec],
+    preprocess: Preprocess | None,
+    classes: list[str] | None,
+) -> Stage:
+    """Everything that the artifact depends on, as a digest."""
+    request = {
+        "factory": built.factory,
+        "args": dict(built.args),
+        "files": [file.sha256 for file in built.source_files],
+        "weights": file_digest(options.weights) if options.weights else None,
+        "match": options.match,
+        "allow_partial": options.allow_partial,
+        "inputs": [str(spec) for spec in specs],
+        "outputs": list(options.outputs),
+        "preprocess": preprocess.to_json() if preprocess else None,
+        "classes": classes,
+        "opset": options.opset,
+        "tolerance": [options.rtol, options.atol],
+        "name": options.name,
+        "data": os.fspath(options.data.resolve()) if options.data else None,
+        "tools": tools(),
+    }
+    return Stage(name="export", request=request_digest(request))
+
+
+def _eager(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The eager module's outputs. Raises ExportError, with the module's own error, when it cannot run the input."""
+    try:
+        with torch.inference_mode():
+            return flatten_outputs(module(*(feed[spec.name] for spec in specs)))
+    except ExportError:
+        raise
+    except Exception as error:  # the user's own code: any error may come
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in feed.items())
+        raise ExportError(
+            f"{type(module).__name__} cannot run {shapes}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+            f"\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
+        ) from error
+
+
+def _feeds(artifact: Artifact, dims: Mapping[str, int], data: Path | None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Random feeds at `PARITY_BATCHES` (three seeds where the batch is fixed), and real images where `data` is given."""
+    specs = artifact.manifest.inputs
+    batch = batch_dim(specs)
+    for seed, size in enumerate(PARITY_BATCHES):
+        yield "random", random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed + 1)
+    if data is not None:
+        for feed in image_feeds(artifact, data, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
+            yield "images", feed
+
+
+def _parity(
+    session: Session, module: torch.nn.Module, artifact: Artifact, dims: Mapping[str, int], options: ExportOptions
+) -> Parity:
+    tolerance = _tolerance(options)
+    names = [spec.name for spec in artifact.manifest.outputs]
+    cases = []
+    for data, feed in _feeds(artifact, dims, options.data):
+        tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
+        eager = [tensor.numpy() for tensor in _eager(module, artifact.manifest.inputs, tensors).values()]
+        for name, array in zip(names, eager, strict=True):
+            if not np.isfinite(array).all():
+                raise ExportError(
+                    f"the eager module itself gives NaN or infinity in output {name!r} on {data} input: parity cannot be checked"
+                    "\ncheck the weights; if the model needs real input, give some with --data IMAGEFOLDER"
+                )
+        case = compare(
+            session.run(feed),
+            dict(zip(names, eager, strict=True)),
+            tolerance,
+            data=data,
+            batch=len(next(iter(feed.values()))),
+            what=artifact.manifest.name,
+        )
+        cases.append(case)
+    return Parity(against="eager", by=f"onnxruntime {version('onnxruntime')}", tolerance=tolerance, cases=cases)

@@ -1,0 +1,90 @@
+"""What the precision passes need of an ONNX graph: one canonical form, and a check of what they made of it."""
+
+import itertools
+from collections.abc import Collection
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import version_converter
+
+from deploy.errors import PrecisionError
+
+STANDARD = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
+
+_FIRST_CONVERTIBLE = 18  # onnxscript's version converter starts here; onnx's own does what is older
+
+
+def prepare(model: onnx.ModelProto, *, opset: int = 1) -> onnx.ModelProto:
+    """The same computation in the form that the passes work on; preparing twice changes nothing more.
+
+    Local functions are inlined, Constant nodes become initializers, initializers are no inputs, every node and value has
+    a name of its own (unnamed nodes are called after their operator and place, as `Conv_3`), and dtypes and shapes of
+    all values are noted as far as they can be inferred. A graph of an older opset than `opset` is converted to it.
+
+    Raises PrecisionError when the graph is not valid ONNX or cannot be converted to `opset`.
+    """
+    graph = ir.from_proto(model)
+    if graph.opset_imports.setdefault("", graph.opset_imports.pop("ai.onnx", 1)) < opset:
+        graph = _upgrade(model, opset)
+    common.InlinePass()(graph)
+    _name_nodes(graph)
+    common.RemoveInitializersFromInputsPass()(graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.NameFixPass()(graph)
+    check(graph, "the graph is not valid ONNX")
+    common.ShapeInferencePass(data_prop=False)(graph)
+    return ir.to_proto(graph)
+
+
+def check(model: ir.Model, what: str) -> None:
+    """Run onnx.checker with type and shape inference, whatever the size. Raises PrecisionError beginning with `what`."""
+    try:
+        common.CheckerPass(full_check=True)(model)
+    except Exception as error:  # the checker, protobuf and shape inference raise errors of several families
+        raise PrecisionError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of the innermost error, which is the one that says something."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unused(name: str, taken: Collection[str | None]) -> str:
+    """`name`, with a number after it where it is taken."""
+    return next(candidate for n in itertools.count(1) if (candidate := name if n == 1 else f"{name}_{n}") not in taken)
+
+
+def opset_version(model: ir.Model) -> int:
+    """The version of ONNX's own operators that the graph uses."""
+    return model.opset_imports[""]
+
+
+def _upgrade(model: onnx.ModelProto, opset: int) -> ir.Model:
+    found = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 1)
+    try:
+        if found < _FIRST_CONVERTIBLE:
+            model = onnx.version_converter.convert_version(model, _FIRST_CONVERTIBLE)
+        graph = ir.from_proto(model)
+        version_converter.convert_version(graph, opset)
+    except Exception as error:  # the two converters raise errors of several families
+        raise PrecisionError(
+            f"the graph cannot be converted from opset {found} to {opset}: {first_line(error)}; export it with opset {opset}"
+        ) from error
+    for node in graph.graph.all_nodes():
+        node.version = None
+    graph.ir_version = max(graph.ir_version, 10)  # the first IR version for opset 22
+    return graph
+
+
+def _name_nodes(model: ir.Model) -> None:
+    taken = {node.name for node in model.graph.all_nodes()}
+    seen: set[str] = set()
+    for index, node in enumerate(model.graph.all_nodes()):
+        if not node.name or node.name in seen:
+            node.name = unused(f"{node.name or node.op_type}_{index}", taken)
+            taken.add(node.name)
+        seen.add(node.name)

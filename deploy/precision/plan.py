@@ -1,0 +1,160 @@
+"""Which nodes of an ONNX graph can run in half precision, by the definitions of their operators."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploy.precision.graph import STANDARD, opset_version
+
+HalfPrecision = Literal["fp16", "bf16"]
+
+FLOAT = ir.DataType.FLOAT
+HALF: dict[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
+"""The largest finite number of each format."""
+
+OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
+"""The opset that a graph needs at least: before 22, convolution and pooling are not defined for BF16."""
+
+_SHAPES = ("Shape", "Size")
+"""Operators that do not read the numbers in their input."""
+
+ANY_TYPE = (*_SHAPES, "Cast")
+"""Operators that take their input in whatever type it is, and whose output type does not follow from it."""
+
+_GENERATORS = frozenset(
+    ("Bernoulli", "Constant", "EyeLike", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
+"""Operators whose output type is an attribute, or follows the input by a rule that their definition does not show."""
+
+_WIDE_INSIDE = frozenset(
+    ("GlobalLpPool", "LpNormalization", "LpPool", "MeanVarianceNormalization", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
+)
+"""Operators that TensorRT and others compute in steps (squares or exponentials, their sum, the root or logarithm), each
+rounded to half precision: they overflow inside while inputs and outputs are small."""
+
+_NOT_IN_TENSORRT: dict[HalfPrecision, frozenset[str]] = {
+    "fp16": frozenset(),
+    "bf16": frozenset(("ConvTranspose", "HardSwish", "Mish")),
+}
+"""Operators that ONNX defines for the type and TensorRT refuses in it (seen with TensorRT-RTX 1.7)."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Indices of the inputs and outputs of a node that are in half precision when the node is."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs in half precision, and the reasons, by node name, why other nodes that handle floats do not."""
+
+    half: dict[ir.Node, Ports]
+    stay: dict[str, str]
+
+
+def round_to(array: np.ndarray, precision: HalfPrecision) -> np.ndarray:
+    """`array` rounded to nearest even in half precision: dtype float16 or ml_dtypes' bfloat16; overflow is infinite."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return array.astype(np.float16 if precision == "fp16" else ml_dtypes.bfloat16)
+
+
+def plan_half(model: ir.Model, precision: HalfPrecision) -> Plan:
+    """Which nodes of a prepared graph can run in half precision, by the definitions of their operators."""
+    plan = Plan({}, {})
+    data = _data_values(model.graph)
+    for node in model.graph:
+        floats = [value for value in (*node.inputs, *node.outputs) if value is not None and is_float(value)]
+        if not floats or (node.op_type in ANY_TYPE and node.domain in STANDARD):
+            continue
+        found = _ports(node, opset_version(model), precision, data)
+        if isinstance(found, str):
+            plan.stay[node.name or ""] = found
+        else:
+            plan.half[node] = found
+    return plan
+
+
+def _ports(node: ir.Node, opset: int, precision: HalfPrecision, data: set[ir.Value]) -> Ports | str:
+    """What of `node` can be in half precision, or why nothing can."""
+    if node.domain not in STANDARD:
+        return f"{node.op_type} of the domain {node.domain!r} is not an ONNX operator"
+    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+        return f"{node.op_type} has subgraphs, which stay FP32"
+    if node.op_type in _GENERATORS:
+        return f"{node.op_type} generates its values"
+    if node.op_type in _NOT_IN_TENSORRT[precision]:
+        return f"TensorRT has no {node.op_type} in {precision.upper()}"
+    if precision == "fp16" and node.op_type in _WIDE_INSIDE:
+        return f"{node.op_type} may overflow in its intermediate steps"
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
+    unclear = next((value.name for value in values if not isinstance(value.type, ir.TensorType)), None)
+    if unclear is not None:
+        return f"the type of {unclear!r} is not known to be a tensor"
+    if not any(value in data for value in node.inputs if value is not None):
+        return "computes on shapes and constants only"
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    typestr = f"tensor({HALF[precision].name.lower()})"
+    variables = {entry.type_param_str for entry in schema.type_constraints if typestr in entry.allowed_type_strs}
+    inputs = tuple(
+        index
+        for index, value in enumerate(node.inputs)
+        if value is not None and is_float(value) and _formal(schema.inputs, index) in variables
+    )
+    if not inputs:
+        return f"{node.op_type} has no {precision.upper()} form in opset {opset}"
+    converted = {_formal(schema.inputs, index) for index in inputs}
+    outputs = tuple(
+        index for index, value in enumerate(node.outputs) if is_float(value) and _formal(schema.outputs, index) in converted
+    )
+    return Ports(inputs, outputs)
+
+
+def _formal(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
+    """Type variable of the parameter at `index`; the last one is variadic where there are more arguments than parameters."""
+    return parameters[min(index, len(parameters) - 1)].type_str
+
+
+def is_float(value: ir.Value) -> bool:
+    """Whether a value is a float32 tensor."""
+    return isinstance(value.type, ir.TensorType) and value.dtype == FLOAT
+
+
+def _data_values(graph: ir.Graph) -> set[ir.Value]:
+    """Values that depend on what is in the inputs or in float weights, and not on shapes and single numbers alone.
+
+    Arithmetic on sizes (how large an image becomes, where positions lie) is exact in FP32 and would not be in FP16, which
+    knows no odd number above 2048; it costs nothing to leave.
+    """
+    data = set(graph.inputs)
+    data |= {value for value in graph.initializers.values() if is_float(value) and _size(value) > 1}
+    for node in graph:
+        if node.op_type in _SHAPES and node.domain in STANDARD:
+            continue
+        captured = [value for inner in _inner_nodes(node) for value in inner.inputs]
+        if any(value in data for value in (*node.inputs, *captured) if value is not None):
+            data.update(node.outputs)
+    return data
+
+
+def _inner_nodes(node: ir.Node) -> list[ir.Node]:
+    """All nodes in the subgraphs of `node`, at any depth."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return [inner for graph in graphs for inner in graph.all_nodes()]
+
+
+def _size(value: ir.Value) -> int:
+    return value.const_value.size if value.const_value is not None else 0

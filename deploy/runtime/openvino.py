@@ -1,0 +1,85 @@
+"""OpenVINO on the CPU.
+
+Left to itself it computes in bfloat16 where the CPU can, and logits are off by some hundredths; here FP32 means FP32
+unless `SessionOptions.compute` says otherwise.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deploy.artifact import Artifact
+from deploy.errors import BackendError
+from deploy.runtime.session import Session, SessionOptions, closed_error
+
+try:
+    import openvino
+except ImportError as error:
+    raise BackendError(f"openvino cannot be imported ({error}); install it with: pip install 'deploy[cpu]'") from error
+
+_HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
+
+
+class OpenVinoSession(Session):
+    backend = "openvino"
+    computes = ("fp32", "bf16", "fp16")
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        super().__init__(artifact, options)
+        hint = _HINTS[options.compute]
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+        if options.threads is not None:
+            config["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            core = openvino.Core()
+            self._compiled: Any = core.compile_model(core.read_model(artifact.onnx_path), "CPU", config)
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot open {artifact.location}: {_reason(error)}") from error
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        if used != hint:
+            raise BackendError(f"openvino cannot compute in {options.compute} on this CPU: it would use {used.get_type_name()}")
+        self._positions = [self._position(name) for name in self._input_names]
+        # A request runs one feed at a time: each run takes one of these, or makes one more.
+        self._idle: deque[Any] = deque()
+
+    def _position(self, name: str) -> int:
+        return next(i for i, port in enumerate(self._compiled.inputs) if name in port.names)
+
+    def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        compiled = self._compiled
+        if compiled is None:
+            raise closed_error(self.name)
+        try:
+            try:
+                request = self._idle.pop()
+            except IndexError:
+                request = compiled.create_infer_request()
+            for name, position in zip(self._input_names, self._positions, strict=True):
+                x = feed[name]
+                request.set_input_tensor(position, openvino.Tensor(x if x.flags.writeable else x.copy(), shared_memory=True))
+            request.infer()
+            # Copies: the next run with this request writes to the same memory.
+            results = [request.get_output_tensor(i).data.copy() for i in range(len(self._output_names))]
+        except RuntimeError as error:
+            raise BackendError(f"openvino failed to run {self.name!r}: {_reason(error)}") from error
+        self._idle.append(request)
+        if self._closed:
+            self._idle.clear()
+        return results
+
+    def _release(self) -> None:
+        self._compiled = None
+        self._idle.clear()
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, less the places in OpenVINO's own source that it came through."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [
+        line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API failed", "Summary:"))
+    ]
+    return " ".join(told) or " ".join(lines)
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> Session:
+    return OpenVinoSession(artifact, options)

@@ -1,0 +1,237 @@
+"""The whole path on real digits: data, training, ONNX, FP16, TensorRT engine, accuracy and speed, in one table.
+
+    python examples/demo.py        (or `make demo`)
+
+runs the commands that it prints, writes build/demo.md and build/demo.png, and fails when a net is less accurate than it
+must be or FP16 loses accuracy. Weights that are newer than the data and the training program are not trained again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+BUILD = Path("build")
+DIGITS = BUILD / "digits"
+LEAST_TOP1 = {"lenet5": 96.0, "convnet": 97.0}
+"""Per cent of the eval images that each net must get right."""
+MOST_LOST = 0.2
+"""Points of top-1 that FP16 may lose."""
+BATCHES = (1, 32)
+BENCH_S = 8
+BACKENDS = {"eager": "PyTorch eager", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: a net in one precision on one backend. `bench` holds its results by batch size."""
+
+    net: str
+    runs_on: str
+    precision: str
+    top1: float | None
+    size: int
+    bench: dict[int, dict[str, Any]]
+
+
+def main() -> None:
+    start = time.perf_counter()
+    python(HERE / "digits.py", "--output", DIGITS)
+    rows = [row for net in LEAST_TOP1 for row in walk(net)]
+    table = markdown(rows)
+    (BUILD / "demo.md").write_text(table, encoding="utf-8")
+    draw(rows, BUILD / "demo.png")
+    print(f"\n{table}\nbuild/demo.md, build/demo.png; {time.perf_counter() - start:.0f} s in all")
+    if failed := failures(rows):
+        sys.exit("\n".join(failed))
+
+
+def walk(net: str) -> list[Row]:
+    """Take one net the whole way."""
+    weights = BUILD / f"{net}.pth"
+    sources = (HERE / "train.py", DIGITS / "digits.json")
+    if weights.exists() and all(weights.stat().st_mtime > source.stat().st_mtime for source in sources):
+        print(f"{weights} is up to date; delete it to train again", flush=True)
+    else:
+        python(HERE / "train.py", "--arch", net, "--data", DIGITS, "--output", weights)
+    fp32, fp16, engine = BUILD / net, BUILD / f"{net}-fp16", BUILD / f"{net}-fp16-trt"
+    classes = DIGITS / "classes.txt"
+    deploy("export", "--arch", net, "--weights", weights, "--preprocess", "mnist", "--classes", classes, "-o", fp32)
+    deploy("convert", fp32, "--fp16", "--data", DIGITS / "calib", "-o", fp16)
+    deploy("build-trt", fp32, "--fp16", "-o", engine)
+    timings = BUILD / f"{net}-bench.json"
+    batches = ",".join(map(str, BATCHES))
+    deploy("bench", fp32, fp16, "--batch", batches, "--seconds", BENCH_S, "--json", timings)
+    results: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for result in json.loads(timings.read_text())["results"]:
+        results.setdefault((result["artifact"], result["backend"]), {})[result["batch"]] = result
+    rows = []
+    for (artifact, backend), bench in results.items():
+        accuracy = deploy_json("eval", artifact, DIGITS / "eval", "--backend", backend)
+        first = next(iter(bench.values()))
+        rows.append(
+            Row(
+                net=net,
+                runs_on=backend,
+                precision=first["precision"],
+                top1=accuracy["top1"],
+                size=payload_bytes(deploy_json("inspect", artifact)),
+                bench=bench,
+            )
+        )
+    manifest = deploy_json("inspect", engine)
+    rows.append(
+        Row(
+            net=net,
+            runs_on=manifest["target"]["flavour"],
+            precision=", ".join(
+                f"{100 * manifest['precision_share'][precision]:.0f} % {precision}"
+                for precision in ("int8", "fp16", "bf16", "fp32")
+                if manifest["precision_share"][precision] > 0
+            ),
+            top1=None,
+            size=payload_bytes(manifest),
+            bench={},
+        )
+    )
+    return rows
+
+
+def payload_bytes(manifest: dict[str, Any]) -> int:
+    """Bytes of what is run: the engine, or the ONNX file with its external data."""
+    files = {name: record["bytes"] for name, record in manifest["files"].items() if name != "weights.safetensors"}
+    return int(files.get("engine.plan") or sum(files.values()))
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """What is less accurate than it must be."""
+    found = []
+    full = {(row.net, row.runs_on): row.top1 for row in rows if row.precision == "fp32"}
+    for row in rows:
+        name = f"{row.net} in {row.precision} on {row.runs_on}"
+        if row.top1 is None:
+            continue
+        if row.top1 < LEAST_TOP1[row.net]:
+            found.append(f"{name}: top-1 is {row.top1:.2f} %; at least {LEAST_TOP1[row.net]:g} % is expected")
+        before = full.get((row.net, row.runs_on))
+        if row.precision != "fp32" and before is not None and before - row.top1 > MOST_LOST:
+            found.append(f"{name}: top-1 fell from {before:.2f} % to {row.top1:.2f} %; at most {MOST_LOST} points may be lost")
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, aligned, so that it can be read as it stands too."""
+    head = ["model", "runs on", "precision", "top-1", "size"]
+    for batch in BATCHES:
+        head += [f"p50, batch {batch}", "images/s", "speed-up (spread)"]
+    cells = [head]
+    for row in rows:
+        line = [row.net, BACKENDS.get(row.runs_on, f"{row.runs_on} engine"), row.precision]
+        line += ["needs a GPU" if row.top1 is None else f"{row.top1:.1f} %", f"{row.size / 1e3:,.0f} kB"]
+        for batch in BATCHES:
+            if batch in row.bench:
+                result = row.bench[batch]
+                speedup = f"{result['speedup']:.2f} ({result['speedup_low']:.2f} to {result['speedup_high']:.2f})"
+                line += [f"{result['p50_ms']:.3f} ms", f"{result['images_per_s']:,.0f}", speedup]
+            else:
+                line += ["needs a GPU" if row.top1 is None else "-", "-", "-"]
+        cells.append(line)
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    left = 3  # columns of words; the rest are numbers
+    lines = [
+        "| "
+        + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        + " |"
+        for line in cells
+    ]
+    rule = "| " + " | ".join("-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A picture 1000 pixels wide: speed-up over eager with its spread, and accuracy, net by net."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"})
+    timed = {net: [row for row in rows if row.net == net and row.bench] for net in LEAST_TOP1}
+    heights = [len(lines) for lines in timed.values()]
+    figure, grid = plt.subplots(
+        len(timed), 2, figsize=(10, 1.2 + 0.62 * sum(heights)), dpi=100, squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [3, 1.15], "height_ratios": heights},
+    )  # fmt: skip
+    shades = ("#1f5fa8", "#9cc3ea")
+    for (speed, accuracy), (net, lines) in zip(grid, timed.items(), strict=True):
+        places = range(len(lines))
+        for index, (batch, colour) in enumerate(zip(BATCHES, shades, strict=True)):
+            results = [row.bench[batch] for row in lines]
+            middle = [result["speedup"] for result in results]
+            spread = [
+                [result["speedup"] - result["speedup_low"] for result in results],
+                [result["speedup_high"] - result["speedup"] for result in results],
+            ]
+            at = [place + (index - 0.5) * 0.38 for place in places]
+            speed.barh(
+                at, middle, 0.36, color=colour, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}"
+            )
+            for y, result in zip(at, results, strict=True):
+                speed.text(result["speedup_high"], y, f"  {result['speedup']:.2f}x", va="center", fontsize=9)
+        speed.axvline(1, color="#888888", linewidth=1, linestyle=":")
+        speed.set_yticks(places, [f"{BACKENDS.get(row.runs_on, row.runs_on)}, {row.precision.upper()}" for row in lines])
+        speed.margins(x=0.12)
+        speed.invert_yaxis()
+        speed.set_title(f"{net}: speed-up over eager PyTorch, with spread", loc="left", fontsize=11)
+        accuracy.barh(places, [row.top1 for row in lines], 0.6, color="#4e9a61")
+        for y, row in zip(places, lines, strict=True):
+            accuracy.text((row.top1 or 0) - 0.1, y, f"{row.top1:.1f} %", va="center", ha="right", color="white", fontsize=9)
+        accuracy.axvline(LEAST_TOP1[net], color="#b03030", linewidth=1, linestyle="--")
+        accuracy.set_xlim(95, 100)
+        accuracy.set_yticks([])
+        accuracy.invert_yaxis()
+        accuracy.set_title(f"top-1 (at least {LEAST_TOP1[net]:g} %)", loc="left", fontsize=11)
+    grid[0][0].legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def python(*arguments: object) -> None:
+    run([sys.executable], "python", arguments)
+
+
+def deploy(*arguments: object) -> None:
+    run([command()], "deploy", arguments)
+
+
+def deploy_json(*arguments: object) -> Any:
+    """What the command prints with --json."""
+    return json.loads(run([command()], "deploy", (*arguments, "--json"), capture=True))
+
+
+def command() -> str:
+    """The `deploy` of the environment that runs this program."""
+    beside = Path(sys.executable).with_name("deploy")
+    found = str(beside) if beside.exists() else shutil.which("deploy")
+    if found is None:
+        sys.exit("the command deploy is not installed: pip install -e '.[demo]'")
+    return found
+
+
+def run(program: list[str], shown: str, arguments: tuple[object, ...], capture: bool = False) -> str:
+    """Print the command and run it; end the demo where it fails. Returns its output if `capture`."""
+    words = [str(argument) for argument in arguments]
+    print(f"$ {' '.join([shown, *words])}", flush=True)
+    done = subprocess.run([*program, *words], stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the command failed with exit status {done.returncode}")
+    return done.stdout or ""
+
+
+if __name__ == "__main__":
+    main()

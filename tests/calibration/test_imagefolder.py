@@ -1,0 +1,198 @@
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.calibration import imagefolder
+from deploy.calibration.imagefolder import ImageFolderError, batches, scan
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def number(path: Path) -> np.ndarray:
+    """The number in the name of the file, as an image of one pixel."""
+    return np.full((1, 1, 1), int(path.stem), dtype=np.float32)
+
+
+def numbered(count: int) -> list[tuple[Path, int]]:
+    return [(Path(f"{index}.png"), index % 3) for index in range(count)]
+
+
+def test_folders_are_classes_and_everything_is_sorted(tmp_path):
+    touch(tmp_path, "b/2.png", "b/1.JPG", "a/x.webp", "10/deep/er/z.tiff", "10/a.png")
+    folder = scan(tmp_path)
+    assert folder.classes == ("10", "a", "b")
+    assert [(path.relative_to(tmp_path).as_posix(), label) for path, label in folder.samples] == [
+        ("10/a.png", 0), ("10/deep/er/z.tiff", 0), ("a/x.webp", 1), ("b/1.JPG", 2), ("b/2.png", 2),
+    ]  # fmt: skip
+    assert folder.ignored == 0
+
+
+def test_other_files_are_counted_and_hidden_ones_skipped(tmp_path):
+    touch(
+        tmp_path, "a/1.png", "a/notes.txt", "a/sub/labels.csv", "loose.png", "README", "a/.hidden.png", ".git/x.png", "a/.t/y.png"
+    )
+    folder = scan(tmp_path)
+    assert (folder.classes, len(folder.samples), folder.ignored) == (("a",), 1, 4)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "data/a/1.png", "elsewhere/2.png")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/round").symlink_to(tmp_path / "data/a")
+    folder = scan(tmp_path / "data")
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in folder.samples] == ["data/a/1.png", "data/b/2.png"]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ImageFolderError, match=f"no folder at {tmp_path}/gone"):
+        scan(tmp_path / "gone")
+    with pytest.raises(ImageFolderError, match=r"file\.png is not a folder"):
+        scan(touch(tmp_path, "file.png") / "file.png")
+
+
+def test_an_empty_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(ImageFolderError, match=r"holds nothing: images must lie in one folder a class, as .*/CLASS/image\.png"):
+        scan(tmp_path)
+
+
+def test_images_without_class_folders_say_where_they_belong(tmp_path):
+    with pytest.raises(ImageFolderError, match="holds images, but no class folders: images must lie in one folder a class"):
+        scan(touch(tmp_path, "1.png", "2.png"))
+    with pytest.raises(ImageFolderError, match="holds no class folders: images must"):
+        scan(touch(tmp_path / "text", "1.txt"))
+
+
+def test_class_folders_without_images_are_named(tmp_path):
+    touch(tmp_path, "cat/1.png", "dog/list.txt")
+    (tmp_path / "emu").mkdir()
+    with pytest.raises(ImageFolderError, match="without images: dog, emu; add images or remove"):
+        scan(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/1.png", "a/locked/2.png")
+    real = imagefolder.os.scandir
+
+    def refusing(path):  # root may read everything, so that permissions alone do not show it
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(imagefolder.os, "scandir", refusing)
+    with pytest.raises(ImageFolderError, match="locked cannot be read: Permission denied"):
+        scan(tmp_path)
+
+
+def make(tmp_path: Path, **counts: int):
+    return scan(touch(tmp_path, *(f"{name}/{index:03}.png" for name, count in counts.items() for index in range(count))))
+
+
+def test_a_sample_is_balanced_over_the_classes(tmp_path):
+    folder = make(tmp_path, a=50, b=50, c=3)
+    assert Counter(label for _, label in folder.sample(9)) == {0: 3, 1: 3, 2: 3}
+    assert Counter(label for _, label in folder.sample(21)) == {0: 9, 1: 9, 2: 3}
+    assert sorted(Counter(label for _, label in folder.sample(8)).values()) == [2, 3, 3]
+
+
+def test_a_sample_repeats_with_its_seed_and_begins_the_larger_one(tmp_path):
+    folder = make(tmp_path, a=40, b=40)
+    assert folder.sample(20, seed=1) == folder.sample(20, seed=1)
+    assert folder.sample(20, seed=1) != folder.sample(20, seed=2)
+    assert folder.sample(40, seed=1)[:20] == folder.sample(20, seed=1)
+    assert len(set(folder.sample(60))) == 60
+    assert list(folder.sample(80)) != list(folder.samples)
+
+
+def test_a_sample_of_more_than_there_are_is_all(tmp_path):
+    folder = make(tmp_path, a=3, b=1)
+    assert sorted(folder.sample(100)) == list(folder.samples)
+
+
+def test_a_sample_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ImageFolderError, match="a sample of 0 images"):
+        make(tmp_path, a=1).sample(0)
+
+
+@pytest.mark.parametrize("workers", [None, 1, 4])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64])
+def test_batches_keep_the_order_and_lose_nothing(count, workers):
+    found = list(batches(numbered(count), number, 8, workers=workers))
+    assert [len(labels) for _, labels in found[:-1]] == [8] * (len(found) - 1)
+    images, labels = (np.concatenate(part) for part in zip(*found, strict=True))
+    assert (images.dtype, labels.dtype) == (np.float32, np.int64)
+    np.testing.assert_array_equal(images.reshape(-1), np.arange(count))
+    np.testing.assert_array_equal(labels, np.arange(count) % 3)
+
+
+def test_images_that_come_in_any_order_leave_in_order():
+    def slow(path: Path) -> np.ndarray:
+        time.sleep(0.02 if int(path.stem) % 4 == 0 else 0)
+        return number(path)
+
+    found = np.concatenate([images.reshape(-1) for images, _ in batches(numbered(32), slow, 4, workers=4)])
+    np.testing.assert_array_equal(found, np.arange(32))
+
+
+def test_images_are_decoded_in_parallel():
+    together = threading.Barrier(4, timeout=20)
+
+    def load(path: Path) -> np.ndarray:
+        together.wait()  # nobody passes before four have come
+        return number(path)
+
+    assert sum(len(labels) for _, labels in batches(numbered(16), load, 4, workers=4)) == 16
+
+
+def test_images_are_decoded_no_further_ahead_than_one_batch():
+    loaded: list[int] = []
+
+    def load(path: Path) -> np.ndarray:
+        loaded.append(int(path.stem))
+        return number(path)
+
+    stream = batches(numbered(1000), load, 10, workers=2)
+    assert loaded == []
+    for taken in (10, 20, 30):
+        next(stream)
+        time.sleep(0.1)
+        assert taken <= len(loaded) <= taken + 10
+    stream.close()
+    count = len(loaded)
+    time.sleep(0.1)
+    assert len(loaded) == count
+
+
+def test_an_error_of_load_comes_through_and_names_the_file():
+    def load(path: Path) -> np.ndarray:
+        if path.stem == "13":
+            raise KeyError("broken")
+        return number(path)
+
+    taken = []
+    with pytest.raises(KeyError) as caught:
+        taken.extend(labels for _, labels in batches(numbered(100), load, 5, workers=3))
+    assert caught.value.__notes__ == ["while loading 13.png"]
+    assert len(taken) == 2
+
+
+def test_images_of_different_sizes_name_both_files():
+    def load(path: Path) -> np.ndarray:
+        return np.zeros((1, 1, 2 if path.stem == "2" else 1), dtype=np.float32)
+
+    with pytest.raises(ImageFolderError, match=r"2\.png gives an array of shape \(1, 1, 2\) and 0\.png one of \(1, 1, 1\)"):
+        list(batches(numbered(4), load, 4))
+    assert len(list(batches(numbered(4), load, 1))) == 4
+
+
+def test_a_batch_size_of_zero_is_refused_at_once():
+    with pytest.raises(ImageFolderError, match="batch size must be 1 or more, not 0"):
+        batches(numbered(4), number, 0)

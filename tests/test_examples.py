@@ -1,0 +1,234 @@
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy
+from deploy.calibration.imagefolder import scan
+from deploy.models import registry
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load("train")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def data(digits, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "digits"
+    assert digits.make(output) is True
+    return output
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_digits_are_split_evenly_and_no_image_is_in_two_splits(data):
+    seen = set()
+    for split, count in (("train", 380), ("calib", 20), ("eval", 100)):
+        folder = scan(data / split)
+        assert folder.classes == tuple("0123456789")
+        assert set(Counter(label for _, label in folder.samples).values()) == {count}
+        names = {path.name for path, _ in folder.samples}
+        assert len(names) == 10 * count
+        assert not names & seen
+        seen |= names
+    assert (data / "classes.txt").read_text().split() == list("0123456789")
+    with Image.open(folder.samples[0][0]) as image:
+        assert (image.mode, image.size, image.format) == ("L", (28, 28), "PNG")
+
+
+def test_digits_that_stand_are_left_alone_and_another_seed_replaces_them(digits, data, tmp_path, monkeypatch):
+    before = content(data)
+    stamp = (data / "eval").stat().st_mtime_ns
+    assert digits.make(data) is False
+    assert (data / "eval").stat().st_mtime_ns == stamp
+    monkeypatch.setattr(digits, "SPLITS", {"eval": 3})
+    small = tmp_path / "small"
+    assert digits.make(small) is True
+    first = content(small)
+    assert digits.make(small, seed=1) is True
+    assert content(small).keys() != first.keys()
+    assert digits.make(small, seed=0) is True
+    assert content(small) == first
+    assert content(data) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_digits_are_whole_or_not_there(digits, tmp_path, monkeypatch):
+    save, count = Image.Image.save, 0
+
+    def full(self, *args, **options):
+        nonlocal count
+        count += 1
+        if count > 25:
+            raise OSError(28, "No space left on device")
+        save(self, *args, **options)
+
+    monkeypatch.setattr(digits, "SPLITS", {"eval": 3})
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        digits.make(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_not_replaced(digits, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="was not made by this program"):
+        digits.make(tmp_path)
+    assert content(tmp_path) == {"mine.txt": b"mine"}
+
+
+@pytest.fixture(scope="module")
+def few(data, tmp_path_factory):
+    """Twelve digits of each class to train on and four to evaluate."""
+    root = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 12), ("eval", 4)):
+        for label in range(10):
+            (root / split / str(label)).mkdir(parents=True)
+            for path in sorted((data / split / str(label)).iterdir())[:count]:
+                (root / split / str(label) / path.name).symlink_to(path)
+    return root
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "convnet"])
+def test_training_saves_a_state_dict_that_the_same_seed_gives_again(train, few, tmp_path, arch):
+    paths = [tmp_path / name for name in ("first.pth", "again.pth", "other.pth")]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        accuracy = train.train(arch, few, 2, path, tmp_path / "runs", seed)
+        assert 0 <= accuracy <= 1
+    first, again, other = (torch.load(path, weights_only=True) for path in paths)
+    registry.create(arch, num_classes=10).load_state_dict(first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert list((tmp_path / "runs" / arch).glob("events.out.tfevents.*"))
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_training_learns(train, few, tmp_path):
+    accuracy = train.train("lenet5", few, 40, tmp_path / "lenet5.pth", tmp_path / "runs", 0)
+    assert accuracy > 0.6  # on 120 images; chance is 0.1
+
+
+def test_jitter_moves_the_digit_and_leaves_the_background(train):
+    torch.manual_seed(0)
+    background = -0.4242
+    images = torch.full((64, 1, 28, 28), background)
+    torch.testing.assert_close(train.jitter(images, background), images)
+    images[:, :, 10:18, 10:18] = 2.0
+    moved = train.jitter(images, background)
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 64
+    torch.testing.assert_close(moved[:, :, :4], images[:, :, :4])
+    rows = (moved - background).sum(dim=(1, 2, 3)) / (images - background).sum(dim=(1, 2, 3))
+    assert rows.min() > 0.7
+    assert rows.max() < 1.4
+    centre = ((moved - background).sum(dim=(1, 2)) * torch.arange(28)).sum(dim=1) / (moved - background).sum(dim=(1, 2, 3))
+    assert (centre - 13.5).abs().max() < 2.6
+    assert (centre - 13.5).abs().max() > 1
+
+
+def result(batch: int, speedup: float) -> dict[str, float]:
+    return {
+        "batch": batch, "p50_ms": 0.1234 * batch, "images_per_s": 12345.6, "speedup": speedup,
+        "speedup_low": speedup - 0.1, "speedup_high": speedup + 0.2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows(demo):
+    def row(net, runs_on, precision, top1, bench=True):
+        speedup = 1.0 if runs_on == "eager" else 2.5
+        return demo.Row(
+            net=net, runs_on=runs_on, precision=precision, top1=top1, size=246_000,
+            bench={batch: result(batch, speedup) for batch in demo.BATCHES} if bench else {},
+        )  # fmt: skip
+
+    return [
+        row(net, *rest)
+        for net in demo.LEAST_TOP1
+        for rest in (
+            ("eager", "fp32", 98.5),
+            ("onnxruntime", "fp32", 98.5),
+            ("onnxruntime", "fp16", 98.4),
+            ("tensorrt-rtx", "100 % fp16", None, False),
+        )
+    ]
+
+
+def test_the_table_has_a_line_for_every_row_and_says_what_needs_a_gpu(demo, rows):
+    lines = demo.markdown(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert len({len(line) for line in lines}) == 1
+    assert len({line.count("|") for line in lines}) == 1
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells[:8] == ["lenet5", "ONNX Runtime", "fp32", "98.5 %", "246 kB", "0.123 ms", "12,346", "2.50 (2.40 to 2.70)"]
+    assert "tensorrt-rtx engine" in lines[5]
+    assert lines[5].count("needs a GPU") == 3
+
+
+def test_the_picture_is_a_thousand_pixels_wide(demo, rows, tmp_path):
+    demo.draw(rows, tmp_path / "demo.png")
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width == 1000
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_the_demo_fails_when_accuracy_is_missing(demo, rows):
+    assert demo.failures(rows) == []
+    changed = {"lenet5": 95.9, "convnet": 96.9}
+    low = [demo.replace(row, top1=changed[row.net]) if row.top1 is not None else row for row in rows]
+    found = demo.failures(low)
+    assert len(found) == 6
+    assert found[0] == "lenet5 in fp32 on eager: top-1 is 95.90 %; at least 96 % is expected"
+
+
+def test_the_demo_fails_when_fp16_loses_accuracy(demo, rows):
+    lost = [demo.replace(row, top1=98.2) if row.precision == "fp16" else row for row in rows]
+    assert demo.failures(lost) == [
+        f"{net} in fp16 on onnxruntime: top-1 fell from 98.50 % to 98.20 %; at most 0.2 points may be lost"
+        for net in demo.LEAST_TOP1
+    ]
+
+
+def test_the_demo_ends_where_a_command_fails(demo, capfd):
+    with pytest.raises(SystemExit, match="the command failed with exit status 3"):
+        demo.run([sys.executable], "python", ("-c", "raise SystemExit(3)"))
+    assert capfd.readouterr().out == "$ python -c raise SystemExit(3)\n"
+
+
+def test_embedding_the_runtime_prints_a_class(data, tmp_path):
+    artifact = deploy.export(arch="lenet5", preprocess="mnist", classes=data / "classes.txt", out=tmp_path / "lenet5")
+    image = next((data / "eval/7").iterdir())
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "embed.py", artifact.path, image], capture_output=True, text=True, check=True, timeout=120
+    )
+    (expected,) = deploy.predict(artifact, [image], top=1)
+    assert done.stdout == f"{expected.classes[0][0]}\n"
+    assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 20
