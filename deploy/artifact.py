@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from deploy.errors import ArtifactError, OutputError
+from deploy.errors import ArtifactError, OutputError, UsageError
 from deploy.parity import Parity
 from deploy.preprocess import Preprocess
 from deploy.tensors import Profile, TensorSpec
@@ -56,6 +56,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     factory: `lenet5`, `torchvision:resnet18`, `/path/net.py:Net`, `pkg.mod:Net`; None for a bare ONNX file.
     args: the factory's keyword arguments.
     files: the user's files that were imported to build the module, the factory's own first.
+    folder: the current folder then, from which the user's modules were importable; None where none was needed.
     weights: name of the checkpoint file; None when the weights are random or came with an ONNX file.
     state_dict: SHA-256 of the weights, which descendants share (of the whole file for a bare ONNX file).
     random: the weights were never trained.
@@ -67,6 +68,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weights: str | None
     state_dict: str
     random: bool
+    folder: str | None = None
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,7 +195,7 @@ class Artifact:
                     f"{path / MANIFEST} has format {head['format']!r}; this version reads {FORMAT}: export it again"
                 )
             manifest = msgspec.convert(head, Manifest)
-        except ValueError as error:  # msgspec's errors, JSON's and Unicode's are ValueErrors
+        except (ValueError, UsageError) as error:  # msgspec's errors, JSON's and Unicode's are ValueErrors
             raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}; make the artifact again") from error
         if manifest.sealed().digest != manifest.digest:
             raise ArtifactError(f"{path / MANIFEST} was edited: its content does not fit its digest; make the artifact again")

@@ -84,7 +84,7 @@ class UserRecipe(Recipe):
         with self._importing():
             self._callable = self._find(self._import())
         self._set_parameters()
-        if self._file is None and not (self._program and self._program.modules):
+        if self._file is None and all(_is_installed(file.path) for file in self.source_files):
             self.folder = None  # an installed package needs none
 
     def build(self, args: Mapping[str, Any]) -> nn.Module:
@@ -128,7 +128,11 @@ class UserRecipe(Recipe):
             assert spec is not None
             assert spec.loader is not None
             module = sys.modules[self._module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[self._module]
+                raise
             return module
         except SyntaxError as error:
             raise FactoryError(f"{error.filename or self._module}:{error.lineno}: {error.msg}") from error

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,12 @@ def draw(rows: list[Row], path: Path) -> None:
         speed.margins(x=0.12)
         speed.invert_yaxis()
         speed.set_title(f"{net}: speed-up over eager PyTorch, with spread", loc="left", fontsize=11)
-        accuracy.barh(places, [row.top1 for row in lines], 0.6, color="#4e9a61")
+        accuracy.plot([row.top1 for row in lines], places, "o", markersize=9, color="#2f7d46", clip_on=False)
         for y, row in zip(places, lines, strict=True):
-            accuracy.text((row.top1 or 0) - 0.1, y, f"{row.top1:.1f} %", va="center", ha="right", color="white", fontsize=9)
+            accuracy.text((row.top1 or 0) - 0.2, y, f"{row.top1:.1f} %", va="center", ha="right", fontsize=9)
         accuracy.axvline(LEAST_TOP1[net], color="#b03030", linewidth=1, linestyle="--")
-        accuracy.set_xlim(95, 100)
+        accuracy.set_xlim(min(95.0, *(row.top1 or 0 for row in lines)), 100)
+        accuracy.set_ylim(speed.get_ylim()[::-1])
         accuracy.set_yticks([])
         accuracy.invert_yaxis()
         accuracy.set_title(f"top-1 (at least {LEAST_TOP1[net]:g} %)", loc="left", fontsize=11)

@@ -19,7 +19,16 @@ LAYERS = (
     ),
     (
         "workers",
-        {"exporter", "precision", "engine", "runtime.onnxruntime", "runtime.openvino", "runtime.eager", "runtime.compile", "runtime.null"},
+        {
+            "exporter",
+            "precision",
+            "engine",
+            "runtime.onnxruntime",
+            "runtime.openvino",
+            "runtime.eager",
+            "runtime.compile",
+            "runtime.null",
+        },
     ),
     ("compositions", {"feeds", "loading", "evaluation", "pipeline", "bench", "doctor"}),
     ("doors", {"api", "cli", "", "__main__"}),
@@ -36,7 +45,9 @@ def module_name(path: Path) -> str:
 
 def layer(name: str) -> int:
     def length(index: int) -> int:
-        return max((len(entry) for entry in LAYERS[index][1] if name == entry or (entry and name.startswith(entry + "."))), default=-1)
+        return max(
+            (len(entry) for entry in LAYERS[index][1] if name == entry or (entry and name.startswith(entry + "."))), default=-1
+        )
 
     best = max(range(len(LAYERS)), key=length)
     assert length(best) >= 0, f"deploy.{name} has no layer: give it one in LAYERS"
@@ -85,7 +96,9 @@ def test_imports_go_down_only(path: Path) -> None:
         elif target.partition(".")[0] == "calibration":
             assert layer(name) == 4, f"{name} imports {imported}: only compositions read images"
         else:
-            assert layer(target) <= layer(name), f"{name} ({LAYERS[layer(name)][0]}) imports {imported} ({LAYERS[layer(target)][0]})"
+            assert layer(target) <= layer(name), (
+                f"{name} ({LAYERS[layer(name)][0]}) imports {imported} ({LAYERS[layer(target)][0]})"
+            )
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)

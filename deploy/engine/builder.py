@@ -5,6 +5,7 @@ change it. TF32 would change FP32 in silence, so it is off unless asked for.
 """
 
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -157,10 +158,12 @@ def _refusals(flavour: Flavour, builder: Any, parser: Any, onnx_path: Path, log:
     for source in (parser, checker):
         for index in range(source.num_errors):
             error = source.get_error(index)
-            reason = error.desc() if error.desc() not in ("", "false") else "the operator is not supported"
+            reason = re.sub(r"^Assertion failed: .*?\): ", "", error.desc() or "")
+            if reason in ("", "false"):
+                reason = "the operator is not supported"
             errors.setdefault((error.node_operator(), error.node_name()), reason)
-    if not errors:
-        return f"{flavour.name} {flavour.version} cannot parse {onnx_path}: {log.last()}"
+    if not any(operator for operator, _ in errors):
+        return f"{flavour.name} {flavour.version} cannot parse {onnx_path}: {next(iter(errors.values()), log.last())}"
     lines = [
         f"  {operator} {name!r}: {reason}; {_REMEDIES.get(operator, _REMEDY)}" for (operator, name), reason in errors.items()
     ]

@@ -1,0 +1,39 @@
+"""Small real artifacts that many tests start from."""
+
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+import deploy
+from deploy.artifact import Artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare ONNX file: y = relu(x @ w), x of shape (batch, 4) and y (batch, 3), float32."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        tiny (float[batch, 4] x) => (float[batch, 3] y)
+        <float[4, 3] w = {1, -2, 3, 4, 5, -6, 7, 8, 9, -1, 0, 2}> {
+            [product] z = MatMul(x, w)
+            [clip] y = Relu(z)
+        }
+    """
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_lenet5(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The artifact of a random `lenet5`; tests must not change it."""
+    return deploy.export(tmp_path_factory.mktemp("lenet5") / "lenet5", arch="lenet5")
+
+
+@pytest.fixture
+def lenet5(shared_lenet5: Artifact, tmp_path: Path) -> Artifact:
+    """A copy of the artifact of a random `lenet5`, for tests that change it."""
+    shutil.copytree(shared_lenet5.path, tmp_path / "lenet5")
+    return Artifact.open(tmp_path / "lenet5")

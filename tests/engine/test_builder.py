@@ -1,0 +1,176 @@
+"""Engines are built from typed ONNX files with the real TensorRT-RTX builder, which needs no GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from deploy.artifact import Exclusion
+from deploy.engine.attestation import check_honoured, network_share
+from deploy.engine.builder import BuildOptions, BuiltEngine, build_engine
+from deploy.engine.flavour import Flavour, load_flavour
+from deploy.errors import BackendError, EngineError, UsageError
+from deploy.macs import count_macs
+from deploy.tensors import Profile, ShapeRange
+
+SHAPES: Profile = {"x": ShapeRange(min=(1, 3, 8, 8), opt=(4, 3, 8, 8), max=(8, 3, 8, 8))}
+MACS = {"stem": 4 * 8 * 8 * 8 * 27, "head": 4 * 5 * 8}
+
+# A convolution in `T` and a matrix product in FP32; {c} casts between them.
+MIXED = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    mixed (float[batch, 3, 8, 8] x) => (float[batch, 5] y)
+    <{t}[8, 3, 3, 3] w, float[8, 5] v> {{
+        [in] a = Cast<to = {code}>(x)
+        [stem] b = Conv<pads = [1, 1, 1, 1]>(a, w)
+        [pool] c = GlobalAveragePool(b)
+        [flat] d = Flatten(c)
+        [out] e = Cast<to = 1>(d)
+        [head] y = MatMul(e, v)
+    }}
+"""
+
+QUANTIZED = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    quantized (float[batch, 3, 8, 8] x) => (float[batch, 8, 8, 8] y)
+    <float s = {0.05}, int8 z = {0}, int8[8, 3, 3, 3] w, float ws = {0.02}, int8 wz = {0}> {
+        [q] a = QuantizeLinear(x, s, z)
+        [dq] b = DequantizeLinear(a, s, z)
+        [dqw] c = DequantizeLinear(w, ws, wz)
+        [stem] y = Conv<pads = [1, 1, 1, 1]>(b, c)
+    }
+"""
+
+REFUSED = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    refused (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y, float[batch, 3, 5, 5] z)
+    <int64[2] image = {5, 5}, int64[2] block = {2, 2}> {
+        [first_fold] y = Col2Im(x, image, block)
+        a = Neg(x)
+        [second_fold] z = Col2Im(a, image, block)
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Flavour:
+    return load_flavour("tensorrt-rtx")
+
+
+def save(text: str, path: Path) -> Path:
+    """Write a graph; tensors that are declared and not computed become initializers full of ones."""
+    model = onnx.parser.parse_model(text)
+    for value in model.graph.value_info:
+        kind = value.type.tensor_type
+        shape = [dim.dim_value for dim in kind.shape.dim]
+        ones = np.ones(shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(ones, value.name))
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path
+
+
+def mixed(path: Path, precision: str) -> Path:
+    name, code = {"fp16": ("float16", 10), "bf16": ("bfloat16", 16), "fp32": ("float", 1)}[precision]
+    return save(MIXED.format(t=name, code=code), path)
+
+
+def build(rtx: Flavour, path: Path, profile: Profile = SHAPES, options: BuildOptions | None = None) -> BuiltEngine:
+    return build_engine(rtx, path, [profile], options or BuildOptions())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_an_engine_is_built_and_its_precision_read_back_from_the_network(rtx: Flavour, tmp_path: Path, precision: str) -> None:
+    path = mixed(tmp_path / "mixed.onnx", precision)
+    built = build(rtx, path)
+    assert len(built.plan) > 1000
+    assert built.target.flavour == "tensorrt-rtx"
+    assert built.target.gpu is None
+    macs = count_macs(path, {"x": SHAPES["x"].opt})
+    assert macs == MACS
+    share, by_node = network_share(built.network, rtx.trt, macs)
+    assert by_node == {"stem": precision, "head": "fp32"}
+    assert share.origin == "network"
+    stem = MACS["stem"] / sum(MACS.values())
+    assert getattr(share, precision) == pytest.approx(1 if precision == "fp32" else stem)
+    assert share.int8 == 0
+
+
+def test_a_layer_behind_dequantize_linear_counts_as_int8(rtx: Flavour, tmp_path: Path) -> None:
+    path = save(QUANTIZED, tmp_path / "quantized.onnx")
+    built = build(rtx, path)
+    share, _ = network_share(built.network, rtx.trt, count_macs(path, {"x": SHAPES["x"].opt}))
+    assert share.int8 == 1
+
+
+def test_a_network_in_fp32_does_not_pass_for_fp16(rtx: Flavour, tmp_path: Path) -> None:
+    path = mixed(tmp_path / "mixed.onnx", "fp32")
+    macs = count_macs(path, {"x": SHAPES["x"].opt})
+    _, by_node = network_share(build(rtx, path).network, rtx.trt, macs)
+    with pytest.raises(EngineError, match=r"fp16 was asked for, and 0% .* stem \(fp32\), head \(fp32\)"):
+        check_honoured("fp16", by_node, macs, [], "engine")
+    with pytest.raises(EngineError, match="head"):
+        check_honoured("fp16", by_node, macs, [Exclusion(node="stem", reason="overflow")], "engine")
+    excluded = [Exclusion(node=node, reason="overflow") for node in MACS]
+    check_honoured("fp16", by_node, macs, excluded, "engine")
+    check_honoured("fp32", by_node, macs, [], "engine")
+
+
+def test_progress_is_told_while_building(rtx: Flavour, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    build_engine(rtx, mixed(tmp_path / "m.onnx", "fp16"), [SHAPES], BuildOptions(), lambda *step: seen.append(step))
+    assert ("parsing", 0, 0) in seen
+    assert any(done == total > 0 for _, done, total in seen)
+
+
+def test_every_refused_node_is_listed_by_name_with_a_remedy(rtx: Flavour, tmp_path: Path) -> None:
+    path = save(REFUSED, tmp_path / "refused.onnx")
+    shapes = ShapeRange(min=(1, 12, 16), opt=(1, 12, 16), max=(1, 12, 16))
+    with pytest.raises(EngineError) as caught:
+        build(rtx, path, {"x": shapes})
+    text = str(caught.value)
+    assert "refuses 2 nodes" in text
+    assert "Col2Im 'first_fold'" in text
+    assert "Col2Im 'second_fold'" in text
+    assert "transposed convolution" in text
+
+
+def test_a_file_that_is_no_onnx_is_an_error(rtx: Flavour, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"cannot parse .*bad\.onnx"):
+        build(rtx, tmp_path / "bad.onnx")
+
+
+def test_a_profile_that_does_not_fit_is_an_error(rtx: Flavour, tmp_path: Path) -> None:
+    wrong = ShapeRange(min=(1, 4, 8, 8), opt=(1, 4, 8, 8), max=(1, 4, 8, 8))
+    with pytest.raises(EngineError, match="Dimension mismatch for tensor x and profile 0"):
+        build(rtx, mixed(tmp_path / "m.onnx", "fp32"), {"x": wrong})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [BuildOptions(tf32=True), BuildOptions(opt_level=0), BuildOptions(opt_level=5), BuildOptions(hardware_compatible=True)],
+)
+def test_builder_options_are_taken(rtx: Flavour, tmp_path: Path, options: BuildOptions) -> None:
+    assert build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=options).plan
+
+
+def test_options_that_the_flavour_does_not_have_are_refused(rtx: Flavour, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="timing-cache"):
+        build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=BuildOptions(timing_cache=tmp_path / "cache"))
+    with pytest.raises(UsageError, match="0 to 5"):
+        BuildOptions(opt_level=9)
+
+
+def test_flavours_that_are_unknown_or_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="unknown flavour 'tensorrt-lite'"):
+        load_flavour("tensorrt-lite")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendError, match=r"tensorrt-rtx is not installed: pip install 'deploy\[cpu\]'"):
+        load_flavour("tensorrt-rtx")
+
+
+def test_auto_is_tensorrt_rtx_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.engine.flavour.has_gpu", lambda: False)
+    assert load_flavour("auto").name == "tensorrt-rtx"
