@@ -13,6 +13,7 @@ from deploy.pipeline.building import BuildTrtOptions, build_trt_artifact
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact
 from deploy.pipeline.exporting import ExportOptions, export_artifact, export_onnx_file
 from deploy.progress import Progress, silent
+from deploy.weights import Match
 
 BUILD = Path("build")
 """Where artifacts go when no directory is named."""
@@ -28,7 +29,7 @@ def export(
     onnx: PathLike | None = None,
     model_args: Mapping[str, Any] | Sequence[str] = (),
     weights: PathLike | None = None,
-    match: str = "name",
+    match: Match = "name",
     allow_partial: bool = False,
     num_classes: int | None = None,
     inputs: Sequence[str] = (),

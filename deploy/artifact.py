@@ -216,6 +216,14 @@ class Artifact:
         return self.path / self.bare if self.bare else self.path
 
     @property
+    def shown(self) -> str:
+        """The location as a message shows it: relative where it lies under the current folder."""
+        try:
+            return str(Path(os.path.abspath(self.location)).relative_to(Path.cwd()))
+        except ValueError:
+            return str(self.location)
+
+    @property
     def size(self) -> int:
         """Bytes of what is run: the engine, or the ONNX file with its external data."""
         names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]

@@ -109,11 +109,10 @@ def _load_pickle(path: Path) -> Any:
 def _refuse_other_archives(path: Path) -> None:
     """Raise CheckpointError for archives of torch and others that are no checkpoint, saying what to do."""
     try:
+        with path.open("rb") as file:
+            if file.read(262)[257:] == b"ustar":  # `.tar` is what many name a checkpoint, and here it is one
+                raise CheckpointError(f"{path} is a tar archive: unpack it and give the checkpoint inside")
         if not zipfile.is_zipfile(path):
-            # torch.save's oldest format was a tar file of this very extension; a packed folder looks the same.
-            with path.open("rb") as file:
-                if file.read(262)[257:] == b"ustar":
-                    raise CheckpointError(f"{path} is a tar archive: unpack it and give the checkpoint inside")
             return
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}

@@ -327,7 +327,7 @@ def _complaint(module: nn.Module, state: Mapping[str, Tensor], report: LoadRepor
         ("unexpected", report.unexpected),
         ("of another shape", report.mismatched),
     ]
-    counts = ", ".join(f"{len(names)} {what}" for what, names in lists)
+    counts = ", ".join(f"{len(names)} {what}" for what, names in lists if names)
     taken = f" (prefix {' and '.join(map(repr, report.stripped))} taken off)" if report.stripped else ""
     lines = [f"{_place(state)} does not fit {type(module).__name__} by {report.match}: {counts}{taken}"]
     lines += [f"  {what} ({len(names)}): {_some(names)}" for what, names in lists if names]
@@ -340,12 +340,12 @@ def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) 
     classes = infer_num_classes(module, state, report.match) if report.mismatched and not report.missing else None
     if classes is not None and report.mismatched[-1].name in names[-2:]:
         return f"--num-classes {classes}, which is what the head of the checkpoint has"
+    if report.complete:
+        return "--allow-partial, which leaves the unexpected out, or the architecture that has them"
     if report.match == "name" and getattr(state, "ordered", True):
         pairs, _ = _pairs(module, state, "order")
         if len(pairs) == len(names) and not _mismatched(_tensors(module), state, pairs):
             return f"--match order, by which all {len(names)} tensors fit"
     if not report.loaded:
         return "another architecture: nothing of this one is in the checkpoint"
-    if report.complete:
-        return "--allow-partial, which leaves the unexpected out, or the architecture that has them"
     return "the architecture and the arguments that it was trained with, or --allow-partial to load what fits"

@@ -1,6 +1,9 @@
 """Small real artifacts that many tests start from."""
 
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -8,6 +11,7 @@ import pytest
 
 import deploy
 from deploy.artifact import Artifact
+from deploy.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +41,27 @@ def lenet5(shared_lenet5: Artifact, tmp_path: Path) -> Artifact:
     """A copy of the artifact of a random `lenet5`, for tests that change it."""
     shutil.copytree(shared_lenet5.path, tmp_path / "lenet5")
     return Artifact.open(tmp_path / "lenet5")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Runs the command line in this process: `run("export", "--arch", "mlp")`."""
+
+    def call(*args: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["deploy", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Finished(status=int(ended.value.code or 0), out=captured.out, err=captured.err)
+
+    return call

@@ -69,8 +69,9 @@ def main() -> None:
     """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
     args = sys.argv[1:]
     debug = "--debug" in args
-    logging.getLogger("deploy").addHandler(_Stderr())
-    logging.getLogger("deploy").setLevel(logging.INFO)
+    logger = logging.getLogger("deploy")
+    logger.handlers = [_Stderr()]
+    logger.setLevel(logging.INFO)
     try:
         status = cli.main(args, prog_name="deploy", standalone_mode=False) or 0
     except click.ClickException as error:

@@ -56,7 +56,7 @@ def open_or_newest(path: str | None, what: str, usable: Callable[[Artifact], boo
     found = newest(usable)
     if found is None:
         raise UsageError(f"no {what} under {BUILD}/: name one, or make one with `deploy export`")
-    click.echo(f"using {found.location}", err=True)
+    click.echo(f"using {found.shown}", err=True)
     return found
 
 

@@ -43,7 +43,7 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
         return
     top5 = f"top-{result.k} {result.top5:.2f} %"
     click.echo(
-        f"{artifact.location} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {result.images} images,"
+        f"{artifact.shown} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {result.images} images,"
         f" {result.images_per_s:.0f} images/s with decoding"
     )
 

@@ -1,6 +1,7 @@
 """`deploy export`."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -42,7 +43,7 @@ def command(
     onnx: Path | None,
     model_args: tuple[str, ...],
     weights: Path | None,
-    match: str,
+    match: Literal["name", "order"],
     allow_partial: bool,
     num_classes: int | None,
     inputs: tuple[str, ...],

@@ -42,7 +42,7 @@ def _origin(artifact: Artifact) -> list[tuple[str, str]]:
     current: Artifact = artifact
     try:
         while (parent := current.parent()) is not None:
-            rows.append(("from", f"{parent.location} ({parent.manifest.precision}, {parent.manifest.digest[:12]})"))
+            rows.append(("from", f"{parent.shown} ({parent.manifest.precision}, {parent.manifest.digest[:12]})"))
             current = parent
     except ArtifactError as error:
         rows.append(("from", f"{error}"))

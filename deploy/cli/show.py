@@ -10,7 +10,7 @@ def summary(artifact: Artifact) -> str:
     """What an artifact is and its evidence, a line each."""
     manifest = artifact.manifest
     kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
-    lines = [f"{artifact.location}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
+    lines = [f"{artifact.shown}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
     lines += [_row("input", str(spec)) for spec in manifest.inputs]
     lines += [_row("output", str(spec)) for spec in manifest.outputs]
     for profile in manifest.profiles:

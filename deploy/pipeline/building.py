@@ -15,7 +15,6 @@ from deploy.artifact import (
     ONNX,
     Artifact,
     ArtifactWriter,
-    Parent,
     Stage,
     check_output,
     request_digest,
@@ -26,8 +25,8 @@ from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.errors import UsageError
 from deploy.macs import count_macs
-from deploy.pipeline.conversion import Converted, ConvertOptions, convert_onnx
-from deploy.pipeline.exporting import tools
+from deploy.pipeline.conversion import IMAGES, Converted, ConvertOptions, convert_onnx
+from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
 from deploy.progress import Progress, silent
 from deploy.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
 
@@ -72,6 +71,8 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
             f"{artifact.location} is {manifest.precision} already; --{options.precision} takes an FP32 artifact. Leave the option out"
             " to build the file as it is"
         )
+    if os.path.realpath(out) == os.path.realpath(artifact.path):
+        raise UsageError(f"{out} is the artifact to build from, which stays as it is; choose another -o")
     flavour = load_flavour(options.flavour)
     profiles = _profiles(options.shapes, manifest.inputs, manifest.profiles)
     stage = _stage(artifact, options, flavour, profiles)
@@ -81,7 +82,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
     artifact.verify(weights=False)
     converted: Converted | None = None
     if options.precision is not None:
-        convert = ConvertOptions(precision=options.precision, fp16_io=options.fp16_io, data=options.data)
+        convert = ConvertOptions(precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=profiles[0])
         converted = convert_onnx(artifact, convert, progress)
     with ArtifactWriter(out) as writer:
         typed = writer.path / ONNX
@@ -90,7 +91,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
         else:
             _copy_onnx(artifact, writer.path)
         built = build_engine(flavour, typed, profiles, options.build, progress)
-        macs = count_macs(typed, {name: shapes.opt for name, shapes in profiles[0].items()} if profiles else {})
+        macs = count_macs(typed, {name: shapes.opt for name, shapes in profiles[0].items()})
         share, by_node = network_share(built.network, flavour.trt, macs)
         exclusions = converted.exclusions if converted else manifest.exclusions
         precision = options.precision or manifest.precision
@@ -102,7 +103,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
                 kind="engine",
                 name=out.resolve().name,
                 precision=precision,
-                parent=Parent(path=os.path.relpath(artifact.location, out.resolve()), digest=manifest.digest),
+                parent=parent_record(artifact, out),
                 files={},
                 inputs=converted.inputs if converted else manifest.inputs,
                 outputs=converted.outputs if converted else manifest.outputs,
@@ -110,7 +111,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
                 parity=converted.parity if converted else manifest.parity,
                 accuracy=None,
                 exclusions=list(exclusions),
-                tools=tools() | {flavour.name: flavour.version},
+                tools=tool_versions() | {flavour.name: flavour.version},
                 stage=stage,
                 target=built.target,
                 precision_share=share,
@@ -175,14 +176,14 @@ def _stage(artifact: Artifact, options: BuildTrtOptions, flavour: Flavour, profi
         "parent": artifact.manifest.digest,
         "precision": options.precision,
         "fp16_io": options.fp16_io,
-        "data": os.fspath(options.data.resolve()) if options.data else None,
+        "data": data_digest(options.data, IMAGES) if options.data else None,
         "flavour": [flavour.name, flavour.version],
         "profiles": msgspec.to_builtins(profiles),
         "opt_level": build.opt_level,
         "tf32": build.tf32,
         "version_compatible": build.version_compatible,
         "hardware_compatible": build.hardware_compatible,
-        "tools": tools(),
+        "tools": tool_versions(),
     }
     return Stage(name="build-trt", request=request_digest(request))
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,12 +31,13 @@ from deploy.exporter import example_dims, export_graph, flatten_outputs, save_gr
 from deploy.factory import BuiltModel, build_model
 from deploy.feeds import image_feeds
 from deploy.onnxfile import graph_specs, load_graph, open_onnx
-from deploy.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
+from deploy.parity import TOLERANCES, Parity, Tolerance, compare
+from deploy.pipeline.lineage import data_digest, onnxruntime_version, random_feeds, tool_versions
 from deploy.preprocess import Preprocess
 from deploy.progress import Progress, silent
 from deploy.runtime.session import Session, SessionOptions, open_session
 from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, parse_shape, random_feed
-from deploy.weights import save_weights
+from deploy.weights import Match, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class ExportOptions:
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     weights: Path | None = None
-    match: Literal["name", "order"] = "name"
+    match: Match = "name"
     allow_partial: bool = False
     num_classes: int | None = None
     inputs: tuple[str, ...] = ()
@@ -142,6 +141,7 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
             source=Source(
                 factory=built.factory,
                 args=dict(built.args),
+                folder=built.folder,
                 files=list(built.source_files),
                 weights=options.weights.name if options.weights else None,
                 state_dict="",
@@ -158,7 +158,7 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
             accuracy=None,
             calibration=None,
             exclusions=[],
-            tools=tools(),
+            tools=tool_versions(),
             stage=stage,
             created="",
         )
@@ -189,14 +189,9 @@ def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: 
                 files={},
                 preprocess=_preprocess(preprocess, bare.manifest.inputs),
                 classes=names,
-                tools=tools(),
+                tools=tool_versions(),
             )
         )
-
-
-def tools() -> dict[str, str]:
-    """Versions of what takes part in making artifacts."""
-    return {name: version(name) for name in ("deploy", "torch", "onnx", "onnxscript", "onnxruntime")}
 
 
 def read_classes(path: Path) -> list[str]:
@@ -255,13 +250,12 @@ def _output_names(options: ExportOptions, built: BuiltModel, found: Sequence[str
     return names
 
 
-def _preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
-    if spec is None:
-        return None
+def _preprocess(spec: str | Preprocess | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
+    if spec is None or isinstance(spec, Preprocess):
+        return spec
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
         raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
-    size = inputs[0].shape[2:] if inputs[0].shape[1] in (1, 3) else inputs[0].shape[1:3]
-    height, width = size
+    height, width = inputs[0].shape[2:] if inputs[0].shape[1] in (1, 3) else inputs[0].shape[1:3]
     return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
 
 
@@ -293,8 +287,8 @@ def _stage(
         "opset": options.opset,
         "tolerance": [options.rtol, options.atol],
         "name": options.name,
-        "data": os.fspath(options.data.resolve()) if options.data else None,
-        "tools": tools(),
+        "data": data_digest(options.data, _REAL_IMAGES) if options.data else None,
+        "tools": tool_versions(),
     }
     return Stage(name="export", request=request_digest(request))
 
@@ -315,11 +309,8 @@ def _eager(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[s
 
 
 def _feeds(artifact: Artifact, dims: Mapping[str, int], data: Path | None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Random feeds at `PARITY_BATCHES` (three seeds where the batch is fixed), and real images where `data` is given."""
-    specs = artifact.manifest.inputs
-    batch = batch_dim(specs)
-    for seed, size in enumerate(PARITY_BATCHES):
-        yield "random", random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed + 1)
+    for feed in random_feeds(artifact.manifest.inputs, dims):
+        yield "random", feed
     if data is not None:
         for feed in image_feeds(artifact, data, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
             yield "images", feed
@@ -349,4 +340,4 @@ def _parity(
             what=artifact.manifest.name,
         )
         cases.append(case)
-    return Parity(against="eager", by=f"onnxruntime {version('onnxruntime')}", tolerance=tolerance, cases=cases)
+    return Parity(against="eager", by=f"onnxruntime {onnxruntime_version()}", tolerance=tolerance, cases=cases)

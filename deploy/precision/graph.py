@@ -13,6 +13,8 @@ from deploy.errors import PrecisionError
 STANDARD = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
 
+_SMALL = 1024  # bytes; constants that shapes are computed from are smaller
+
 _FIRST_CONVERTIBLE = 18  # onnxscript's version converter starts here; onnx's own does what is older
 
 
@@ -34,8 +36,9 @@ def prepare(model: onnx.ModelProto, *, opset: int = 1) -> onnx.ModelProto:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.NameFixPass()(graph)
     check(graph, "the graph is not valid ONNX")
-    common.ShapeInferencePass(data_prop=False)(graph)
-    return ir.to_proto(graph)
+    prepared = ir.to_proto(graph)
+    _infer_types(prepared)
+    return prepared
 
 
 def check(model: ir.Model, what: str) -> None:
@@ -78,6 +81,19 @@ def _upgrade(model: onnx.ModelProto, opset: int) -> ir.Model:
         node.version = None
     graph.ir_version = max(graph.ir_version, 10)  # the first IR version for opset 22
     return graph
+
+
+def _infer_types(model: onnx.ModelProto) -> None:
+    """Note the type and shape of every value of the main graph that lacks them, as far as they can be inferred."""
+    # Large weights become inputs: a message to onnx cannot exceed 2 GiB. (onnx_ir's own pass takes sequences for tensors.)
+    slim = ir.from_proto(model)
+    for value in list(slim.graph.initializers.values()):
+        if value.const_value is not None and value.const_value.nbytes > _SMALL:
+            del slim.graph.initializers[value.name or ""]
+            slim.graph.inputs.append(value)
+    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(slim), strict_mode=True)
+    known = {value.name for value in model.graph.value_info}
+    model.graph.value_info.extend(value for value in inferred.graph.value_info if value.name not in known)
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -73,7 +73,8 @@ class _Conversion:
         others = [(node, index) for node, index in uses if self._wanted(node, index, value) != value.dtype]
         if not others:
             return
-        if value.is_initializer() and len(others) == len(value.uses()):  # nobody needs it in FP32
+        if value.is_initializer() and len(others) == len(value.uses()) and not value.is_graph_output():
+            # Nobody needs it in FP32.
             value.const_value = self._rounded(value)
             value.dtype = self.half
             return

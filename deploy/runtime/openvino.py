@@ -54,9 +54,10 @@ class OpenVinoSession(Session):
                 request = self._idle.pop()
             except IndexError:
                 request = compiled.create_infer_request()
-            for name, position in zip(self._input_names, self._positions, strict=True):
-                x = feed[name]
-                request.set_input_tensor(position, openvino.Tensor(x if x.flags.writeable else x.copy(), shared_memory=True))
+            # A tensor does not keep its array alive: `arrays` does, until the run is over. It takes no read-only ones.
+            arrays = [x if x.flags.writeable else x.copy() for x in map(feed.__getitem__, self._input_names)]
+            for position, x in zip(self._positions, arrays, strict=True):
+                request.set_input_tensor(position, openvino.Tensor(x, shared_memory=True))
             request.infer()
             # Copies: the next run with this request writes to the same memory.
             results = [request.get_output_tensor(i).data.copy() for i in range(len(self._output_names))]

@@ -45,11 +45,16 @@ def test_other_files_are_counted_and_hidden_ones_skipped(tmp_path):
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
-    touch(tmp_path, "data/a/1.png", "elsewhere/2.png")
+    touch(tmp_path, "data/a/1.png", "elsewhere/2.png", "more/3.png")
+    (tmp_path / "data/a/more").symlink_to(tmp_path / "more")
     (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/a/round").symlink_to(tmp_path / "data/a")
     folder = scan(tmp_path / "data")
-    assert [path.relative_to(tmp_path).as_posix() for path, _ in folder.samples] == ["data/a/1.png", "data/b/2.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in folder.samples] == [
+        "data/a/1.png",
+        "data/a/more/3.png",
+        "data/b/2.png",
+    ]
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -112,6 +117,11 @@ def test_a_sample_repeats_with_its_seed_and_begins_the_larger_one(tmp_path):
     assert list(folder.sample(80)) != list(folder.samples)
 
 
+def test_a_sample_smaller_than_the_classes_favours_none(tmp_path):
+    folder = make(tmp_path, a=2, b=2, c=2)
+    assert {folder.sample(1, seed=seed)[0][1] for seed in range(20)} == {0, 1, 2}
+
+
 def test_a_sample_of_more_than_there_are_is_all(tmp_path):
     folder = make(tmp_path, a=3, b=1)
     assert sorted(folder.sample(100)) == list(folder.samples)
@@ -165,9 +175,21 @@ def test_images_are_decoded_no_further_ahead_than_one_batch():
         next(stream)
         time.sleep(0.1)
         assert taken <= len(loaded) <= taken + 10
+
+
+def test_a_stream_that_is_closed_loads_nothing_more():
+    loaded: list[Path] = []
+
+    def load(path: Path) -> np.ndarray:
+        loaded.append(path)
+        time.sleep(0.05)
+        return number(path)
+
+    stream = batches(numbered(100), load, 20, workers=2)
+    next(stream)
     stream.close()
     count = len(loaded)
-    time.sleep(0.1)
+    time.sleep(0.2)
     assert len(loaded) == count
 
 

@@ -12,7 +12,7 @@ from deploy.models.finetune import freeze, initialize_weights, replace_head
 
 
 def test_replaced_head_has_the_new_classes_and_leaves_the_rest() -> None:
-    module = create("resnet18")
+    module = create("resnet18").eval()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     head = replace_head(module, 5)
     assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
@@ -39,7 +39,7 @@ def test_named_head_is_replaced_and_a_wrong_name_gets_near_ones() -> None:
     module = create("lenet5")
     with pytest.raises(ModelError, match=r"no linear layer or convolution 'fc4'; did you mean .*'fc3'"):
         replace_head(module, 5, name="fc4")
-    with pytest.raises(ModelError, match="nothing|no linear layer and no convolution"):
+    with pytest.raises(ModelError, match="no linear layer and no convolution"):
         replace_head(nn.ReLU(), 5)
     with pytest.raises(ModelError, match="num_classes must be 1 or more, not 0"):
         replace_head(module, 0)

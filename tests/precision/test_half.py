@@ -176,6 +176,18 @@ def test_an_initializer_that_is_an_output_keeps_its_name_and_type(parse):
     np.testing.assert_array_equal(CpuGraph(model)({"x": np.ones(2, np.float16)})["w"], [1, 2])
 
 
+def test_sequences_stay_fp32(parse):
+    original = parse(
+        """g (float[N, 4] x) => (float[N, 2] y) { r = Relu(x) i = Constant<value_int = 0>() k = Constant<value_int = 2>()
+        [split] s = SplitToSequence<axis = 1>(r, k) [at] a = SequenceAt(s, i) y = Neg(a) }"""
+    )
+    model, exclusions = to_half(original, "fp16")
+    assert [exclusion.node for exclusion in exclusions] == ["split", "at"]
+    assert types(model)["r"] == FLOAT16
+    feed = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    np.testing.assert_array_equal(CpuGraph(model)(feed)["y"], CpuGraph(original)(feed)["y"])
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,88 @@
+"""`deploy bench`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from deploy.cli.common import BUILD, PATH, debug_option, device_option, progress_bar, threads_option
+from deploy.errors import UsageError
+
+
+@click.command("bench")
+@click.argument("artifacts", nargs=-1, metavar="[ARTIFACT]...")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="B",
+    help="onnxruntime, openvino or compile; may be repeated.  [default: all installed but compile]",
+)
+@click.option("--batch", "batches", default=None, metavar="1,8,32", help="Batch sizes.  [default: 1,8,32]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=15.0,
+    show_default=True,
+    metavar="S",
+    help="Time to spend on measuring.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=PATH,
+    metavar="FILE",
+    help="Write the results, raw samples included, to FILE (- for standard output).",
+)
+@device_option
+@threads_option
+@debug_option
+def command(
+    artifacts: tuple[str, ...],
+    backends: tuple[str, ...],
+    batches: str | None,
+    seconds: float,
+    json_file: Path | None,
+    device: str,
+    threads: int | None,
+) -> int:
+    """Time artifacts and backends, each in a process of its own and paired with eager PyTorch.
+
+    Without arguments: all artifacts under build/ that descend from the same state_dict as the newest.
+    """
+    from deploy.bench.measure import bench  # loads numpy and onnx
+    from deploy.bench.plan import BenchOptions, find_artifacts
+    from deploy.bench.table import print_table
+    from deploy.onnxfile import open_artifact
+
+    options = BenchOptions(
+        backends=tuple(name for text in backends for name in text.split(",")),
+        batches=_sizes(batches),
+        seconds=seconds,
+        device=device,
+        threads=threads,
+    )
+    found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
+    with progress_bar() as progress:
+        result = bench(found, options, named=bool(artifacts), progress=progress)
+    document = json.dumps(result.to_json(), indent=1) + "\n"
+    if json_file is not None and str(json_file) == "-":
+        click.echo(document, nl=False)
+    else:
+        if json_file is not None:
+            try:
+                json_file.write_text(document, encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
+        print_table(result, sys.stdout)
+    return 1 if result.failed else 0
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"cannot read the batch sizes {text!r}; expected numbers such as 1,8,32")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,49 @@
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.artifact import Artifact
+from deploy.errors import BackendError
+from deploy.runtime.session import SessionOptions, open_session
+
+
+def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deploy.runtime.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"openvino cannot be imported .*pip install 'deploy\[cpu\]'"):
+        importlib.import_module("deploy.runtime.openvino")
+
+
+def test_fp32_means_fp32(shared_lenet5: Artifact) -> None:
+    """On a CPU with bfloat16 arithmetic OpenVINO's own default would be off by some 1e-3 here."""
+    x = np.random.default_rng(0).standard_normal((8, 1, 28, 28), dtype=np.float32)
+    with open_session(shared_lenet5, "onnxruntime") as reference, open_session(shared_lenet5, "openvino") as session:
+        np.testing.assert_allclose(session(x), reference(x), rtol=0, atol=1e-6)
+
+
+def test_another_precision_is_used_when_asked_for_or_refused(shared_lenet5: Artifact) -> None:
+    """Which of the two depends on the CPU; falling back to FP32 in silence is what must not happen."""
+    x = np.random.default_rng(0).standard_normal((8, 1, 28, 28), dtype=np.float32)
+    with open_session(shared_lenet5, "onnxruntime") as reference:
+        expected = reference(x)
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    if "avx512_bf16" not in flags:
+        with pytest.raises(BackendError, match="openvino cannot compute in bf16 on this CPU"):
+            open_session(shared_lenet5, "openvino", SessionOptions(compute="bf16"))
+        return
+    with open_session(shared_lenet5, "openvino", SessionOptions(compute="bf16")) as session:
+        error = np.abs(session(x) - expected).max()
+    assert 1e-5 < error < 5e-2
+
+
+def test_several_inputs_and_outputs_keep_their_names(pair: Artifact) -> None:
+    feed = {"index": np.array([5, 7]), "x": np.random.default_rng(0).standard_normal((2, 4), dtype=np.float32)}
+    with open_session(pair, "onnxruntime") as reference, open_session(pair, "openvino") as session:
+        expected = reference.run(feed)
+        results = session.run(feed)
+    assert list(results) == ["y", "total", "same", "anchors"]
+    for name, result in results.items():
+        np.testing.assert_allclose(result, expected[name], rtol=1e-5, atol=1e-6)

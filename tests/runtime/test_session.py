@@ -1,0 +1,299 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from deploy.artifact import ONNX, Artifact
+from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
+from deploy.onnxfile import open_onnx
+from deploy.runtime.session import AUTO, BACKENDS, Session, SessionOptions, open_session
+from deploy.tensors import random_feed
+
+
+@pytest.fixture(scope="module")
+def session(shared_lenet5: Artifact) -> Session:
+    return open_session(shared_lenet5, "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def pair_session(pair: Artifact) -> Session:
+    return open_session(pair, "onnxruntime")
+
+
+def images(batch: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 1, 28, 28), dtype=np.float32)
+
+
+def pair_feed(batch: int = 2) -> dict[str, np.ndarray]:
+    return {
+        "x": np.random.default_rng(batch).standard_normal((batch, 4), dtype=np.float32),
+        "index": np.arange(batch, dtype=np.int64),
+    }
+
+
+def test_a_session_tells_its_inputs_and_outputs(pair_session: Session) -> None:
+    assert [str(spec) for spec in pair_session.inputs] == ["x: float32 batchx4", "index: int64 batch"]
+    assert [spec.name for spec in pair_session.outputs] == ["y", "total", "same", "anchors"]
+
+
+def test_calling_a_session_equals_run(session: Session) -> None:
+    x = images(3)
+    np.testing.assert_array_equal(session(x), session.run({"input": x})["logits"])
+
+
+def test_calling_a_session_with_several_inputs_is_refused(pair_session: Session) -> None:
+    with pytest.raises(InputError, match=r"2 inputs and 4 outputs: use run\(\) with names \(x, index\)"):
+        pair_session(np.zeros((1, 4), np.float32))
+
+
+def test_torch_tensors_give_torch_tensors_of_the_same_values(session: Session) -> None:
+    x = images(2)
+    result = session(torch.from_numpy(x))
+    assert isinstance(result, torch.Tensor)
+    assert result.dtype == torch.float32
+    assert result.device == torch.device("cpu")
+    np.testing.assert_array_equal(result.numpy(), session(x))
+
+
+def test_a_tensor_that_wants_gradients_is_taken_and_the_result_has_none(session: Session) -> None:
+    x = torch.from_numpy(images(1)).requires_grad_()
+    assert not session(x).requires_grad
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: np.asfortranarray(x),
+        lambda x: np.repeat(x, 2, axis=3)[..., ::2],
+        lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+        lambda x: np.ascontiguousarray(x.transpose(0, 3, 2, 1)).transpose(0, 3, 2, 1),
+    ],
+    ids=["fortran", "strided", "negative", "transposed"],
+)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_arrays_that_are_not_contiguous_give_the_same_result(
+    shared_lenet5: Artifact, backend: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    x = images(2)
+    changed = change(x)
+    assert not changed.flags.c_contiguous
+    with open_session(shared_lenet5, backend) as session:
+        expected = session(x)
+        np.testing.assert_allclose(session(changed), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(session(changed), expected, rtol=0, atol=1e-6)  # the checked path as well
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_read_only_arrays_are_taken_and_inputs_never_change(shared_lenet5: Artifact, backend: str) -> None:
+    x = images(2)
+    before = x.copy()
+    frozen = x.copy()
+    frozen.setflags(write=False)
+    with open_session(shared_lenet5, backend) as session:
+        expected = session(x)
+        for _ in range(2):
+            np.testing.assert_allclose(session(frozen), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_results_belong_to_the_caller(shared_lenet5: Artifact, backend: str) -> None:
+    with open_session(shared_lenet5, backend) as session:
+        first = session(images(2))
+        kept = first.copy()
+        second = session(images(2, seed=1))
+        np.testing.assert_array_equal(first, kept)
+        first += 1  # writable
+        assert not np.shares_memory(first, second)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_half_precision_goes_in_and_comes_out_unchanged(half: Artifact, shared_lenet5: Artifact, backend: str) -> None:
+    x = images(2)
+    with open_session(shared_lenet5, "onnxruntime") as full:
+        expected = full(x)
+    with open_session(half, backend) as session:
+        dtype = np.float32 if backend == "eager" else np.float16  # eager is the FP32 module that it descends from
+        result = session(x.astype(dtype))
+        as_tensor = session(torch.from_numpy(x.astype(dtype)))
+    assert result.dtype == dtype
+    assert as_tensor.numpy().dtype == dtype
+    np.testing.assert_allclose(result.astype(np.float32), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("feed", "message"),
+    [
+        ({}, r"missing x: float32 batchx4, index: int64 batch"),
+        ({"x": np.zeros((1, 4), np.float32)}, r"missing index: int64 batch"),
+        (pair_feed() | {"z": np.zeros(1)}, r"unknown 'z'; expected x: float32 batchx4, index: int64 batch"),
+        ({"X": np.zeros((1, 4), np.float32), "index": np.zeros(1, np.int64)}, r"missing x: .*unknown 'X'"),
+        (pair_feed() | {"x": np.zeros((2, 4))}, r"'x' is float64; expected x: float32 batchx4"),
+        (pair_feed() | {"x": np.zeros((2, 5), np.float32)}, r"'x' has shape 2x5; expected x: float32 batchx4"),
+        (pair_feed() | {"x": np.zeros((2, 4, 1), np.float32)}, r"'x' has 3 dimensions 2x4x1"),
+        (pair_feed() | {"x": np.zeros((3, 4), np.float32)}, r"'batch' is 2 here and 3 in another input"),
+        (pair_feed(1) | {"x": np.zeros((0, 4), np.float32)}, r"'batch' must be 1 or more"),
+        (pair_feed() | {"x": [[1.0] * 4] * 2}, r"'x' is a list; expected a numpy array or a torch tensor"),
+        (pair_feed() | {"x": torch.zeros(2, 4)}, r"mixes numpy arrays and torch tensors"),
+        ({"x": torch.zeros(2, 4), "index": torch.zeros(2)}, r"'index' is float32; expected index: int64 batch"),
+    ],
+)
+def test_wrong_inputs_are_named_with_what_was_expected(pair_session: Session, feed: dict[str, object], message: str) -> None:
+    pair_session.run(pair_feed())  # good feeds seen before do not blunt the checks
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            pair_session.run(feed)
+
+
+def test_out_is_written_and_returned(pair_session: Session) -> None:
+    expected = pair_session.run(pair_feed())
+    out = {"y": np.full((2, 3), np.nan, np.float32)}
+    results = pair_session.run(pair_feed(), out=out)
+    assert results["y"] is out["y"]
+    np.testing.assert_array_equal(out["y"], expected["y"])
+    np.testing.assert_array_equal(results["total"], expected["total"])
+
+
+def test_out_takes_torch_tensors(session: Session) -> None:
+    x = torch.from_numpy(images(2))
+    out = torch.full((2, 10), float("nan"))
+    assert session.run({"input": x}, out={"logits": out})["logits"] is out
+    torch.testing.assert_close(out, session(x))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ({"nope": np.zeros(1)}, r"unknown output 'nope' in out; expected one of y, total, same, anchors"),
+        ({"y": np.zeros((3, 3), np.float32)}, r"out\['y'\] is ndarray float32 3x3; expected ndarray float32 2x3"),
+        ({"y": np.zeros((2, 3))}, r"out\['y'\] is ndarray float64 2x3"),
+        ({"y": torch.zeros(2, 3)}, r"out\['y'\] is Tensor torch.float32 2x3; expected ndarray"),
+        ({"y": [0.0]}, r"out\['y'\] is list; expected ndarray"),
+        ({"y": np.broadcast_to(np.zeros((1, 3), np.float32), (2, 3))}, r"out\['y'\] is read-only"),
+    ],
+)
+def test_an_out_that_does_not_fit_is_refused_and_no_other_is_written(
+    pair_session: Session, out: dict[str, object], message: str
+) -> None:
+    total = np.full(2, -1.0, np.float32)
+    with pytest.raises(InputError, match=message):
+        pair_session.run(pair_feed(), out={"total": total, **out})
+    np.testing.assert_array_equal(total, [-1, -1])
+
+
+def test_a_scalar_input_stays_a_scalar(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import onnx
+
+    path = tmp_path_factory.mktemp("scalar") / "scalar.onnx"
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n] x, float s) => (float[n] y) { y = Mul(x, s) }"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    for backend in AUTO:
+        with open_session(open_onnx(path), backend) as session:
+            strided = np.arange(6, dtype=np.float32)[::2]  # makes all inputs contiguous
+            result = session.run({"x": strided, "s": np.array(3, np.float32)})["y"]
+            np.testing.assert_array_equal(result, [0, 6, 12])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager", "null"])
+def test_a_closed_session_refuses_to_run_and_may_be_closed_again(shared_lenet5: Artifact, backend: str) -> None:
+    with open_session(shared_lenet5, backend) as session:
+        session(images(1))
+    session.close()
+    with pytest.raises(SessionClosedError, match="the session on 'lenet5' is closed"):
+        session(images(1))
+
+
+def test_warmup_runs_the_optimal_shapes_of_the_profile(shared_lenet5: Artifact) -> None:
+    with open_session(shared_lenet5, "null") as session:
+        assert session.dims() == {"batch": 8}
+        shapes: list[tuple[int, ...]] = []
+        compute = session._compute
+        session._compute = lambda feed: shapes.append(feed["input"].shape) or compute(feed)  # type: ignore[method-assign,func-returns-value]
+        session.warmup(runs=2)
+        session.warmup({"input": images(5)}, runs=1)
+    assert shapes == [(8, 1, 28, 28), (8, 1, 28, 28), (5, 1, 28, 28)]
+
+
+def test_a_dynamic_dimension_without_a_profile_has_no_size(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import onnx
+
+    path = tmp_path_factory.mktemp("dynamic") / "dynamic.onnx"
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, width] x) => (float[n, width] y) { y = Relu(x) }"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    with open_session(open_onnx(path)) as session, pytest.raises(UsageError, match=r"has no profile that gives 'width' a size"):
+        session.warmup()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_damaged_file_is_found_before_it_is_used(lenet5: Artifact, backend: str) -> None:
+    path = lenet5.path / ONNX
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model.onnx is damaged"):
+        open_session(lenet5, backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, backend: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        open_session(engine, backend)
+    message = str(caught.value)
+    assert message.count("is a tensorrt-rtx engine") == 1
+    assert "NVIDIA GPU" in message
+    assert f"run the ONNX artifact that it was built from ({engine.path.with_name('lenet5')})" in message
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("eager", "compile")])
+def test_a_cpu_backend_refuses_a_gpu(shared_lenet5: Artifact, backend: str) -> None:
+    with pytest.raises(BackendError, match=f"{backend} runs on cpu in this version, not on cuda:0"):
+        open_session(shared_lenet5, backend, SessionOptions(device="cuda:0"))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "openvino"])
+def test_a_precision_that_the_file_does_not_have_is_refused(shared_lenet5: Artifact, backend: str) -> None:
+    with pytest.raises(BackendError, match=r"not in bf16; make such a file with `deploy convert --bf16`"):
+        open_session(shared_lenet5, backend, SessionOptions(compute="bf16"))
+
+
+def test_an_unknown_backend_is_named_with_those_there_are(shared_lenet5: Artifact) -> None:
+    with pytest.raises(BackendError, match=r"unknown backend 'tensorflow'; expected auto or one of onnxruntime, openvino"):
+        open_session(shared_lenet5, "tensorflow")
+
+
+def test_auto_says_why_each_backend_cannot_run_the_artifact(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import onnx
+
+    path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
+    text = """<ir_version: 10, opset_import: ["" : 20, "mine" : 1]> g (float[n] x) => (float[n] y) { y = mine.Unheard(x) }"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    with pytest.raises(BackendError, match=r"no backend can run .*onnxruntime: .*Unheard.*openvino: .*Unheard") as caught:
+        open_session(open_onnx(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"device": "gpu"}, "unknown device 'gpu'"), ({"device": "cpu:1"}, "unknown device"), ({"threads": 0}, "threads must be 1"),
+     ({"compute": "int8"}, "unknown compute precision 'int8'")],
+)  # fmt: skip
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SessionOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_thousand_shapes_do_not_pile_up(shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.runtime.session._SEEN_SHAPES", 10)
+    with open_session(shared_lenet5, "null") as session:
+        for batch in range(1, 50):
+            assert session(images(batch)).shape == (batch, 10)
+        assert len(session._seen) <= 10
+
+
+def test_a_feed_in_any_order_and_mapping_is_the_same(pair_session: Session) -> None:
+    feed = random_feed(pair_session.inputs, {"batch": 3})
+    expected = pair_session.run(feed)
+    turned = dict(reversed(feed.items()))
+    for _ in range(2):
+        np.testing.assert_array_equal(pair_session.run(turned)["total"], expected["total"])

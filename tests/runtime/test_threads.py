@@ -1,0 +1,78 @@
+"""Every backend is used from 16 threads at once, each thread with its own inputs, shapes and expected results."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+
+from deploy.artifact import Artifact
+from deploy.errors import SessionClosedError
+from deploy.runtime.session import Session, open_session
+
+THREADS = 16
+
+
+def images(thread: int, batch: int) -> np.ndarray:
+    return np.random.default_rng(thread).standard_normal((batch, 1, 28, 28), dtype=np.float32)
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    barrier = Barrier(THREADS)
+
+    def start(thread: int) -> None:
+        barrier.wait()
+        work(thread)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for future in [pool.submit(start, thread) for thread in range(THREADS)]:
+            future.result()
+
+
+@pytest.mark.parametrize(("backend", "runs"), [("onnxruntime", 40), ("openvino", 40), ("eager", 20), ("compile", 10)])
+def test_sixteen_threads_each_get_their_own_results(shared_lenet5: Artifact, backend: str, runs: int) -> None:
+    with open_session(shared_lenet5, "onnxruntime") as reference:
+        expected = [reference(images(thread, 1 + thread % 3)) for thread in range(THREADS)]
+    with open_session(shared_lenet5, backend) as session:
+
+        def work(thread: int) -> None:
+            x = images(thread, 1 + thread % 3)
+            results = [session(x) for _ in range(runs)]
+            for result in results:  # compared after all runs: a result must not change once it is handed out
+                np.testing.assert_allclose(result, expected[thread], rtol=0, atol=1e-5)
+
+        in_threads(work)
+
+
+def test_sixteen_threads_on_the_null_backend(shared_lenet5: Artifact) -> None:
+    with open_session(shared_lenet5, "null") as session:
+
+        def work(thread: int) -> None:
+            for _ in range(40):
+                assert session(images(thread, 1 + thread)).shape == (1 + thread, 10)
+
+        in_threads(work)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_closing_while_runs_are_under_way_lets_them_finish(shared_lenet5: Artifact, backend: str) -> None:
+    x = images(0, 8)
+    with open_session(shared_lenet5, "onnxruntime") as reference:
+        expected = reference(x)
+    session: Session = open_session(shared_lenet5, backend)
+    closed = 0
+
+    def work(thread: int) -> None:
+        nonlocal closed
+        for turn in range(200):
+            if thread == 0 and turn == 10:
+                session.close()
+            try:
+                np.testing.assert_allclose(session(x), expected, rtol=0, atol=1e-5)
+            except SessionClosedError:
+                closed += 1
+                return
+
+    in_threads(work)
+    assert closed == THREADS

