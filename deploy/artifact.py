@@ -309,12 +309,9 @@ def check_output(out: Path) -> None:
             raise OutputError(
                 f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
             )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the directory {out.parent}: {error.strerror}") from error
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write to {out.parent}: permission denied")
+    folder = next(parent for parent in Path(os.path.abspath(out)).parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {folder}: {'permission denied' if folder.is_dir() else 'it is not a directory'}")
 
 
 class ArtifactWriter:
@@ -332,6 +329,10 @@ class ArtifactWriter:
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
         check_output(self.out)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the directory {self.out.parent}: {error.strerror}") from error
         self._remove_stale()
         lock = None
         while lock is None:  # another writer may take a directory for stale before it is locked

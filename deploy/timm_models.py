@@ -51,12 +51,12 @@ class TimmRecipe(Recipe):
         return Interface(
             inputs=(TensorSpec(name="input", dtype="float32", shape=(1, channels, height, width)),),
             outputs=None if args.get("features_only") else ("logits" if getattr(module, "num_classes", 1) else "features",),
-            preprocess=_preprocess(config, height, width) if channels == 3 else None,
+            preprocess=eval_preprocess(config, height, width) if channels == 3 else None,
         )
 
 
-def _preprocess(config: Mapping[str, Any], height: int, width: int) -> Preprocess | None:
-    """timm's own transform for evaluation; None where ours cannot say it.
+def eval_preprocess(config: Mapping[str, Any], height: int, width: int) -> Preprocess | None:
+    """timm's own transform for evaluation, for an input of that size; None where `Preprocess` cannot say it (borders).
 
     The shorter side to the crop's size over `crop_pct`, as in timm.data.transforms_factory.transforms_imagenet_eval.
     """

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +67,7 @@ class UserRecipe(Recipe):
             raise UsageError(f"cannot read the model {spec!r}; expected FILE.py:FACTORY or pkg.mod:FACTORY")
         self.folder = folder
         self._program: _Program | None = None
+        self._parents: dict[str, str] = {}
         self._file = Path(os.path.abspath(target)) if target.endswith(".py") or os.sep in target else None
         if self._file is None:
             self._first, self._last = _existing(folder), []
@@ -105,14 +106,31 @@ class UserRecipe(Recipe):
         """The name under which the file's own neighbours would import it; one of ours where that names something else."""
         assert self._file is not None
         importlib.invalidate_caches()
-        names = [package] if package else []
-        if not package and self.folder and self._file.is_relative_to(self.folder):
-            names.append(".".join(self._file.relative_to(self.folder).with_suffix("").parts))
-        names.append(self._file.stem)
-        for name in names:
-            if not _is_protected(name.partition(".")[0]) and _means(name, self._file, self._path(sys.path)):
-                return name
+        path = self._path(sys.path)
+        if package and not _is_protected(package.partition(".")[0]) and _means(package, self._file, path):
+            return package
+        if not package and (name := self._name_in_folder(path)):
+            return name
+        if not _is_protected(self._file.stem) and _means(self._file.stem, self._file, path):
+            return self._file.stem
         return f"{_APART}{self._file.stem}"
+
+    def _name_in_folder(self, path: list[str]) -> str | None:
+        """`models.net` for models/net.py under the current folder, where `models` is no package but a mere folder.
+
+        Python lets such a folder yield to any package of its name further down the path. To an installed one it yields
+        here too; before any other it comes first, for which `_import` makes the folders modules.
+        """
+        assert self._file is not None
+        if not self.folder or not self._file.is_relative_to(self.folder) or self._file.parent == Path(self.folder):
+            return None
+        parts = self._file.relative_to(self.folder).with_suffix("").parts
+        reached = PathFinder.find_spec(parts[0], path)
+        installed = _is_protected(parts[0]) or (reached is not None and _is_installed(reached.origin or ""))
+        if installed or not _means(".".join(parts), self._file, self._first):
+            return None
+        self._parents = {".".join(parts[:count]): str(Path(self.folder, *parts[:count])) for count in range(1, len(parts))}
+        return ".".join(parts)
 
     def _path(self, path: list[str]) -> list[str]:
         installed = next((index for index, entry in enumerate(path) if Path(entry).name in _INSTALLED), len(path))
@@ -122,6 +140,8 @@ class UserRecipe(Recipe):
         try:
             if self._module in sys.modules:
                 return sys.modules[self._module]
+            for name, folder in self._parents.items():
+                sys.modules[name] = _folder_module(name, folder)
             if self._file is None or not self._module.startswith(_APART):
                 return importlib.import_module(self._module)
             spec = importlib.util.spec_from_file_location(self._module, self._file)
@@ -262,6 +282,17 @@ def _means(name: str, file: Path, path: list[str]) -> bool:
         return False
     expected = Path(folder, *rest)
     return file.resolve() in (expected.with_name(expected.name + ".py").resolve(), (expected / "__init__.py").resolve())
+
+
+def _folder_module(name: str, folder: str) -> ModuleType:
+    """A namespace package of one folder."""
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [folder]
+    module = importlib.util.module_from_spec(spec)
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module
 
 
 def _is_protected(top: str) -> bool:

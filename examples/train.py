@@ -25,7 +25,7 @@ from deploy.calibration.imagefolder import ImageFolder, batches, scan
 from deploy.models import registry
 from deploy.preprocess import preset
 
-EPOCHS = {"lenet5": 25, "convnet": 12}
+EPOCHS = {"lenet5": 16, "convnet": 8}
 BATCH = 64
 PEAK_RATE = {"lenet5": 4e-3, "convnet": 2e-3}
 

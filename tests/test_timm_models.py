@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import timm
 import timm.data
@@ -9,27 +10,36 @@ from PIL import Image
 from deploy.errors import FactoryError
 from deploy.factory import build_model
 from deploy.preprocess import Preprocess
+from deploy.timm_models import eval_preprocess
 
 
 def test_input_and_preprocessing_are_those_of_timms_own_configuration() -> None:
     built, _ = build_model(arch="timm:mobilevitv2_050", num_classes=4)
     assert [str(spec) for spec in built.inputs or ()] == ["input: float32 1x3x256x256"]
     assert isinstance(built.preprocess, Preprocess)
-    config = timm.data.resolve_model_data_config(built.module)
-    image = Image.effect_noise((300, 400), 80).convert("RGB").rotate(10)
-    expected = timm.data.create_transform(**config, is_training=False)(image)
-    torch.testing.assert_close(torch.from_numpy(built.preprocess(image)), expected, rtol=0, atol=1e-5)
-    assert config["mean"] == (0.0, 0.0, 0.0)  # not ImageNet's
+    assert built.preprocess.mean == (0.0, 0.0, 0.0)  # not ImageNet's
     with torch.no_grad():
         assert built.module(torch.zeros(2, 3, 256, 256)).shape == (2, 4)
     assert (built.outputs, built.num_classes) == (("logits",), 4)
 
 
-def test_squashing_model_is_prepared_as_timm_does() -> None:
-    name = next(n for n in timm.list_models() if timm.get_pretrained_cfg(n).crop_mode == "squash" and n.startswith("vit_tiny"))\
-        if False else "test_vit"
-    built, _ = build_model(arch=f"timm:{name}")
-    assert isinstance(built.preprocess, Preprocess)
+@pytest.mark.parametrize(
+    "name", ["mobilevitv2_050", "resnet18", "tf_efficientnetv2_b3", "dm_nfnet_f0", "vit_base_patch16_sapiens2"]
+)
+def test_preprocessing_equals_timms_transform(name: str) -> None:
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    _, height, width = config["input_size"]
+    ours = eval_preprocess(config, height, width)
+    assert ours is not None
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((350, 280))
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    torch.testing.assert_close(torch.from_numpy(ours(image)), expected, rtol=0, atol=1e-5)
+
+
+def test_preprocessing_with_borders_is_left_to_the_user() -> None:
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("deepseek_vit_412m").to_dict())
+    assert eval_preprocess(config, 546, 546) is None
 
 
 def test_image_size_and_channels_follow_the_arguments() -> None:
@@ -56,7 +66,7 @@ def test_pretrained_weights_are_not_downloaded() -> None:
 
 
 def test_argument_that_it_does_not_take_is_an_error() -> None:
-    with pytest.raises(FactoryError, match="cannot build timm:test_vit with .*nonsense"):
+    with pytest.raises(FactoryError, match=r"cannot build timm:test_vit with .*nonsense"):
         build_model(arch="timm:test_vit", args={"nonsense": 3})
 
 

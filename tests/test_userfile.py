@@ -245,3 +245,18 @@ def test_default_device_of_the_process_does_not_reach_the_factory(project: Path)
     with torch.device("meta"):
         built, _ = build_model(model="net.py:Net")
     assert built.module.fc.weight.device.type == "cpu"  # type: ignore[union-attr]
+
+
+def test_mere_folder_comes_before_a_package_of_its_name_that_is_elsewhere_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "other", models__init="raise RuntimeError('another project')\n")
+    write(tmp_path / "project", models__deep__net="from models.deep.blocks import X\n" + NET, models__deep__blocks="X = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    monkeypatch.chdir(tmp_path / "project")
+    assert files("models/deep/net.py:Net") == ["models/deep/net.py", "models/deep/blocks.py"]
+
+
+def test_folder_with_the_name_of_an_installed_package_does_not_hide_it(project: Path) -> None:
+    write(project, mlxtend__net="import mlxtend.data\n" + NET)
+    assert files("mlxtend/net.py:Net") == ["mlxtend/net.py"]

@@ -206,12 +206,12 @@ def test_number_of_classes_is_read_from_the_head_by_name_and_by_order() -> None:
 
 
 def test_number_of_classes_is_read_where_several_heads_agree() -> None:
-    def fcn(num_classes: int) -> nn.Module:
+    def deeplab(num_classes: int) -> nn.Module:
         return torchvision.models.get_model(  # type: ignore[no-any-return]
-            "fcn_resnet50", weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=True
+            "deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=True
         )
 
-    assert infer_num_classes(fcn(21), state_of(fcn(5))) == 5
+    assert infer_num_classes(deeplab(21), state_of(deeplab(5))) == 5
 
 
 def test_no_number_of_classes_is_read_from_another_architecture() -> None:

@@ -82,28 +82,32 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     """Pair artifacts with backends. `named`: the user named the artifacts, so that one that cannot run is an error.
 
     Raises UsageError when the artifacts do not belong together or a batch size does not fit, ArtifactError when there is
-    no eager baseline, BackendError when a named artifact is an engine.
+    no eager baseline or a named artifact has lost its parent, BackendError when a named artifact is an engine.
     """
     if not artifacts:
         raise UsageError("nothing to benchmark: name an artifact")
     artifacts = list({artifact.location.absolute(): artifact for artifact in artifacts}.values())
     _check_weights(artifacts)
-    root = _root(artifacts)
-    for artifact in artifacts:
-        _check_specs(root, artifact)
-    skipped = []
+    roots = []
     runnable = []
+    skipped = []
     for artifact in artifacts:
+        target = artifact.manifest.target
         try:
+            roots.append(artifact.root())
             refuse_engine(artifact)
-        except BackendError as error:
+        except (ArtifactError, BackendError) as error:
             if named:
                 raise
-            target = artifact.manifest.target
-            flavour = target.flavour if target else "tensorrt"
-            skipped.append(Skipped(artifact=str(artifact.location), backend=flavour, reason=str(error)))
+            backend = target.flavour if target else "eager"
+            skipped.append(Skipped(artifact=str(artifact.location), backend=backend, reason=str(error)))
         else:
             runnable.append(artifact)
+    if not roots:
+        raise ArtifactError(f"nothing to benchmark: {skipped[0].reason}")
+    root = _root(roots)
+    for artifact in runnable:
+        _check_specs(root, artifact)
     batches = options.batches or _default_batches(runnable)
     candidates = []
     for artifact in runnable:
@@ -160,9 +164,8 @@ def _check_specs(root: Artifact, artifact: Artifact) -> None:
             )
 
 
-def _root(artifacts: Sequence[Artifact]) -> Artifact:
+def _root(roots: Sequence[Artifact]) -> Artifact:
     """The export that the eager baseline is rebuilt from: one with a dynamic batch where there is one."""
-    roots = [artifact.root() for artifact in artifacts]
     root = next((root for root in roots if _fixed_batch(root) is None), roots[0])
     if root.manifest.source.factory is None:
         raise ArtifactError(

@@ -4,10 +4,8 @@ Only click is imported here, and a command's own module when it is called, so th
 """
 
 import importlib
-import logging
 import os
 import sys
-import traceback
 
 import click
 
@@ -35,6 +33,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"deploy.cli.{_COMMANDS[cmd_name][0]}")
+        importlib.import_module("deploy.cli.log").show_log()
         command: click.Command = module.command
         return command
 
@@ -69,9 +68,6 @@ def main() -> None:
     """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
     args = sys.argv[1:]
     debug = "--debug" in args
-    logger = logging.getLogger("deploy")
-    logger.handlers = [_Stderr()]
-    logger.setLevel(logging.INFO)
     try:
         status = cli.main(args, prog_name="deploy", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -87,20 +83,18 @@ def main() -> None:
         status = 1
     except DeployError as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         click.echo(f"error: {error}", err=True)
         status = error.exit_status
     except Exception as error:  # a bug of ours: said in one line too
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         click.echo(f"error: {type(error).__name__}: {error}\nthis is a bug in deploy; --debug shows where", err=True)
         status = 1
     sys.exit(status)
 
 
-class _Stderr(logging.Handler):
-    """Log lines on standard error, as plain sentences."""
+def _print_traceback() -> None:
+    import traceback  # slow to import, and of use for --debug alone
 
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + record.getMessage(), err=True)
+    traceback.print_exc()

@@ -147,7 +147,7 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     model = onnx.load(artifact.onnx_path)
     prepared = prepare(model, opset=OPSET[options.precision])
     ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
-    (lambda *a:0)(prepared, ranges, artifact)
+    _check_finite(prepared, ranges, artifact)
     progress(f"converting to {options.precision.upper()}")
     keep = nodes_to_keep(prepared, ranges, options.precision)
     half, exclusions = to_half(prepared, options.precision, half_io=options.fp16_io, keep=keep)

@@ -107,7 +107,8 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         allow_partial=options.allow_partial,
     )
     specs = _input_specs(options, built)
-    preprocess = _preprocess(options.preprocess or built.preprocess, specs)
+    default = built.preprocess if _is_image(specs) else None  # another input than the architecture's own may have been given
+    preprocess = _preprocess(options.preprocess or default, specs)
     classes = read_classes(options.classes) if options.classes else None
     stage = _stage(options, built, specs, preprocess, classes)
     if (stood := standing(out, stage)) is not None:
@@ -250,10 +251,14 @@ def _output_names(options: ExportOptions, built: BuiltModel, found: Sequence[str
     return names
 
 
+def _is_image(inputs: Sequence[TensorSpec]) -> bool:
+    return len(inputs) == 1 and len(inputs[0].shape) == 4
+
+
 def _preprocess(spec: str | Preprocess | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
     if spec is None or isinstance(spec, Preprocess):
         return spec
-    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+    if not _is_image(inputs):
         raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
     height, width = inputs[0].shape[2:] if inputs[0].shape[1] in (1, 3) else inputs[0].shape[1:3]
     return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)

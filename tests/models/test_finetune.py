@@ -29,7 +29,7 @@ def test_convolutional_head_is_replaced_with_its_geometry() -> None:
 
 
 def test_head_is_not_taken_for_the_auxiliary_one_that_comes_after_it() -> None:
-    module = torchvision.models.get_model("fcn_resnet50", weights=None, weights_backbone=None, aux_loss=True)
+    module = torchvision.models.get_model("deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True)
     replace_head(module, 3)
     assert module.classifier[-1].out_channels == 3
     assert module.aux_classifier[-1].out_channels == 21

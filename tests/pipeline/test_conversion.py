@@ -103,6 +103,13 @@ def test_the_artifact_runs_in_onnxruntime(artifact, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
 
 
+def test_the_accuracy_of_the_parent_is_not_claimed(tmp_path):
+    artifact = make_artifact(tmp_path / "net", accuracy={"top1": 99.0}, classes=["a", "b", "c"])
+    manifest = convert_artifact(artifact, tmp_path / "half", FP16).manifest
+    assert manifest.accuracy is None
+    assert manifest.classes == ["a", "b", "c"]
+
+
 def test_with_fp16_io_inputs_and_outputs_are_fp16(artifact, tmp_path):
     manifest = convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", fp16_io=True)).manifest
     assert [str(spec) for spec in manifest.inputs] == ["image: float16 batchx1x8x8"]
@@ -130,6 +137,7 @@ def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact,
     other = convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.5))
     assert other.payload.stat().st_ino != inode
     assert other.manifest.parity.tolerance.rtol == 0.5
+    convert_artifact(artifact, tmp_path / "half", FP16)
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "ONNXRUNTIME_VERSION", "0.0.1")
         assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.tools["onnxruntime"] == "0.0.1"

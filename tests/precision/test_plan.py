@@ -66,6 +66,17 @@ def test_a_node_with_subgraphs_stays_whole(parse):
     assert "subgraphs" in stay["if"]
 
 
+def test_what_a_subgraph_makes_of_captured_data_is_data(parse):
+    model = parse(
+        """g (float[N] x) => (float[N] y) {
+            c = Constant<value = bool {1}>()
+            i = If(c) <then_branch = t () => (float[N] a) { a = Relu(x) }, else_branch = e () => (float[N] b) { b = Neg(x) }>
+            [n] y = Neg(i)
+        }"""
+    )
+    assert set(planned(model)[0]) == {"n"}
+
+
 def test_arithmetic_on_sizes_stays_exact(parse):
     model = parse(
         """g (float[N, 3, H, W] x) => (float[N, 3, a, b] y) {

@@ -1,0 +1,166 @@
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from deploy.artifact import Artifact
+from deploy.bench.measure import MIN_ROUNDS, BenchResult, BenchRow, bench
+from deploy.bench.plan import BenchOptions
+from deploy.bench.process import WorkerProcess
+from deploy.errors import BackendError
+
+QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)
+
+
+@pytest.fixture(scope="module")
+def result(shared_lenet5: Artifact, half: Artifact, engine: Artifact) -> BenchResult:
+    return bench([shared_lenet5, half, engine], QUICK, named=False)
+
+
+def rows(result: BenchResult, backend: str, batch: int = 1) -> list[BenchRow]:
+    return [row for row in result.results if row.backend == backend and row.batch == batch]
+
+
+def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResult) -> None:
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(document) == {"schema", "conditions", "results", "skipped"}
+    assert document["schema"] == 1
+    for row in document["results"]:
+        assert list(row) == [
+            "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s",
+            "speedup", "speedup_low", "speedup_high", "max_abs_error", "samples_ms",
+        ]  # fmt: skip
+    for entry in document["skipped"]:
+        assert list(entry) == ["artifact", "backend", "reason"]
+
+
+def test_the_conditions_name_the_machine_and_the_libraries(result: BenchResult) -> None:
+    found = result.conditions
+    assert set(found) == {"time", "platform", "cpu", "cores", "threads", "device", "load_average", "versions"}
+    assert found["threads"] == 2
+    assert set(found["versions"]) == {"python", "torch", "onnxruntime", "openvino"}
+    assert all(found["versions"].values())
+
+
+def test_eager_is_measured_once_and_everything_else_against_it(
+    result: BenchResult, shared_lenet5: Artifact, half: Artifact
+) -> None:
+    for batch in (1, 4):
+        (eager,) = rows(result, "eager", batch)
+        assert (eager.artifact, eager.precision) == (str(shared_lenet5.path), "fp32")
+        assert (eager.speedup, eager.speedup_low, eager.speedup_high, eager.max_abs_error) == (1, 1, 1, 0)
+        for backend in ("onnxruntime", "openvino"):
+            found = {(row.artifact, row.precision) for row in rows(result, backend, batch)}
+            assert found == {(str(shared_lenet5.path), "fp32"), (str(half.path), "fp16")}
+
+
+def test_errors_are_those_of_the_precision(result: BenchResult) -> None:
+    for row in result.results:
+        if row.backend != "eager":
+            low, high = {"fp32": (0, 1e-5), "fp16": (1e-6, 1e-2)}[row.precision]
+            assert row.max_abs_error is not None
+            assert low < row.max_abs_error < high, row
+
+
+def test_the_figures_of_a_row_agree_with_its_samples(result: BenchResult) -> None:
+    for row in result.results:
+        assert len(row.samples_ms) >= MIN_ROUNDS
+        assert min(row.samples_ms) <= row.p50_ms <= row.p90_ms <= row.p99_ms <= max(row.samples_ms)
+        mean = sum(row.samples_ms) / len(row.samples_ms)
+        assert row.images_per_s == pytest.approx(row.batch / mean * 1000, rel=1e-3)
+        assert row.speedup_low <= row.speedup <= row.speedup_high
+
+
+def test_an_engine_that_was_found_is_skipped_with_the_reason(result: BenchResult, engine: Artifact) -> None:
+    (entry,) = result.skipped
+    assert entry.artifact == str(engine.path)
+    assert "NVIDIA GPU" in entry.reason
+    assert not result.failed
+
+
+def test_candidates_take_turns_in_an_order_that_rotates(shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    ask = WorkerProcess.round
+
+    def spy(self: WorkerProcess, seconds: float, most: int) -> list[float]:
+        order.append(self.label.rpartition(" ")[2])
+        return ask(self, seconds, most)
+
+    monkeypatch.setattr(WorkerProcess, "round", spy)
+    bench([shared_lenet5], BenchOptions(batches=(1,), backends=("onnxruntime", "null"), seconds=0.2))
+    turns = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(turn) == ["eager", "null", "onnxruntime"] for turn in turns)
+    assert [turn[0] for turn in turns[:4]] == ["eager", "onnxruntime", "null", "eager"]
+
+
+def kill_in_round(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    ask = WorkerProcess.round
+
+    def fatal(self: WorkerProcess, seconds: float, most: int) -> list[float]:
+        if self.label.endswith(f" on {backend}"):
+            os.kill(self.pid, signal.SIGKILL)
+        return ask(self, seconds, most)
+
+    monkeypatch.setattr(WorkerProcess, "round", fatal)
+
+
+def test_a_candidate_that_dies_is_reported_and_the_others_finish(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_in_round(monkeypatch, "openvino")
+    result = bench([shared_lenet5], QUICK)
+    assert result.failed
+    (failure,) = result.failures
+    assert failure.backend == "openvino"
+    assert "killed by signal 9" in failure.reason
+    assert {(row.backend, row.batch) for row in result.results} == {
+        (backend, batch) for backend in ("eager", "onnxruntime") for batch in (1, 4)
+    }
+    assert result.to_json()["skipped"][0]["backend"] == "openvino"
+
+
+def test_a_baseline_that_dies_is_an_error(shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_in_round(monkeypatch, "eager")
+    with pytest.raises(BackendError, match=r"lenet5 on eager died \(killed by signal 9"):
+        bench([shared_lenet5], BenchOptions(batches=(1,), backends=("null",), seconds=0.2))
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, library: str, folder: str) -> None:
+    """Put a module of that name that cannot be imported before the installed one, for the workers."""
+    with open(os.path.join(folder, f"{library}.py"), "w", encoding="utf-8") as file:
+        file.write("raise ImportError('not here')")
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])
+
+
+def test_a_backend_that_is_not_installed_is_skipped_unless_it_was_named(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike[str]
+) -> None:
+    hide(monkeypatch, "openvino", str(tmp_path))
+    result = bench([shared_lenet5], BenchOptions(batches=(1,), seconds=0.2))
+    (entry,) = result.skipped
+    assert entry.backend == "openvino"
+    assert "pip install 'deploy[cpu]'" in entry.reason
+    assert not result.failed
+    with pytest.raises(BackendError, match="openvino cannot be imported"):
+        bench([shared_lenet5], BenchOptions(batches=(1,), seconds=0.2, backends=("openvino",)))
+
+
+def test_a_named_artifact_that_no_backend_can_run_is_an_error(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike[str]
+) -> None:
+    hide(monkeypatch, "openvino", str(tmp_path))
+    hide(monkeypatch, "onnxruntime", str(tmp_path))
+    with pytest.raises(BackendError, match=r"no backend can run .*lenet5 here: onnxruntime: .*cannot be imported"):
+        bench([shared_lenet5], BenchOptions(batches=(1,), seconds=0.2))
+    found = bench([shared_lenet5], BenchOptions(batches=(1,), seconds=0.2), named=False)
+    assert [row.backend for row in found.results] == ["eager"]
+    assert [entry.backend for entry in found.skipped] == ["onnxruntime", "openvino"]
+
+
+def test_progress_is_told(shared_lenet5: Artifact) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = BenchOptions(batches=(1,), backends=("null",), seconds=0.2)
+    bench([shared_lenet5], options, progress=lambda what, done=0, total=0, /: told.append((what, done, total)))
+    assert any(what == "batch 1" and 0 < done < total for what, done, total in told)

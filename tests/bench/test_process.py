@@ -1,0 +1,143 @@
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deploy
+from deploy.artifact import ONNX, Artifact
+from deploy.bench.process import WorkerDiedError, WorkerProcess
+from deploy.errors import ArtifactError, BackendError
+from deploy.runtime.session import SessionOptions, open_session
+from deploy.tensors import random_feed
+
+OPTIONS = SessionOptions(device="cpu", threads=2)
+
+NOISY = """
+import os
+import sys
+
+import torch
+from torch import nn
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        print("built")
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and os.environ.get("NOISY") == "die":
+            print("last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        return self.linear(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A module that prints to standard output, and ends its process when $NOISY is `die`."""
+    folder = tmp_path_factory.mktemp("noisy")
+    (folder / "noisy_net.py").write_text(NOISY, encoding="utf-8")
+    return deploy.export(folder / "noisy", model=f"{folder / 'noisy_net.py'}:Noisy", inputs=["x=1x4"])
+
+
+@pytest.fixture(scope="module")
+def worker(shared_lenet5: Artifact) -> Iterator[WorkerProcess]:
+    with WorkerProcess(shared_lenet5, "onnxruntime", OPTIONS) as process:
+        process.wait_open()
+        yield process
+
+
+def test_rounds_give_samples_within_the_time_and_the_most(worker: WorkerProcess) -> None:
+    assert 0 < worker.prepare(4) < 1
+    start = time.perf_counter()
+    samples = worker.round(0.1, 1_000_000)
+    assert 0.05 < sum(samples) < 0.2
+    assert time.perf_counter() - start < 2
+    assert len(worker.round(10.0, 20)) == 20
+
+
+def test_every_worker_makes_the_same_feed_and_saves_what_comes_of_it(
+    worker: WorkerProcess, shared_lenet5: Artifact, tmp_path: Path
+) -> None:
+    worker.prepare(3, tmp_path / "outputs.npz")
+    with np.load(tmp_path / "outputs.npz") as file:
+        (logits,) = file.values()
+    with open_session(shared_lenet5, "onnxruntime") as session:
+        expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_an_idle_worker_uses_no_processor_time(shared_lenet5: Artifact, backend: str) -> None:
+    def used(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    with WorkerProcess(shared_lenet5, backend, OPTIONS) as process:
+        process.wait_open()
+        process.prepare(32)
+        process.round(0.1, 500)
+        before = used(process.pid)
+        time.sleep(0.3)
+        assert used(process.pid) - before <= 0.02
+
+
+def test_what_libraries_and_models_print_does_not_disturb(noisy: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
+    with WorkerProcess(noisy, "eager", OPTIONS) as process:
+        process.wait_open()
+        assert process.prepare(2) > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_of_the_session_is_raised_as_the_same_error(lenet5: Artifact) -> None:
+    with WorkerProcess(lenet5, "onnxruntime", SessionOptions(device="cuda")) as process:
+        with pytest.raises(BackendError, match=r"onnxruntime runs on cpu in this version, not on cuda") as caught:
+            process.wait_open()
+        assert not isinstance(caught.value, WorkerDiedError)
+    (lenet5.path / ONNX).write_bytes(b"damaged")
+    with WorkerProcess(lenet5, "onnxruntime", OPTIONS) as process, pytest.raises(ArtifactError, match="model.onnx has 7 bytes"):
+        process.wait_open()
+
+
+def test_a_worker_that_ends_is_reported_with_its_last_lines(noisy: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOISY", "die")
+    with WorkerProcess(noisy, "eager", OPTIONS) as process:
+        process.wait_open()
+        with pytest.raises(WorkerDiedError, match=r"noisy on eager died \(exit status 7\); its last lines: .*last words"):
+            process.prepare(1)
+        with pytest.raises(WorkerDiedError):  # and again at every later request
+            process.round(0.1, 5)
+
+
+def test_a_worker_that_is_killed_is_reported_with_the_signal(shared_lenet5: Artifact) -> None:
+    with WorkerProcess(shared_lenet5, "null", OPTIONS) as process:
+        process.wait_open()
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError, match=r"killed by signal 9 \(out of memory\?\)"):
+            process.prepare(1)
+
+
+def test_leaving_the_block_ends_the_process(shared_lenet5: Artifact) -> None:
+    with WorkerProcess(shared_lenet5, "null", OPTIONS) as process:
+        pid = process.pid
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_folder_named_as_ours_where_the_user_stands_is_not_imported(
+    shared_lenet5: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "__init__.py").write_text("raise SystemExit('the wrong one')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with WorkerProcess(shared_lenet5, "null", OPTIONS) as process:
+        process.wait_open()

@@ -1,0 +1,213 @@
+"""Bad input: a clear error of one or two lines, exit status 1 or 2, and nothing lost."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import deploy
+from deploy.artifact import MANIFEST, Artifact
+from deploy.errors import InputError
+from deploy.models.registry import ARCHITECTURES
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The state_dict of an `mlp`."""
+    path = tmp_path / "mlp.pth"
+    torch.save(ARCHITECTURES["mlp"].create().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An ImageFolder of two classes with two images each."""
+    root = tmp_path / "images"
+    for index, label in enumerate(("0", "1")):
+        (root / label).mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(np.full((28, 28), 40 * number + 90 * index, np.uint8)).save(root / label / f"{number}.png")
+    return root
+
+
+def refused(finished: Any, status: int, *parts: str) -> None:
+    assert finished.status == status, finished.err
+    assert finished.err.strip().splitlines()[-1].startswith(("error: ", "Error: ")) or len(finished.err.splitlines()) > 1
+    for part in parts:
+        assert part in finished.err
+    assert "Traceback" not in finished.err
+    assert finished.out == ""
+
+
+def test_a_missing_checkpoint(run: Run, tmp_path: Path) -> None:
+    refused(run("export", "--arch", "mlp", "--weights", tmp_path / "no.pth", "-o", tmp_path / "out"), 1, "no.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_checkpoint(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    refused(run("export", "--arch", "mlp", "--weights", checkpoint, "-o", tmp_path / "out"), 1, "mlp.pth")
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(run: Run, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    bad = tmp_path / "bad.pth"
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "extra": Payload(trap)}, bad)
+    refused(run("export", "--arch", "mlp", "--weights", bad, "-o", tmp_path / "out"), 1, "bad.pth", "state_dict")
+    bad.write_bytes(pickle.dumps(Payload(trap)))
+    refused(run("export", "--arch", "mlp", "--weights", bad, "-o", tmp_path / "out"), 1, "bad.pth")
+    assert not trap.exists()
+
+
+def test_the_wrong_architecture(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    finished = run("export", "--arch", "lenet5", "--weights", checkpoint, "-o", tmp_path / "out")
+    refused(finished, 1, "6 missing", "expected 84", "another architecture")
+    refused(run("export", "--arch", "lenet6", "-o", tmp_path / "out"), 1, "lenet5")
+
+
+def test_a_folder_that_is_no_imagefolder(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
+    refused(run("eval", lenet5.path, tmp_path / "missing"), 1, "missing")
+    (tmp_path / "empty").mkdir()
+    refused(run("eval", lenet5.path, tmp_path / "empty"), 1, "empty")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("L", (28, 28)).save(flat / "a.png")
+    refused(run("eval", lenet5.path, flat), 1, "one folder")
+
+
+def test_a_corrupt_image_is_named(run: Run, shared_lenet5: Artifact, images: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(map(str, range(10))))
+    made = run("export", "--arch", "lenet5", "--classes", classes, "-o", tmp_path / "digits")
+    assert made.status == 0, made.err
+    assert run("eval", tmp_path / "digits", images).status == 0
+    (images / "1" / "0.png").write_bytes((images / "1" / "0.png").read_bytes()[:40])
+    refused(run("eval", tmp_path / "digits", images), 1, str(images / "1" / "0.png"))
+
+
+def test_an_unknown_backend(run: Run, lenet5: Artifact, images: Path) -> None:
+    refused(run("predict", lenet5.path, images, "--backend", "onnxruntme"), 1, "onnxruntme", "onnxruntime")
+    refused(run("bench", lenet5.path, "--backend", "onnxruntme"), 1, "onnxruntme", "onnxruntime")
+
+
+def test_an_output_directory_that_is_not_ours(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.tex").write_text("years of work")
+    for command in (
+        ("export", "--arch", "mlp"),
+        ("export", "--onnx", lenet5.onnx_path),
+        ("convert", lenet5.path, "--fp16"),
+        ("build-trt", lenet5.path),
+    ):
+        refused(run(*command, "-o", foreign), 1, "not an artifact of deploy")
+    assert [path.name for path in foreign.iterdir()] == ["chapter1.tex"]
+
+
+def test_an_artifact_is_not_written_over_itself(run: Run, lenet5: Artifact) -> None:
+    refused(run("convert", lenet5.path, "--fp16", "-o", lenet5.path), 2, "choose another -o")
+    refused(run("build-trt", lenet5.path, "-o", lenet5.path), 2, "choose another -o")
+    Artifact.open(lenet5.path).verify()
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "--fp16"), ("build-trt",), ("predict", "x.png")])
+def test_a_manifest_edited_by_hand(run: Run, lenet5: Artifact, command: tuple[str, ...], tmp_path: Path) -> None:
+    manifest = json.loads((lenet5.path / MANIFEST).read_text())
+    manifest["source"]["random"] = False
+    (lenet5.path / MANIFEST).write_text(json.dumps(manifest))
+    refused(run(command[0], lenet5.path, *command[1:]), 1, "manifest.json was edited")
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "--fp16"), ("build-trt",), ("bench", "--seconds", "0.1")])
+def test_a_payload_with_a_flipped_byte(run: Run, lenet5: Artifact, command: tuple[str, ...], tmp_path: Path) -> None:
+    content = bytearray(lenet5.onnx_path.read_bytes())
+    content[-100] ^= 1
+    lenet5.onnx_path.write_bytes(bytes(content))
+    out = () if command[0] in ("inspect", "bench") else ("-o", tmp_path / "out")
+    refused(run(command[0], lenet5.path, *command[1:], *out), 1, "model.onnx is damaged")
+
+
+FOLD = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    folds (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y)
+    <int64[2] image = {5, 5}, int64[2] block = {2, 2}> { [the_fold] y = Col2Im(x, image, block) }
+"""
+UNKNOWN = """
+    <ir_version: 10, opset_import: ["" : 20, "their.domain" : 1]>
+    unknown (float[batch, 4] x) => (float[batch, 4] y) { [odd] y = their.domain.Odd(x) }
+"""
+
+
+def test_a_bare_onnx_file_with_unsupported_operators(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "folds.onnx"
+    onnx.save(onnx.parser.parse_model(FOLD), path)
+    refused(run("build-trt", path, "-o", tmp_path / "out"), 1, "Col2Im 'the_fold'", "transposed convolution")
+    onnx.save(onnx.parser.parse_model(UNKNOWN), tmp_path / "unknown.onnx")
+    refused(run("build-trt", tmp_path / "unknown.onnx", "-o", tmp_path / "out"), 1, "Odd 'odd'")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(deploy.DeployError, match="Odd"):
+        deploy.load(tmp_path / "unknown.onnx")
+
+
+def test_a_file_that_is_no_onnx(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"\x00 not a graph")
+    refused(run("export", "--onnx", tmp_path / "bad.onnx", "-o", tmp_path / "out"), 1, "not a valid ONNX file")
+    refused(run("inspect", tmp_path / "missing.onnx"), 1, "missing.onnx")
+
+
+def test_an_input_of_the_wrong_rank(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
+    with deploy.load(lenet5) as session, pytest.raises(InputError, match=r"3 dimensions 1x28x28; expected input: float32"):
+        session(np.zeros((1, 28, 28), np.float32))
+    refused(run("export", "--arch", "lenet5", "--input", "input=1x28x28", "-o", tmp_path / "out"), 1, "cannot run input")
+    refused(run("build-trt", lenet5.path, "--shapes", "input=1x28x28", "-o", tmp_path / "out"), 2, "3 dimensions")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("export",), "--arch"),
+        (("export", "--arch", "mlp", "--model", "x.py:Net"), "one of"),
+        (("export", "--arch", "mlp", "--input", "x=1xq-1"), "cannot read the shape"),
+        (("export", "--arch", "mlp", "--input", "1x100"), "cannot read the input"),
+        (("export", "--arch", "mlp", "--output", "a", "--output", "b"), "1 outputs"),
+        (("export", "--arch", "mlp", "--preprocess", "imagenet"), "one image input"),
+        (("export", "--arch", "lenet5", "--preprocess", "imagnet"), "unknown preprocess"),
+        (("export", "--arch", "mlp", "--opset", "7"), "18 to 25"),
+        (("export", "--arch", "mlp", "--rtol", "-1"), "0 or more"),
+        (("export", "--arch", "mlp", "--classes", "no.txt"), "no.txt"),
+        (("export", "--arch", "mlp", "--surprise"), "--surprise"),
+        (("export", "--onnx", "x.onnx", "--arch", "mlp"), "--arch"),
+        (("convert",), "--fp16"),
+        (("convert", "--fp16", "--bf16"), "--fp16"),
+        (("convert", "--fp16"), "no FP32 ONNX artifact under build"),
+        (("build-trt", "--fp16", "--bf16"), "exclude"),
+        (("eval",), "IMAGEFOLDER"),
+        (("predict",), "no image"),
+        (("bench", "--batch", "1,x"), "batch sizes"),
+        (("exprot",), "export"),
+    ],
+)
+def test_wrong_usage_ends_with_status_2(
+    run: Run, args: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*args), 2, message)
+    assert list(tmp_path.iterdir()) == []
