@@ -8,25 +8,13 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
 from deploy.errors import ExportError
 from deploy.tensors import TensorSpec
-
-EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Weights over this go into a file of their own: a protobuf file cannot exceed 2 GiB."""
-
-EXAMPLE_BATCH = 2
-"""Batch size of the example input: torch.export fixes dimensions of size 1 for good."""
-
-# Sizes for symbolic dimensions other than the batch while exporting, in order of appearance: unlike one another, so that
-# the exporter cannot take two for one, and multiples of 32, which encoder-decoders ask for.
-_EXAMPLE_SIZES = (224, 192, 160, 128, 96)
 
 _MODULE_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -37,13 +25,6 @@ class ExportedGraph:
 
     model: ir.Model
     torch_outputs: tuple[str, ...]
-
-
-def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, int]:
-    """Sizes for all symbolic dimensions, for the example input and for parity on random input."""
-    others = [dim for dim in dict.fromkeys(dim for spec in specs for dim in spec.dynamic) if dim != batch]
-    sizes = {dim: _EXAMPLE_SIZES[index % len(_EXAMPLE_SIZES)] for index, dim in enumerate(others)}
-    return sizes | ({batch: EXAMPLE_BATCH} if batch else {})
 
 
 def flatten_outputs(result: Any) -> dict[str, torch.Tensor]:
@@ -107,19 +88,6 @@ def export_graph(
     _name_dims(model, inputs)
     _name_nodes(model)
     return ExportedGraph(model=model, torch_outputs=tuple(outputs))
-
-
-def save_graph(model: ir.Model, path: Path, *, external_over: int = EXTERNAL_DATA_BYTES) -> None:
-    """Write `path`, with the weights beside it in `<name>.data` when they exceed `external_over` bytes.
-
-    Raises ExportError when the file does not pass onnx.checker, OSError when it cannot be written.
-    """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=path.name + ".data" if size > external_over else None)
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
 
 
 def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:

@@ -118,5 +118,6 @@ def _write(choices: dict[str, Any]) -> None:
         draft.write_text(json.dumps(choices, indent=1), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        if draft.exists():
+            draft.unlink()
         logger.warning("the choice of the fastest backend cannot be kept in %s: %s", path, error)

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from deploy.artifact import FORMAT, Artifact, FileRecord, Manifest, Source, Stage, file_digest
 from deploy.errors import ArtifactError
 from deploy.tensors import Dim, TensorSpec, default_profile
+
+EXTERNAL_DATA_BYTES = 1_900_000_000
+"""Weights over this go into a file of their own: a protobuf message cannot exceed 2 GiB."""
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -37,11 +41,8 @@ def open_onnx(path: Path) -> Artifact:
     """A bare ONNX file as an artifact in memory, its weights taken for trained. Raises ArtifactError."""
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
-    try:
-        model = load_graph(path)
-        onnx.checker.check_model(str(path))
-    except Exception as error:  # protobuf and the checker raise errors of several families
-        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}") from error
+    check_onnx(path)
+    model = load_graph(path)
     inputs, outputs = graph_specs(model.graph)
     names = [path.name, *sorted(external_files(model.graph))]
     missing = [name for name in names if not (path.parent / name).is_file()]
@@ -81,6 +82,24 @@ def open_onnx(path: Path) -> Artifact:
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph of an ONNX file, external data left on disk."""
     return onnx.load(path, load_external_data=False)
+
+
+def save_model(model: ir.Model, path: Path, *, external_over: int | None = None) -> None:
+    """Write `path`, with the weights beside it in `<name>.data` when they exceed `external_over` bytes.
+
+    By default that is `EXTERNAL_DATA_BYTES`. Raises OSError.
+    """
+    limit = EXTERNAL_DATA_BYTES if external_over is None else external_over
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > limit else None)
+
+
+def check_onnx(path: Path) -> None:
+    """Raise ArtifactError when the file at `path` does not pass onnx.checker."""
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # protobuf and the checker raise errors of several families
+        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}") from error
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:

@@ -16,6 +16,13 @@ DTYPES = (
 DEFAULT_BATCH = (1, 8, 32)
 """Batch sizes (min, opt, max) of the profile that an engine gets when none is asked for."""
 
+EXAMPLE_BATCH = 2
+"""Batch size of the example input of an export: torch.export fixes dimensions of size 1 for good."""
+
+# Sizes for symbolic dimensions other than the batch while exporting, in order of appearance: unlike one another, so that
+# the exporter cannot take two for one, and multiples of 32, which encoder-decoders ask for.
+_EXAMPLE_SIZES = (224, 192, 160, 128, 96)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
@@ -131,6 +138,13 @@ def parse_shape(text: str) -> tuple[Dim, ...]:
 def format_shape(shape: Sequence[Dim]) -> str:
     """`(1, 3, "H", "W")` -> `"1x3xHxW"`; a scalar is `"scalar"`."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, int]:
+    """Sizes for all symbolic dimensions, for the example input and for parity on random input."""
+    others = [dim for dim in dict.fromkeys(dim for spec in specs for dim in spec.dynamic) if dim != batch]
+    sizes = {dim: _EXAMPLE_SIZES[index % len(_EXAMPLE_SIZES)] for index, dim in enumerate(others)}
+    return sizes | ({batch: EXAMPLE_BATCH} if batch else {})
 
 
 def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from deploy.errors import ExportError
-from deploy.exporter import ExportedGraph, export_graph, flatten_outputs, save_graph
+from deploy.exporter import ExportedGraph, export_graph, flatten_outputs
+from deploy.onnxfile import save_model
 from deploy.tensors import TensorSpec
 
 
@@ -94,7 +95,7 @@ def export(module: nn.Module, *specs: TensorSpec, outputs: tuple[str, ...] = ("y
 
 
 def run(graph: ExportedGraph, path: Path, **feed: np.ndarray) -> list[np.ndarray]:
-    save_graph(graph.model, path / "model.onnx")
+    save_model(graph.model, path / "model.onnx")
     session = onnxruntime.InferenceSession(str(path / "model.onnx"), providers=["CPUExecutionProvider"])
     return list(session.run(None, feed))
 
@@ -133,7 +134,7 @@ def test_batchnorm_is_folded_into_the_convolution() -> None:
 def test_nodes_are_named_after_their_modules_and_hold_no_paths(tmp_path: Path) -> None:
     graph = export(nn.Sequential(ConvNorm(), nn.Flatten(), nn.Linear(8 * 36, 4)), spec("batch", 3, 8, 8))
     assert [node.name for node in graph.model.graph][::3] == ["0.conv/Conv", "2/Gemm"]
-    save_graph(graph.model, tmp_path / "model.onnx")
+    save_model(graph.model, tmp_path / "model.onnx")
     assert str(Path(__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
 
 
@@ -149,7 +150,7 @@ def test_several_inputs_and_outputs_get_the_names_they_are_given(tmp_path: Path)
 
 def test_weights_over_the_limit_go_into_a_file_of_their_own(tmp_path: Path) -> None:
     graph = export(nn.Linear(64, 64), spec("batch", 64))
-    save_graph(graph.model, tmp_path / "model.onnx", external_over=1000)
+    save_model(graph.model, tmp_path / "model.onnx", external_over=1000)
     assert (tmp_path / "model.onnx.data").stat().st_size >= 64 * 64 * 4
     assert (tmp_path / "model.onnx").stat().st_size < 2000
     onnx.checker.check_model(str(tmp_path / "model.onnx"))

@@ -150,6 +150,16 @@ def test_two_projects_with_modules_of_the_same_names_do_not_mix(tmp_path: Path, 
     assert found[0] == found[2]
 
 
+def test_modules_of_an_earlier_project_are_not_importable_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", net="import helpers_of_a\n" + NET, helpers_of_a="")
+    write(tmp_path / "b", net="import helpers_of_a\n" + NET)
+    monkeypatch.chdir(tmp_path / "a")
+    build_model(model="net.py:Net")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(FactoryError, match="No module named 'helpers_of_a'"):
+        build_model(model="net.py:Net")
+
+
 def test_changed_file_is_imported_afresh_and_an_unchanged_one_is_not_run_again(project: Path) -> None:
     write(project, net="import base\n" + NET, base="import builtins\nbuiltins.runs = getattr(builtins, 'runs', 0) + 1\n")
     first, second = build_model(model="net.py:Net")[0], build_model(model="net.py:Net")[0]

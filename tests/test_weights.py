@@ -57,6 +57,18 @@ def test_prefix_is_stripped_where_other_tensors_of_the_training_module_lack_it()
     assert report.unexpected == ("criterion.weight",)
 
 
+def test_prefix_stays_where_two_names_would_become_one() -> None:
+    state = {"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2), "bias": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match="1 missing, 2 unexpected") as caught:
+        load_weights(nn.Linear(2, 2), state)
+    assert "taken off" not in str(caught.value)
+
+
+def test_no_prefix_is_stripped_where_that_makes_nothing_match() -> None:
+    with pytest.raises(CheckpointError, match=r"unexpected \(1\): module.other"):
+        load_weights(nn.Linear(2, 2), {"module.other": torch.ones(2)})
+
+
 def test_checkpoint_without_num_batches_tracked_is_complete() -> None:
     module = create("mobilenet_v1_features")
     state = {key: tensor for key, tensor in state_of(module).items() if not key.endswith("num_batches_tracked")}

@@ -7,11 +7,13 @@ from the candidate whose turn is next. That needs no knowledge of the libraries 
 such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is measured.
 """
 
+import contextlib
 import gc
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from itertools import chain
@@ -28,6 +30,7 @@ from deploy.timing import sample, settle
 
 SETTLE_S = 1.0
 REST_STEP_S = 0.002
+REST_STEPS = 3
 REST_SHARE = 0.2
 REST_LIMIT_S = 3.0
 
@@ -85,14 +88,32 @@ class Worker:
 
 
 def rest() -> None:
-    """Wait until this process uses next to no processor time. Raises BackendError when it never comes to rest."""
+    """Wait until no thread of this process runs or wants to. Raises BackendError when that never comes.
+
+    Neither sign is enough by itself: a thread that spins may be kept from the processor by other programs and use no
+    time, and one that waits for Python's lock is not seen as runnable.
+    """
     start = time.perf_counter()
+    quiet = 0
     while time.perf_counter() - start < REST_LIMIT_S:
         before, used = time.perf_counter(), time.process_time()
         time.sleep(REST_STEP_S)
-        if time.process_time() - used < REST_SHARE * (time.perf_counter() - before):
+        share = (time.process_time() - used) / (time.perf_counter() - before)
+        quiet = quiet + 1 if share < REST_SHARE and not _runnable() else 0
+        if quiet == REST_STEPS:
             return
     raise BackendError(f"threads still spin {REST_LIMIT_S:g} s after a run: what is measured next would be slowed down")
+
+
+def _runnable() -> bool:
+    """Whether a thread other than this one is running or ready to run: state R in proc(5)."""
+    own = str(threading.get_native_id())
+    for task in Path("/proc/self/task").iterdir():
+        if task.name != own:
+            with contextlib.suppress(OSError):  # it has just ended
+                if (task / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"R":
+                    return True
+    return False
 
 
 def main(opened: str) -> None:

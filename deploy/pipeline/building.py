@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import onnx
+import onnx_ir as ir
 
 from deploy.artifact import (
     ENGINE,
@@ -25,6 +25,7 @@ from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.errors import UsageError
 from deploy.macs import count_macs
+from deploy.onnxfile import save_model
 from deploy.pipeline.conversion import IMAGES, Converted, ConvertOptions, convert_onnx
 from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
 from deploy.progress import Progress, silent
@@ -89,7 +90,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
         if converted is not None:
             converted.save(typed)
         else:
-            _copy_onnx(artifact, writer.path)
+            save_model(ir.load(artifact.onnx_path), typed)  # external data may have another name there
         built = build_engine(flavour, typed, profiles, options.build, progress)
         macs = count_macs(typed, {name: shapes.opt for name, shapes in profiles[0].items()})
         share, by_node = network_share(built.network, flavour.trt, macs)
@@ -186,10 +187,3 @@ def _stage(artifact: Artifact, options: BuildTrtOptions, flavour: Flavour, profi
         "tools": tool_versions(),
     }
     return Stage(name="build-trt", request=request_digest(request))
-
-
-def _copy_onnx(artifact: Artifact, folder: Path) -> None:
-    """Copy the graph of `artifact` to `folder`, renamed to `model.onnx`, with its external data in one file."""
-    model = onnx.load(artifact.onnx_path)
-    big = model.ByteSize() >= 2**31 - 1
-    onnx.save(model, folder / ONNX, save_as_external_data=big, location=f"{ONNX}.data")

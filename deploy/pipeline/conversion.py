@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,17 @@ from deploy.artifact import (
     Artifact,
     ArtifactWriter,
     Exclusion,
-    Parent,
     Stage,
     check_output,
-    file_digest,
     request_digest,
     standing,
 )
 from deploy.errors import ParityError, PrecisionError, UsageError
-from deploy.exporter import example_dims
-from deploy.feeds import Feed, image_feeds, image_input, read_folder
-from deploy.onnxfile import graph_specs
+from deploy.feeds import Feed, image_feeds, image_input
+from deploy.onnxfile import graph_specs, save_model
 from deploy.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
-from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph, save_onnx
+from deploy.pipeline.lineage import data_digest, parent_record, random_feeds, tool_versions
+from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.emulate import emulate
 from deploy.precision.graph import prepare
 from deploy.precision.half import to_half
@@ -39,7 +36,7 @@ from deploy.precision.keep import nodes_to_keep
 from deploy.precision.plan import HALF, OPSET, HalfPrecision
 from deploy.precision.ranges import Range, activation_ranges
 from deploy.progress import Progress, silent
-from deploy.tensors import Profile, TensorSpec, batch_dim, random_feed
+from deploy.tensors import Profile, TensorSpec, batch_dim, example_dims
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +89,7 @@ class Converted:
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
-        save_onnx(self.model, path)
+        save_model(onnx_ir.from_proto(self.model), path)
 
 
 def convert_artifact(artifact: Artifact, out: Path, options: ConvertOptions, progress: Progress = silent) -> Artifact:
@@ -119,17 +116,14 @@ def convert_artifact(artifact: Artifact, out: Path, options: ConvertOptions, pro
                 artifact.manifest,
                 name=out.name,
                 precision=options.precision,
-                parent=Parent(
-                    path=os.path.relpath(os.path.realpath(artifact.location), os.path.realpath(out)),
-                    digest=artifact.manifest.digest,
-                ),
+                parent=parent_record(artifact, out),
                 files={},
                 inputs=converted.inputs,
                 outputs=converted.outputs,
                 parity=converted.parity,
                 accuracy=None,
                 exclusions=converted.exclusions,
-                tools=artifact.manifest.tools | _tools(),
+                tools=tool_versions(),
                 stage=stage,
             )
         )
@@ -173,7 +167,7 @@ def _check_source(artifact: Artifact, options: ConvertOptions) -> None:
 
 
 def _range_feeds(artifact: Artifact, options: ConvertOptions, progress: Progress) -> Iterator[Feed]:
-    feeds = [*_random_feeds(artifact, options)]
+    feeds = _random_feeds(artifact, options)
     total = len(feeds) + (0 if options.data is None else -(-IMAGES // _IMAGE_BATCH))
     done = 0
     for feed in feeds:
@@ -187,7 +181,7 @@ def _range_feeds(artifact: Artifact, options: ConvertOptions, progress: Progress
             done += 1
 
 
-def _random_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[Feed]:
+def _random_feeds(artifact: Artifact, options: ConvertOptions) -> list[Feed]:
     """Random feeds at `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed."""
     specs = artifact.manifest.inputs
     batch = batch_dim(specs)
@@ -196,8 +190,7 @@ def _random_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[Feed]
     for spec in specs:
         if spec.name in profile:
             dims |= {dim: size for dim, size in zip(spec.shape, profile[spec.name].opt, strict=True) if isinstance(dim, str)}
-    for seed, size in enumerate(PARITY_BATCHES):
-        yield random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed + 1)
+    return random_feeds(specs, dims)
 
 
 def _parity_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[tuple[str, Feed]]:
@@ -271,24 +264,9 @@ def _stage(artifact: Artifact, options: ConvertOptions) -> Stage:
         "parent": artifact.manifest.digest,
         "precision": options.precision,
         "fp16_io": options.fp16_io,
-        "data": _data_digest(options.data) if options.data is not None else None,
+        "data": data_digest(options.data, IMAGES) if options.data is not None else None,
         "profile": msgspec.to_builtins(options.profile),
         "tolerance": msgspec.to_builtins(options.tolerance()),
-        "tools": _tools(),
+        "tools": tool_versions(),
     }
     return Stage(name="convert", request=request_digest(request))
-
-
-def _data_digest(folder: Path) -> str:
-    """SHA-256 over the images that are used, by class and content."""
-    samples = read_folder(folder).sample(IMAGES)
-    return request_digest({"images": [[label, file_digest(path)] for path, label in samples]})
-
-
-def _tools() -> dict[str, str]:
-    return {
-        "deploy": version("deploy"),
-        "onnx": onnx.__version__,
-        "onnx-ir": onnx_ir.__version__,
-        "onnxruntime": ONNXRUNTIME_VERSION,
-    }

@@ -27,16 +27,17 @@ from deploy.artifact import (
     standing,
 )
 from deploy.errors import ExportError, UsageError
-from deploy.exporter import example_dims, export_graph, flatten_outputs, save_graph
+from deploy.exporter import export_graph, flatten_outputs
 from deploy.factory import BuiltModel, build_model
 from deploy.feeds import image_feeds
-from deploy.onnxfile import graph_specs, load_graph, open_onnx
+from deploy.onnxfile import check_onnx, graph_specs, load_graph, open_onnx, save_model
 from deploy.parity import TOLERANCES, Parity, Tolerance, compare
-from deploy.pipeline.lineage import data_digest, onnxruntime_version, random_feeds, tool_versions
+from deploy.pipeline.lineage import data_digest, random_feeds, tool_versions
+from deploy.precision.cpu import ONNXRUNTIME_VERSION
 from deploy.preprocess import Preprocess
 from deploy.progress import Progress, silent
 from deploy.runtime.session import Session, SessionOptions, open_session
-from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, parse_shape, random_feed
+from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, example_dims, parse_shape, random_feed
 from deploy.weights import Match, save_weights
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         built.module, specs, feed, outputs, opset=options.opset, user_files=[file.path for file in built.source_files]
     )
     with ArtifactWriter(out) as writer:
-        save_graph(graph.model, writer.path / ONNX)
+        save_model(graph.model, writer.path / ONNX)
+        check_onnx(writer.path / ONNX)
         save_weights(built.module, writer.path / WEIGHTS)
         inputs, found = graph_specs(load_graph(writer.path / ONNX).graph)
         _check_classes(classes, found)
@@ -345,4 +347,4 @@ def _parity(
             what=artifact.manifest.name,
         )
         cases.append(case)
-    return Parity(against="eager", by=f"onnxruntime {onnxruntime_version()}", tolerance=tolerance, cases=cases)
+    return Parity(against="eager", by=f"onnxruntime {ONNXRUNTIME_VERSION}", tolerance=tolerance, cases=cases)

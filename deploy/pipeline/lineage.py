@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from deploy.artifact import Artifact, Parent, file_digest, request_digest
 from deploy.feeds import read_folder
 from deploy.parity import PARITY_BATCHES
+from deploy.precision.cpu import ONNXRUNTIME_VERSION
 from deploy.tensors import TensorSpec, batch_dim, random_feed
 
 
@@ -21,15 +22,7 @@ def parent_record(artifact: Artifact, out: Path) -> Parent:
 def tool_versions() -> dict[str, str]:
     """Versions of the packages that take part in making artifacts."""
     packages = ("deploy", "torch", "onnx", "onnx-ir", "onnxscript")
-    return {name: version(name) for name in packages} | {"onnxruntime": onnxruntime_version()}
-
-
-def onnxruntime_version() -> str:
-    """Version of ONNX Runtime, whichever of its distributions is installed."""
-    try:
-        return version("onnxruntime")
-    except PackageNotFoundError:
-        return version("onnxruntime-gpu")
+    return {name: version(name) for name in packages} | {"onnxruntime": ONNXRUNTIME_VERSION}
 
 
 def data_digest(folder: Path, count: int) -> str:

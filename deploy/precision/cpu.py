@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from deploy import onnxfile
 from deploy.errors import BackendError, PrecisionError
+from deploy.onnxfile import save_model
 from deploy.precision.graph import first_line
 
 try:
@@ -17,9 +19,6 @@ except ImportError as error:
     raise BackendError(
         "half precision is checked with ONNX Runtime, which is not installed: install deploy[cpu] or deploy[gpu]"
     ) from error
-
-EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Weights over this go into a file of their own: a protobuf message cannot exceed 2 GiB."""
 
 ONNXRUNTIME_VERSION: str = onnxruntime.__version__
 
@@ -36,9 +35,9 @@ class CpuGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with tempfile.TemporaryDirectory() as folder:
             graph: bytes | str
-            if weight_bytes(model) > EXTERNAL_DATA_BYTES:
+            if weight_bytes(model) > onnxfile.EXTERNAL_DATA_BYTES:
                 graph = str(Path(folder, "model.onnx"))
-                save_onnx(model, Path(graph))
+                save_model(ir.from_proto(model), Path(graph))
             else:
                 graph = model.SerializeToString()
             try:
@@ -58,8 +57,3 @@ class CpuGraph:
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the initializers that are held in raw form, as all large ones are."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-
-
-def save_onnx(model: onnx.ModelProto, path: Path, *, external_over: int = EXTERNAL_DATA_BYTES) -> None:
-    """Write `path`, with the weights beside it in `<name>.data` when they exceed `external_over` bytes. Raises OSError."""
-    ir.save(ir.from_proto(model), path, external_data=f"{path.name}.data" if weight_bytes(model) > external_over else None)

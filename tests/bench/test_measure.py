@@ -80,7 +80,9 @@ def test_an_engine_that_was_found_is_skipped_with_the_reason(result: BenchResult
     assert not result.failed
 
 
-def test_candidates_take_turns_in_an_order_that_rotates(shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_take_turns_in_an_order_that_rotates_and_progress_is_told(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     ask = WorkerProcess.round
 
@@ -89,7 +91,10 @@ def test_candidates_take_turns_in_an_order_that_rotates(shared_lenet5: Artifact,
         return ask(self, seconds, most)
 
     monkeypatch.setattr(WorkerProcess, "round", spy)
-    bench([shared_lenet5], BenchOptions(batches=(1,), backends=("onnxruntime", "null"), seconds=0.2))
+    told: list[tuple[str, int, int]] = []
+    options = BenchOptions(batches=(1,), backends=("onnxruntime", "null"), seconds=0.2)
+    bench([shared_lenet5], options, progress=lambda what, done=0, total=0, /: told.append((what, done, total)))
+    assert any(what == "batch 1" and 0 < done < total for what, done, total in told)
     turns = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(turn) == ["eager", "null", "onnxruntime"] for turn in turns)
     assert [turn[0] for turn in turns[:4]] == ["eager", "onnxruntime", "null", "eager"]
@@ -157,10 +162,3 @@ def test_a_named_artifact_that_no_backend_can_run_is_an_error(
     found = bench([shared_lenet5], BenchOptions(batches=(1,), seconds=0.2), named=False)
     assert [row.backend for row in found.results] == ["eager"]
     assert [entry.backend for entry in found.skipped] == ["onnxruntime", "openvino"]
-
-
-def test_progress_is_told(shared_lenet5: Artifact) -> None:
-    told: list[tuple[str, int, int]] = []
-    options = BenchOptions(batches=(1,), backends=("null",), seconds=0.2)
-    bench([shared_lenet5], options, progress=lambda what, done=0, total=0, /: told.append((what, done, total)))
-    assert any(what == "batch 1" and 0 < done < total for what, done, total in told)

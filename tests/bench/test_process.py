@@ -20,9 +20,17 @@ OPTIONS = SessionOptions(device="cpu", threads=2)
 NOISY = """
 import os
 import sys
+import threading
+import time
 
 import torch
 from torch import nn
+
+
+def spin():
+    start = time.perf_counter()
+    while time.perf_counter() - start < 1.5:
+        pass
 
 
 class Noisy(nn.Module):
@@ -35,13 +43,16 @@ class Noisy(nn.Module):
         if not torch.compiler.is_exporting() and os.environ.get("NOISY") == "die":
             print("last words", file=sys.stderr, flush=True)
             os._exit(7)
+        if not torch.compiler.is_exporting() and os.environ.get("NOISY") == "spin":
+            os.environ["NOISY"] = "spun"
+            threading.Thread(target=spin).start()
         return self.linear(x)
 """
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A module that prints to standard output, and ends its process when $NOISY is `die`."""
+    """A module that prints to standard output. $NOISY `die` ends its process, `spin` leaves a busy thread for a while."""
     folder = tmp_path_factory.mktemp("noisy")
     (folder / "noisy_net.py").write_text(NOISY, encoding="utf-8")
     return deploy.export(folder / "noisy", model=f"{folder / 'noisy_net.py'}:Noisy", inputs=["x=1x4"])
@@ -74,19 +85,33 @@ def test_every_worker_makes_the_same_feed_and_saves_what_comes_of_it(
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
 
 
+def used(process: WorkerProcess) -> float:
+    """Seconds of processor time that the worker has used."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
 def test_an_idle_worker_uses_no_processor_time(shared_lenet5: Artifact, backend: str) -> None:
-    def used(pid: int) -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     with WorkerProcess(shared_lenet5, backend, OPTIONS) as process:
         process.wait_open()
         process.prepare(32)
         process.round(0.1, 500)
-        before = used(process.pid)
+        before = used(process)
         time.sleep(0.3)
-        assert used(process.pid) - before <= 0.02
+        assert used(process) - before <= 0.02
+
+
+def test_a_worker_replies_when_threads_that_spin_have_stopped(noisy: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOISY", "spin")
+    with WorkerProcess(noisy, "eager", OPTIONS) as process:
+        process.wait_open()
+        start = time.perf_counter()
+        process.prepare(1)
+        assert time.perf_counter() - start >= 1.5
+        before = used(process)
+        time.sleep(0.2)
+        assert used(process) - before <= 0.02
 
 
 def test_what_libraries_and_models_print_does_not_disturb(noisy: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +127,7 @@ def test_an_error_of_the_session_is_raised_as_the_same_error(lenet5: Artifact) -
             process.wait_open()
         assert not isinstance(caught.value, WorkerDiedError)
     (lenet5.path / ONNX).write_bytes(b"damaged")
-    with WorkerProcess(lenet5, "onnxruntime", OPTIONS) as process, pytest.raises(ArtifactError, match="model.onnx has 7 bytes"):
+    with WorkerProcess(lenet5, "onnxruntime", OPTIONS) as process, pytest.raises(ArtifactError, match=r"model\.onnx has 7 bytes"):
         process.wait_open()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from deploy.artifact import Artifact, ArtifactWriter, Stage
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
 from deploy.onnxfile import open_artifact
-from deploy.pipeline import conversion
+from deploy.pipeline import lineage
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact, convert_onnx
 from deploy.preprocess import Preprocess
 from deploy.tensors import ShapeRange
@@ -139,7 +139,7 @@ def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact,
     assert other.manifest.parity.tolerance.rtol == 0.5
     convert_artifact(artifact, tmp_path / "half", FP16)
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "ONNXRUNTIME_VERSION", "0.0.1")
+        patch.setattr(lineage, "ONNXRUNTIME_VERSION", "0.0.1")
         assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.tools["onnxruntime"] == "0.0.1"
     damaged = convert_artifact(artifact, tmp_path / "half", FP16)
     damaged.payload.write_bytes(b"")
@@ -220,9 +220,9 @@ def test_other_symbolic_dimensions_take_their_sizes_from_the_profile(tmp_path, m
     artifact = make_artifact(tmp_path / "net", height="H")
     assert artifact.manifest.profiles == []
     shapes = []
-    original = conversion.random_feed
+    original = lineage.random_feed
     monkeypatch.setattr(
-        conversion, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
+        lineage, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
     )  # fmt: skip
     profile = {"image": ShapeRange(min=(1, 1, 5, 8), opt=(4, 1, 12, 8), max=(8, 1, 20, 8))}
     made = convert_onnx(artifact, ConvertOptions(precision="fp16", profile=profile))
