@@ -194,10 +194,10 @@ def test_the_table_has_a_line_for_every_row_and_says_what_needs_a_gpu(demo, rows
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert cells[:8] == ["lenet5", "ONNX Runtime", "fp32", "98.5 %", "246 kB", "0.123 ms", "12,346", "2.50 (2.40 to 2.70)"]
+    assert cells[:8] == ["lenet5", "ONNX Runtime", "fp32", "98.5 %", "246 kB", "0.123 ms", "12,346", "2.5 (2.4 to 2.7)"]
     assert "(" not in lines[2]  # eager against itself has no spread
-    assert "tensorrt-rtx engine" in lines[5]
-    assert lines[5].count("needs a GPU") == 3
+    assert "| TensorRT-RTX engine | 100 % fp16 |" in lines[5]
+    assert lines[5].count("needs a GPU") == 2
 
 
 def test_the_picture_is_a_thousand_pixels_wide(demo, rows, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploy import userfile
 from deploy.artifact import FORMAT, Artifact, ArtifactWriter, Manifest, Source, Stage
 from deploy.errors import ArtifactError, CheckpointError, FactoryError, UsageError
 from deploy.factory import BuiltModel, build_model, rebuild
@@ -237,10 +238,7 @@ def test_module_that_now_imports_another_file_is_not_rebuilt(project: Path) -> N
     built, _ = build_model(model="net.py:Net")
     artifact = artifact_of(built, project / "out")
     (project / "tuning.py").write_text("")
-    (project / "net.py").touch()
-    import deploy.userfile
-
-    deploy.userfile._programs.clear()  # as in another process
+    userfile._programs.clear()  # as in another process
     with pytest.raises(FactoryError, match=r"now imports .*tuning\.py, which was no part of it"):
         rebuild(artifact)
 

@@ -45,7 +45,7 @@ def files(spec: str, **args: object) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder; what is imported from it is forgotten afterwards."""
+    """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

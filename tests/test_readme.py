@@ -1,0 +1,92 @@
+"""What the README shows, works."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deploy.models.registry import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix("$ deploy "), comments=True) for line in lines if line.startswith("$ deploy ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith(" 1.0")
+    assert shown[1] == "input: float32 batchx1x28x28 (4, 10)"
+
+
+def test_the_eight_lines_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
+    torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), "resnet34.pth")
+    Path("classes.txt").write_text("cat\ndog\n")
+    for index, label in enumerate(("cat", "dog")):
+        (folder / "photographs" / "val" / label).mkdir(parents=True)
+        pixels = np.full((60, 80, 3), 200 * index, np.uint8)
+        Image.fromarray(pixels).save(folder / "photographs" / "val" / label / "1.png")
+    Image.new("RGB", (50, 40)).save("cat.jpg")
+    lines = commands(blocks("console")[0])
+    assert len(lines) == 8
+    extra = {"export": ["--input", "input=1x3x32x32", "--classes", "classes.txt"], "bench": ["--seconds", "0.2", "--batch", "1"]}
+    for line in lines:
+        finished = run(*line, *extra.get(line[0], []))
+        assert finished.status == 0, (line, finished.err)
+        assert finished.out
+
+
+def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., Any]) -> None:
+    Path("my_models").mkdir()
+    Path("my_models/net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def __init__(self, width, num_classes=2):\n"
+        "        super().__init__(torch.nn.Conv2d(3, width, 3, 32), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),\n"
+        "                         torch.nn.Flatten(), torch.nn.Linear(width, num_classes))\n"
+    )
+    from torch import nn
+
+    net = nn.Sequential(nn.Conv2d(3, 64, 3, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+    torch.save(net.state_dict(), "best.pth")
+    Path("classes.txt").write_text("a\nb\nc\n")
+    (line,) = commands(blocks("console")[1])
+    finished = run(*line)
+    assert finished.status == 0, finished.err
+    assert finished.out.startswith("build/net: ONNX, fp32")
+    assert "scores: float32 batchx3" in finished.out
+
+
+def test_every_file_and_picture_that_is_linked_is_there() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r"`(examples/\S+?)`", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_option_of_the_commands_in_the_readme_is_known(run: Callable[..., Any]) -> None:
+    for line in (line for block in blocks("console") for line in commands(block)):
+        text = run(line[0], "--help").out
+        for word in line:
+            if word.startswith("--"):
+                assert word in text
