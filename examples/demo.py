@@ -99,15 +99,13 @@ def walk(net: str) -> list[Row]:
             )
         )
     manifest = deploy_json("inspect", engine)
+    share = manifest["precision_share"]
+    parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "fp32") if share[name] > 0]
     rows.append(
         Row(
             net=net,
             runs_on=manifest["target"]["flavour"],
-            precision=", ".join(
-                f"{100 * manifest['precision_share'][precision]:.0f} % {precision}"
-                for precision in ("int8", "fp16", "bf16", "fp32")
-                if manifest["precision_share"][precision] > 0
-            ),
+            precision=f"{', '.join(parts)} ({share['from']})",
             top1=None,
             size=payload_bytes(manifest),
             bench={},
@@ -172,8 +170,8 @@ def conditions() -> str:
     known = [json.loads((BUILD / f"{net}-bench.json").read_text())["conditions"] for net in LEAST_TOP1]
     versions = ", ".join(f"{name} {version}" for name, version in known[0]["versions"].items())
     return (
-        "Top-1 on 1,000 real digits that no training saw. p50: median latency of a batch; speed-up: over eager PyTorch in the"
-        " same rounds, with its 95 % interval. Engines: share of the multiply-accumulates by precision, read from what was built."
+        "Top-1 on 1,000 real digits kept out of training. p50: median latency of a batch; speed-up: over eager PyTorch in the"
+        " same rounds, with its 95 % interval. Engines: share of the multiply-accumulates in each precision, as read from the engine or from its typed network."
         f"\n{known[0]['cpu']}, {known[0]['threads']} threads; load average"
         f" {' and '.join(str(entry['load_average'][0]) for entry in known)} before the two benchmarks; {versions}."
     )
@@ -191,6 +189,7 @@ def draw(rows: list[Row], path: Path) -> None:
     shades = ("#1f5fa8", "#9cc3ea")
     for (speed, accuracy), (net, lines) in zip(grid, timed.items(), strict=True):
         places = range(len(lines))
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         # A spread that is wider than the picture, as on a busy machine, runs out of it; the table has its figures.
         limit = 1.5 * max(result["speedup"] for row in lines for result in row.bench.values())
         for index, (batch, colour) in enumerate(zip(BATCHES, shades, strict=True)):
@@ -205,7 +204,9 @@ def draw(rows: list[Row], path: Path) -> None:
                 at, middle, 0.36, color=colour, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}"
             )
             for y, result in zip(at, results, strict=True):
-                speed.text(min(result["speedup_high"], 0.9 * limit), y, f"  {result['speedup']:.1f}x", va="center", fontsize=9)
+                end = (min(result["speedup_high"], 0.9 * limit), y)
+                text = f"{result['speedup']:.1f}x"
+                speed.annotate(text, end, (6, 0), textcoords="offset points", va="center", fontsize=9, bbox=behind)
         speed.axvline(1, color="#888888", linewidth=1, linestyle=":")
         speed.set_yticks(places, [f"{BACKENDS.get(row.runs_on, row.runs_on)}, {row.precision.upper()}" for row in lines])
         speed.set_xlim(0, limit)
@@ -220,7 +221,7 @@ def draw(rows: list[Row], path: Path) -> None:
         accuracy.set_yticks([])
         accuracy.invert_yaxis()
         accuracy.set_title(f"top-1 (at least {LEAST_TOP1[net]:g} %)", loc="left", fontsize=11)
-    grid[0][0].legend(loc="lower right", frameon=False)
+    grid[0][0].legend(loc="upper right", frameon=False)
     figure.savefig(path)
     plt.close(figure)
 

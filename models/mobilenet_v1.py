@@ -72,14 +72,15 @@ class MobileNetV1(nn.Module):
 
 
 class MobileNetV1Features(nn.Module):
-    """The stem and the first six blocks of MobileNet v1, `conv1` to `conv7`; all seven feature maps. It has no classes.
+    """The stem and the first six blocks of MobileNet v1, `conv1` to `conv7`; all seven feature maps.
 
     In: N x 3 x H x W float32, any size from 16 up. Out: seven float32 maps; with width 1 N x 32 x H/2 x W/2,
     N x 64 x H/2 x W/2, N x 128 x H/4 x W/4 (twice), N x 256 x H/8 x W/8 (twice), N x 512 x H/16 x W/16 (sizes rounded up).
-    Its tensors are the first of `MobileNetV1` in the same order. Paper: `MobileNetV1`.
+    Its tensors are the first of `MobileNetV1` in the same order. It is made like every architecture, with `num_classes`,
+    but has no head, so that their number changes nothing. Paper: `MobileNetV1`.
     """
 
-    def __init__(self, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int = 1000, width: float = 1.0) -> None:
         super().__init__()
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.conv7 = stages(7, width)
         initialize_weights(self)

@@ -157,7 +157,6 @@ def test_old_parallel_mobilenet_goes_onto_the_feature_net_by_order(tmp_path: Pat
             UsageError,
             "'dropout' is a object, which the manifest cannot record",
         ),
-        ({"arch": "mobilenet_v1_features", "num_classes": 3}, FactoryError, "mobilenet_v1_features takes no num_classes"),
         ({"model": "net.py:fixed", "num_classes": 3}, FactoryError, r"net\.py:fixed takes no num_classes"),
         ({"arch": "keras:x"}, FactoryError, "unknown architecture 'keras:x'; expected .* torchvision:NAME or timm:NAME"),
         ({"arch": "mlp", "weights": Path("none.pt")}, CheckpointError, "no checkpoint at none.pt"),

@@ -99,8 +99,8 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
         except (ArtifactError, BackendError) as error:
             if named:
                 raise
-            backend = target.flavour if target else "eager"
-            skipped.append(Skipped(artifact=str(artifact.location), backend=backend, reason=str(error)))
+            missing = target.flavour if target else "eager"
+            skipped.append(Skipped(artifact=str(artifact.location), backend=missing, reason=str(error)))
         else:
             runnable.append(artifact)
     if not roots:

@@ -17,7 +17,8 @@ SPIN_US = 100
 
 ONNX Runtime's own default is some tens of milliseconds, in which it slows down whatever runs next in the process. Not
 to spin at all costs small models half as much again, for waking a thread takes longer than one of their operators. A
-tenth of a millisecond bridges the gaps between operators and between runs back to back, and no more.
+tenth of a millisecond bridges the gaps between operators and between runs back to back, and no more. Versions of ONNX
+Runtime that do not know the setting keep their default.
 """
 
 
@@ -45,7 +46,8 @@ class OnnxRuntimeSession(Session):
         if session is None:
             raise closed_error(self.name)
         try:
-            return session.run(self._output_names, feed)  # type: ignore[no-any-return]
+            # It takes no mapping but a dict.
+            return session.run(self._output_names, feed if type(feed) is dict else dict(feed))  # type: ignore[no-any-return]
         except Exception as error:
             raise BackendError(f"onnxruntime failed to run {self.name!r}: {_reason(error)}") from error
 

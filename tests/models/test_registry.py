@@ -82,9 +82,14 @@ def test_number_of_classes_that_is_none_is_refused(count: object) -> None:
         create("lenet5", num_classes=count)
 
 
-def test_feature_net_takes_no_number_of_classes() -> None:
-    with pytest.raises(ModelError, match="no argument 'num_classes'"):
-        create("mobilenet_v1_features", num_classes=10)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_take_a_number_of_classes(name: str) -> None:
+    net = create(name, num_classes=7).eval()
+    results = net(*(torch.zeros(2, *shape[1:]) for shape in ARCHITECTURES[name].inputs.values()))
+    if name == "mobilenet_v1_features":  # has no head
+        assert [result.shape[1] for result in results] == [32, 64, 128, 128, 256, 256, 512]
+    else:
+        assert results.shape[1] == 7
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

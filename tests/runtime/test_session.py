@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -291,9 +292,11 @@ def test_a_thousand_shapes_do_not_pile_up(shared_lenet5: Artifact, monkeypatch: 
         assert len(session._seen) <= 10
 
 
-def test_a_feed_in_any_order_and_mapping_is_the_same(pair_session: Session) -> None:
-    feed = random_feed(pair_session.inputs, {"batch": 3})
-    expected = pair_session.run(feed)
-    turned = dict(reversed(feed.items()))
-    for _ in range(2):
-        np.testing.assert_array_equal(pair_session.run(turned)["total"], expected["total"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
+def test_a_feed_in_any_order_and_mapping_is_the_same(pair: Artifact, backend: str) -> None:
+    with open_session(pair, backend) as session:
+        feed = random_feed(session.inputs, {"batch": 3})
+        expected = session.run(feed)
+        for other in (dict(reversed(feed.items())), MappingProxyType(feed)):
+            for _ in range(2):
+                np.testing.assert_array_equal(session.run(other)["total"], expected["total"])
