@@ -1,15 +1,14 @@
 """What this machine can do: processor, GPUs, driver, and each library with its version or what is missing."""
 
 import importlib
-import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
 from deploy.errors import BackendError, DeployError
+from deploy.machine import cpu_model, usable_cores
 from deploy.runtime.session import BACKENDS
 
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
@@ -27,8 +26,8 @@ def examine() -> dict[str, Any]:
         "deploy": _version("deploy"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
         "gpus": gpus,
         "gpus_missing": reason,
         "torch": _torch(),
@@ -93,11 +92,3 @@ def _version(distribution: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or sys.platform

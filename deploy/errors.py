@@ -11,7 +11,7 @@
     ├── ParityError         outputs further from the reference than the tolerance allows
     ├── EngineError         a graph that TensorRT refuses, or an engine that did not honour the request
     ├── DataError           images or folders that cannot be used
-    ├── BackendError        a backend that is unknown, not installed or cannot run this artifact here
+    ├── BackendError        a backend that is not installed, or cannot run this artifact here
     └── SessionError        a session used wrongly
         ├── InputError      names, dtypes or shapes other than those that the session takes
         └── SessionClosedError
@@ -70,7 +70,7 @@ class DataError(DeployError):
 
 
 class BackendError(DeployError):
-    """A backend that is unknown, not installed or cannot run this artifact on this machine."""
+    """A backend that is not installed, or cannot run this artifact on this machine."""
 
 
 class SessionError(DeployError):

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from deploy.artifact import Artifact, request_digest
-from deploy.bench.conditions import cpu_model, usable_cores, versions
+from deploy.bench.conditions import versions
 from deploy.bench.process import WorkerProcess
 from deploy.errors import BackendError
+from deploy.machine import cpu_model, usable_cores
 from deploy.onnxfile import open_artifact
 from deploy.runtime.session import AUTO, Session, SessionOptions, open_session, refuse_engine
 

@@ -43,18 +43,28 @@ class Ratio:
 def paired_ratio(baseline: Rounds, candidate: Rounds, *, seed: int = 0) -> Ratio:
     """Speed of `candidate` relative to `baseline`, from rounds in which both ran one after the other.
 
-    With b_r and c_r the medians of round r, the value is median_r(b_r / c_r): what slows a whole round, such as another
-    program or a change of clock rate, cancels. Low and high are the percentile bootstrap over rounds (Efron 1979;
-    Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3): the 2.5 % and 97.5 % quantiles of that
-    median over 2,000 draws of as many rounds with replacement.
+    The value is the median of all samples of the baseline over that of the candidate: the ratio of the two p50. Low and
+    high are the percentile bootstrap (Efron 1979; Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section
+    13.3): the 2.5 % and 97.5 % quantiles of that ratio over 2,000 draws of as many rounds with replacement. Whole rounds
+    are drawn, the same for both: samples of one round are not independent, and what slows a round slows both.
     """
     if len(baseline) != len(candidate) or not baseline:
         raise ValueError(f"expected as many rounds of both, and at least one, not {len(baseline)} and {len(candidate)}")
-    ratios = np.array([np.median(b) / np.median(c) for b, c in zip(baseline, candidate, strict=True)])
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    count = len(baseline)
+    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(ratios[draws], axis=1), (tail, 1 - tail))
-    return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
+    low, high = np.quantile(_medians(baseline, draws) / _medians(candidate, draws), (tail, 1 - tail))
+    value = np.median(np.concatenate([*baseline])) / np.median(np.concatenate([*candidate]))
+    return Ratio(value=float(value), low=min(float(low), float(value)), high=max(float(high), float(value)))
+
+
+def _medians(rounds: Rounds, draws: np.ndarray) -> np.ndarray:
+    """The median of all samples for each row of `draws`, which says how often each round is counted."""
+    owners = np.repeat(np.arange(len(rounds)), [len(samples) for samples in rounds])
+    values = np.concatenate([*rounds])
+    order = np.argsort(values)
+    values, owners = values[order], owners[order]
+    return np.array([values[np.searchsorted(total := np.cumsum(draw[owners]), (total[-1] + 1) // 2)] for draw in draws])
 
 
 def settle(run: Callable[[], object], *, limit_s: float, window_s: float = 0.05, tolerance: float = 0.05) -> float:

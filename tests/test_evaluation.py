@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from deploy.artifact import ONNX, Artifact, ArtifactWriter
-from deploy.errors import BackendError, DataError, UsageError
+from deploy.errors import DataError, UsageError
 from deploy.evaluation import evaluate, predict, ranks, softmax
 from deploy.onnxfile import open_onnx
 from deploy.preprocess import Preprocess
@@ -102,7 +102,7 @@ def test_the_backend_asked_for_is_used(model, tmp_path, backend):
 
 
 def test_an_unknown_backend_is_refused(model, tmp_path):
-    with pytest.raises(BackendError, match="unknown backend 'onnx'"):
+    with pytest.raises(UsageError, match="unknown backend 'onnx'"):
         evaluate(model, make_folder(tmp_path, ant=[0]), backend="onnx")
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
 LAYERS = (
-    ("ground", {"errors", "tensors", "preprocess", "parity", "timing", "progress"}),
+    ("ground", {"errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
     ("contracts", {"artifact", "runtime.session", "runtime"}),
     (
         "intake",

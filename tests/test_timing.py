@@ -16,11 +16,18 @@ def test_no_samples_have_no_latency() -> None:
         latency([])
 
 
-def test_the_ratio_is_of_medians_within_rounds() -> None:
-    # The machine is ten times slower in the second half: within rounds the candidate is always twice as fast.
-    baseline = [[2.0, 2.0, 9.0]] * 5 + [[20.0, 20.0, 90.0]] * 5
-    candidate = [[1.0, 1.0]] * 5 + [[10.0, 10.0]] * 5
+def test_the_ratio_is_that_of_the_two_p50() -> None:
+    baseline = [[2.0, 2.0, 9.0], [2.0, 4.0], [50.0]]
+    candidate = [[1.0, 1.0], [1.0], [30.0, 1.0]]
     ratio = paired_ratio(baseline, candidate)
+    assert ratio.value == latency([2, 2, 9, 2, 4, 50]).p50 / latency([1, 1, 1, 30, 1]).p50 == 3
+    assert ratio.low <= 2 < 3 <= ratio.high
+
+
+def test_a_round_that_is_slow_for_both_widens_nothing() -> None:
+    rounds = [[1.0, 1.0]] * 9 + [[10.0, 10.0]]
+    slower = [[2 * value for value in samples] for samples in rounds]
+    ratio = paired_ratio(slower, rounds)
     assert (ratio.value, ratio.low, ratio.high) == (2, 2, 2)
 
 

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deploy.artifact import Artifact
-from deploy.bench.conditions import conditions, usable_cores
+from deploy.bench.conditions import conditions
 from deploy.bench.plan import BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import WorkerDiedError, WorkerProcess
 from deploy.errors import BackendError
+from deploy.machine import usable_cores
 from deploy.parity import difference
 from deploy.progress import Progress, silent
 from deploy.runtime.session import SessionOptions

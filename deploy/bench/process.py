@@ -35,7 +35,7 @@ class WorkerProcess:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
         # The child finds modules where this process does, whatever is installed and wherever it stands.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, json.dumps(opened), *sys.path],
+            [sys.executable, "-c", _CHILD, json.dumps(opened), *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

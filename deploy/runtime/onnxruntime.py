@@ -5,6 +5,7 @@ from typing import Any
 
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.machine import usable_cores
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
 try:
@@ -29,7 +30,8 @@ class OnnxRuntimeSession(Session):
         super().__init__(artifact, options)
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # errors come as exceptions; warnings are about the optimizer's own doings
-        settings.intra_op_num_threads = options.threads or 0
+        # Left to itself it takes all cores of the machine and ties its threads to them, in every process to the same.
+        settings.intra_op_num_threads = options.threads or usable_cores()
         settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         try:
             self._session: Any = onnxruntime.InferenceSession(

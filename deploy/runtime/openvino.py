@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.machine import usable_cores
 from deploy.runtime.session import Session, SessionOptions, closed_error
 
 try:
@@ -27,9 +28,13 @@ class OpenVinoSession(Session):
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         super().__init__(artifact, options)
         hint = _HINTS[options.compute]
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
-        if options.threads is not None:
-            config["INFERENCE_NUM_THREADS"] = options.threads
+        config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
+            # It would tie its threads to cores, in every process to the same: two services would share one core.
+            "ENABLE_CPU_PINNING": False,
+        }
         try:
             core = openvino.Core()
             self._compiled: Any = core.compile_model(core.read_model(artifact.onnx_path), "CPU", config)

@@ -37,7 +37,8 @@ class SessionOptions:
     """How to open a session.
 
     device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the GPU where the backend can use one.
-    threads: threads of one run, None for what the backend thinks best. eager and compile set it for the process.
+    threads: threads of one run; None for the physical cores that the process may use. eager and compile set it for the
+        process, and leave torch's own choice where it is None.
     compute: precision of the arithmetic of what the file holds in FP32. `fp32` means FP32; OpenVINO can be asked for
         `bf16` or `fp16`, which is faster and off by about 1e-2.
     """
@@ -282,7 +283,7 @@ def first_line(error: Exception) -> str:
 def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
     """Open `artifact` with a backend of `BACKENDS`, or with the first of `AUTO` that can run it here.
 
-    Raises BackendError when the backend is unknown, not installed or cannot run the artifact, ArtifactError when a
+    Raises UsageError for an unknown backend, BackendError when it is not installed or cannot run the artifact, ArtifactError when a
     file of the artifact is damaged.
     """
     options = options or SessionOptions()
@@ -300,7 +301,7 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
 
 def _module(backend: str) -> Any:
     if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+        raise UsageError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
     return importlib.import_module(f"deploy.runtime.{backend}")
 
 

@@ -104,8 +104,8 @@ def test_a_corrupt_image_is_named(run: Run, shared_lenet5: Artifact, images: Pat
 
 
 def test_an_unknown_backend(run: Run, lenet5: Artifact, images: Path) -> None:
-    refused(run("predict", lenet5.path, images, "--backend", "onnxruntme"), 1, "onnxruntme", "onnxruntime")
-    refused(run("bench", lenet5.path, "--backend", "onnxruntme"), 1, "onnxruntme", "onnxruntime")
+    refused(run("predict", lenet5.path, images, "--backend", "onnxruntme"), 2, "onnxruntme", "onnxruntime")
+    refused(run("bench", lenet5.path, "--backend", "onnxruntme"), 2, "onnxruntme", "onnxruntime")
 
 
 def test_an_output_directory_that_is_not_ours(run: Run, lenet5: Artifact, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_precision_that_the_file_does_not_have_is_refused(shared_lenet5: Artif
 
 
 def test_an_unknown_backend_is_named_with_those_there_are(shared_lenet5: Artifact) -> None:
-    with pytest.raises(BackendError, match=r"unknown backend 'tensorflow'; expected auto or one of onnxruntime, openvino"):
+    with pytest.raises(UsageError, match=r"unknown backend 'tensorflow'; expected auto or one of onnxruntime, openvino"):
         open_session(shared_lenet5, "tensorflow")
 
 

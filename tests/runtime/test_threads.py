@@ -1,8 +1,11 @@
 """Every backend is used from 16 threads at once, each thread with its own inputs, shapes and expected results."""
 
+import contextlib
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -76,3 +79,29 @@ def test_closing_while_runs_are_under_way_lets_them_finish(shared_lenet5: Artifa
 
     in_threads(work)
     assert closed == THREADS
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_threads_are_not_tied_to_cores(shared_lenet5: Artifact, backend: str) -> None:
+    """Else the sessions of two processes would share a core while others are idle."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("needs two cores")
+    seen: set[frozenset[int]] = set()
+    stop = Event()
+    x = images(0, 64)
+    with open_session(shared_lenet5, backend) as session, ThreadPoolExecutor(1) as pool:
+
+        def run() -> None:
+            while not stop.is_set():
+                session(x)
+
+        future = pool.submit(run)
+        for _ in range(50):
+            time.sleep(0.004)
+            for task in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):  # it has ended
+                    seen.add(frozenset(os.sched_getaffinity(int(task))))
+        stop.set()
+        future.result()
+    assert seen == {frozenset(allowed)}
