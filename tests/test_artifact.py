@@ -12,17 +12,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.artifact import ENGINE, MANIFEST, ONNX, Artifact, ArtifactWriter, Parent, Stage, check_output, standing
+from deploy.artifact import ENGINE, MANIFEST, ONNX, Artifact, Parent, Stage, standing
 from deploy.errors import ArtifactError, OutputError
 from deploy.onnxfile import open_onnx
+from deploy.writer import ArtifactWriter, check_output
 
 VERSIONS = ("old", "new")
 
 # Replaces `out` by artifacts named old and new in turn, and kills itself at the step that it is told, or goes on for ever.
 WRITER = """
 import os, shutil, signal, sys
-import deploy.artifact as artifact
-from deploy.artifact import Artifact, ArtifactWriter
+import deploy.writer as artifact
+from deploy.artifact import Artifact
+from deploy.writer import ArtifactWriter
 import msgspec
 
 source, out, fatal = Artifact.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -161,7 +163,7 @@ def test_where_the_file_system_cannot_exchange_the_artifact_is_replaced_all_the_
             ctypes.set_errno(errno.EINVAL)
             return -1
 
-    monkeypatch.setattr("deploy.artifact.ctypes.CDLL", lambda *_, **__: NoExchange())
+    monkeypatch.setattr("deploy.writer.ctypes.CDLL", lambda *_, **__: NoExchange())
     write(made.path, tiny_onnx, "new")
     assert check_whole(made.path) == "new"
     assert [path.name for path in made.path.parent.iterdir()] == ["made"]

@@ -8,11 +8,12 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from deploy.artifact import ONNX, Artifact, ArtifactWriter
+from deploy.artifact import ONNX, Artifact
 from deploy.errors import DataError, UsageError
 from deploy.evaluation import evaluate, predict, ranks, softmax
 from deploy.onnxfile import open_onnx
 from deploy.preprocess import Preprocess
+from deploy.writer import ArtifactWriter
 
 NAMES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu"]
 GREY = Preprocess(channels=1, crop=8)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from deploy import userfile
-from deploy.artifact import FORMAT, Artifact, ArtifactWriter, Manifest, Source, Stage
+from deploy.artifact import FORMAT, Artifact, Manifest, Source, Stage
 from deploy.errors import ArtifactError, CheckpointError, FactoryError, UsageError
 from deploy.factory import BuiltModel, build_model, rebuild
 from deploy.models import create
 from deploy.tensors import TensorSpec
 from deploy.weights import save_weights
+from deploy.writer import ArtifactWriter
 
 NET = """
 import torch

@@ -8,10 +8,11 @@ import pytest
 
 import deploy
 from deploy import loading
-from deploy.artifact import ENGINE, ONNX, Artifact, ArtifactWriter, Target
+from deploy.artifact import ENGINE, ONNX, Artifact, Target
 from deploy.bench.process import WorkerProcess
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.loading import fastest_file, load
+from deploy.writer import ArtifactWriter
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 Candidates in one process falsify one another (thread pools, allocators, caches), and candidates measured one after the
 other meet different machines (clock rate, other programs). So each has a process, and they take turns in rounds, in an
-order that rotates, the others blocked on their pipes. The speed-up is taken within rounds: see `timing.paired_ratio`.
+order that rotates, the others blocked on their pipes. The speed-up is of samples of the same rounds: see `timing.paired_ratio`.
 """
 
 import math

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from deploy.cli.common import BUILD, PATH, debug_option, device_option, progress_bar, threads_option
-from deploy.errors import UsageError
+from deploy.errors import OutputError, UsageError
+
+STDOUT = Path("-")
 
 
 @click.command("bench")
@@ -64,17 +66,16 @@ def command(
         threads=threads,
     )
     found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
+    if json_file is not None and json_file != STDOUT:
+        _check_writable(json_file)
     with progress_bar() as progress:
         result = bench(found, options, named=bool(artifacts), progress=progress)
     document = json.dumps(result.to_json(), indent=1) + "\n"
-    if json_file is not None and str(json_file) == "-":
+    if json_file == STDOUT:
         click.echo(document, nl=False)
     else:
         if json_file is not None:
-            try:
-                json_file.write_text(document, encoding="utf-8")
-            except OSError as error:
-                raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
+            json_file.write_text(document, encoding="utf-8")
         print_table(result, sys.stdout)
     return 1 if result.failed else 0
 
@@ -86,3 +87,12 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"cannot read the batch sizes {text!r}; expected numbers such as 1,8,32")
     return tuple(int(part) for part in parts)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OutputError before anything is measured when the results could not be written to `path`."""
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

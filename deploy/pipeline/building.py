@@ -10,16 +10,7 @@ from typing import Literal
 import msgspec
 import onnx_ir as ir
 
-from deploy.artifact import (
-    ENGINE,
-    ONNX,
-    Artifact,
-    ArtifactWriter,
-    Stage,
-    check_output,
-    request_digest,
-    standing,
-)
+from deploy.artifact import ENGINE, ONNX, Artifact, Stage, request_digest, standing
 from deploy.engine.attestation import check_honoured, network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
@@ -30,6 +21,7 @@ from deploy.pipeline.conversion import IMAGES, Converted, ConvertOptions, conver
 from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
 from deploy.progress import Progress, silent
 from deploy.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
+from deploy.writer import ArtifactWriter, check_output
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from deploy.artifact import (
-    ONNX,
-    Artifact,
-    ArtifactWriter,
-    Exclusion,
-    Stage,
-    check_output,
-    request_digest,
-    standing,
-)
+from deploy.artifact import ONNX, Artifact, Exclusion, Stage, request_digest, standing
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.feeds import Feed, image_feeds, image_input
 from deploy.onnxfile import graph_specs, save_model
@@ -37,6 +28,7 @@ from deploy.precision.plan import HALF, OPSET, HalfPrecision
 from deploy.precision.ranges import Range, activation_ranges
 from deploy.progress import Progress, silent
 from deploy.tensors import Profile, TensorSpec, batch_dim, example_dims
+from deploy.writer import ArtifactWriter, check_output
 
 logger = logging.getLogger(__name__)
 

@@ -12,20 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from deploy.artifact import (
-    FORMAT,
-    ONNX,
-    WEIGHTS,
-    Artifact,
-    ArtifactWriter,
-    Manifest,
-    Source,
-    Stage,
-    check_output,
-    file_digest,
-    request_digest,
-    standing,
-)
+from deploy.artifact import FORMAT, ONNX, WEIGHTS, Artifact, Manifest, Source, Stage, file_digest, request_digest, standing
 from deploy.errors import ExportError, UsageError
 from deploy.exporter import export_graph, flatten_outputs
 from deploy.factory import BuiltModel, build_model
@@ -39,6 +26,7 @@ from deploy.progress import Progress, silent
 from deploy.runtime.session import Session, SessionOptions, open_session
 from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, example_dims, parse_shape, random_feed
 from deploy.weights import Match, save_weights
+from deploy.writer import ArtifactWriter, check_output
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 import deploy
-from deploy.artifact import ENGINE, ONNX, Artifact, ArtifactWriter, Parent, Target
+from deploy.artifact import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.writer import ArtifactWriter
 
 
 @pytest.fixture(scope="session")

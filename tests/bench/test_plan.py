@@ -5,10 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.artifact import Artifact, ArtifactWriter
+from deploy.artifact import Artifact
 from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.onnxfile import open_onnx
+from deploy.writer import ArtifactWriter
 
 
 def remake(artifact: Artifact, out: Path, **changes: object) -> Artifact:

@@ -9,13 +9,14 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from deploy.artifact import Artifact, ArtifactWriter, Stage
+from deploy.artifact import Artifact, Stage
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
 from deploy.onnxfile import open_artifact
 from deploy.pipeline import conversion, lineage
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact, convert_onnx
 from deploy.preprocess import Preprocess
 from deploy.tensors import ShapeRange
+from deploy.writer import ArtifactWriter
 
 FP16 = ConvertOptions(precision="fp16")
 
