@@ -120,6 +120,14 @@ def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSp
     return inputs, [_spec(value) for value in graph.output]
 
 
+def model_specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a graph in memory, as `graph_specs` gives them for one in a file."""
+    graph = onnx.GraphProto()
+    graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
+    graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
+    return graph_specs(graph)
+
+
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or tensor.elem_type not in _DTYPES or not tensor.HasField("shape"):

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,14 +17,14 @@ from deploy.errors import ExportError, UsageError
 from deploy.exporter import export_graph, flatten_outputs
 from deploy.factory import BuiltModel, build_model
 from deploy.feeds import image_feeds
-from deploy.onnxfile import check_onnx, graph_specs, load_graph, open_onnx, save_model
-from deploy.parity import TOLERANCES, Parity, Tolerance, compare
+from deploy.onnxfile import check_onnx, model_specs, open_onnx, save_model
+from deploy.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
 from deploy.pipeline.lineage import data_digest, random_feeds, tool_versions
 from deploy.precision.cpu import ONNXRUNTIME_VERSION
 from deploy.preprocess import Preprocess
 from deploy.progress import Progress, silent
 from deploy.runtime.session import Session, SessionOptions, open_session
-from deploy.tensors import DTYPES, TensorSpec, batch_dim, default_profile, example_dims, parse_shape, random_feed
+from deploy.tensors import DTYPES, EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims, parse_shape
 from deploy.weights import Match, save_weights
 from deploy.writer import ArtifactWriter, check_output
 
@@ -109,19 +109,26 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report.summary())
 
     progress("running the eager module")
-    batch = batch_dim(specs)
-    dims = example_dims(specs, batch)
-    feed = {name: torch.from_numpy(array) for name, array in random_feed(specs, dims).items()}
-    outputs = _output_names(options, built, list(_eager(built.module, specs, feed)))
+    feeds = random_feeds(specs, example_dims(specs, batch_dim(specs)))
+    expected = [_eager(built.module, specs, feed) for feed in feeds]
+    outputs = _output_names(options, built, list(expected[0]))
+    seen = [
+        _Case("random", feed, dict(zip(outputs, results.values(), strict=True)))
+        for feed, results in zip(feeds, expected, strict=True)
+    ]
+    if not all(_finite(case, fatal=options.data is None) for case in seen):
+        seen = []
+        logger.warning("the eager module gives NaN or infinity on random input: parity is checked on images alone")
     progress("exporting to ONNX")
+    example = {name: torch.from_numpy(array) for name, array in feeds[PARITY_BATCHES.index(EXAMPLE_BATCH)].items()}
     graph = export_graph(
-        built.module, specs, feed, outputs, opset=options.opset, user_files=[file.path for file in built.source_files]
+        built.module, specs, example, outputs, opset=options.opset, user_files=[file.path for file in built.source_files]
     )
     with ArtifactWriter(out) as writer:
         save_model(graph.model, writer.path / ONNX)
         check_onnx(writer.path / ONNX)
         save_weights(built.module, writer.path / WEIGHTS)
-        inputs, found = graph_specs(load_graph(writer.path / ONNX).graph)
+        inputs, found = model_specs(graph.model)
         _check_classes(classes, found)
         profile = default_profile(inputs)
         manifest = Manifest(
@@ -155,8 +162,10 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         )
         written = writer.describe(manifest)
         progress("comparing with eager")
+        if options.data is not None:
+            seen += _image_cases(written, built.module, options.data)
         with open_session(written, "onnxruntime", SessionOptions(device="cpu")) as session:
-            parity = _parity(session, built.module, written, dims, options)
+            parity = _parity(session, seen, _tolerance(options))
         source = msgspec.structs.replace(manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
         return writer.commit(msgspec.structs.replace(written.manifest, source=source, parity=parity))
 
@@ -288,51 +297,60 @@ def _stage(
     return Stage(name="export", request=request_digest(request))
 
 
-def _eager(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The eager module's outputs. Raises ExportError, with the module's own error, when it cannot run the input."""
+class _Case(NamedTuple):
+    """One feed, and what the eager module makes of it, by output name. `data` is `random` or `images`."""
+
+    data: str
+    feed: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+
+
+def _eager(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The eager module's outputs, flattened. Raises ExportError, with the module's own error, when it cannot run the input."""
     try:
         with torch.inference_mode():
-            return flatten_outputs(module(*(feed[spec.name] for spec in specs)))
+            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name]) for spec in specs)))
     except ExportError:
         raise
     except Exception as error:  # the user's own code: any error may come
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in feed.items())
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise ExportError(
-            f"{type(module).__name__} cannot run {shapes}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
-            f"\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
+            f"{type(module).__name__} cannot run {shapes}: {reason}\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
         ) from error
+    return {name: tensor.numpy() for name, tensor in results.items()}
 
 
-def _feeds(artifact: Artifact, dims: Mapping[str, int], data: Path | None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    for feed in random_feeds(artifact.manifest.inputs, dims):
-        yield "random", feed
-    if data is not None:
-        for feed in image_feeds(artifact, data, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
-            yield "images", feed
-
-
-def _parity(
-    session: Session, module: torch.nn.Module, artifact: Artifact, dims: Mapping[str, int], options: ExportOptions
-) -> Parity:
-    tolerance = _tolerance(options)
+def _image_cases(artifact: Artifact, module: torch.nn.Module, folder: Path) -> Iterator[_Case]:
     names = [spec.name for spec in artifact.manifest.outputs]
-    cases = []
-    for data, feed in _feeds(artifact, dims, options.data):
-        tensors = {name: torch.from_numpy(array) for name, array in feed.items()}
-        eager = [tensor.numpy() for tensor in _eager(module, artifact.manifest.inputs, tensors).values()]
-        for name, array in zip(names, eager, strict=True):
-            if not np.isfinite(array).all():
-                raise ExportError(
-                    f"the eager module itself gives NaN or infinity in output {name!r} on {data} input: parity cannot be checked"
-                    "\ncheck the weights; if the model needs real input, give some with --data IMAGEFOLDER"
-                )
-        case = compare(
-            session.run(feed),
-            dict(zip(names, eager, strict=True)),
-            tolerance,
-            data=data,
-            batch=len(next(iter(feed.values()))),
-            what=artifact.manifest.name,
+    for feed in image_feeds(artifact, folder, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
+        results = _eager(module, artifact.manifest.inputs, feed)
+        case = _Case("images", feed, dict(zip(names, results.values(), strict=True)))
+        _finite(case, fatal=True)
+        yield case
+
+
+def _finite(case: _Case, *, fatal: bool) -> bool:
+    """Whether the eager outputs are finite; where not and it is `fatal`, ExportError naming the output."""
+    broken = [name for name, array in case.expected.items() if not np.isfinite(array).all()]
+    if broken and fatal:
+        raise ExportError(
+            f"the eager module itself gives NaN or infinity in output {broken[0]!r} on {case.data} input: parity cannot be checked"
+            "\ncheck the weights; if the model needs real input, give some with --data IMAGEFOLDER"
         )
-        cases.append(case)
+    return not broken
+
+
+def _parity(session: Session, seen: Sequence[_Case], tolerance: Tolerance) -> Parity:
+    cases = [
+        compare(
+            session.run(case.feed),
+            case.expected,
+            tolerance,
+            data=case.data,
+            batch=len(next(iter(case.feed.values()))),
+            what=session.name,
+        )
+        for case in seen
+    ]
     return Parity(against="eager", by=f"onnxruntime {ONNXRUNTIME_VERSION}", tolerance=tolerance, cases=cases)

@@ -139,7 +139,7 @@ def test_without_output_names_the_outputs_are_numbered(project: Path) -> None:
 def test_a_module_of_the_users_own_needs_inputs(project: Path) -> None:
     with pytest.raises(UsageError, match="--input NAME=1x3x224x224"):
         deploy.export(project / "out", model="net.py:Net")
-    with pytest.raises(ExportError, match=r"Net cannot run x \(2, 7\)"):
+    with pytest.raises(ExportError, match=r"Net cannot run x \(1, 7\): mat1"):
         deploy.export(project / "out", model="net.py:Net", inputs=["x=1x7"])
 
 
@@ -223,3 +223,19 @@ def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UsageError, match=message):
             read_classes(path)
+
+
+def test_where_random_input_gives_nan_parity_is_checked_on_images_alone(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (project / "root.py").write_text(
+        "import torch\nclass Root(torch.nn.Module):\n    def forward(self, x):\n        return torch.sqrt(x).mean((2, 3))\n"
+    )
+    with pytest.raises(ExportError, match="give some with --data IMAGEFOLDER"):
+        deploy.export(project / "out", model="root.py:Root", inputs=["x=1x3x4x4"])
+    (project / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 99, 199)).save(project / "images" / "a" / "1.png")
+    artifact = deploy.export(
+        project / "out", model="root.py:Root", inputs=["x=1x3x4x4"], preprocess="none", data=project / "images"
+    )
+    assert artifact.manifest.parity is not None
+    assert [case.data for case in artifact.manifest.parity.cases] == ["images"]
+    assert "parity is checked on images alone" in caplog.text
