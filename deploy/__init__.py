@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deploy.evaluation import evaluate as evaluate
     from deploy.evaluation import predict as predict
     from deploy.loading import load as load
-    from deploy.onnxfile import open_artifact as open_artifact
+    from deploy.opening import open_artifact as open_artifact
     from deploy.preprocess import Preprocess as Preprocess
     from deploy.runtime.session import Session as Session
 
@@ -36,7 +36,7 @@ _NAMES = {
     "evaluate": "deploy.evaluation",
     "export": "deploy.api",
     "load": "deploy.loading",
-    "open_artifact": "deploy.onnxfile",
+    "open_artifact": "deploy.opening",
     "predict": "deploy.evaluation",
 }
 

@@ -8,7 +8,7 @@ from deploy.artifact import Artifact
 from deploy.engine.builder import BuildOptions
 from deploy.errors import UsageError
 from deploy.factory import parse_model_args
-from deploy.onnxfile import open_artifact
+from deploy.opening import open_artifact
 from deploy.pipeline.building import BuildTrtOptions, build_trt_artifact
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact
 from deploy.pipeline.exporting import ExportOptions, export_artifact, export_onnx_file

@@ -15,7 +15,7 @@ from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
 from deploy.errors import DataError, UsageError
 from deploy.feeds import ImageInput, image_input, read_folder
 from deploy.loading import load
-from deploy.onnxfile import open_artifact
+from deploy.opening import open_artifact
 from deploy.progress import Progress, silent
 from deploy.tensors import TensorSpec
 

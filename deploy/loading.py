@@ -16,7 +16,7 @@ from deploy.bench.conditions import versions
 from deploy.bench.process import WorkerProcess
 from deploy.errors import BackendError
 from deploy.machine import cpu_model, usable_cores
-from deploy.onnxfile import open_artifact
+from deploy.opening import open_artifact
 from deploy.runtime.session import AUTO, Session, SessionOptions, open_session, refuse_engine
 
 _ROUNDS = 5

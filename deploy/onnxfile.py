@@ -29,14 +29,6 @@ _DTYPES: dict[int, str] = {
 }
 
 
-def open_artifact(path: Path | str) -> Artifact:
-    """The artifact at `path`: a directory, or a bare `.onnx` file. Raises ArtifactError."""
-    path = Path(path)
-    if path.suffix == ".onnx" and not path.is_dir():
-        return open_onnx(path)
-    return Artifact.open(path)
-
-
 def open_onnx(path: Path) -> Artifact:
     """A bare ONNX file as an artifact in memory, its weights taken for trained. Raises ArtifactError."""
     if not path.is_file():

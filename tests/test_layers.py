@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.artifact import Artifact
+
 ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
@@ -15,7 +17,18 @@ LAYERS = (
     ("contracts", {"artifact", "writer", "runtime.session", "runtime"}),
     (
         "intake",
-        {"onnxfile", "macs", "checkpoint", "weights", "factory", "recipes", "userfile", "timm_models", "torchvision_models"},
+        {
+            "opening",
+            "onnxfile",
+            "macs",
+            "checkpoint",
+            "weights",
+            "factory",
+            "recipes",
+            "userfile",
+            "timm_models",
+            "torchvision_models",
+        },
     ),
     (
         "workers",
@@ -119,6 +132,12 @@ def test_models_and_calibration_import_neither_deploy_nor_one_another(folder: st
 @pytest.mark.parametrize("statement", ["import deploy", "from deploy.cli import cli"])
 def test_importing_loads_no_heavy_library(statement: str) -> None:
     code = f"{statement}; import sys; print(*sorted({{'torch', 'onnx', 'onnxruntime', 'openvino', 'tensorrt_rtx', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_loading_an_artifact_loads_neither_torch_nor_onnx(shared_lenet5: Artifact) -> None:
+    code = f"import sys, deploy; deploy.load({str(shared_lenet5.path)!r}); print(*sorted({{'torch', 'onnx', 'click', 'rich'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

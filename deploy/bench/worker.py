@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from deploy.errors import BackendError, DeployError
-from deploy.onnxfile import open_artifact
+from deploy.opening import open_artifact
 from deploy.runtime.session import Session, SessionOptions, open_session
 from deploy.tensors import batch_dim, random_feed
 from deploy.timing import sample, settle

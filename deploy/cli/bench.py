@@ -56,7 +56,7 @@ def command(
     from deploy.bench.measure import bench  # loads numpy and onnx
     from deploy.bench.plan import BenchOptions, find_artifacts
     from deploy.bench.table import print_table
-    from deploy.onnxfile import open_artifact
+    from deploy.opening import open_artifact
 
     options = BenchOptions(
         backends=tuple(name for text in backends for name in text.split(",")),

@@ -11,6 +11,7 @@ import click
 
 from deploy.artifact import MANIFEST, Artifact
 from deploy.errors import ArtifactError, UsageError
+from deploy.opening import open_artifact
 from deploy.progress import Progress, silent
 
 BUILD = Path("build")
@@ -50,8 +51,6 @@ def open_or_newest(path: str | None, what: str, usable: Callable[[Artifact], boo
     Raises UsageError when nothing was named and nothing is there, ArtifactError.
     """
     if path is not None:
-        from deploy.onnxfile import open_artifact  # loads onnx, which a directory alone would not need
-
         return open_artifact(path)
     found = newest(usable)
     if found is None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from deploy.artifact import Artifact, Stage
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
-from deploy.onnxfile import open_artifact
+from deploy.opening import open_artifact
 from deploy.pipeline import conversion, lineage
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact, convert_onnx
 from deploy.preprocess import Preprocess
