@@ -212,7 +212,9 @@ class Session(ABC):
                     elif axis == 0:
                         sizes[dim] = 1
                     else:
-                        raise UsageError(f"{spec} has no profile that gives {dim!r} a size")
+                        raise UsageError(
+                            f"{spec} has no profile that gives {dim!r} a size: pass a feed of your own, or export with a number there"
+                        )
         return sizes
 
     def warmup(self, feed: Mapping[str, Any] | None = None, runs: int = 3) -> None:
