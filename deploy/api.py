@@ -49,11 +49,13 @@ def export(
     What the options mean: `deploy.pipeline.exporting.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
     instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
     """
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise UsageError(f"--name must be a plain name, not {name!r}: it is also the name of the folder and of the served model")
     if onnx is not None:
         given = {
             "--arch": arch, "--model": model, "--weights": weights, "--model-arg": model_args, "--input": inputs, "--output": outputs,
             "--num-classes": num_classes, "--static-batch": static_batch, "--data": data, "--opset": opset, "--rtol": rtol,
-            "--atol": atol, "--allow-partial": allow_partial,
+            "--atol": atol, "--allow-partial": allow_partial, "--match": None if match == "name" else match,
         }  # fmt: skip
         if unfit := [option for option, value in given.items() if value not in (None, False, (), [], {})]:
             raise UsageError(f"--onnx takes the graph as it is; leave out {', '.join(unfit)}")

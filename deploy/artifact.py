@@ -113,7 +113,7 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an artifact says of itself. `digest` is the SHA-256 of all the rest, as canonical JSON."""
+    """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON."""
 
     format: int
     kind: Kind
@@ -140,7 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def sealed(self) -> Self:
         """A copy whose `digest` fits its content."""
-        return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": ""}))
+        return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": "", "created": ""}))
 
     def to_json(self) -> str:
         return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
@@ -181,6 +181,8 @@ class Artifact:
             text = (path / MANIFEST).read_bytes()
         except FileNotFoundError:
             raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
         try:
             head = json.loads(text)
             if isinstance(head, dict) and head.get("format", FORMAT) != FORMAT:

@@ -96,8 +96,12 @@ def _load_pickle(path: Path) -> Any:
             " torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW) for a whole module, or save the"
             " state_dict alone"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, EOFError) as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if not start or start == b"PK":  # a zip archive without its end
+            raise CheckpointError(f"{path} is {'truncated' if start else 'empty'}: copy it again") from error
+        raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or repr(error)}") from error
     # The legacy reader raises whatever the damaged bytes lead to: EOFError, KeyError, UnicodeDecodeError, struct.error, ...
     except Exception as error:
         reason = str(error).partition(". ")[0] or type(error).__name__

@@ -111,7 +111,7 @@ def evaluate(
 
 def predict(
     artifact: Artifact | Path | str,
-    paths: Sequence[Path | str],
+    paths: Sequence[Path | str] | Path | str,
     *,
     top: int = 5,
     backend: str = "auto",
@@ -129,6 +129,7 @@ def predict(
         raise UsageError(f"top must be 1 or more, not {top}")
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     source, logits = _classifier(artifact)
+    paths = [paths] if isinstance(paths, str | Path) else paths
     files = [file for path in paths for file in _expand(Path(path))]
     if not files:
         raise UsageError("no image to predict")

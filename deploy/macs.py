@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from onnx import shape_inference
+from onnxscript.optimizer import fold_constants
 
 from deploy.errors import PrecisionError
 
@@ -28,18 +30,38 @@ def count_macs(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, i
     for value in [*model.graph.output, *model.graph.value_info]:
         value.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
-    graph = shape_inference.infer_shapes(model, data_prop=True).graph
+    try:
+        return _counts(shape_inference.infer_shapes(model, data_prop=True).graph)
+    except LookupError:
+        pass  # shapes that the graph computes, as those of im2col: they are constants once the input shapes are
+    folded = ir.from_proto(onnx.load(path))
+    for value in folded.graph.inputs:
+        if value.name is not None and value.name in shapes:
+            value.shape = ir.Shape(shapes[value.name])
+    for node in folded.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    fold_constants(folded)
+    try:
+        return _counts(shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True).graph)
+    except LookupError as error:
+        raise PrecisionError(f"cannot count the multiply-accumulates of {path}: {error.args[0]}") from error
+
+
+def _counts(graph: onnx.GraphProto) -> dict[str, int]:
+    """Raises LookupError for a node whose shapes are not known."""
     known: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.value_info, *graph.input, *graph.output]:
-        known[value.name] = tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            known[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
     counts: dict[str, int] = {}
     for index, node in enumerate(graph.node):
-        if node.op_type not in COUNTED:
-            continue
-        try:
+        if node.op_type in COUNTED:
+            unknown = [name for name in (*node.input[:2], node.output[0]) if name not in known]
+            if unknown:
+                raise LookupError(f"no shape for {unknown[0]!r} of {node.op_type} {node.name!r}")
             counts[node.name or f"{node.op_type}_{index}"] = _macs(node, known)
-        except (KeyError, IndexError) as error:
-            raise PrecisionError(f"cannot count {node.op_type} {node.name!r} of {path}: no shape for {error}") from error
     return counts
 
 

@@ -18,23 +18,44 @@ from deploy.artifact import MANIFEST, Artifact, FileRecord, Manifest, file_diges
 from deploy.errors import OutputError
 
 
-def check_output(out: Path) -> None:
-    """Raise OutputError, before any work, when `out` is something that is not ours to replace or cannot be written."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+def check_output(out: Path, source: Artifact | None = None) -> None:
+    """Raise OutputError, before any work, when `out` is something that is not ours to replace or cannot be written.
+
+    With `source`, what the output is made from: also when `out` is the source or one of those that it descends from, lies
+    inside one, or holds one.
+    """
+    if out.is_symlink():
+        raise OutputError(f"{out} is a symbolic link; give the directory that it points to, or choose another -o")
+    if out.exists() and not out.is_dir():
         raise OutputError(f"{out} exists and is not a directory; choose another -o")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and (entries := {path.name for path in out.iterdir()}):
         try:
             head = json.loads((out / MANIFEST).read_bytes())
-            ours = isinstance(head, dict) and "format" in head and "digest" in head
-        except (OSError, ValueError):
+            ours = isinstance(head, dict) and isinstance(head["files"], dict) and "format" in head and "digest" in head
+        except (OSError, ValueError, KeyError):
             ours = False
         if not ours:
             raise OutputError(
                 f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
             )
+        if foreign := sorted(entries - {MANIFEST, *head["files"]}):
+            raise OutputError(
+                f"{out} holds {foreign[0]!r} beside the artifact; nothing was changed: choose another -o or move it"
+            )
+    _protect(out, source)
     folder = next(parent for parent in Path(os.path.abspath(out)).parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {folder}: {'permission denied' if folder.is_dir() else 'it is not a directory'}")
+
+
+def _protect(out: Path, source: Artifact | None) -> None:
+    place = Path(os.path.realpath(out))
+    while source is not None:
+        home = Path(os.path.realpath(source.path))
+        inside = home in place.parents and source.bare is None  # beside a bare file is where its output goes
+        if place == home or place in home.parents or inside:
+            raise OutputError(f"{out} is, holds or lies in {source.shown}, which the output is made from; choose another -o")
+        source = source.parent()
 
 
 class ArtifactWriter:

@@ -135,3 +135,4 @@ def main(opened: str) -> None:
             message = str(error) if isinstance(error, DeployError) else f"{kind}: {error}"
             reply = {"error": kind if isinstance(error, DeployError) else "BackendError", "message": message}
         print(json.dumps(reply), file=replies, flush=True)
+    os._exit(0)  # libraries with threads of their own may hang while the interpreter ends

@@ -5,6 +5,7 @@ Only click is imported here, and a command's own module when it is called, so th
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -68,6 +69,7 @@ def main() -> None:
     """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
     args = sys.argv[1:]
     debug = "--debug" in args
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = cli.main(args, prog_name="deploy", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -86,12 +88,23 @@ def main() -> None:
             _print_traceback()
         click.echo(f"error: {error}", err=True)
         status = error.exit_status
+    except OSError as error:  # a full disk, a folder that is gone
+        if debug:
+            _print_traceback()
+        where = f" ({error.filename})" if error.filename else ""
+        click.echo(f"error: {error.strerror or error}{where}", err=True)
+        status = 1
     except Exception as error:  # a bug of ours: said in one line too
         if debug:
             _print_traceback()
         click.echo(f"error: {type(error).__name__}: {error}\nthis is a bug in deploy; --debug shows where", err=True)
         status = 1
     sys.exit(status)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End as after an error, so that what is half written is removed."""
+    sys.exit(128 + number)
 
 
 def _print_traceback() -> None:

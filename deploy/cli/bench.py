@@ -86,11 +86,13 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"cannot read the batch sizes {text!r}; expected numbers such as 1,8,32")
-    return tuple(int(part) for part in parts)
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _check_writable(path: Path) -> None:
     """Raise OutputError before anything is measured when the results could not be written to `path`."""
+    if path.suffix != ".json" and path.exists() and path.stat().st_size:
+        raise OutputError(f"{path} exists and is not a .json file; nothing was changed: choose another --json")
     try:
         with path.open("a", encoding="utf-8"):
             pass

@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def open_or_newest(path: str | None, what: str, usable: Callable[[Artifact], boo
 
 def newest(usable: Callable[[Artifact], bool]) -> Artifact | None:
     """The newest artifact right under `build/` that is `usable`; those that cannot be read are named and passed over."""
-    manifests = sorted(BUILD.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    manifests = sorted(BUILD.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for manifest in manifests:
         try:
             artifact = Artifact.open(manifest.parent)
@@ -74,9 +74,16 @@ def newest(usable: Callable[[Artifact], bool]) -> Artifact | None:
 
 
 @contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A progress callback that draws on standard error once two seconds have passed, and never where that is no terminal."""
-    if quiet or not sys.stderr.isatty():
+    # What the user's own module prints goes to standard error: standard output is for results.
+    with redirect_stdout(sys.stderr), _bar() as report:
+        yield report
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    if not sys.stderr.isatty():
         yield silent
         return
     from rich.console import Console  # slow to import, and of use on a terminal only

@@ -20,7 +20,7 @@ def summary(artifact: Artifact) -> str:
         built_for = manifest.target.gpu or f"compute capability {', '.join(manifest.target.targets)}"
         lines.append(_row("built for", built_for))
     if manifest.parity:
-        lines.append(_row("parity", parity_text(manifest.parity)))
+        lines.append(_row("graph" if manifest.target else "parity", parity_text(manifest.parity)))
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
     if share := share_text(manifest):

@@ -61,8 +61,13 @@ def build_engine(
     UsageError for options that the flavour does not have.
     """
     trt = flavour.trt
-    if options.timing_cache is not None and flavour.name == "tensorrt-rtx":
-        raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
+    if flavour.name == "tensorrt-rtx":
+        if options.timing_cache is not None:
+            raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
+        if options.version_compatible or options.hardware_compatible:
+            raise UsageError(
+                "--version-compatible and --hardware-compatible are for the flavour tensorrt; tensorrt-rtx has neither"
+            )
     log = _make_logger(trt)
     builder = trt.Builder(log)
     if builder is None:

@@ -1,7 +1,6 @@
 """The stage `build-trt`: an ONNX artifact to an engine artifact, attested."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,7 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
     in the precision asked for, outside the reported exclusions, nothing is written. Raises EngineError, PrecisionError,
     ParityError, ArtifactError, OutputError, UsageError and BackendError.
     """
-    check_output(out)
+    check_output(out, artifact)
     manifest = artifact.manifest
     if manifest.kind != "onnx":
         raise UsageError(f"{artifact.location} is an engine already; give the ONNX artifact it was built from")
@@ -64,15 +63,13 @@ def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, 
             f"{artifact.location} is {manifest.precision} already; --{options.precision} takes an FP32 artifact. Leave the option out"
             " to build the file as it is"
         )
-    if os.path.realpath(out) == os.path.realpath(artifact.path):
-        raise UsageError(f"{out} is the artifact to build from, which stays as it is; choose another -o")
+    artifact.verify(weights=False)
     flavour = load_flavour(options.flavour)
     profiles = _profiles(options.shapes, manifest.inputs, manifest.profiles)
     stage = _stage(artifact, options, flavour, profiles)
     if (stood := standing(out, stage)) is not None:
         logger.info("%s is up to date", out)
         return stood
-    artifact.verify(weights=False)
     converted: Converted | None = None
     if options.precision is not None:
         convert = ConvertOptions(precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=profiles[0])

@@ -91,11 +91,10 @@ def convert_artifact(artifact: Artifact, out: Path, options: ConvertOptions, pro
     damaged, PrecisionError, ParityError (the result is too far off; nothing is written), DataError, BackendError (ONNX
     Runtime is not installed) and OutputError.
     """
-    check_output(out)
+    check_output(out, artifact)
     out = Path(os.path.abspath(out))
-    if out == Path(os.path.abspath(artifact.path)):
-        raise UsageError(f"{out} is the artifact to convert, which stays as it is; choose another -o")
     _check_source(artifact, options)
+    artifact.verify(weights=False)
     stage = _stage(artifact, options)
     if (stood := standing(out, stage)) is not None:
         logger.info("%s is up to date", out)

@@ -175,8 +175,8 @@ def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: 
 
     Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError.
     """
-    check_output(out)
     bare = open_onnx(path)
+    check_output(out, bare)
     names = read_classes(classes) if classes else None
     _check_classes(names, bare.manifest.outputs)
     with ArtifactWriter(out) as writer:
@@ -245,6 +245,9 @@ def parse_input(text: str) -> TensorSpec:
 
 def _output_names(options: ExportOptions, built: BuiltModel, found: Sequence[str]) -> list[str]:
     names = list(options.outputs or built.outputs or found)
+    taken = [text.partition("=")[0] for text in options.inputs] or [spec.name for spec in built.inputs or ()]
+    if twice := [name for name in names if names.count(name) + taken.count(name) > 1]:
+        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs")
     if len(names) != len(found):
         raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
     return names

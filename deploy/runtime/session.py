@@ -126,7 +126,7 @@ class Session(ABC):
                 key += (x.__class__, x.dtype, x.shape)
             if len(feed) == len(self._input_names):
                 sort = self._seen.get(tuple(key))
-        except (KeyError, AttributeError, TypeError):
+        except (KeyError, AttributeError, TypeError, IndexError):
             pass  # whatever is wrong is named by _check
         if sort is None:
             sort = self._check(feed)
@@ -146,6 +146,10 @@ class Session(ABC):
 
     def _check(self, feed: Mapping[str, Any]) -> Literal["numpy", "torch"]:
         """Check a feed in full and say what it is made of. Raises InputError."""
+        if not isinstance(feed, Mapping):
+            raise InputError(
+                f"run() takes arrays by input name, not a {type(feed).__name__}; expected {', '.join(map(str, self.inputs))}"
+            )
         self._check_names(feed)
         sorts = {_sort(name, x) for name, x in feed.items()}
         if len(sorts) > 1:

@@ -122,10 +122,74 @@ def test_an_output_directory_that_is_not_ours(run: Run, lenet5: Artifact, tmp_pa
     assert [path.name for path in foreign.iterdir()] == ["chapter1.tex"]
 
 
-def test_an_artifact_is_not_written_over_itself(run: Run, lenet5: Artifact) -> None:
-    refused(run("convert", lenet5.path, "--fp16", "-o", lenet5.path), 2, "choose another -o")
-    refused(run("build-trt", lenet5.path, "-o", lenet5.path), 2, "choose another -o")
-    Artifact.open(lenet5.path).verify()
+def test_an_output_that_is_holds_or_lies_in_its_source_is_refused(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    assert run("convert", lenet5.path, "--fp16", "-o", half).status == 0
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source in (lenet5.path, half, lenet5.onnx_path):
+        for out in (lenet5.path, lenet5.path / "inner", tmp_path / "link" / lenet5.path.name):
+            if source == lenet5.onnx_path and out.name == "inner":
+                continue
+            for command in ("build-trt", "export --onnx"):
+                if command == "export --onnx" and source != lenet5.onnx_path:
+                    continue
+                refused(run(*command.split(), source, "-o", out), 1, "choose another -o")
+    refused(run("convert", lenet5.path, "--fp16", "-o", lenet5.path), 1, "choose another -o")
+    assert Artifact.open(lenet5.path) == lenet5
+    lenet5.verify()
+    assert Artifact.open(half).root().manifest == lenet5.manifest
+
+
+def test_a_directory_with_other_files_beside_the_artifact_is_left_alone(run: Run, lenet5: Artifact) -> None:
+    (lenet5.path / "notes.txt").write_text("mine")
+    refused(run("export", "--arch", "lenet5", "--num-classes", "3", "-o", lenet5.path), 1, "notes.txt")
+    assert (lenet5.path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_source_is_found_where_the_output_stands_already(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
+    commands = [
+        ("convert", lenet5.path, "--fp16", "-o", tmp_path / "half"),
+        ("build-trt", lenet5.path, "-o", tmp_path / "engine"),
+    ]
+    for command in commands:
+        assert run(*command).status == 0
+    lenet5.onnx_path.write_bytes(lenet5.onnx_path.read_bytes()[::-1])
+    for command in commands:
+        refused(run(*command), 1, "model.onnx is damaged")
+
+
+def test_what_the_users_module_prints_stays_off_standard_output(run: Run, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import torch\n"
+        "class Loud(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        print('running')\n"
+        "        return x.mean((2, 3)) @ torch.ones(1, 2)\n"
+    )
+    made = run(
+        "export",
+        "--model",
+        f"{tmp_path / 'loud.py'}:Loud",
+        "--input",
+        "x=1x1x28x28",
+        "--preprocess",
+        "mnist",
+        "-o",
+        tmp_path / "loud",
+    )
+    assert made.status == 0, made.err
+    assert "running" not in made.out
+    evaluated = run("eval", tmp_path / "loud", images, "--backend", "eager", "--json")
+    assert json.loads(evaluated.out)["images"] == 4
+    assert "running" in evaluated.err
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"PK", "is truncated")])
+def test_an_empty_or_cut_checkpoint_is_told_from_a_damaged_one(
+    run: Run, checkpoint: Path, content: bytes, message: str, tmp_path: Path
+) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if content else b"")
+    refused(run("export", "--arch", "mlp", "--weights", checkpoint, "-o", tmp_path / "out"), 1, message, "copy it again")
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("convert", "--fp16"), ("build-trt",), ("predict", "x.png")])
@@ -194,6 +258,9 @@ def test_an_input_of_the_wrong_rank(run: Run, lenet5: Artifact, tmp_path: Path) 
         (("export", "--arch", "mlp", "--rtol", "-1"), "0 or more"),
         (("export", "--arch", "mlp", "--classes", "no.txt"), "no.txt"),
         (("export", "--arch", "mlp", "--surprise"), "--surprise"),
+        (("export", "--arch", "mlp", "--name", "../x"), "plain name"),
+        (("export", "--arch", "mlp", "--output", "input"), "'input' is given to two"),
+        (("export", "--onnx", "x.onnx", "--match", "order"), "--match"),
         (("export", "--onnx", "x.onnx", "--arch", "mlp"), "--arch"),
         (("convert",), "--fp16"),
         (("convert", "--fp16", "--bf16"), "--fp16"),

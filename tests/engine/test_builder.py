@@ -150,7 +150,7 @@ def test_a_profile_that_does_not_fit_is_an_error(rtx: Flavour, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "options",
-    [BuildOptions(tf32=True), BuildOptions(opt_level=0), BuildOptions(opt_level=5), BuildOptions(hardware_compatible=True)],
+    [BuildOptions(tf32=True), BuildOptions(opt_level=0), BuildOptions(opt_level=5)],
 )
 def test_builder_options_are_taken(rtx: Flavour, tmp_path: Path, options: BuildOptions) -> None:
     assert build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=options).plan
@@ -159,6 +159,9 @@ def test_builder_options_are_taken(rtx: Flavour, tmp_path: Path, options: BuildO
 def test_options_that_the_flavour_does_not_have_are_refused(rtx: Flavour, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="timing-cache"):
         build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=BuildOptions(timing_cache=tmp_path / "cache"))
+    for option in (BuildOptions(version_compatible=True), BuildOptions(hardware_compatible=True)):
+        with pytest.raises(UsageError, match="tensorrt-rtx has neither"):
+            build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=option)
     with pytest.raises(UsageError, match="0 to 5"):
         BuildOptions(opt_level=9)
 
