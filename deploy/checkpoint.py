@@ -4,6 +4,7 @@ Fitting them into a module is `deploy.weights`, whose names are given here too.
 """
 
 import argparse
+import errno
 import pathlib
 import pickle
 import re
@@ -99,7 +100,9 @@ def _load_pickle(path: Path) -> Any:
     except (OSError, EOFError) as error:
         with path.open("rb") as file:
             start = file.read(2)
-        if not start or start == b"PK":  # a zip archive without its end
+        if not start or (
+            start == b"PK" and getattr(error, "errno", None) in (None, errno.EINVAL)
+        ):  # a zip archive without its end
             raise CheckpointError(f"{path} is {'truncated' if start else 'empty'}: copy it again") from error
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or repr(error)}") from error
     # The legacy reader raises whatever the damaged bytes lead to: EOFError, KeyError, UnicodeDecodeError, struct.error, ...
