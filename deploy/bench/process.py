@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,7 @@ class WorkerProcess:
             stderr=self._stderr,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # so that close ends what the libraries in it have forked too
         )
 
     @property
@@ -96,7 +99,8 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing of it is left
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             assert stream is not None
