@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from deploy.errors import BackendError
 from deploy.machine import cpu_model, usable_cores
 from deploy.opening import open_artifact
 from deploy.runtime.session import AUTO, Session, SessionOptions, open_session, refuse_engine
+from deploy.tensors import default_dims
 
 _ROUNDS = 5
 _SLICE_S = 0.1
@@ -71,14 +72,20 @@ def _fastest(artifact: Artifact, options: SessionOptions) -> str:
     entry = _read().get(key)
     if isinstance(entry, dict) and entry.get("backend") in AUTO:
         return str(entry["backend"])
-    medians = _time(artifact, AUTO, options)
+    manifest = artifact.manifest
+    image = manifest.preprocess.shape if manifest.preprocess else None
+    remedy = "name a backend in place of fastest"
+    dims = default_dims(manifest.inputs, manifest.profiles, image, known={}, remedy=remedy)
+    medians = _time(artifact, AUTO, options, dims)
     best = min(medians, key=lambda name: medians[name])
     _write({**_read(), key: {**circumstances, "backend": best, "p50_ms": medians}})
     return best
 
 
-def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions) -> dict[str, float]:
+def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions, dims: Mapping[str, int]) -> dict[str, float]:
     """Median milliseconds of a run on each backend that can run the artifact here, measured in turns.
+
+    `dims` are the sizes of the symbolic dimensions.
 
     Raises BackendError when none can.
     """
@@ -88,12 +95,12 @@ def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions) 
         for name, worker in list(workers.items()):
             try:
                 worker.wait_open()
-                worker.prepare(None)
+                worker.prepare(dims)
             except BackendError as error:
                 reasons.append(f"{name}: {error}")
                 workers.pop(name).close()
         if not workers:
-            raise BackendError(f"no backend can run {artifact.location} here: " + "; ".join(reasons))
+            raise BackendError(f"no backend can run {artifact.shown} here: " + "; ".join(reasons))
         samples: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(_ROUNDS):
             for name, worker in workers.items():

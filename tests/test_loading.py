@@ -1,9 +1,11 @@
 import json
 import logging
+import re
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 import deploy
@@ -12,6 +14,8 @@ from deploy.artifact import ENGINE, ONNX, Artifact, Target
 from deploy.bench.process import WorkerProcess
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.loading import fastest_file, load
+from deploy.onnxfile import open_onnx
+from deploy.preprocess import Preprocess
 from deploy.writer import ArtifactWriter
 
 
@@ -26,7 +30,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the artifacts that were timed; OpenVINO always wins."""
     names: list[str] = []
 
-    def time_them(artifact: Artifact, backends: object, options: object) -> dict[str, float]:
+    def time_them(artifact: Artifact, backends: object, options: object, dims: object) -> dict[str, float]:
         names.append(artifact.manifest.name)
         return {"onnxruntime": 2.0, "openvino": 1.0}
 
@@ -59,6 +63,38 @@ def test_options_reach_the_backend(shared_lenet5: Artifact) -> None:
 def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=f"no artifact at {tmp_path / 'missing'}"):
         load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("what", [None, 123, b"build/net", ["build/net"]])
+def test_what_is_no_path_is_an_error_that_says_what_was_expected(what: object) -> None:
+    with pytest.raises(UsageError, match=rf"expected an artifact, or the path of one .*, not {re.escape(repr(what))}"):
+        load(what)  # type: ignore[arg-type]
+
+
+def resizable(tmp_path: Path, preprocess: Preprocess | None) -> Artifact:
+    """y = x, for images of any size, without a profile."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 1, h, w] x) => (float[n, 1, h, w] y) { y = Relu(x) }"""
+    with ArtifactWriter(tmp_path / "any") as writer:
+        onnx.save(onnx.parser.parse_model(text), writer.path / ONNX)
+        manifest = open_onnx(writer.path / ONNX).manifest
+        return writer.commit(msgspec.structs.replace(manifest, name="any", preprocess=preprocess))
+
+
+def test_dynamic_images_are_timed_at_the_size_of_the_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = resizable(tmp_path, Preprocess(channels=1, crop=(6, 8)))
+    asked: list[object] = []
+    prepare = WorkerProcess.prepare
+    monkeypatch.setattr(WorkerProcess, "prepare", lambda self, dims: asked.append(dims) or prepare(self, dims))
+    with load(artifact, "fastest") as session:
+        assert session.dims() == {"n": 1, "h": 6, "w": 8}
+        session.warmup()
+    assert asked == [{"n": 1, "h": 6, "w": 8}] * 2
+
+
+def test_fastest_says_which_dimension_has_no_size(tmp_path: Path) -> None:
+    artifact = resizable(tmp_path, Preprocess(channels=1))
+    with pytest.raises(UsageError, match=r"x: float32 nx1xhxw: .* gives 'h' a size: name a backend in place of fastest"):
+        load(artifact, "fastest")
 
 
 def test_fastest_times_the_candidates_once_in_processes_of_their_own(

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from deploy.artifact import Artifact
 from deploy.bench.conditions import conditions
 from deploy.bench.plan import BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import WorkerDiedError, WorkerProcess
+from deploy.bench.shapes import shown_shapes
 from deploy.errors import BackendError
 from deploy.machine import usable_cores
 from deploy.parity import difference
@@ -100,6 +102,8 @@ def bench(
     threads = options.threads or usable_cores()
     device = "cpu" if options.device == "auto" else options.device
     found = conditions(threads=threads, device=device)
+    if shapes := shown_shapes(plan.baseline.artifact.manifest, plan.baseline.dims):
+        found["shapes"] = shapes
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-bench-")))
         run = _Run(plan, SessionOptions(threads=threads, device=device), stack, folder, progress)
@@ -140,9 +144,9 @@ class _Run:
                     raise
                 self._drop(candidate, str(error), self.failures if died else self.skipped)
         if named_artifacts:
-            running = {candidate.artifact.location for candidate in self._workers if candidate is not self._baseline}
+            running = {candidate.artifact.shown for candidate in self._workers if candidate is not self._baseline}
             for entry in self.skipped:
-                if Path(entry.artifact) not in running:
+                if entry.artifact not in running:
                     raise BackendError(f"no backend can run {entry.artifact} here: {entry.backend}: {entry.reason}")
 
     def measure(self, batch: int, seconds: float) -> None:
@@ -150,7 +154,7 @@ class _Run:
         run_s: dict[Candidate, float] = {}
         for candidate in [each for each in self._workers if batch in each.batches]:
             self._progress(f"batch {batch}: warm up {self._workers[candidate].label}")
-            taken = self._ask(candidate, lambda worker: worker.prepare(batch, self._folder / f"{id(worker)}.npz"))
+            taken = self._ask(candidate, partial(self._prepare, candidate.sizes(batch)))
             if taken is not None:
                 run_s[candidate] = taken
         errors = self._errors(list(run_s))
@@ -172,6 +176,9 @@ class _Run:
             if candidate in self._workers:
                 self.rows.append(_row(candidate, batch, series, baseline, errors[candidate]))
 
+    def _prepare(self, sizes: dict[str, int], worker: WorkerProcess) -> float:
+        return worker.prepare(sizes, self._folder / f"{id(worker)}.npz")
+
     def _ask(self, candidate: Candidate, request: Callable[[WorkerProcess], T]) -> T | None:
         """What the candidate's worker replies; None when it failed, which ends its part. Raises for the baseline."""
         try:
@@ -184,7 +191,7 @@ class _Run:
 
     def _drop(self, candidate: Candidate, reason: str, into: list[Skipped]) -> None:
         self._workers.pop(candidate).close()
-        into.append(Skipped(artifact=str(candidate.artifact.location), backend=candidate.backend, reason=reason))
+        into.append(Skipped(artifact=candidate.artifact.shown, backend=candidate.backend, reason=reason))
 
     def _errors(self, candidates: Sequence[Candidate]) -> dict[Candidate, float | None]:
         """The largest difference of each candidate's outputs to the baseline's; the files are removed."""
@@ -211,7 +218,7 @@ def _row(
     found = latency(samples_ms)
     speed = paired_ratio(baseline, series)
     return BenchRow(
-        artifact=str(candidate.artifact.location),
+        artifact=candidate.artifact.shown,
         precision=candidate.artifact.manifest.precision,
         backend=candidate.backend,
         batch=batch,

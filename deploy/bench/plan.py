@@ -1,12 +1,14 @@
 """What a benchmark runs: which artifacts, on which backends, at which batch sizes, against which baseline."""
 
-import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.artifact import MANIFEST, Artifact
+from deploy.artifact import Artifact
+from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.errors import ArtifactError, BackendError, UsageError
+from deploy.opening import artifacts_under
 from deploy.runtime.session import AUTO, BACKENDS, refuse_engine
 from deploy.tensors import batch_dim
 
@@ -26,12 +28,15 @@ class BenchOptions:
     batches: batch sizes; empty: `BATCHES`, or the fixed batch of the artifacts.
     seconds: time to spend on measuring, start and warm-up aside. Slow models take longer: every candidate runs in at
         least `MIN_ROUNDS` rounds.
+    shapes: `NAME=SHAPE`, such as `input=1x3x224x224`, for inputs with dynamic dimensions; the batch in it is not used. One
+        left out takes the optimum of its profile, or the size that the preprocessing makes of images.
     threads: of every candidate, eager too; None: the physical cores that may be used.
     device: of every candidate, eager too; `auto` is the CPU, for all backends but eager run there in this version.
     """
 
     backends: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
+    shapes: tuple[str, ...] = ()
     seconds: float = 15.0
     threads: int | None = None
     device: str = "auto"
@@ -43,6 +48,7 @@ class BenchOptions:
         for batch in self.batches:
             if batch < 1:
                 raise UsageError(f"the batch size must be 1 or more, not {batch}")
+        parse_shapes(self.shapes)
         if not self.seconds > 0:
             raise UsageError(f"the seconds to spend must be more than 0, not {self.seconds:g}")
         if self.threads is not None and self.threads < 1:
@@ -51,11 +57,17 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """One artifact on one backend, and the batch sizes it is to run at."""
+    """One artifact on one backend, the batch sizes it is to run at, and the sizes of all other symbolic dimensions."""
 
     artifact: Artifact
     backend: str
     batches: tuple[int, ...]
+    dims: Mapping[str, int]
+
+    def sizes(self, batch: int) -> dict[str, int]:
+        """Sizes of all symbolic dimensions of the inputs."""
+        name = batch_dim(self.artifact.manifest.inputs)
+        return {**self.dims, name: batch} if name is not None else dict(self.dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,7 @@ class Plan:
 def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bool) -> Plan:
     """Pair artifacts with backends. `named`: the user named the artifacts, so that one that cannot run is an error.
 
-    Raises UsageError when the artifacts do not belong together or a batch size does not fit, ArtifactError when there is
+    Raises UsageError when the artifacts do not belong together or a batch size or a shape does not fit, ArtifactError when there is
     no eager baseline or a named artifact has lost its parent, BackendError when a named artifact is an engine.
     """
     if not artifacts:
@@ -100,27 +112,29 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
             if named:
                 raise
             missing = target.flavour if target else "eager"
-            skipped.append(Skipped(artifact=str(artifact.location), backend=missing, reason=str(error)))
+            skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
         else:
             runnable.append(artifact)
     if not roots:
         raise ArtifactError(f"nothing to benchmark: {skipped[0].reason}")
-    root = _root(roots)
+    named_so = {os.path.realpath(artifact.location): artifact for artifact in artifacts}
+    root = _root([named_so.get(os.path.realpath(root.location), root) for root in roots])  # by the path that the user knows
     for artifact in runnable:
         _check_specs(root, artifact)
+    dims = bench_dims(root.manifest, parse_shapes(options.shapes))
     batches = options.batches or _default_batches(runnable)
     candidates = []
     for artifact in runnable:
         fixed = _fixed_batch(artifact)
         fitting = tuple(batch for batch in batches if fixed in (None, batch))
         if options.batches and fitting != batches:
-            raise UsageError(f"{artifact.location} takes batches of {fixed} only; --batch asks for {_listed(batches)}")
+            raise UsageError(f"{artifact.shown} takes batches of {fixed} only; --batch asks for {_listed(batches)}")
         for backend in options.backends or AUTO:
             if backend not in _MODULE_BACKENDS:
-                candidates.append(Candidate(artifact=artifact, backend=backend, batches=fitting))
+                candidates.append(Candidate(artifact=artifact, backend=backend, batches=fitting, dims=dims))
     if "compile" in options.backends:
-        candidates.append(Candidate(artifact=root, backend="compile", batches=batches))
-    baseline = Candidate(artifact=root, backend="eager", batches=batches)
+        candidates.append(Candidate(artifact=root, backend="compile", batches=batches, dims=dims))
+    baseline = Candidate(artifact=root, backend="eager", batches=batches, dims=dims)
     return Plan(baseline=baseline, candidates=tuple(candidates), skipped=tuple(skipped))
 
 
@@ -129,17 +143,9 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
 
     One that cannot be opened is left out with a warning. Raises UsageError when there are none.
     """
-    found = []
-    for manifest in sorted(build.rglob(MANIFEST)):
-        if any(part.startswith(".") for part in manifest.relative_to(build).parts):
-            continue  # an artifact that is being written
-        try:
-            found.append(Artifact.open(manifest.parent))
-        except ArtifactError as error:
-            logging.getLogger(__name__).warning("left out: %s", error)
+    found = artifacts_under(build)
     if not found:
         raise UsageError(f"no artifacts under {build}: name one, or make one with `deploy export`")
-    found.sort(key=lambda artifact: (artifact.manifest.created, (artifact.path / MANIFEST).stat().st_mtime_ns))
     newest = found[-1].manifest.source.state_dict
     return [artifact for artifact in found if artifact.manifest.source.state_dict == newest]
 
@@ -148,8 +154,7 @@ def _check_weights(artifacts: Sequence[Artifact]) -> None:
     for other in artifacts[1:]:
         if other.manifest.source.state_dict != artifacts[0].manifest.source.state_dict:
             raise UsageError(
-                f"{other.location} and {artifacts[0].location} do not descend from the same state_dict:"
-                " benchmark them one at a time"
+                f"{other.shown} and {artifacts[0].shown} do not descend from the same state_dict: benchmark them one at a time"
             )
 
 
@@ -159,7 +164,7 @@ def _check_specs(root: Artifact, artifact: Artifact) -> None:
     for ours, theirs in ((mine.inputs, its.inputs), (mine.outputs, its.outputs)):
         if [(spec.name, spec.shape[1:]) for spec in ours] != [(spec.name, spec.shape[1:]) for spec in theirs]:
             raise UsageError(
-                f"{artifact.location} has {', '.join(map(str, theirs))} where {root.location} has"
+                f"{artifact.shown} has {', '.join(map(str, theirs))} where {root.shown} has"
                 f" {', '.join(map(str, ours))}: benchmark them one at a time"
             )
 
@@ -169,7 +174,7 @@ def _root(roots: Sequence[Artifact]) -> Artifact:
     root = next((root for root in roots if _fixed_batch(root) is None), roots[0])
     if root.manifest.source.factory is None:
         raise ArtifactError(
-            f"{root.location} does not say which model it is made of, so there is no eager baseline to compare with:"
+            f"{root.shown} does not say which model it is made of, so there is no eager baseline to compare with:"
             " benchmark an artifact that `deploy export` made of a model"
         )
     return root

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +19,9 @@ from deploy.artifact import Artifact
 from deploy.errors import BackendError, DeployError
 from deploy.runtime.session import SessionOptions
 
-_CHILD = "import sys; sys.path[:] = sys.argv[2:]; from deploy.bench.worker import main; main(sys.argv[1])"
+_CHILD = "import sys; sys.path[:] = sys.argv[3:]; from deploy.bench.worker import main; main(int(sys.argv[1]), sys.argv[2])"
 _TAIL_LINES = 5
+_POLL_MS = 1000
 
 
 class WorkerDiedError(BackendError):
@@ -32,17 +35,15 @@ class WorkerProcess:
     """
 
     def __init__(self, artifact: Artifact, backend: str, options: SessionOptions) -> None:
-        self.label = f"{artifact.location} on {backend}"
-        opened = {"artifact": str(artifact.location.absolute()), "backend": backend, "options": asdict(options)}
+        self.label = f"{artifact.shown} on {backend}"
+        opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
         # The child finds modules where this process does, whatever is installed and wherever it stands.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, json.dumps(opened), *sys.path],
+            [sys.executable, "-c", _CHILD, str(os.getpid()), json.dumps(opened), *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            text=True,
-            encoding="utf-8",
             start_new_session=True,  # so that close ends what the libraries in it have forked too
         )
 
@@ -54,12 +55,12 @@ class WorkerProcess:
         """Wait for the session to be open: workers start side by side."""
         self._receive()
 
-    def prepare(self, batch: int | None, outputs: Path | None = None) -> float:
-        """Take a random feed of `batch` rows (None: of the optimal shape) and warm up; the seconds of one run.
+    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None) -> float:
+        """Take a random feed, `dims` being the sizes of the symbolic dimensions, and warm up; the seconds of one run.
 
         The outputs on that feed are saved to the .npz file `outputs`.
         """
-        self._send({"do": "prepare", "batch": batch, "outputs": outputs and str(outputs)})
+        self._send({"do": "prepare", "dims": dict(dims), "outputs": outputs and str(outputs)})
         return float(self._receive()["run_s"])
 
     def round(self, seconds: float, most: int) -> list[float]:
@@ -70,15 +71,14 @@ class WorkerProcess:
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise self._died() from None
 
     def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):
+        line = self._read_line()
+        if not line.endswith(b"\n"):
             raise self._died()
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
@@ -86,6 +86,23 @@ class WorkerProcess:
             assert issubclass(kind, DeployError)
             raise kind(reply["message"])
         return reply
+
+    def _read_line(self) -> bytes:
+        """A whole line, or what there is of it where the process has ended."""
+        assert self._process.stdout is not None
+        reader = self._process.stdout.fileno()
+        poller = select.poll()
+        poller.register(reader, select.POLLIN)
+        line = b""
+        while not line.endswith(b"\n"):
+            if poller.poll(_POLL_MS):
+                part = os.read(reader, 1 << 16)
+                if not part:
+                    break
+                line += part
+            elif self._process.poll() is not None:
+                break  # a process that it forked holds the pipe open, and would for as long as it lives
+        return line
 
     def _died(self) -> WorkerDiedError:
         status = self._process.wait()

@@ -23,6 +23,8 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     console.print(where, style="dim", markup=False)
     if conditions["load_average"][0] >= conditions["threads"]:
         console.print("The machine was busy: times and speed-ups may be far off. Run again when it is idle.", style="yellow")
+    for name, shape in conditions.get("shapes", {}).items():
+        console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
     console.print("Speed-up: over eager PyTorch in the same rounds, with its 95 % interval.", style="dim")
     console.print("Error: largest difference to eager's outputs.", style="dim")
     for title, entries in (("Not run", result.skipped), ("Failed", result.failures)):

@@ -8,6 +8,7 @@ such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is measur
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ import numpy as np
 from deploy.errors import BackendError, DeployError
 from deploy.opening import open_artifact
 from deploy.runtime.session import Session, SessionOptions, open_session
-from deploy.tensors import batch_dim, random_feed
+from deploy.tensors import random_feed
 from deploy.timing import sample, settle
 
 SETTLE_S = 1.0
@@ -33,6 +34,7 @@ REST_STEP_S = 0.002
 REST_STEPS = 3
 REST_SHARE = 0.2
 REST_LIMIT_S = 3.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker:
@@ -50,17 +52,17 @@ class Worker:
             self._session = open_session(open_artifact(request["artifact"]), request["backend"], options)
             return {}
         if request["do"] == "prepare":
-            return self._prepare(self._session, request["batch"], request["outputs"])
+            return self._prepare(self._session, request["dims"], request["outputs"])
         assert request["do"] == "round"
         return self._round(self._session, request["seconds"], request["most"])
 
-    def _prepare(self, session: Session, batch: int | None, outputs: str | None) -> dict[str, Any]:
-        """Make the random feed of a batch size, save what comes of it, and warm up until the time settles."""
-        dims = session.dims()
-        name = batch_dim(session.inputs)
-        if batch is not None and name is not None:
-            dims[name] = batch
-        self._feed = random_feed(session.inputs, dims)
+    def _prepare(self, session: Session, dims: dict[str, int], outputs: str | None) -> dict[str, Any]:
+        """Make the random feed of these sizes, save what comes of it, and warm up until the time settles."""
+        try:
+            self._feed = random_feed(session.inputs, dims)
+        except MemoryError as error:
+            sizes = ", ".join(f"{name} {size}" for name, size in dims.items())
+            raise BackendError(f"no memory for an input with {sizes}: {error}") from error
         results = session.run(self._feed)
         if outputs is not None:
             with Path(outputs).open("wb") as file:
@@ -116,11 +118,22 @@ def _runnable() -> bool:
     return False
 
 
-def main(opened: str) -> None:
+def die_with(parent: int) -> None:
+    """Have this process killed when the process `parent`, which started it, ends in whatever way.
+
+    It would else live on: it reads the end of the pipe only when it is done, and a first run may take minutes.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+
+
+def main(parent: int, opened: str) -> None:
     """Open the session that the JSON text `opened` describes, then obey requests until standard input ends.
 
-    An error is a reply too.
+    An error is a reply too. `parent`: the process to obey, and to die with.
     """
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -18,6 +18,8 @@ from deploy.cli.common import (
 )
 from deploy.errors import UsageError
 
+SCHEMA = 1
+
 
 @click.command("predict")
 @click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGE|DIR...")
@@ -39,7 +41,8 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
             artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress
         )
     if as_json:
-        click.echo(json.dumps([prediction.to_json() for prediction in predictions], indent=2, ensure_ascii=False))
+        document = {"schema": SCHEMA, "predictions": [prediction.to_json() for prediction in predictions]}
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
         return
     for prediction in predictions:
         click.echo(f"{prediction.path}: " + ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes))

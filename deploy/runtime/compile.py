@@ -1,5 +1,6 @@
 """The module through `torch.compile`. Slow to start: it compiles at the first run of a shape."""
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,9 @@ try:
     from deploy.runtime.eager import EagerSession
 except ImportError as error:
     raise BackendError(f"torch cannot be imported ({error}); install it with: pip install torch") from error
+
+# The compiler looks for a CUDA toolkit wherever it runs, and complains of one that has no GPU, while it compiles for the CPU.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 
 
 class CompileSession(EagerSession):

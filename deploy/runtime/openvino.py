@@ -4,8 +4,11 @@ Left to itself it computes in bfloat16 where the CPU can, and logits are off by 
 unless `SessionOptions.compute` says otherwise.
 """
 
+import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from deploy.artifact import Artifact
@@ -13,8 +16,30 @@ from deploy.errors import BackendError
 from deploy.machine import usable_cores
 from deploy.runtime.session import Session, SessionOptions, closed_error
 
+_TELEMETRY = "openvino_telemetry"
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Hides the package that importing OpenVINO reports to, if it is installed: OpenVINO then uses a stub of its own.
+
+    Its report goes to a web service, which a runtime must not do unasked, and comes from a process that a background
+    thread forks: the copy may dead-lock, and holds every pipe of its parent open while it does.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: importing it fails
+    hidden = _TELEMETRY not in modules
+    if hidden:
+        modules[_TELEMETRY] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules[_TELEMETRY]
+
+
 try:
-    import openvino
+    with _without_telemetry():
+        import openvino
 except ImportError as error:
     raise BackendError(f"openvino cannot be imported ({error}); install it with: pip install 'deploy[cpu]'") from error
 

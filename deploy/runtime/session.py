@@ -21,7 +21,7 @@ import numpy as np
 
 from deploy.artifact import Artifact, Manifest
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
-from deploy.tensors import Profile, TensorSpec, format_shape, random_feed
+from deploy.tensors import Profile, TensorSpec, default_dims, format_shape, random_feed
 
 BACKENDS = ("onnxruntime", "openvino", "eager", "compile", "null")
 """Every backend, in the order in which they are listed and benchmarked."""
@@ -98,6 +98,7 @@ class Session(ABC):
         self.inputs: tuple[TensorSpec, ...] = tuple(manifest.inputs)
         self.outputs: tuple[TensorSpec, ...] = tuple(manifest.outputs)
         self.profiles: tuple[Profile, ...] = tuple(manifest.profiles)
+        self._image = manifest.preprocess.shape if manifest.preprocess else None
         self._input_names = tuple(spec.name for spec in self.inputs)
         self._output_names = tuple(spec.name for spec in self.outputs)
         self._seen: dict[tuple[Any, ...], Literal["numpy", "torch"]] = {}  # feeds that passed the checks
@@ -131,16 +132,20 @@ class Session(ABC):
         if sort is None:
             sort = self._check(feed)
             self._remember(tuple(key), sort)
-        if sort == "torch":
-            results = self._run_torch(feed)
-        elif self.native == "torch":
-            results = self._run_numpy_on_torch(feed)
-        else:
-            for x in feed.values():
-                if not x.flags.c_contiguous:  # np.ascontiguousarray would make a scalar a vector
-                    feed = {name: np.asarray(x, order="C") for name, x in feed.items()}
-                    break
-            results = self._compute(feed)
+        try:
+            if sort == "torch":
+                results = self._run_torch(feed)
+            elif self.native == "torch":
+                results = self._run_numpy_on_torch(feed)
+            else:
+                for x in feed.values():
+                    if not x.flags.c_contiguous:  # np.ascontiguousarray would make a scalar a vector
+                        feed = {name: np.asarray(x, order="C") for name, x in feed.items()}
+                        break
+                results = self._compute(feed)
+        except MemoryError as error:
+            shapes = ", ".join(f"{name} {_shape(x)}" for name, x in feed.items())
+            raise BackendError(f"{self.backend} has no memory to run {self.name!r} on {shapes}: {first_line(error)}") from error
         named = dict(zip(self._output_names, results, strict=True))
         return named if out is None else _write(named, out)
 
@@ -203,23 +208,12 @@ class Session(ABC):
         return self.run({self._input_names[0]: x})[self._output_names[0]]
 
     def dims(self) -> dict[str, int]:
-        """Sizes for the symbolic dimensions: those of the first profile's optimum, and 1 for a lone symbolic batch.
+        """Sizes for the symbolic dimensions: those of the first profile's optimum, else of the images that preprocessing makes.
 
-        Raises UsageError when a symbolic dimension has no profile to take a size from.
+        A batch is 1 where there is no profile. Raises UsageError when a symbolic dimension has neither.
         """
-        sizes: dict[str, int] = {}
-        for spec in self.inputs:
-            for axis, dim in enumerate(spec.shape):
-                if isinstance(dim, str) and dim not in sizes:
-                    if self.profiles:
-                        sizes[dim] = self.profiles[0][spec.name].opt[axis]
-                    elif axis == 0:
-                        sizes[dim] = 1
-                    else:
-                        raise UsageError(
-                            f"{spec} has no profile that gives {dim!r} a size: pass a feed of your own, or export with a number there"
-                        )
-        return sizes
+        remedy = "pass a feed of your own, or export with a number there"
+        return default_dims(self.inputs, self.profiles, self._image, known={}, remedy=remedy)
 
     def warmup(self, feed: Mapping[str, Any] | None = None, runs: int = 3) -> None:
         """Run a few times, on `feed` or on random arrays of the optimal shapes, so that the next run is not the first."""

@@ -1,5 +1,7 @@
 """Descendants of lenet5 to compare with it."""
 
+import textwrap
+
 import msgspec
 import pytest
 
@@ -37,3 +39,18 @@ def engine(shared_lenet5: Artifact) -> Artifact:
 def fixed(shared_lenet5: Artifact) -> Artifact:
     """lenet5 with the same weights and a fixed batch of 1."""
     return deploy.export(shared_lenet5.path.with_name("lenet5-fixed"), arch="lenet5", static_batch=True)
+
+
+@pytest.fixture(scope="session")
+def resizable(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A module for images of any size (x: batch x 3 x H x W), with neither a profile nor preprocessing."""
+    folder = tmp_path_factory.mktemp("resizable")
+    text = """
+        import torch
+
+        class Means(torch.nn.Module):
+            def forward(self, x):
+                return torch.relu(x).mean((2, 3))
+    """
+    (folder / "means_net.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    return deploy.export(folder / "means", model=f"{folder / 'means_net.py'}:Means", inputs=["x=1x3xHxW"])

@@ -49,11 +49,11 @@ def test_eager_is_measured_once_and_everything_else_against_it(
 ) -> None:
     for batch in (1, 4):
         (eager,) = rows(result, "eager", batch)
-        assert (eager.artifact, eager.precision) == (str(shared_lenet5.path), "fp32")
+        assert (eager.artifact, eager.precision) == (shared_lenet5.shown, "fp32")
         assert (eager.speedup, eager.speedup_low, eager.speedup_high, eager.max_abs_error) == (1, 1, 1, 0)
         for backend in ("onnxruntime", "openvino"):
             found = {(row.artifact, row.precision) for row in rows(result, backend, batch)}
-            assert found == {(str(shared_lenet5.path), "fp32"), (str(half.path), "fp16")}
+            assert found == {(shared_lenet5.shown, "fp32"), (half.shown, "fp16")}
 
 
 def test_errors_are_those_of_the_precision(result: BenchResult) -> None:
@@ -75,7 +75,7 @@ def test_the_figures_of_a_row_agree_with_its_samples(result: BenchResult) -> Non
 
 def test_an_engine_that_was_found_is_skipped_with_the_reason(result: BenchResult, engine: Artifact) -> None:
     (entry,) = result.skipped
-    assert entry.artifact == str(engine.path)
+    assert entry.artifact == engine.shown
     assert "NVIDIA GPU" in entry.reason
     assert not result.failed
 

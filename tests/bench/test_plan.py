@@ -48,7 +48,7 @@ def test_a_named_engine_is_an_error_and_a_found_one_is_listed(shared_lenet5: Art
         make_plan([shared_lenet5, engine], BenchOptions(), named=True)
     plan = make_plan([shared_lenet5, engine], BenchOptions(), named=False)
     (entry,) = plan.skipped
-    assert (entry.artifact, entry.backend) == (str(engine.path), "tensorrt-rtx")
+    assert (entry.artifact, entry.backend) == (engine.shown, "tensorrt-rtx")
     assert "NVIDIA GPU" in entry.reason
     assert {each.artifact.path for each in plan.candidates} == {shared_lenet5.path}
 
@@ -100,7 +100,7 @@ def test_an_orphan_that_was_found_is_listed_beside_what_can_be_measured(
     shutil.copytree(half.path, tmp_path / "alone")
     orphan = Artifact.open(tmp_path / "alone")
     plan = make_plan([orphan, shared_lenet5], BenchOptions(backends=("null",)), named=False)
-    assert [entry.artifact for entry in plan.skipped] == [str(orphan.path)]
+    assert [entry.artifact for entry in plan.skipped] == [orphan.shown]
     assert [each.artifact.path for each in plan.candidates] == [shared_lenet5.path]
     with pytest.raises(ArtifactError, match=r"nothing to benchmark: the parent of .*alone cannot be used"):
         make_plan([orphan], BenchOptions(), named=False)

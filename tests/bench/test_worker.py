@@ -30,10 +30,18 @@ def test_rest_waits_for_threads_that_spin_and_says_so_when_they_never_stop(monke
         thread.join()
 
 
-def test_a_batch_is_set_only_where_the_model_has_one(shared_lenet5: Artifact) -> None:
-    mine = Worker()
-    mine.handle({"artifact": str(shared_lenet5.path), "backend": "null", "options": {"device": "cpu"}})
-    mine.handle({"do": "prepare", "batch": None, "outputs": None})
-    assert mine._feed["input"].shape[0] == 8  # the optimum of the first profile
-    mine.handle({"do": "prepare", "batch": 5, "outputs": None})
-    assert mine._feed["input"].shape[0] == 5
+@pytest.fixture
+def mine(shared_lenet5: Artifact) -> Worker:
+    opened = Worker()
+    opened.handle({"artifact": str(shared_lenet5.path), "backend": "null", "options": {"device": "cpu"}})
+    return opened
+
+
+def test_the_feed_has_the_sizes_asked_for(mine: Worker) -> None:
+    mine.handle({"do": "prepare", "dims": {"batch": 5}, "outputs": None})
+    assert mine._feed["input"].shape == (5, 1, 28, 28)
+
+
+def test_a_batch_beyond_the_memory_is_an_error_with_its_size(mine: Worker) -> None:
+    with pytest.raises(BackendError, match=r"no memory for an input with batch 1000000000000: Unable to allocate 2.79 PiB"):
+        mine.handle({"do": "prepare", "dims": {"batch": 10**12}, "outputs": None})

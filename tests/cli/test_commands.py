@@ -1,7 +1,6 @@
 """The commands do what they say, with their defaults, in the order in which a user types them."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +66,46 @@ def test_the_session_of_the_help_text_works_as_it_stands(run: Run, folder: Path)
     assert [(entry["artifact"], "GPU" in entry["reason"]) for entry in document["skipped"]] == [("build/lenet5-fp16-trt", True)]
 
 
+def test_bench_writes_one_document_to_standard_output_when_json_has_no_file(run: Run, folder: Path) -> None:
+    assert run("export", "--arch", "lenet5").status == 0
+    for options in (["build/lenet5", "--json"], ["--json", "--batch", "1"], ["--json", "-"]):
+        finished = run("bench", *options, "--seconds", "0.05", "--backend", "null")
+        assert finished.status == 0, finished.err
+        assert {row["artifact"] for row in json.loads(finished.out)["results"]} == {"build/lenet5"}
+    # The name is taken for that of the FILE: said, and nothing is written.
+    Path("nets").mkdir()
+    Path("notes.txt").write_text("mine")
+    Path("odd.json").mkdir()
+    for name in ("build/lenet5", "nets", "notes.txt", "new.txt", "odd.json"):
+        refused = run("bench", "--json", name)
+        assert refused.status == 2
+        assert f"--json takes a FILE ending in .json, not {name}; put artifacts before it" in refused.err
+    assert Path("notes.txt").read_text() == "mine"
+    assert not Path("new.txt").exists()
+
+
+def test_bench_names_the_export_as_the_user_does_though_only_its_descendant_was_named(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("export", "--arch", "lenet5").status == 0
+    assert run("convert", "--fp16").status == 0
+    options = ("--seconds", "0.05", "--batch", "1", "--backend", "null", "--json")
+    rows = json.loads(run("bench", "build/lenet5-fp16", *options).out)["results"]
+    assert [(row["artifact"], row["backend"]) for row in rows] == [("build/lenet5", "eager"), ("build/lenet5-fp16", "null")]
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    rows = json.loads(run("bench", "../build/lenet5-fp16", "../build/lenet5", *options).out)["results"]
+    assert {row["artifact"] for row in rows} == {"../build/lenet5", "../build/lenet5-fp16"}
+
+
+def test_null_says_that_its_classes_mean_nothing(run: Run, folder: Path) -> None:
+    assert run("export", "--arch", "lenet5", "--classes", "classes.txt").status == 0
+    for command in ("eval", "predict"):
+        finished = run(command, "images", "--backend", "null")
+        assert finished.status == 0, finished.err
+        assert "warning: null computes nothing: all logits are 0" in finished.err
+
+
 def test_an_engine_that_was_named_and_cannot_run_is_an_error(run: Run, folder: Path) -> None:
     assert run("export", "--arch", "lenet5").status == 0
     assert run("build-trt").status == 0
@@ -87,7 +126,9 @@ def test_eval_and_predict_pair_folders_with_class_names(run: Run, folder: Path) 
 
     predicted = run("predict", "build/lenet5", "images/digit 3/0.png", "--top", "2", "--json")
     assert predicted.status == 0, predicted.err
-    (answer,) = json.loads(predicted.out)
+    document = json.loads(predicted.out)
+    assert (result["schema"], document["schema"]) == (1, 1)
+    (answer,) = document["predictions"]
     assert answer["path"] == "images/digit 3/0.png"
     assert len(answer["classes"]) == 2
     assert answer["classes"][0]["class"].startswith("digit ")
@@ -113,12 +154,15 @@ def test_inspect_prints_the_manifest_as_json_and_the_lineage_as_text(run: Run, f
 
 
 def test_the_newest_artifact_is_taken_and_named(run: Run, folder: Path) -> None:
-    assert run("export", "--arch", "mlp").status == 0
     assert run("export", "--arch", "lenet5").status == 0
-    later = Path("build/lenet5/manifest.json").stat().st_mtime + 1
-    os.utime("build/mlp/manifest.json", (later, later))
-    assert "using build/mlp" in run("inspect").err
+    assert run("export", "--arch", "mlp", "-o", "build/nets/mlp").status == 0
+    assert "using build/nets/mlp" in run("inspect").err
     assert "using build/lenet5" in run("predict", "images").err  # the newest that classifies images
+    Path("build/broken").mkdir()
+    Path("build/broken/manifest.json").write_text("{")
+    shown = run("inspect")
+    assert "warning: left out: build/broken/manifest.json cannot be read" in shown.err
+    assert "using build/nets/mlp" in shown.err
 
 
 def test_doctor_names_every_backend_and_what_is_missing(run: Run) -> None:

@@ -1,3 +1,6 @@
+import importlib
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -29,3 +32,18 @@ def test_several_inputs_and_nested_outputs(pair: Artifact) -> None:
             expected = reference.run(feed)
             for name, result in session.run(feed).items():
                 np.testing.assert_allclose(result, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cuda_toolkit_without_a_gpu_is_not_complained_of() -> None:
+    importlib.import_module("deploy.runtime.compile")
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in records] == ["something else"]

@@ -1,12 +1,13 @@
 import importlib
+import subprocess
 import sys
 
 import numpy as np
-import openvino
 import pytest
 
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.runtime.openvino import openvino  # not by itself: imported so, it sends its usage statistics
 from deploy.runtime.session import SessionOptions, open_session
 
 
@@ -15,6 +16,27 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"openvino cannot be imported .*pip install 'deploy\[cpu\]'"):
         importlib.import_module("deploy.runtime.openvino")
+
+
+IMPORT = """
+import sys
+import threading
+from pathlib import Path
+
+import deploy.runtime.openvino
+
+children = [path for path in Path("/proc/self/task").glob("*/children") if path.read_text()]
+print("openvino" in sys.modules, "openvino_telemetry.main" in sys.modules, threading.active_count(), children)
+import openvino_telemetry
+
+print(hasattr(openvino_telemetry, "Telemetry"))
+"""
+
+
+def test_importing_the_backend_sends_no_usage_statistics_and_starts_no_process() -> None:
+    pytest.importorskip("openvino_telemetry")
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["True False 1 []", "True"]
 
 
 def test_fp32_means_fp32(shared_lenet5: Artifact) -> None:

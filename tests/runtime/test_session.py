@@ -216,13 +216,24 @@ def test_warmup_runs_the_optimal_shapes_of_the_profile(shared_lenet5: Artifact) 
     assert shapes == [(8, 1, 28, 28), (8, 1, 28, 28), (5, 1, 28, 28)]
 
 
+def test_a_feed_beyond_the_memory_is_an_error_with_its_shape(shared_lenet5: Artifact) -> None:
+    def fail(feed: object) -> list[np.ndarray]:
+        return [np.zeros((1 << 60,), np.float32)]
+
+    with open_session(shared_lenet5, "null") as session:
+        session._compute = fail  # type: ignore[method-assign]
+        with pytest.raises(BackendError, match=r"null has no memory to run 'lenet5' on input 3x1x28x28: Unable to allocate"):
+            session(images(3))
+
+
 def test_a_dynamic_dimension_without_a_profile_has_no_size(tmp_path_factory: pytest.TempPathFactory) -> None:
     import onnx
 
     path = tmp_path_factory.mktemp("dynamic") / "dynamic.onnx"
     text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, width] x) => (float[n, width] y) { y = Relu(x) }"""
     onnx.save(onnx.parser.parse_model(text), path)
-    with open_session(open_onnx(path)) as session, pytest.raises(UsageError, match=r"has no profile that gives 'width' a size"):
+    message = r"neither a profile nor a crop in the preprocessing gives 'width' a size: pass a feed"
+    with open_session(open_onnx(path)) as session, pytest.raises(UsageError, match=message):
         session.warmup()
 
 
