@@ -1,10 +1,8 @@
 """A torch module to an ONNX graph: torch.export, then PyTorch's ONNX exporter, which folds BatchNorm into convolutions."""
 
 import io
-import linecache
 import logging
 import re
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -14,7 +12,10 @@ import onnx_ir as ir
 import torch
 
 from deploy.errors import ExportError
+from deploy.explain import explain, fixed_at, size_branches
 from deploy.tensors import TensorSpec
+
+logger = logging.getLogger(__name__)
 
 _MODULE_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -63,14 +64,14 @@ def export_graph(
 
     Symbolic dimensions of `inputs` stay dynamic. `outputs` names the flattened outputs in order. `user_files` are the
     Python files that an error should point into. Raises ExportError, with the module and line in the user's own file
-    where there is one.
+    where there is one. A branch of the user's code on a size, of which the graph holds one side only, is logged.
     """
     dynamic = [{axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs]
+    args = tuple(feed[spec.name] for spec in inputs)
+    shapes = tuple(axes or None for axes in dynamic)
     program: torch.export.ExportedProgram | None = None
     with _quiet():
         try:
-            args = tuple(feed[spec.name] for spec in inputs)
-            shapes = tuple(axes or None for axes in dynamic)
             program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
             converted = torch.onnx.export(
                 program,
@@ -81,9 +82,12 @@ def export_graph(
                 verbose=False,
             )
         except Exception as error:  # the exporter lets errors of every kind through
-            raise ExportError(_explain(error, module, program, inputs, user_files)) from error
+            line = fixed_at(module, args, shapes, user_files) if program is None else None
+            raise ExportError(explain(error, module, program, inputs, user_files, line)) from error
     if converted is None:
         raise ExportError("the ONNX exporter returned nothing")
+    for branch in size_branches(program, inputs, user_files):
+        logger.warning("%s", branch)
     model: ir.Model = converted.model
     _name_dims(model, inputs)
     _name_nodes(model)
@@ -135,87 +139,6 @@ def _name_nodes(model: ir.Model) -> None:
             value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
-
-
-def _explain(
-    error: Exception,
-    module: torch.nn.Module,
-    program: torch.export.ExportedProgram | None,
-    inputs: Sequence[TensorSpec],
-    user_files: Sequence[str],
-) -> str:
-    """One or two lines on why the export failed, with the line and the module in the user's own file."""
-    chain = list(_chain(error))
-    where = _frame_of(chain, user_files) or (_frame_of_node(chain, program, user_files) if program is not None else None)
-    root = chain[-1] if program is None else next((one for one in chain if type(one).__name__ == "DispatchError"), chain[-1])
-    reason = _first_sentence(str(root)) or type(root).__name__
-    text = " ".join(str(one) for one in chain)
-    if "data-dependent" in text:
-        reason = f"the control flow depends on the values of a tensor ({reason})"
-        remedy = "use torch.where or torch.cond in its place"
-    elif "specialized" in text or "Constraints violated" in text:
-        dims = ", ".join(sorted({dim for spec in inputs for dim in spec.dynamic}))
-        reason = f"the module's code fixes a dimension that should stay dynamic ({dims}): {_constraint(text)}"
-        remedy = "compute sizes from x.shape, or export with --static-batch and numbers in --input"
-    elif "No ONNX function found" in text:
-        operator = re.search(r"op='([^']+)'", text)
-        reason = f"the operator {operator[1] if operator else ''} has no ONNX counterpart"
-        remedy = "replace it in the module by operators that have one"
-    else:
-        remedy = "run the module on the same input to see whether it works in eager mode; --debug shows the whole error"
-    owner = type(module).__name__
-    return f"{owner} cannot be exported{f': {where}' if where else ''}: {reason}\n{remedy}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those it was raised from, outermost first."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-
-
-def _frame_of(chain: Sequence[BaseException], user_files: Sequence[str]) -> str | None:
-    """The innermost line of the user's own code in the tracebacks, innermost error first, and the module it is in."""
-    for error in reversed(chain):
-        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-            path = frame.f_code.co_filename
-            if path in user_files:
-                inside = frame.f_locals.get("self")
-                module = f" of {type(inside).__name__}" if isinstance(inside, torch.nn.Module) else ""
-                return f"{path}:{line} in {frame.f_code.co_name}{module}: {linecache.getline(path, line).strip()}"
-    return None
-
-
-def _frame_of_node(
-    chain: Sequence[BaseException], program: torch.export.ExportedProgram, user_files: Sequence[str]
-) -> str | None:
-    """Where the node that an error speaks of was made: torch.export keeps a stack trace and the module path of each."""
-    text = " ".join(str(error) for error in chain)
-    # Compared without leading underscores: linalg_svd is _linalg_svd once decomposed.
-    named = {name.lstrip("_") for name in re.findall(r"node %(\w+)", text)}
-    named |= {name.lstrip("_") for name in re.findall(r"(?:op='|torch\.ops\.)aten\.(\w+)", text)}
-    for node in program.graph.nodes:
-        if named.isdisjoint((node.name, str(node.target).removeprefix("aten.").partition(".")[0])):
-            continue
-        frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', node.stack_trace or "")
-        frames = [frame for frame in frames if frame[0] in user_files] or frames
-        owners = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
-        if frames:
-            path, line, function, code = frames[-1]
-            inside = f", module {owners[-1]!r}" if owners else ""
-            return f"{path}:{line} in {function}{inside}: {code.strip()}"
-    return None
-
-
-def _first_sentence(text: str) -> str:
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return re.sub(r"\x1b\[[0-9;]*m", "", line)[:300]
-
-
-def _constraint(text: str) -> str:
-    found = re.search(r"(You marked [^\n]+|- Not all values of [^\n]+|[^\n]*specialized[^\n]*)", text)
-    return found[1].strip(" -")[:300] if found else _first_sentence(text)
 
 
 @contextmanager

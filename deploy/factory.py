@@ -67,7 +67,8 @@ def build_model(
     is read from the head of the checkpoint. match, allow_partial: see `load_weights`. seed: of random weights, which are
     the same each time; the global random state is left as it was. Nothing is downloaded.
 
-    Raises UsageError, FactoryError when the module cannot be built, CheckpointError when the weights do not fit.
+    Raises UsageError for an unknown architecture, arguments that the factory does not take and a number of classes that
+    must be given, FactoryError when the module cannot be built, CheckpointError when the weights do not fit.
     """
     if (arch is None) == (model is None):
         raise UsageError("name what to build: either an architecture or a model's FILE.py:FACTORY")
@@ -76,9 +77,9 @@ def build_model(
     state = None if weights is None else read_state_dict(weights)
     recipe = UserRecipe(model, os.getcwd()) if model is not None else _arch_recipe(arch or "")
     if num_classes is not None and not recipe.takes_classes:
-        raise FactoryError(f"{recipe.factory} takes no {_NUM_CLASSES}")
+        raise UsageError(f"{recipe.factory} takes no {_NUM_CLASSES}")
     if num_classes is None and recipe.needs_classes and state is None:
-        raise FactoryError(f"{recipe.factory} must be given the number of classes: --num-classes N")
+        raise UsageError(f"{recipe.factory} must be given the number of classes: --num-classes N")
 
     if num_classes is not None:
         args[_NUM_CLASSES] = num_classes
@@ -119,8 +120,11 @@ def rebuild(artifact: Artifact) -> nn.Module:
         )
     weights = _verified_weights(root)
     _check_files(root, source)
-    recipe = _recipe(source.factory, source.folder)
-    module = _make(recipe, recorded_args(source.args), seed=0)
+    try:
+        recipe = _recipe(source.factory, source.folder)
+        module = _make(recipe, recorded_args(source.args), seed=0)
+    except UsageError as error:  # no option of the command that rebuilds: the library is another than at the export
+        raise FactoryError(f"{root.location} cannot be rebuilt: {error}") from error
     recorded = {file.path for file in source.files}
     strangers = [file.path for file in recipe.source_files if file.path not in recorded]
     if strangers:
@@ -149,8 +153,8 @@ def _arch_recipe(arch: str) -> Recipe:
         from deploy.timm_models import TimmRecipe
 
         return TimmRecipe(name)
-    raise FactoryError(f"unknown architecture {arch!r}; expected a reference architecture, torchvision:NAME or timm:NAME"
-                       f" (a factory of your own is --model {arch})")  # fmt: skip
+    raise UsageError(f"unknown architecture {arch!r}; expected a reference architecture, torchvision:NAME or timm:NAME"
+                     f" (a factory of your own is --model {arch})")  # fmt: skip
 
 
 def _split_classes(args: dict[str, Any], num_classes: int | None) -> tuple[dict[str, Any], int | None]:
@@ -182,7 +186,7 @@ def _make_for(
     found = infer_num_classes(module, state, match)
     if not mismatches(module, state, match):
         if recipe.needs_classes and found != _PROBE:
-            raise FactoryError(
+            raise UsageError(
                 f"the number of classes of {recipe.factory} cannot be read from the checkpoint: give --num-classes N"
             )
         return module, first

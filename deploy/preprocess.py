@@ -78,6 +78,15 @@ class Preprocess:
             if size is not None and min(_pair(size)) < 1:
                 raise UsageError(f"preprocess: {name} must be 1 or more, not {size}")
 
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) of every result, in the order of `layout`; None where images keep sizes of their own."""
+        size = self.crop if self.crop is not None else self.resize if isinstance(self.resize, tuple) else None
+        if size is None:
+            return None
+        height, width = _pair(size)
+        return (self.channels, height, width) if self.layout == "chw" else (height, width, self.channels)
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocess":
         """From the JSON form; every key optional. Raises UsageError for an unknown key or a value that does not fit."""

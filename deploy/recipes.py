@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from deploy.artifact import SourceFile
-from deploy.errors import FactoryError, UsageError
+from deploy.errors import DeployError, FactoryError, UsageError
 from deploy.models.errors import ModelError
 from deploy.models.registry import get
 from deploy.preprocess import Preprocess
@@ -52,7 +52,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def build(self, args: Mapping[str, Any]) -> nn.Module:
-        """A new module. Raises FactoryError."""
+        """A new module. Raises UsageError for arguments that it does not take, FactoryError when it fails otherwise."""
 
     @abstractmethod
     def describe(self, module: nn.Module, args: Mapping[str, Any]) -> Interface:
@@ -66,7 +66,7 @@ class ReferenceRecipe(Recipe):
         try:
             self._architecture = get(name)
         except ModelError as error:
-            raise FactoryError(f"{error}; or torchvision:NAME, timm:NAME") from error
+            raise UsageError(f"{error}; or torchvision:NAME, timm:NAME") from error
         self.factory = name
         self.default_classes = self._architecture.arguments.get("num_classes")
         self.takes_classes = self.names_classes = self.default_classes is not None
@@ -75,25 +75,34 @@ class ReferenceRecipe(Recipe):
         try:
             return self._architecture.create(**args)
         except (ModelError, TypeError, RuntimeError) as error:  # the last two: an argument of another type, or too large
-            raise FactoryError(f"cannot build {self.factory}: {error}") from error
+            raise cannot_build(self.factory, args, error) from error
 
     def describe(self, module: nn.Module, args: Mapping[str, Any]) -> Interface:
         specs = [TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in self._architecture.inputs.items()]
         return Interface(inputs=tuple(specs), outputs=self._architecture.outputs, preprocess=self._architecture.preprocess)
 
 
+def cannot_build(factory: str, args: Mapping[str, Any], error: Exception) -> DeployError:
+    """What to raise for a library's `error`: a UsageError where arguments were given, which are then to blame."""
+    given = ", ".join(f"{name}={value!r}" for name, value in args.items())
+    if given:
+        return UsageError(f"cannot build {factory} with {given}: {error}")
+    return FactoryError(f"cannot build {factory}: {error}")
+
+
 def refuse_pretrained(factory: str, args: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise FactoryError for an argument by which a library would download weights."""
+    """Raise UsageError for an argument by which a library would download weights."""
     for name in names:
         if args.get(name):
-            raise FactoryError(f"{factory}: {name}={args[name]!r} would download weights; give them with --weights FILE")
+            raise UsageError(f"{factory}: {name}={args[name]!r} would download weights; give them with --weights FILE")
 
 
 def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
     """`["depths=(2, 2)", "act=relu", "bias=false"]` -> `{"depths": (2, 2), "act": "relu", "bias": False}`.
 
     A value is a Python literal (numbers, strings in quotes, tuples, lists, dicts), true, false or none in any case, and
-    else a string. Raises UsageError for a text without `=`, a name that is none, or given twice.
+    else a string. Raises UsageError for a text without `=`, a name that is none or given twice, and a value that begins
+    as a tuple, list, dict or quoted string and is none.
     """
     args: dict[str, Any] = {}
     for text in texts:
@@ -107,7 +116,11 @@ def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             args[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError) as error:
+            if value.startswith(("(", "[", "{", "'", '"')):
+                raise UsageError(
+                    f"cannot read the model argument {text!r}: its value is no Python literal (strings within one need quotes)"
+                ) from error
             args[name] = value
     record_args(args)
     return args

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from deploy.errors import FactoryError
+from deploy.errors import FactoryError, UsageError
 from deploy.models.errors import near
 from deploy.preprocess import INTERPOLATIONS, Preprocess
-from deploy.recipes import Interface, Recipe, refuse_pretrained
+from deploy.recipes import Interface, Recipe, cannot_build, refuse_pretrained
 from deploy.tensors import TensorSpec
 
 try:
@@ -29,14 +29,14 @@ class TimmRecipe(Recipe):
         self._name = name
         # A name with a colon or a slash is an address to timm, which it would download from.
         if ":" in name or "/" in name or not timm.is_model(name):
-            raise FactoryError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+            raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
 
     def build(self, args: Mapping[str, Any]) -> nn.Module:
         refuse_pretrained(self.factory, args, _PRETRAINED)
         try:
             module: nn.Module = timm.create_model(self._name, **dict(args) | {"pretrained": False})
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise FactoryError(f"cannot build {self.factory} with {dict(args)}: {error}") from error
+            raise cannot_build(self.factory, args, error) from error
         classes = getattr(module, "num_classes", None)
         self.default_classes = classes if isinstance(classes, int) else None
         return module

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from deploy.errors import FactoryError
+from deploy.errors import FactoryError, UsageError
 from deploy.models.errors import near
-from deploy.recipes import Interface, Recipe, refuse_pretrained
+from deploy.recipes import Interface, Recipe, cannot_build, refuse_pretrained
 from deploy.tensors import TensorSpec
 
 try:
@@ -32,8 +32,8 @@ class TorchvisionRecipe(Recipe):
         known = [other for other in models.list_models() if _task(other) not in _OTHER_TASKS]
         if name not in known:
             if name in models.list_models():
-                raise FactoryError(f"{self.factory} is a model for {_task(name)}; expected a classifier or a segmenter")
-            raise FactoryError(f"torchvision has no model {name!r}{near(name, known)}")
+                raise UsageError(f"{self.factory} is a model for {_task(name)}; expected a classifier or a segmenter")
+            raise UsageError(f"torchvision has no model {name!r}{near(name, known)}")
         self._segmenter = _task(name) == _SEGMENTATION
         self.default_classes = 21 if self._segmenter else 1000
 
@@ -47,7 +47,7 @@ class TorchvisionRecipe(Recipe):
         try:
             module: nn.Module = models.get_model(self._name, **options)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise FactoryError(f"cannot build {self.factory} with {dict(args)}: {error}") from error
+            raise cannot_build(self.factory, args, error) from error
         if self._segmenter:
             _return_tensors(module)
         return module

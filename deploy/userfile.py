@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -94,7 +95,8 @@ class UserRecipe(Recipe):
             try:
                 module = self._callable(**args)
             except (Exception, SystemExit) as error:  # the user's code: any error may come
-                raise FactoryError(f"{self.factory} failed: {type(error).__name__}: {error}{_where(error)}") from error
+                what = f"{type(error).__name__}: {error}"
+                raise FactoryError(f"{self.factory} failed: {what}{_where(error)}{self._shadow(error)}") from error
         if not isinstance(module, nn.Module):
             raise FactoryError(f"{self.factory} returned a {type(module).__name__}; expected a torch.nn.Module")
         return module
@@ -162,13 +164,31 @@ class UserRecipe(Recipe):
             ) from error
         except (Exception, SystemExit) as error:  # the user's code: any error may come
             what = f"{type(error).__name__}: {error}"
-            raise FactoryError(f"{self._file or self._module} fails when it is imported: {what}{_where(error)}") from error
+            raise FactoryError(
+                f"{self._file or self._module} fails when it is imported: {what}{_where(error)}{self._shadow(error)}"
+            ) from error
 
     def _hint(self, error: ImportError) -> str:
         if "relative import" in str(error):
             return "\na relative import needs a package: add __init__.py, or run from the folder above"
+        if shadow := self._shadow(error):
+            return shadow
         if isinstance(error, ModuleNotFoundError) and self.folder:
             return f"\nimportable are what is installed, {self.folder}, and the file's own folder"
+        return ""
+
+    def _shadow(self, error: BaseException) -> str:
+        """A hint, on a line of its own, where `error` speaks of a module that both the user and the standard library have."""
+        if not isinstance(error, ImportError | AttributeError):
+            return ""
+        spoken = {*re.findall(r"'(\w+)", str(error)), (getattr(error, "name", None) or "").partition(".")[0]}
+        for folder in (*self._first, *self._last):
+            for name in sorted(spoken & sys.stdlib_module_names):
+                for path in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
+                    if path.is_file():
+                        return (
+                            f"\n{path} has the name of the standard library's module {name!r}, and one hides the other: rename it"
+                        )
         return ""
 
     def _find(self, module: ModuleType) -> Callable[..., Any]:
@@ -205,7 +225,7 @@ class UserRecipe(Recipe):
             try:
                 self._signature.bind(**args)
             except TypeError as error:
-                raise FactoryError(
+                raise UsageError(
                     f"{self.factory} does not take these arguments: {error}; it is {self._name}{self._signature}"
                     " (--model-arg NAME=VALUE)"
                 ) from error

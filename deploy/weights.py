@@ -220,7 +220,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot save the weights of {type(module).__name__} as {path}: {error}") from error
+        raise CheckpointError(f"cannot save the weights of {type(module).__name__} as {path.name}: {error}") from error
 
 
 def load_saved(module: nn.Module, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Self
 import msgspec
 
 from deploy.artifact import MANIFEST, Artifact, FileRecord, Manifest, file_digest
-from deploy.errors import OutputError
+from deploy.errors import DeployError, OutputError
 
 
 def check_output(out: Path, source: Artifact | None = None) -> None:
@@ -67,7 +67,7 @@ class ArtifactWriter:
 
     A process that dies at any point leaves the old artifact, the new one or none, each whole, and perhaps a hidden
     `.NAME.*.partial` directory beside it, which the next writer of the same `out` removes. An OSError inside the
-    block (a full disk, say) becomes an OutputError.
+    block (a full disk, say) becomes an OutputError, and an error that names the hidden directory names `out` instead.
     """
 
     def __init__(self, out: Path) -> None:
@@ -123,9 +123,14 @@ class ArtifactWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
         os.close(self._lock)
+        if isinstance(error, DeployError):
+            error.args = (self._shown(str(error)),)
         if isinstance(error, OSError) or (error is not None and "No space left on device" in str(error)):
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = (error.strerror if isinstance(error, OSError) else None) or self._shown(str(error))
             raise OutputError(f"cannot write {self.out}: {reason}; nothing that stood there was changed") from error
+
+    def _shown(self, message: str) -> str:
+        return message.replace(str(self.path), str(self.out))
 
 
 def _lock(path: Path) -> int | None:

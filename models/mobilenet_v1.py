@@ -76,8 +76,8 @@ class MobileNetV1Features(nn.Module):
 
     In: N x 3 x H x W float32, any size from 16 up. Out: seven float32 maps; with width 1 N x 32 x H/2 x W/2,
     N x 64 x H/2 x W/2, N x 128 x H/4 x W/4 (twice), N x 256 x H/8 x W/8 (twice), N x 512 x H/16 x W/16 (sizes rounded up).
-    Its tensors are the first of `MobileNetV1` in the same order. It is made like every architecture, with `num_classes`,
-    but has no head, so that their number changes nothing. Paper: `MobileNetV1`.
+    Its tensors are the first of `MobileNetV1` in the same order. `num_classes` does nothing, for there is no head: it is
+    taken so that every architecture can be made in the same way. Paper: `MobileNetV1`.
     """
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from deploy.artifact import ENGINE, MANIFEST, ONNX, Artifact, Parent, Stage, standing
-from deploy.errors import ArtifactError, OutputError
+from deploy.errors import ArtifactError, EngineError, OutputError
 from deploy.onnxfile import open_onnx
 from deploy.writer import ArtifactWriter, check_output
 
@@ -143,6 +143,16 @@ def test_an_exception_while_writing_leaves_what_stood_there(made: Artifact) -> N
         raise RuntimeError
     assert check_whole(made.path) == "old"
     assert [path.name for path in made.path.parent.iterdir()] == ["made"]
+
+
+def test_an_error_while_writing_speaks_of_the_output_and_not_of_the_hidden_directory(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught, ArtifactWriter(tmp_path / "out") as writer:
+        raise EngineError(f"cannot parse {writer.path / ONNX}")
+    assert str(caught.value) == f"cannot parse {tmp_path / 'out' / ONNX}"
+    with pytest.raises(OutputError) as caught_too, ArtifactWriter(tmp_path / "out") as writer:
+        raise RuntimeError(f"{writer.path / ONNX}: No space left on device")
+    assert ".partial" not in str(caught_too.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_leaves_the_directory_of_another_that_is_at_work(made: Artifact) -> None:

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+from deploy import evaluation
 from deploy.artifact import ONNX, Artifact
 from deploy.errors import DataError, UsageError
 from deploy.evaluation import evaluate, predict, ranks, softmax
@@ -293,3 +294,28 @@ def test_ranks_count_what_comes_before_the_right_class():
 def test_a_nan_is_never_right():
     nan = float("nan")
     np.testing.assert_array_equal(ranks(np.array([[nan, 1], [nan, nan], [1, nan]]), np.array([0, 1, 0])), [2, 2, 1])
+
+
+def test_a_batch_beyond_the_memory_is_an_error_with_its_size(model, tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "images", ant=[0, 0], bee=[1])
+
+    def fail(*args, **options):
+        raise MemoryError("Unable to allocate 4.47 TiB")
+        yield
+
+    monkeypatch.setattr(evaluation.imagefolder, "batches", fail)
+    message = "a batch size of 100000000 takes more memory than there is: Unable to allocate 4.47 TiB"
+    with pytest.raises(UsageError, match=message):
+        evaluate(model, folder, batch_size=100_000_000)
+    with pytest.raises(UsageError, match=message):
+        predict(model, folder, batch_size=100_000_000)
+
+
+def test_null_warns_that_its_classes_mean_nothing(model, tmp_path, caplog):
+    folder = make_folder(tmp_path / "images", ant=[0], bee=[1])
+    evaluate(model, folder)
+    predict(model, folder)
+    assert caplog.text == ""
+    evaluate(model, folder, backend="null")
+    predict(model, folder, backend="null")
+    assert caplog.text.count("null computes nothing: all logits are 0") == 2

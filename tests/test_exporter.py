@@ -1,9 +1,6 @@
-"""Modules of many kinds become ONNX graphs; those that cannot say where."""
+"""Modules of many kinds become ONNX graphs."""
 
-import re
-import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -163,74 +160,3 @@ def test_nested_results_are_flattened_with_names() -> None:
     assert list(flatten_outputs({"boxes": a, "heads": [b, c]})) == ["boxes", "heads_0", "heads_1"]
     with pytest.raises(ExportError, match="returns a str"):
         flatten_outputs("text")
-
-
-@pytest.fixture
-def user_module(tmp_path: Path) -> ModuleType:
-    """A user's own file with modules that cannot be exported."""
-    source = textwrap.dedent("""
-        import torch
-        from torch import nn
-
-        class Branches(nn.Module):
-            def forward(self, x):
-                if x.sum() > 0:
-                    return x
-                return -x
-
-        class Svd(nn.Module):
-            def forward(self, x):
-                return torch.linalg.svd(x)[1]
-
-        class Broken(nn.Module):
-            def forward(self, x):
-                return x.undefined()
-
-        class Fixed(nn.Module):
-            def forward(self, x):
-                return x.reshape(2, -1)
-
-        class Deep(nn.Module):
-            def __init__(self, inner):
-                super().__init__()
-                self.inner = inner
-            def forward(self, x):
-                return self.inner(x) * 2
-    """)
-    module = ModuleType("user_nets")
-    module.__file__ = str(tmp_path / "nets.py")
-    Path(module.__file__).write_text(source)
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        ("Branches", "if x.sum() > 0:", "depends on the values of a tensor.*torch.where"),
-        ("Svd", "torch.linalg.svd(x)", "linalg_svd has no ONNX counterpart"),
-        ("Broken", "x.undefined()", "no attribute 'undefined'"),
-    ],
-)
-@pytest.mark.parametrize("nested", [False, True])
-def test_an_error_names_the_line_and_the_module_in_the_users_file(
-    user_module: ModuleType, name: str, line: str, message: str, nested: bool
-) -> None:
-    module = getattr(user_module, name)()
-    module = (user_module.Deep(module) if nested else module).eval()
-    path = str(user_module.__file__)
-    x = spec("batch", 3, 4)
-    with pytest.raises(ExportError) as caught:
-        export_graph(module, [x], {"x": torch.randn(2, 3, 4)}, ["y"], user_files=[path])
-    text = str(caught.value)
-    number = next(i for i, code in enumerate(Path(path).read_text().splitlines(), 1) if line in code)
-    assert f"{path}:{number}" in text
-    assert re.search(message, text, re.DOTALL)
-    assert (name if name != "Svd" or not nested else "'inner'") in text
-    assert len(text.splitlines()) <= 2
-
-
-def test_a_batch_that_the_module_fixes_is_named(user_module: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ExportError, match=r"fixes a dimension that should stay dynamic \(batch\).*\n.*--static-batch"):
-        export_graph(user_module.Fixed(), [spec("batch", 3)], {"x": torch.randn(2, 3)}, ["y"])
-    assert capfd.readouterr().err == ""

@@ -113,10 +113,10 @@ def test_number_of_classes_of_a_users_factory_is_read_too(project: Path) -> None
 
 def test_number_of_classes_that_must_be_given_and_cannot_be_read_is_asked_for(project: Path) -> None:
     (project / "net.py").write_text(NET.format(default=""))
-    with pytest.raises(FactoryError, match=r"net\.py:Net must be given the number of classes: --num-classes N"):
+    with pytest.raises(UsageError, match=r"net\.py:Net must be given the number of classes: --num-classes N"):
         build_model(model="net.py:Net")
     torch.save({"other": torch.ones(3)}, project / "w.pt")
-    with pytest.raises(FactoryError, match="cannot be read from the checkpoint: give --num-classes N"):
+    with pytest.raises(UsageError, match="cannot be read from the checkpoint: give --num-classes N"):
         build_model(model="net.py:Net", weights=project / "w.pt")
 
 
@@ -158,8 +158,8 @@ def test_old_parallel_mobilenet_goes_onto_the_feature_net_by_order(tmp_path: Pat
             UsageError,
             "'dropout' is a object, which the manifest cannot record",
         ),
-        ({"model": "net.py:fixed", "num_classes": 3}, FactoryError, r"net\.py:fixed takes no num_classes"),
-        ({"arch": "keras:x"}, FactoryError, "unknown architecture 'keras:x'; expected .* torchvision:NAME or timm:NAME"),
+        ({"model": "net.py:fixed", "num_classes": 3}, UsageError, r"net\.py:fixed takes no num_classes"),
+        ({"arch": "keras:x"}, UsageError, "unknown architecture 'keras:x'; expected .* torchvision:NAME or timm:NAME"),
         ({"arch": "mlp", "weights": Path("none.pt")}, CheckpointError, "no checkpoint at none.pt"),
     ],
 )
@@ -178,6 +178,13 @@ def test_lazy_layers_need_a_size(project: Path) -> None:
     (project / "net.py").write_text("from torch import nn\ndef make():\n    return nn.LazyLinear(2)\n")
     with pytest.raises(FactoryError, match=r"net\.py:make leaves 'weight' without a shape"):
         build_model(model="net.py:make")
+
+
+def test_recorded_arguments_that_the_library_no_longer_takes_are_no_wrong_usage(tmp_path: Path) -> None:
+    built, _ = build_model(arch="lenet5")
+    built.args["depth"] = 3
+    with pytest.raises(FactoryError, match=r"x cannot be rebuilt: cannot build lenet5 with .*lenet5 takes no argument 'depth'"):
+        rebuild(artifact_of(built, tmp_path / "x"))
 
 
 def test_registry_torchvision_and_timm_modules_are_rebuilt(tmp_path: Path) -> None:

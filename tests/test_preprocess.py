@@ -294,3 +294,23 @@ def test_what_is_no_image_is_named(content, tmp_path):
 def test_a_folder_in_place_of_an_image_is_named(tmp_path):
     with pytest.raises(DataError, match=str(tmp_path)):
         Preprocess().open(Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(crop=8),
+        Preprocess(resize=16, crop=(8, 10), channels=1),
+        Preprocess(resize=(6, 9), layout="hwc"),
+        Preprocess(resize=(6, 9), crop=5, channels=1, layout="hwc"),
+    ],
+)
+def test_the_shape_is_that_of_every_result(preprocess):
+    for size in ((12, 20), (31, 17)):
+        assert preprocess(picture(*size)).shape == preprocess.shape
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(resize=16)])
+def test_there_is_no_shape_where_images_keep_sizes_of_their_own(preprocess):
+    assert preprocess.shape is None
+    assert preprocess(picture(12, 20)).shape != preprocess(picture(31, 17)).shape

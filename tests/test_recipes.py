@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from deploy.errors import FactoryError, UsageError
+from deploy.errors import UsageError
 from deploy.recipes import ReferenceRecipe, parse_model_args, record_args, recorded_args
 
 
@@ -40,6 +40,9 @@ def test_model_arguments_are_python_literals_or_strings(text: str, value: Any) -
         (["=3"], "cannot read the model argument '=3'"),
         (["a-b=3"], "cannot read the model argument 'a-b=3'"),
         (["a=1", "a=2"], "'a' is given twice"),
+        (["a=[relu, gelu]"], "its value is no Python literal"),
+        (["a=(1,"], "cannot read the model argument 'a=\\(1,'"),
+        (["a={[]: 1}"], "its value is no Python literal"),
         (["a={1, 2}"], "'a' is a set, which the manifest cannot record"),
         (["a=b'x'"], "'a' is a bytes"),
         (["a=1e999"], "cannot be recorded"),
@@ -57,9 +60,11 @@ def test_recorded_arguments_survive_json_with_tuples_and_lists_told_apart() -> N
 
 
 def test_reference_recipe_refuses_unknown_names_and_arguments() -> None:
-    with pytest.raises(FactoryError, match=r"unknown architecture 'lenet'; did you mean 'lenet5'.*or torchvision:NAME"):
+    with pytest.raises(UsageError, match=r"unknown architecture 'lenet'; did you mean 'lenet5'.*or torchvision:NAME"):
         ReferenceRecipe("lenet")
-    with pytest.raises(FactoryError, match="cannot build convnet: convnet takes no argument 'drop'; did you mean 'dropout'"):
+    with pytest.raises(
+        UsageError, match=r"cannot build convnet with drop=0\.1: convnet takes no argument 'drop'; did you mean 'dropout'"
+    ):
         ReferenceRecipe("convnet").build({"drop": 0.1})
-    with pytest.raises(FactoryError, match="cannot build mobilenet_v1: "):
+    with pytest.raises(UsageError, match="cannot build mobilenet_v1 with width='wide': "):
         ReferenceRecipe("mobilenet_v1").build({"width": "wide"})

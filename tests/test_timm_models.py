@@ -7,7 +7,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from deploy.errors import FactoryError
+from deploy.errors import FactoryError, UsageError
 from deploy.factory import build_model
 from deploy.preprocess import Preprocess
 from deploy.timm_models import eval_preprocess
@@ -56,17 +56,17 @@ def test_default_number_of_classes_is_the_models() -> None:
 
 @pytest.mark.parametrize("name", ["resnet19", "hf-hub:timm/resnet18", "hf_hub:x/y", "local-dir:/tmp"])
 def test_unknown_model_or_address_is_refused(name: str) -> None:
-    with pytest.raises(FactoryError, match=f"timm has no model '{name}'"):
+    with pytest.raises(UsageError, match=f"timm has no model '{name}'"):
         build_model(arch=f"timm:{name}")
 
 
 def test_pretrained_weights_are_not_downloaded() -> None:
-    with pytest.raises(FactoryError, match="pretrained=True would download weights"):
+    with pytest.raises(UsageError, match="pretrained=True would download weights"):
         build_model(arch="timm:test_vit", args={"pretrained": True})
 
 
 def test_argument_that_it_does_not_take_is_an_error() -> None:
-    with pytest.raises(FactoryError, match=r"cannot build timm:test_vit with .*nonsense"):
+    with pytest.raises(UsageError, match=r"cannot build timm:test_vit with .*nonsense"):
         build_model(arch="timm:test_vit", args={"nonsense": 3})
 
 

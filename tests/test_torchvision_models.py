@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from deploy.errors import FactoryError
+from deploy.errors import UsageError
 from deploy.factory import build_model
 from deploy.torchvision_models import TorchvisionRecipe
 
@@ -66,20 +66,20 @@ def test_input_follows_the_image_size_that_the_net_is_made_for() -> None:
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "r3d_18", "raft_large", "quantized_resnet18", "ssd300_vgg16"])
 def test_models_for_other_tasks_are_refused(name: str) -> None:
-    with pytest.raises(FactoryError, match=f"torchvision:{name} is a model for .*expected a classifier or a segmenter"):
+    with pytest.raises(UsageError, match=f"torchvision:{name} is a model for .*expected a classifier or a segmenter"):
         TorchvisionRecipe(name)
 
 
 def test_unknown_model_is_refused_with_near_names() -> None:
-    with pytest.raises(FactoryError, match=r"torchvision has no model 'resnet19'; did you mean .*'resnet18'"):
+    with pytest.raises(UsageError, match=r"torchvision has no model 'resnet19'; did you mean .*'resnet18'"):
         build_model(arch="torchvision:resnet19")
 
 
 def test_arguments_that_would_download_are_refused() -> None:
-    with pytest.raises(FactoryError, match="weights='DEFAULT' would download weights; give them with --weights FILE"):
+    with pytest.raises(UsageError, match="weights='DEFAULT' would download weights; give them with --weights FILE"):
         build_model(arch="torchvision:resnet18", args={"weights": "DEFAULT"})
 
 
 def test_argument_that_it_does_not_take_is_an_error() -> None:
-    with pytest.raises(FactoryError, match=r"cannot build torchvision:resnet18 with .*unexpected keyword argument 'depth'"):
+    with pytest.raises(UsageError, match=r"cannot build torchvision:resnet18 with .*unexpected keyword argument 'depth'"):
         build_model(arch="torchvision:resnet18", args={"depth": 3})

@@ -236,9 +236,37 @@ def test_relative_import_outside_a_package_says_what_to_do(tmp_path: Path, monke
         build_model(model="net.py:Net")
 
 
+@pytest.mark.parametrize(
+    ("shadow", "net"),
+    [
+        ("random", "from random import noise\n"),  # the standard library's own was loaded first, and hides the user's
+        ("fractions", "import fractions\nHALF = fractions.Fraction(1, 2)\n"),  # the user's hides the standard library's
+        ("fractions", NET.replace("super().__init__()", "super().__init__(); import fractions; fractions.Fraction(1, 2)")),
+    ],
+)
+def test_a_file_with_the_name_of_a_module_of_the_standard_library_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, shadow: str, net: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "fractions", raising=False)
+    write(project, **{f"nets__{shadow}": "", "nets__net": net})
+    with pytest.raises(FactoryError) as caught:
+        build_model(model="nets/net.py:Net")
+    first, second = str(caught.value).splitlines()
+    assert str(project / "nets" / "net.py") in first
+    assert second.startswith(f"{project / 'nets' / shadow}.py has the name of the standard library's module {shadow!r}")
+    assert second.endswith("rename it")
+
+
+def test_an_error_that_has_nothing_to_do_with_such_a_file_gets_no_hint(project: Path) -> None:
+    write(project, random="", net="import torch\ntorch.no_such_thing\n")
+    with pytest.raises(FactoryError) as caught:
+        build_model(model="net.py:Net")
+    assert "rename it" not in str(caught.value)
+
+
 def test_wrong_arguments_are_refused_with_the_signature(project: Path) -> None:
     write(project, net=NET)
-    with pytest.raises(FactoryError, match=r"unexpected keyword argument 'hiden'; it is Net\(num_classes=4, hidden=3\)"):
+    with pytest.raises(UsageError, match=r"unexpected keyword argument 'hiden'; it is Net\(num_classes=4, hidden=3\)"):
         build_model(model="net.py:Net", args={"hiden": 5})
 
 

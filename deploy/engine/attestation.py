@@ -14,8 +14,8 @@ HONOURED = 0.9
 def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[PrecisionShare, dict[str, str]]:
     """Share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
 
-    A layer computes in INT8 when its inputs come out of DequantizeLinear: TensorRT folds the pair into the layer.
-    Raises EngineError when a counted node has no layer in the network.
+    A layer computes in INT8 when both its operands, activation and weight, come out of DequantizeLinear of INT8, with
+    nothing between but changes of shape: TensorRT folds the pair into the layer. Raises EngineError when a counted node has no layer in the network.
     """
     names = {
         trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.INT8: "int8",
@@ -27,10 +27,9 @@ def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[Prec
     for layer in layers:
         if layer.type not in compute:
             continue
-        first = layer.get_input(0)
-        producer = producers.get(first.name)
-        quantized = producer is not None and producer.type == trt.LayerType.DEQUANTIZE
-        precision = "int8" if quantized else names.get(first.dtype, "fp32")
+        operands = [layer.get_input(index) for index in range(2)]
+        quantized = all(operand is not None and _is_int8(operand, producers, trt) for operand in operands)
+        precision = "int8" if quantized else names.get(operands[0].dtype, "fp32")
         for node in re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.metadata or "") or [layer.name]:
             by_node[node] = precision
     missing = [node for node, count in macs.items() if count and node not in by_node]
@@ -43,6 +42,16 @@ def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[Prec
     whole = sum(totals.values())
     share = {name: total / whole if whole else 0.0 for name, total in totals.items()}
     return PrecisionShare(**share, origin="network"), by_node
+
+
+def _is_int8(tensor: Any, producers: Mapping[str, Any], trt: Any) -> bool:
+    """Whether `tensor` comes out of DequantizeLinear of INT8; the parser puts changes of shape before 1-D convolutions
+    and products with fewer dimensions on one side."""
+    reshaping = (trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE, trt.LayerType.SQUEEZE)
+    layer = producers.get(tensor.name)
+    while layer is not None and layer.type in reshaping:
+        layer = producers.get(layer.get_input(0).name)
+    return layer is not None and layer.type == trt.LayerType.DEQUANTIZE and layer.get_input(0).dtype == trt.DataType.INT8
 
 
 def check_honoured(

@@ -15,6 +15,7 @@ from typing import Any
 from deploy.artifact import Target
 from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.errors import EngineError, UsageError
+from deploy.onnxfile import load_graph
 from deploy.progress import Progress, silent
 from deploy.tensors import Profile
 
@@ -53,14 +54,21 @@ class BuiltEngine:
 
 
 def build_engine(
-    flavour: Flavour, onnx_path: Path, profiles: list[Profile], options: BuildOptions, progress: Progress = silent
+    flavour: Flavour,
+    onnx_path: Path,
+    profiles: list[Profile],
+    options: BuildOptions,
+    progress: Progress = silent,
+    *,
+    shown: str | None = None,
 ) -> BuiltEngine:
-    """Parse and build `onnx_path` with one optimization profile for each of `profiles`.
+    """Parse and build `onnx_path` with one optimization profile for each of `profiles`. Errors call it `shown`.
 
     Raises EngineError for nodes that the parser refuses (each by its ONNX name, with a remedy) and for a failed build,
     UsageError for options that the flavour does not have.
     """
     trt = flavour.trt
+    shown = shown or str(onnx_path)
     if flavour.name == "tensorrt-rtx":
         if options.timing_cache is not None:
             raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
@@ -76,7 +84,7 @@ def build_engine(
     parser = trt.OnnxParser(network, log)
     progress("parsing", 0, 0)
     if not parser.parse_from_file(str(onnx_path)):
-        raise EngineError(_refusals(flavour, builder, parser, onnx_path, log))
+        raise EngineError(_refusals(flavour, builder, parser, onnx_path, log, shown))
     config = builder.create_builder_config()
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
@@ -86,7 +94,7 @@ def build_engine(
     cache = _read_timing_cache(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{flavour.name} {flavour.version} could not build {onnx_path}: {log.last()}")
+        raise EngineError(f"{flavour.name} {flavour.version} could not build {shown}: {log.last()}")
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return BuiltEngine(plan=bytes(plan), network=_Kept(network, parser, builder, log), target=_target(flavour))
@@ -151,9 +159,11 @@ _REMEDIES: Mapping[str, str] = {
     "StringNormalizer": "strings cannot run on a GPU: do this before the model",
 }
 _REMEDY = "replace it in the model by operators that TensorRT has, or run this model on ONNX Runtime"
+_NO_PLUGIN = "Plugin not found"
+"""What the parser says of an operator that it does not know, for it then looks for a plugin of that name."""
 
 
-def _refusals(flavour: Flavour, builder: Any, parser: Any, onnx_path: Path, log: Any) -> str:
+def _refusals(flavour: Flavour, builder: Any, parser: Any, onnx_path: Path, log: Any, shown: str) -> str:
     """Every node that the parser refuses, by its ONNX name, with the reason and a remedy, a line each."""
     trt = flavour.trt
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -166,14 +176,23 @@ def _refusals(flavour: Flavour, builder: Any, parser: Any, onnx_path: Path, log:
             reason = re.sub(r"^Assertion failed: .*?\): ", "", error.desc() or "")
             if reason in ("", "false"):
                 reason = "the operator is not supported"
+            elif _NO_PLUGIN in reason:
+                domain = _domain(onnx_path, error.node_operator(), error.node_name())
+                reason = f"operator {error.node_operator()} of domain {domain} is not known to {flavour.name}"
             errors.setdefault((error.node_operator(), error.node_name()), reason)
     if not any(operator for operator, _ in errors):
-        return f"{flavour.name} {flavour.version} cannot parse {onnx_path}: {next(iter(errors.values()), log.last())}"
+        return f"{flavour.name} {flavour.version} cannot parse {shown}: {next(iter(errors.values()), log.last())}"
     lines = [
         f"  {operator} {name!r}: {reason}; {_REMEDIES.get(operator, _REMEDY)}" for (operator, name), reason in errors.items()
     ]
     noun = "node" if len(lines) == 1 else "nodes"
-    return "\n".join([f"{flavour.name} {flavour.version} refuses {len(lines)} {noun} of {onnx_path}:", *lines])
+    return "\n".join([f"{flavour.name} {flavour.version} refuses {len(lines)} {noun} of {shown}:", *lines])
+
+
+def _domain(onnx_path: Path, operator: str, name: str) -> str:
+    """The domain of the node that the parser refused; it tells the operator and the name alone."""
+    nodes = [node for node in load_graph(onnx_path).graph.node if node.op_type == operator]
+    return next((node.domain for node in nodes if node.name == name or len(nodes) == 1), "") or "ai.onnx"
 
 
 def _make_logger(trt: Any) -> Any:

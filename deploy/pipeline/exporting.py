@@ -1,6 +1,5 @@
 """The stage `export`: a trained state_dict to an ONNX artifact, compared with the eager module."""
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +13,31 @@ import torch
 
 from deploy.artifact import FORMAT, ONNX, WEIGHTS, Artifact, Manifest, Source, Stage, file_digest, request_digest, standing
 from deploy.errors import ExportError, UsageError
+from deploy.explain import fixed_reason, line_of
 from deploy.exporter import export_graph, flatten_outputs
 from deploy.factory import BuiltModel, build_model
 from deploy.feeds import image_feeds
 from deploy.onnxfile import check_onnx, model_specs, open_onnx, save_model
 from deploy.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
+from deploy.pipeline.interface import (
+    check_classes,
+    default_preprocess,
+    input_specs,
+    load_preprocess,
+    output_names,
+    read_classes,
+)
 from deploy.pipeline.lineage import data_digest, random_feeds, tool_versions
 from deploy.precision.cpu import ONNXRUNTIME_VERSION
 from deploy.preprocess import Preprocess
 from deploy.progress import Progress, silent
 from deploy.runtime.session import Session, SessionOptions, open_session
-from deploy.tensors import DTYPES, EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims, parse_shape
+from deploy.tensors import EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims
 from deploy.weights import Match, save_weights
 from deploy.writer import ArtifactWriter, check_output
 
 logger = logging.getLogger(__name__)
 
-BATCH = "batch"
 _REAL_IMAGES = 8
 """Real images that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
 
@@ -95,9 +102,8 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         match=options.match,
         allow_partial=options.allow_partial,
     )
-    specs = _input_specs(options, built)
-    default = built.preprocess if _is_image(specs) else None  # another input than the architecture's own may have been given
-    preprocess = _preprocess(options.preprocess or default, specs)
+    specs = input_specs(options.inputs, built, static_batch=options.static_batch)
+    preprocess = load_preprocess(options.preprocess, specs) if options.preprocess else default_preprocess(built, specs)
     classes = read_classes(options.classes) if options.classes else None
     stage = _stage(options, built, specs, preprocess, classes)
     if (stood := standing(out, stage)) is not None:
@@ -109,27 +115,29 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report.summary())
 
     progress("running the eager module")
+    files = [file.path for file in built.source_files]
     feeds = random_feeds(specs, example_dims(specs, batch_dim(specs)))
-    expected = [_eager(built.module, specs, feed) for feed in feeds]
-    outputs = _output_names(options, built, list(expected[0]))
+    first = _eager(built.module, specs, feeds[0], files)
+    outputs = output_names(options.outputs, built, specs, list(first))
+    check_classes(classes, [array.shape for array in first.values()])
     seen = [
         _Case("random", feed, dict(zip(outputs, results.values(), strict=True)))
-        for feed, results in zip(feeds, expected, strict=True)
+        for feed, results in [
+            (feeds[0], first),
+            *((feed, _eager(built.module, specs, feed, files, ran=feeds[0])) for feed in feeds[1:]),
+        ]
     ]
     if not all(_finite(case, fatal=options.data is None) for case in seen):
         seen = []
         logger.warning("the eager module gives NaN or infinity on random input: parity is checked on images alone")
     progress("exporting to ONNX")
     example = {name: torch.from_numpy(array) for name, array in feeds[PARITY_BATCHES.index(EXAMPLE_BATCH)].items()}
-    graph = export_graph(
-        built.module, specs, example, outputs, opset=options.opset, user_files=[file.path for file in built.source_files]
-    )
+    graph = export_graph(built.module, specs, example, outputs, opset=options.opset, user_files=files)
     with ArtifactWriter(out) as writer:
         save_model(graph.model, writer.path / ONNX)
         check_onnx(writer.path / ONNX)
         save_weights(built.module, writer.path / WEIGHTS)
         inputs, found = model_specs(graph.model)
-        _check_classes(classes, found)
         profile = default_profile(inputs)
         manifest = Manifest(
             format=FORMAT,
@@ -163,7 +171,7 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         written = writer.describe(manifest)
         progress("comparing with eager")
         if options.data is not None:
-            seen += _image_cases(written, built.module, options.data)
+            seen += _image_cases(written, built.module, options.data, files)
         with open_session(written, "onnxruntime", SessionOptions(device="cpu")) as session:
             parity = _parity(session, seen, _tolerance(options))
         source = msgspec.structs.replace(manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
@@ -178,7 +186,8 @@ def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: 
     bare = open_onnx(path)
     check_output(out, bare)
     names = read_classes(classes) if classes else None
-    _check_classes(names, bare.manifest.outputs)
+    check_classes(names, [spec.shape for spec in bare.manifest.outputs])
+    loaded = load_preprocess(preprocess, bare.manifest.inputs)
     with ArtifactWriter(out) as writer:
         for file in bare.manifest.files:
             shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
@@ -187,26 +196,11 @@ def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: 
                 bare.manifest,
                 name=name or out.resolve().name,
                 files={},
-                preprocess=_preprocess(preprocess, bare.manifest.inputs),
+                preprocess=loaded,
                 classes=names,
                 tools=tool_versions(),
             )
         )
-
-
-def read_classes(path: Path) -> list[str]:
-    """Class names, one a line. Raises UsageError when the file is missing, empty or names a class twice."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the class names of {path}: {error}") from error
-    while names and not names[-1]:
-        names.pop()
-    if not names or "" in names:
-        raise UsageError(f"{path} must hold one class name a line, and no empty line between them")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"{path} names {twice[0]!r} twice")
-    return names
 
 
 def _tolerance(options: ExportOptions) -> Tolerance:
@@ -215,61 +209,6 @@ def _tolerance(options: ExportOptions) -> Tolerance:
         rtol=default.rtol if options.rtol is None else options.rtol,
         atol=default.atol if options.atol is None else options.atol,
     )
-
-
-def _input_specs(options: ExportOptions, built: BuiltModel) -> tuple[TensorSpec, ...]:
-    """Specs of the inputs: those of the options, else the architecture's own; the leading 1 made symbolic."""
-    if not options.inputs and built.inputs is None:
-        raise UsageError(f"say what {built.factory} takes: --input NAME=1x3x224x224[:dtype], once for each input")
-    if options.inputs and built.inputs is not None and len(options.inputs) != len(built.inputs):
-        raise UsageError(
-            f"{built.factory} takes {len(built.inputs)} inputs ({', '.join(map(str, built.inputs))}), not {len(options.inputs)}"
-        )
-    specs = tuple(parse_input(text) for text in options.inputs) or built.inputs or ()
-    names = [spec.name for spec in specs]
-    if len(set(names)) != len(names):
-        raise UsageError(f"two inputs have the same name: {', '.join(names)}")
-    if options.static_batch:
-        return specs
-    return tuple(dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) else spec for spec in specs)
-
-
-def parse_input(text: str) -> TensorSpec:
-    """`"image=1x3x224x224:float32"` -> the spec; float32 when no dtype is given. Raises UsageError."""
-    name, equals, rest = text.partition("=")
-    shape, colon, dtype = rest.partition(":")
-    if not equals or not name or not shape or (colon and dtype not in DTYPES):
-        raise UsageError(f"cannot read the input {text!r}; expected NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}")
-    return TensorSpec(name=name, dtype=dtype or "float32", shape=parse_shape(shape))
-
-
-def _output_names(options: ExportOptions, built: BuiltModel, found: Sequence[str]) -> list[str]:
-    names = list(options.outputs or built.outputs or found)
-    taken = [text.partition("=")[0] for text in options.inputs] or [spec.name for spec in built.inputs or ()]
-    if twice := [name for name in names if names.count(name) + taken.count(name) > 1]:
-        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs")
-    if len(names) != len(found):
-        raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
-    return names
-
-
-def _is_image(inputs: Sequence[TensorSpec]) -> bool:
-    return len(inputs) == 1 and len(inputs[0].shape) == 4
-
-
-def _preprocess(spec: str | Preprocess | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
-    if spec is None or isinstance(spec, Preprocess):
-        return spec
-    if not _is_image(inputs):
-        raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
-    height, width = inputs[0].shape[2:] if inputs[0].shape[1] in (1, 3) else inputs[0].shape[1:3]
-    return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
-
-
-def _check_classes(classes: Sequence[str] | None, outputs: Sequence[TensorSpec]) -> None:
-    last = outputs[0].shape[-1] if len(outputs) == 1 and len(outputs[0].shape) == 2 else None
-    if classes is not None and isinstance(last, int) and last != len(classes):
-        raise UsageError(f"--classes has {len(classes)} names, and the model gives {last} scores ({outputs[0]})")
 
 
 def _stage(
@@ -308,26 +247,47 @@ class _Case(NamedTuple):
     expected: dict[str, np.ndarray]
 
 
-def _eager(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The eager module's outputs, flattened. Raises ExportError, with the module's own error, when it cannot run the input."""
+def _eager(
+    module: torch.nn.Module,
+    specs: Sequence[TensorSpec],
+    feed: Mapping[str, np.ndarray],
+    user_files: Sequence[str],
+    ran: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """The eager module's outputs, flattened. `ran` is a feed that it could run, of another batch size.
+
+    Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.
+    """
     try:
         with torch.inference_mode():
             results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name]) for spec in specs)))
     except ExportError:
         raise
     except Exception as error:  # the user's own code: any error may come
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+        shapes = _shapes(feed)
         reason = next(iter(str(error).strip().splitlines()), repr(error))
+        line = line_of(error, user_files)
+        name, where = type(module).__name__, f": {line}" if line else ""
+        batch = batch_dim(specs)
+        if ran is not None and batch is not None and _shapes(ran) != shapes:
+            fixed, remedy = fixed_reason([batch])
+            raise ExportError(
+                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
+            ) from error
         raise ExportError(
-            f"{type(module).__name__} cannot run {shapes}: {reason}\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
+            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
         ) from error
     return {name: tensor.numpy() for name, tensor in results.items()}
 
 
-def _image_cases(artifact: Artifact, module: torch.nn.Module, folder: Path) -> Iterator[_Case]:
+def _shapes(feed: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+
+
+def _image_cases(artifact: Artifact, module: torch.nn.Module, folder: Path, user_files: Sequence[str]) -> Iterator[_Case]:
     names = [spec.name for spec in artifact.manifest.outputs]
     for feed in image_feeds(artifact, folder, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
-        results = _eager(module, artifact.manifest.inputs, feed)
+        results = _eager(module, artifact.manifest.inputs, feed, user_files)
         case = _Case("images", feed, dict(zip(names, results.values(), strict=True)))
         _finite(case, fatal=True)
         yield case

@@ -136,6 +136,18 @@ def test_every_refused_node_is_listed_by_name_with_a_remedy(rtx: Flavour, tmp_pa
     assert "transposed convolution" in text
 
 
+def test_an_operator_that_tensorrt_does_not_know_is_named_with_its_domain(rtx: Flavour, tmp_path: Path) -> None:
+    graph = """
+        <ir_version: 10, opset_import: ["" : 20, "com.acme" : 1]>
+        swirls (float[batch, 3, 8, 8] x) => (float[batch, 3, 8, 8] y) { a = Relu(x) [odd] y = com.acme.Swirl(a) }
+    """
+    with pytest.raises(EngineError) as caught:
+        build_engine(rtx, save(graph, tmp_path / "swirls.onnx"), [SHAPES], BuildOptions(), shown="their file")
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("refuses 1 node of their file:")
+    assert second.startswith("  Swirl 'odd': operator Swirl of domain com.acme is not known to tensorrt-rtx; replace it")
+
+
 def test_a_file_that_is_no_onnx_is_an_error(rtx: Flavour, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"cannot parse .*bad\.onnx"):

@@ -89,6 +89,27 @@ def test_shapes_that_do_not_fit_are_refused(lenet5: Artifact, tmp_path: Path, sh
         deploy.build_trt(lenet5, tmp_path / "engine", shapes=[shapes])
 
 
+@pytest.fixture(scope="module")
+def rangeseg(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Two inputs that share their batch."""
+    return deploy.export(tmp_path_factory.mktemp("rangeseg") / "rangeseg", arch="rangeseg")
+
+
+def test_shapes_of_one_input_give_the_batch_of_the_other(rangeseg: Artifact, tmp_path: Path) -> None:
+    engine = deploy.build_trt(rangeseg, tmp_path / "engine", shapes=["intensity=1x1x64x256:2x1x64x256:4x1x64x256"])
+    (profile,) = engine.manifest.profiles
+    assert str(profile["distance"]) == str(profile["intensity"]) == "1x1x64x256:2x1x64x256:4x1x64x256"
+
+
+def test_shapes_that_contradict_one_another_are_refused_by_the_names_of_both(rangeseg: Artifact, tmp_path: Path) -> None:
+    shapes = ["distance=1x1x64x256", "intensity=1x1x64x256:2x1x64x256:4x1x64x256"]
+    with pytest.raises(UsageError, match=r"'batch' as 1:1:1 in 'distance' and 1:2:4 in 'intensity'"):
+        deploy.build_trt(rangeseg, tmp_path / "engine", shapes=shapes)
+    with pytest.raises(UsageError, match="dimension 1 is fixed to 1"):
+        deploy.build_trt(rangeseg, tmp_path / "engine", shapes=["distance=2x2x64x256"])
+    assert not (tmp_path / "engine").exists()
+
+
 def test_one_shape_stands_for_all_three() -> None:
     assert parse_shapes("x=2x3") == ("x", ShapeRange(min=(2, 3), opt=(2, 3), max=(2, 3)))
 
@@ -105,8 +126,10 @@ def test_a_refused_graph_leaves_what_stood_there(lenet5: Artifact, tmp_path: Pat
     engine = deploy.build_trt(lenet5, tmp_path / "engine")
     folds = '<ir_version: 10, opset_import: ["" : 20]> g (float[n, 12, 16] x) => (float[n, 3, 5, 5] y) <int64[2] i = {5, 5}, int64[2] b = {2, 2}> { y = Col2Im(x, i, b) }'
     onnx.save(onnx.parser.parse_model(folds), tmp_path / "folds.onnx")
-    with pytest.raises(EngineError, match="Col2Im"):
+    with pytest.raises(EngineError, match="Col2Im") as caught:
         deploy.build_trt(tmp_path / "folds.onnx", tmp_path / "engine")
+    assert "folds.onnx" in str(caught.value)
+    assert ".partial" not in str(caught.value)
     assert Artifact.open(tmp_path / "engine") == engine
 
 

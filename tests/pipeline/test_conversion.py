@@ -64,6 +64,15 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+def test_an_operator_that_cannot_be_run_is_named_with_its_file(tmp_path):
+    path = tmp_path / "odd.onnx"
+    graph = '<ir_version: 10, opset_import: ["": 20, "acme": 1]> g (float[n, 4] x) => (float[n, 4] y) { a = Relu(x) [odd] y = acme.Odd(a) }'
+    onnx.save(onnx.parser.parse_model(graph), path)
+    with pytest.raises(PrecisionError, match=r"cannot convert .*odd\.onnx: .* node 'odd': it is operator Odd of domain acme"):
+        convert_artifact(open_artifact(path), tmp_path / "half", FP16)
+    assert not (tmp_path / "half").exists()
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_artifact_says_what_it_is_and_where_it_comes_from(artifact, tmp_path, precision):
     made = convert_artifact(artifact, tmp_path / "build" / "net-half", ConvertOptions(precision=precision))

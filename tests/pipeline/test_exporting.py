@@ -14,8 +14,6 @@ from deploy.artifact import MANIFEST, ONNX, WEIGHTS, Artifact
 from deploy.errors import ArtifactError, ExportError, ParityError, UsageError
 from deploy.factory import rebuild
 from deploy.models.registry import ARCHITECTURES
-from deploy.pipeline.exporting import parse_input, read_classes
-from deploy.tensors import TensorSpec
 
 
 @pytest.fixture
@@ -139,7 +137,7 @@ def test_without_output_names_the_outputs_are_numbered(project: Path) -> None:
 def test_a_module_of_the_users_own_needs_inputs(project: Path) -> None:
     with pytest.raises(UsageError, match="--input NAME=1x3x224x224"):
         deploy.export(project / "out", model="net.py:Net")
-    with pytest.raises(ExportError, match=r"Net cannot run x \(1, 7\): mat1"):
+    with pytest.raises(ExportError, match=r"Net cannot run x \(1, 7\): .*net\.py:8 in forward of Net: .*: mat1"):
         deploy.export(project / "out", model="net.py:Net", inputs=["x=1x7"])
 
 
@@ -210,19 +208,49 @@ def test_a_users_file_that_changed_is_named_with_both_digests(project: Path) -> 
         deploy.load(artifact, backend="eager")
 
 
-def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
-    assert parse_input("ids=1xN:int64") == TensorSpec(name="ids", dtype="int64", shape=(1, "N"))
-    assert parse_input("x=1x3").dtype == "float32"
-    for bad in ("x", "x=", "=1x3", "x=1x3:float99"):
-        with pytest.raises(UsageError, match="cannot read the input"):
-            parse_input(bad)
-    path = tmp_path / "classes.txt"
-    path.write_text("a\nb c\n\n")
-    assert read_classes(path) == ["a", "b c"]
-    for content, message in (("", "one class name a line"), ("a\n\nb", "no empty line"), ("a\na\n", "'a' twice")):
-        path.write_text(content)
-        with pytest.raises(UsageError, match=message):
-            read_classes(path)
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when the ONNX export, the slow part, begins."""
+    monkeypatch.setattr("deploy.pipeline.exporting.export_graph", lambda *args, **options: pytest.fail("the export began"))
+
+
+@pytest.mark.usefixtures("untouched")
+def test_another_number_of_class_names_than_scores_is_found_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UsageError, match="--classes has 2 names, and the model gives 10 scores"):
+        deploy.export(tmp_path / "out", arch="lenet5", classes=tmp_path / "classes.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("untouched")
+def test_preprocessing_that_does_not_fit_the_input_is_found_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"resize": 32, "crop": 30, "channels": 1}')
+    with pytest.raises(
+        UsageError, match=r"p\.json does not fit the input: it makes 1x30x30 \(chw\).* takes input: .*batchx1x28x28"
+    ):
+        deploy.export(tmp_path / "out", arch="lenet5", preprocess=str(tmp_path / "p.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_preprocessing_that_does_not_fit_a_bare_onnx_file_is_refused(lenet5: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--preprocess imagenet does not fit the input: it makes 3x28x28"):
+        deploy.export(tmp_path / "out", onnx=lenet5.onnx_path, preprocess="imagenet")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_batch_that_the_module_itself_refuses_is_named_with_its_line(project: Path) -> None:
+    (project / "one.py").write_text(
+        "import torch\nclass One(torch.nn.Module):\n    def forward(self, x):\n        return x.reshape(1, 784)\n"
+    )
+    message = (
+        rf"One cannot be exported: {project}/one\.py:4 in forward of One: return x\.reshape\(1, 784\): .*the dimension `batch`"
+        r".*it runs x \(1, 784\), and not x \(2, 784\): .*\n.*--static-batch"
+    )
+    with pytest.raises(ExportError, match=message):
+        deploy.export(project / "out", model="one.py:One", inputs=["x=1x784"])
+    with pytest.raises(ExportError, match=rf"One cannot run x \(1, 3\): {project}/one\.py:4 in forward of One: .*\n.*--input"):
+        deploy.export(project / "out", model="one.py:One", inputs=["x=1x3"])
 
 
 def test_where_random_input_gives_nan_parity_is_checked_on_images_alone(project: Path, caplog: pytest.LogCaptureFixture) -> None:
