@@ -126,45 +126,64 @@ def batches(
     batch_size: int,
     *,
     workers: int | None = None,
+    skip: Callable[[Path, Exception], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and labels, in order: (N, C, H, W) float32 and (N,) int64; the last batch may be smaller.
 
     `load` makes one (C, H, W) array of a file; `workers` threads (None: one a CPU core, at most 8) call it ahead of
     need, by one batch at most, so that memory does not grow with the number of images. What `load` raises comes
-    through, with a note that names the file. Raises ImageFolderError for images whose arrays differ in shape.
+    through, with a note that names the file; with `skip`, an image for which it raises an Exception is left out, the
+    batch is filled from those that follow, and `skip` is told, in order and in the thread of the caller; what `skip`
+    raises ends the stream. Raises ImageFolderError for images whose arrays differ in shape.
     """
     if batch_size < 1:
         raise ImageFolderError(f"batch size must be 1 or more, not {batch_size}")
     workers = workers or min(8, len(os.sched_getaffinity(0)))
-    return _batches(samples, load, batch_size, workers)
+    return _batches(samples, load, batch_size, workers, skip)
 
 
 def _batches(
-    samples: Sequence[Sample], load: Callable[[Path], np.ndarray], batch_size: int, workers: int
+    samples: Sequence[Sample],
+    load: Callable[[Path], np.ndarray],
+    batch_size: int,
+    workers: int,
+    skip: Callable[[Path, Exception], None] | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     try:
         waiting = iter(samples)
         ahead = deque(pool.submit(load, path) for path, _ in islice(waiting, max(batch_size, 2 * workers)))
-        for start in range(0, len(samples), batch_size):
-            part = samples[start : start + batch_size]
-            images: np.ndarray | None = None
-            for row, (path, _) in enumerate(part):
-                try:
-                    image = ahead.popleft().result()
-                except Exception as error:
-                    error.add_note(f"while loading {path}")
+        images: np.ndarray | None = None
+        taken: list[Sample] = []
+        for index, (path, label) in enumerate(samples):
+            image: np.ndarray | None = None
+            try:
+                image = ahead.popleft().result()
+            except Exception as error:
+                error.add_note(f"while loading {path}")
+                if skip is None:
                     raise
-                ahead.extend(pool.submit(load, path) for path, _ in islice(waiting, 1))
-                if images is None:
-                    images = np.empty((len(part), *image.shape), dtype=np.float32)
-                if image.shape != images.shape[1:]:
-                    raise ImageFolderError(
-                        f"{path} gives an array of shape {image.shape} and {part[0][0]} one of {images.shape[1:]}: images of"
-                        " one batch must be of one size; resize and crop them, or use batches of 1"
-                    )
-                images[row] = image
-            assert images is not None
-            yield images, np.array([label for _, label in part], dtype=np.int64)
+                skip(path, error)
+            ahead.extend(pool.submit(load, path) for path, _ in islice(waiting, 1))
+            if image is None:
+                continue
+            if images is None:
+                images = np.empty((min(batch_size, len(samples) - index), *image.shape), dtype=np.float32)
+            if image.shape != images.shape[1:]:
+                raise ImageFolderError(
+                    f"{path} gives an array of shape {image.shape} and {taken[0][0]} one of {images.shape[1:]}: images of"
+                    " one batch must be of one size; resize and crop them, or use batches of 1"
+                )
+            images[len(taken)] = image
+            taken.append((path, label))
+            if len(taken) == batch_size:
+                yield images, _labels(taken)
+                images, taken = None, []
+        if images is not None:
+            yield images[: len(taken)], _labels(taken)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _labels(samples: Sequence[Sample]) -> np.ndarray:
+    return np.array([label for _, label in samples], dtype=np.int64)

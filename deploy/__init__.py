@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from deploy.api import build_trt as build_trt
     from deploy.api import convert as convert
-    from deploy.api import export as export
+    from deploy.api import quantize as quantize
+    from deploy.api_export import export as export
     from deploy.artifact import Artifact as Artifact
     from deploy.errors import DeployError as DeployError
     from deploy.evaluation import evaluate as evaluate
@@ -34,10 +35,11 @@ _NAMES = {
     "build_trt": "deploy.api",
     "convert": "deploy.api",
     "evaluate": "deploy.evaluation",
-    "export": "deploy.api",
+    "export": "deploy.api_export",
     "load": "deploy.loading",
     "open_artifact": "deploy.opening",
     "predict": "deploy.evaluation",
+    "quantize": "deploy.api",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "open_artifact",
     "predict",
+    "quantize",
 ]
 
 

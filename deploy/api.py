@@ -1,87 +1,26 @@
-"""The public functions that make artifacts, with the options of the commands of the same names."""
+"""The public functions that turn artifacts into others, with the options of the commands of the same names.
 
-from collections.abc import Mapping, Sequence
+`deploy.export` is apart, in `api_export`, for it alone needs torch.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from deploy.artifact import Artifact
+from deploy.calibset import calibration_set
 from deploy.engine.builder import BuildOptions
 from deploy.errors import UsageError
-from deploy.factory import parse_model_args
-from deploy.opening import open_artifact
+from deploy.opening import BUILD, open_artifact
 from deploy.pipeline.building import BuildTrtOptions, build_trt_artifact
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact
-from deploy.pipeline.exporting import ExportOptions, export_artifact, export_onnx_file
+from deploy.pipeline.gate import Gate
+from deploy.pipeline.quantizing import METHOD, QuantizeOptions, check_fp32, quantize_artifact
 from deploy.progress import Progress, silent
-from deploy.weights import Match
-
-BUILD = Path("build")
-"""Where artifacts go when no directory is named."""
 
 PathLike = Path | str
-
-
-def export(
-    out: PathLike | None = None,
-    *,
-    arch: str | None = None,
-    model: str | None = None,
-    onnx: PathLike | None = None,
-    model_args: Mapping[str, Any] | Sequence[str] = (),
-    weights: PathLike | None = None,
-    match: Match = "name",
-    allow_partial: bool = False,
-    num_classes: int | None = None,
-    inputs: Sequence[str] = (),
-    outputs: Sequence[str] = (),
-    static_batch: bool = False,
-    preprocess: str | None = None,
-    classes: PathLike | None = None,
-    data: PathLike | None = None,
-    opset: int | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    name: str | None = None,
-    progress: Progress = silent,
-) -> Artifact:
-    """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
-
-    What the options mean: `deploy.pipeline.exporting.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
-    """
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise UsageError(f"--name must be a plain name, not {name!r}: it is also the name of the folder and of the served model")
-    if onnx is not None:
-        given = {
-            "--arch": arch, "--model": model, "--weights": weights, "--model-arg": model_args, "--input": inputs, "--output": outputs,
-            "--num-classes": num_classes, "--static-batch": static_batch, "--data": data, "--opset": opset, "--rtol": rtol,
-            "--atol": atol, "--allow-partial": allow_partial, "--match": None if match == "name" else match,
-        }  # fmt: skip
-        if unfit := [option for option, value in given.items() if value not in (None, False, (), [], {})]:
-            raise UsageError(f"--onnx takes the graph as it is; leave out {', '.join(unfit)}")
-        target = Path(out) if out is not None else BUILD / (name or Path(onnx).stem)
-        return export_onnx_file(Path(onnx), target, preprocess=preprocess, classes=_path(classes), name=name)
-    options = ExportOptions(
-        arch=arch,
-        model=model,
-        model_args=model_args if isinstance(model_args, Mapping) else parse_model_args(model_args),
-        weights=_path(weights),
-        match=match,
-        allow_partial=allow_partial,
-        num_classes=num_classes,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        static_batch=static_batch,
-        preprocess=preprocess,
-        classes=_path(classes),
-        opset=opset,
-        rtol=rtol,
-        atol=atol,
-        name=name,
-        data=_path(data),
-    )
-    default = (arch or model or "").rpartition(":")[2].lower()
-    return export_artifact(Path(out) if out is not None else BUILD / (name or default), options, progress)
 
 
 def convert(
@@ -103,6 +42,51 @@ def convert(
     return convert_artifact(source, _out(out, source, precision), options, progress)
 
 
+def quantize(
+    artifact: Artifact | PathLike,
+    out: PathLike | None = None,
+    *,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]],
+    method: str = METHOD,
+    images: int | None = None,
+    batch_size: int = 8,
+    per_tensor: bool = False,
+    exclude: Sequence[str] = (),
+    float_first: bool = False,
+    float_last: bool = False,
+    bias_correction: bool = True,
+    equalize: bool | None = None,
+    fp16: bool = False,
+    eval_folder: PathLike | None = None,
+    max_drop: float | None = None,
+    progress: Progress = silent,
+) -> Artifact:
+    """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
+
+    `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
+    (`build/<name>-int8-fp16`). What the other options mean: `deploy.pipeline.quantizing.QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy is compared before and
+    after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. Raises a DeployError; nothing
+    that stood at `out` is lost then.
+    """
+    source = _open(artifact)
+    options = QuantizeOptions(
+        method=method,
+        batch_size=batch_size,
+        per_tensor=per_tensor,
+        exclude=tuple(exclude),
+        float_first=float_first,
+        float_last=float_last,
+        bias_correction=bias_correction,
+        equalize=equalize,
+        floats="fp16" if fp16 else "fp32",
+    )
+    gate = _gate(eval_folder, max_drop)
+    check_fp32(source)
+    data = calibration_set(source, calib, images)
+    suffixes = ["int8", "fp16"] if fp16 else ["int8"]
+    return quantize_artifact(source, _out(out, source, *suffixes), data, options, gate, progress)
+
+
 def build_trt(
     artifact: Artifact | PathLike,
     out: PathLike | None = None,
@@ -110,6 +94,12 @@ def build_trt(
     precision: Literal["fp16", "bf16"] | None = None,
     fp16_io: bool = False,
     data: PathLike | None = None,
+    int8: bool = False,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
+    images: int | None = None,
+    eval_folder: PathLike | None = None,
+    max_drop: float | None = None,
+    quantization: QuantizeOptions | None = None,
     flavour: str = "auto",
     shapes: Sequence[str] = (),
     opt_level: int | None = None,
@@ -121,14 +111,20 @@ def build_trt(
 ) -> Artifact:
     """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
 
-    What the options mean: `deploy.pipeline.building.BuildTrtOptions` and `deploy.engine.builder.BuildOptions`. Raises a
-    DeployError; nothing that stood at `out` is lost then.
+    `int8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop` and the
+    options in `quantization`. What the others mean: `deploy.pipeline.building.BuildTrtOptions` and
+    `deploy.engine.builder.BuildOptions`. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     source = _open(artifact)
+    if not int8 and (calib is not None or images is not None or eval_folder is not None or max_drop is not None):
+        raise UsageError("--calib, --images, --eval and --max-drop go with --int8")
+    if not int8 and quantization not in (None, QuantizeOptions()):
+        raise UsageError("the options of quantization go with --int8")
     options = BuildTrtOptions(
         precision=precision,
         fp16_io=fp16_io,
         data=_path(data),
+        int8=(quantization or QuantizeOptions()) if int8 else None,
         flavour=flavour,
         shapes=tuple(shapes),
         build=BuildOptions(
@@ -139,7 +135,15 @@ def build_trt(
             hardware_compatible=hardware_compatible,
         ),
     )
-    return build_trt_artifact(source, _out(out, source, *([precision] if precision else []), "trt"), options, progress)
+    data_set = None if calib is None or source.manifest.precision == "int8" else calibration_set(source, calib, images)
+    suffixes = ["int8"] * int8 + ([precision] if precision else []) + ["trt"]
+    return build_trt_artifact(source, _out(out, source, *suffixes), options, data_set, _gate(eval_folder, max_drop), progress)
+
+
+def _gate(folder: PathLike | None, max_drop: float | None) -> Gate | None:
+    if max_drop is not None and folder is None:
+        raise UsageError("--max-drop goes with --eval, the images that accuracy is measured on")
+    return None if folder is None else Gate(folder=Path(folder), max_drop=1.0 if max_drop is None else max_drop)
 
 
 def _open(artifact: Artifact | PathLike) -> Artifact:

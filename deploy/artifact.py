@@ -26,7 +26,7 @@ WEIGHTS = "weights.safetensors"
 ENGINE = "engine.plan"
 
 Kind = Literal["onnx", "engine"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +112,52 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     origin: Literal["engine", "network"] = msgspec.field(name="from")
 
 
+class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signal-to-quantization-noise ratio, in dB, of one node's output on FP32 inputs; None for no noise at all."""
+
+    node: str
+    sqnr_db: float | None
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an INT8 artifact came by its scales.
+
+    data: SHA-256 over the content of the calibration data; None for feeds that could be read only once.
+    rows: images, or rows of feeds, that were seen. skipped: files that could not be read.
+    equalized: ranges were equalized across layers first.
+    floats: the precision of what is not INT8.
+    layers: the noise of every quantized node by itself, the noisiest first.
+    """
+
+    data: str | None
+    kind: Literal["images", "npz", "feeds"]
+    rows: int
+    skipped: list[str]
+    method: str
+    per_tensor: bool
+    bias_correction: bool
+    equalized: bool
+    floats: Literal["fp32", "fp16"]
+    layers: list[LayerNoise]
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Accuracy in per cent on the same labelled images, of this artifact and of the FP32 artifact it was made from.
+
+    top1_drop: points of top-1 accuracy lost, with its 95 % interval: see `pipeline.gate.paired_drop`.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    parent_top1: float
+    parent_top5: float
+    top1_drop: float
+    top1_drop_low: float
+    top1_drop_high: float
+    backend: str
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON."""
 
@@ -128,8 +174,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     preprocess: Preprocess | None
     classes: list[str] | None
     parity: Parity | None
-    accuracy: dict[str, Any] | None
-    calibration: dict[str, Any] | None
+    accuracy: Accuracy | None
+    calibration: Calibration | None
     exclusions: list[Exclusion]
     tools: dict[str, str]
     stage: Stage

@@ -9,6 +9,7 @@
     ├── ExportError         a module that the ONNX exporter cannot handle
     ├── PrecisionError      a graph that a precision pass cannot convert
     ├── ParityError         outputs further from the reference than the tolerance allows
+    ├── AccuracyError       more accuracy lost than the gate allows
     ├── EngineError         a graph that TensorRT refuses, or an engine that did not honour the request
     ├── DataError           images or folders that cannot be used
     ├── BackendError        a backend that is not installed, or cannot run this artifact here
@@ -59,6 +60,10 @@ class PrecisionError(DeployError):
 
 class ParityError(DeployError):
     """Outputs further from the reference than the tolerance allows."""
+
+
+class AccuracyError(DeployError):
+    """More accuracy lost than the gate allows."""
 
 
 class EngineError(DeployError):

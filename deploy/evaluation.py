@@ -1,9 +1,10 @@
 """Accuracy of a classifier on labelled images, and what it says of single ones."""
 
 import difflib
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from deploy.artifact import Artifact
 from deploy.calibration import imagefolder
 from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
 from deploy.errors import DataError, UsageError
-from deploy.feeds import ImageInput, image_input, read_folder
+from deploy.feeds import Feed, ImageInput, image_input, read_folder
 from deploy.loading import load
 from deploy.opening import open_artifact
 from deploy.progress import Progress, silent
+from deploy.runtime.session import Session
 from deploy.tensors import TensorSpec
 
 SCHEMA = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class Evaluation:
     k: 5, or the number of classes where there are fewer: `top5` is then 100 by definition.
     images_per_s: of the whole pipeline, from the files (reading, decoding, preprocessing) to the logits, after one
         batch to warm up. What the model alone does is measured by bench.
+    ranks: (images,) how many classes came before the right one, by image in the order of the folder.
     """
 
     top1: float
@@ -39,10 +44,11 @@ class Evaluation:
     images: int
     images_per_s: float
     backend: str
+    ranks: np.ndarray = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `deploy eval --json`."""
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, **{name: value for name, value in asdict(self).items() if name != "ranks"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,30 +88,32 @@ def evaluate(
     size, reason = source.batch_size(batch_size)
     what = f"evaluating {artifact.manifest.name}" + (f" ({reason})" if reason else "")
     samples = [(path, labels[index]) for path, index in images.samples]
-    first = k = done = 0
+    found: list[np.ndarray] = []
+    done = 0
     with load(artifact, backend, device, threads=threads) as session:
-        for feed, _ in source.batches(samples[:size], size):
+        _warn_of_zeros(session)
+        for feed, _ in _batches(source, samples[:size], size):
             session.run(feed)
         start = time.perf_counter()
         progress(what, 0, len(samples))
-        for feed, expected in source.batches(samples, size):
+        for feed, expected in _batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(expected)]
             _check_names(artifact, scores.shape[1])
             _check_folders(artifact, images, scores.shape[1])
-            rank = ranks(scores, expected)
+            found.append(ranks(scores, expected))
             top = min(5, scores.shape[1])
-            first += int((rank == 0).sum())
-            k += int((rank < top).sum())
             done += len(expected)
             progress(what, done, len(samples))
         seconds = time.perf_counter() - start
+        rank = np.concatenate(found)
         return Evaluation(
-            top1=100 * first / done,
-            top5=100 * k / done,
+            top1=100 * float((rank == 0).mean()),
+            top5=100 * float((rank < top).mean()),
             k=top,
             images=done,
             images_per_s=done / seconds,
             backend=session.backend,
+            ranks=rank,
         )
 
 
@@ -138,7 +146,8 @@ def predict(
     samples = [(file, 0) for file in files]
     found: list[Prediction] = []
     with load(artifact, backend, device, threads=threads) as session:
-        for feed, rows in source.batches(samples, size):
+        _warn_of_zeros(session)
+        for feed, rows in _batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(rows)]
             _check_names(artifact, scores.shape[1])
             for row in softmax(scores):
@@ -163,6 +172,19 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     before = ~(logits <= right)  # what is greater, and everything when a NaN is involved
     before |= (logits == right) & (np.arange(logits.shape[1]) < labels[:, None])
     return np.asarray(before.sum(axis=1))
+
+
+def _batches(source: ImageInput, samples: Sequence[tuple[Path, int]], size: int) -> Iterator[tuple[Feed, np.ndarray]]:
+    """As `ImageInput.batches`. Raises UsageError too, when a batch does not fit into memory."""
+    try:
+        yield from source.batches(samples, size)
+    except MemoryError as error:
+        raise UsageError(f"a batch size of {size} takes more memory than there is: {error}") from error
+
+
+def _warn_of_zeros(session: Session) -> None:
+    if session.backend == "null":
+        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
 
 
 def _classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:

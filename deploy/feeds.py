@@ -1,6 +1,6 @@
 """Images as feeds: what an artifact with one image input takes, from files, by the preprocessing in its manifest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +47,23 @@ class ImageInput:
         batch = self.spec.shape[0]
         if isinstance(batch, int):
             return batch, "" if batch == wanted else f"the model takes batches of {batch} only"
-        one_size = self.preprocess.crop is not None or isinstance(self.preprocess.resize, tuple)
-        if not one_size and any(isinstance(dim, str) for dim in self.spec.shape[1:]):
+        if self.preprocess.shape is None and any(isinstance(dim, str) for dim in self.spec.shape[1:]):
             return 1, "" if wanted == 1 else "images go one by one, for the preprocessing leaves them in many sizes"
         return wanted, ""
 
-    def batches(self, samples: Sequence[tuple[Path, int]], batch_size: int) -> Iterator[tuple[Feed, np.ndarray]]:
+    def batches(
+        self,
+        samples: Sequence[tuple[Path, int]],
+        batch_size: int,
+        *,
+        skip: Callable[[Path, Exception], None] | None = None,
+    ) -> Iterator[tuple[Feed, np.ndarray]]:
         """Feeds and labels of `samples`, in order, in batches of `batch_size`, decoded in threads ahead of need.
 
         The last feed is filled up with copies of its last image where the model's batch is fixed: there are then fewer
-        labels than rows. Raises as `load` does.
+        labels than rows. Raises as `load` does, unless `skip` takes the error and leaves the image out.
         """
-        for images, labels in _data_errors(imagefolder.batches(samples, self.load, batch_size)):
+        for images, labels in _data_errors(imagefolder.batches(samples, self.load, batch_size, skip=skip)):
             if isinstance(self.spec.shape[0], int) and len(images) < batch_size:
                 images = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
             yield {self.spec.name: images.astype(self.spec.dtype, copy=False)}, labels

@@ -1,5 +1,6 @@
 """Reading ONNX files: what goes in and out of a graph, and a bare `.onnx` file as an artifact."""
 
+import re
 from pathlib import Path
 
 import onnx
@@ -47,6 +48,8 @@ def open_onnx(path: Path) -> Artifact:
     floats = {"float16": "fp16", "bfloat16": "bf16"}
     weights = {_DTYPES.get(tensor.data_type, "") for tensor in model.graph.initializer if len(tensor.dims) > 1}
     precision = next((floats[dtype] for dtype in floats if dtype in weights), "fp32")
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        precision = "int8"
     manifest = Manifest(
         format=FORMAT,
         kind="onnx",
@@ -91,7 +94,9 @@ def check_onnx(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf and the checker raise errors of several families
-        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}") from error
+        found = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
+        node = f" (node {found[1]!r}, {found[2]})" if found else ""
+        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}{node}") from error
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:

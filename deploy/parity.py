@@ -1,5 +1,6 @@
 """How far outputs are from a reference, and how far they may be."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,8 +32,10 @@ TOLERANCES = {
     "fp32": Tolerance(rtol=1e-4, atol=1e-5),
     "fp16": Tolerance(rtol=2e-2, atol=1e-3),
     "bf16": Tolerance(rtol=1e-1, atol=1e-2),
+    "int8": Tolerance(rtol=5e-1, atol=1e-3),
 }
-"""Default tolerances by precision. FP16 carries 11 significant bits and BF16 8; errors grow over tens of layers."""
+"""Default tolerances by precision. FP16 carries 11 significant bits and BF16 8; errors grow over tens of layers. INT8 has
+256 levels over the range of a whole tensor: the tolerance finds what is broken, and accuracy says what is good enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,14 @@ class Difference:
     max_abs: the largest |actual - expected|, in the output's unit.
     max_rel: max_abs divided by the largest |expected| (max_abs itself where the reference is all zeros).
     cosine: cosine of the angle between the two, flattened; 1 when both are zero.
+    sqnr_db: signal-to-noise ratio in dB, 10 log10(sum expected^2 / sum (actual - expected)^2); None where the two are
+        equal or the reference is all zeros.
     """
 
     max_abs: float
     max_rel: float
     cosine: float
+    sqnr_db: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,7 @@ class Parity:
             max_abs=max(difference.max_abs for difference in differences),
             max_rel=max(difference.max_rel for difference in differences),
             cosine=min(difference.cosine for difference in differences),
+            sqnr_db=min((found.sqnr_db for found in differences if found.sqnr_db is not None), default=None),
         )
 
 
@@ -100,7 +107,9 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> Difference:
     scale = float(np.abs(b).max())
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = 1.0 if norms == 0 and max_abs == 0 else float(a @ b) / norms if norms else 0.0
-    return Difference(max_abs=max_abs, max_rel=max_abs / scale if scale else max_abs, cosine=cosine)
+    noise, signal = float(np.square(a - b).sum()), float(np.square(b).sum())
+    sqnr_db = 10 * math.log10(signal / noise) if noise and signal else None
+    return Difference(max_abs=max_abs, max_rel=max_abs / scale if scale else max_abs, cosine=cosine, sqnr_db=sqnr_db)
 
 
 def compare(

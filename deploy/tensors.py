@@ -122,6 +122,34 @@ def default_profile(specs: Sequence[TensorSpec]) -> Profile | None:
     }
 
 
+def default_dims(
+    specs: Sequence[TensorSpec],
+    profiles: Sequence[Profile],
+    image: tuple[int, ...] | None = None,
+    *,
+    known: Mapping[str, int],
+    remedy: str,
+) -> dict[str, int]:
+    """A size for every symbolic dimension: of `known`, else the optimum of the first profile, else that of `image`.
+
+    image: the shape of what preprocessing makes, without the batch; of use where the model has one input of that rank.
+    A first dimension that none of them gives a size is 1. Raises UsageError, which ends with `remedy`, for any other.
+    """
+    sizes = dict(known)
+    for spec in specs:
+        sources = [profiles[0][spec.name].opt] if profiles else []
+        if image is not None and len(specs) == 1 and len(spec.shape) == len(image) + 1:
+            sources.append((1, *image))
+        sources.append((1,))
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str) and dim not in sizes:
+                found = next((source[axis] for source in sources if axis < len(source)), None)
+                if found is None:
+                    raise UsageError(f"{spec}: neither a profile nor a crop in the preprocessing gives {dim!r} a size: {remedy}")
+                sizes[dim] = found
+    return sizes
+
+
 def parse_shape(text: str) -> tuple[Dim, ...]:
     """`"1x3xHxW"` -> `(1, 3, "H", "W")`. Raises UsageError."""
     dims: list[Dim] = []

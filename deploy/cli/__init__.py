@@ -18,6 +18,7 @@ _COMMANDS = {
     "doctor": ("doctor", "Show what this machine can do: GPUs, driver, backends."),
     "export": ("export", "Turn a state_dict into an ONNX artifact, checked against eager."),
     "convert": ("convert", "Turn an ONNX artifact into half precision."),
+    "quantize": ("quantize", "Turn an ONNX artifact into INT8, calibrated on images."),
     "build-trt": ("build_trt", "Build a TensorRT engine from an ONNX artifact."),
     "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),

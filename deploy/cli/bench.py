@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from deploy.cli.common import BUILD, PATH, debug_option, device_option, progress_bar, threads_option
+from deploy.cli.common import PATH, debug_option, device_option, progress_bar, threads_option
 from deploy.errors import OutputError, UsageError
+from deploy.opening import BUILD
 
 STDOUT = Path("-")
 
@@ -31,11 +32,19 @@ STDOUT = Path("-")
     help="Time to spend on measuring.",
 )
 @click.option(
+    "--shapes",
+    multiple=True,
+    metavar="NAME=SHAPE",
+    help="Shape of an input with dynamic dimensions, such as x=1x3x224x224; its batch is that of --batch.",
+)
+@click.option(
     "--json",
     "json_file",
     type=PATH,
-    metavar="FILE",
-    help="Write the results, raw samples included, to FILE (- for standard output).",
+    is_flag=False,
+    flag_value=str(STDOUT),
+    metavar="[FILE]",
+    help="Write the results, raw samples included, to FILE (which ends in .json), or to standard output and nothing else there.",
 )
 @device_option
 @threads_option
@@ -44,6 +53,7 @@ def command(
     artifacts: tuple[str, ...],
     backends: tuple[str, ...],
     batches: str | None,
+    shapes: tuple[str, ...],
     seconds: float,
     json_file: Path | None,
     device: str,
@@ -61,13 +71,14 @@ def command(
     options = BenchOptions(
         backends=tuple(name for text in backends for name in text.split(",")),
         batches=_sizes(batches),
+        shapes=shapes,
         seconds=seconds,
         device=device,
         threads=threads,
     )
-    found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
     if json_file is not None and json_file != STDOUT:
         _check_writable(json_file)
+    found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
     with progress_bar() as progress:
         result = bench(found, options, named=bool(artifacts), progress=progress)
     document = json.dumps(result.to_json(), indent=1) + "\n"
@@ -90,9 +101,9 @@ def _sizes(text: str | None) -> tuple[int, ...]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise OutputError before anything is measured when the results could not be written to `path`."""
-    if path.suffix != ".json" and path.exists() and path.stat().st_size:
-        raise OutputError(f"{path} exists and is not a .json file; nothing was changed: choose another --json")
+    """Raise before anything is measured: UsageError for what can be no FILE of results, OutputError where none can be written."""
+    if path.suffix != ".json" or path.is_dir():  # `--json ARTIFACT`: the name was taken for the FILE
+        raise UsageError(f"--json takes a FILE ending in .json, not {path}; put artifacts before it")
     try:
         with path.open("a", encoding="utf-8"):
             pass

@@ -1,12 +1,13 @@
 """`deploy build-trt`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import deploy
-from deploy.artifact import Artifact
-from deploy.cli.common import PATH, debug_option, open_or_newest, output_option, progress_bar
+from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
+from deploy.cli.quantize import quantize_options
 from deploy.cli.show import summary
 from deploy.errors import UsageError
 
@@ -17,6 +18,8 @@ from deploy.errors import UsageError
 @click.option("--bf16", is_flag=True, help="Convert to bfloat16 first.")
 @click.option("--fp16-io", is_flag=True, help="Inputs and outputs in FP16 too.")
 @click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Real images for activation ranges and parity of the conversion.")
+@click.option("--int8", is_flag=True, help="Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
+@quantize_options
 @click.option("--flavour", default="auto", show_default=True, metavar="F", help="auto, tensorrt or tensorrt-rtx.")
 @click.option("--shapes", multiple=True, metavar="NAME=MIN:OPT:MAX", help="Range of one input's shape, such as x=1x8:4x8:9x8.")
 @click.option("--opt-level", type=int, metavar="N", help="0 (quick build) to 5 (fast engine).  [default: TensorRT's, 3]")
@@ -32,6 +35,12 @@ def command(
     bf16: bool,
     fp16_io: bool,
     data: Path | None,
+    int8: bool,
+    calib: Path | None,
+    images: int | None,
+    quantization: dict[str, Any],
+    eval_folder: Path | None,
+    max_drop: float | None,
     flavour: str,
     shapes: tuple[str, ...],
     opt_level: int | None,
@@ -43,11 +52,13 @@ def command(
 ) -> None:
     """Build a TensorRT engine from an ONNX artifact or file (the newest FP32 artifact under build/ by default).
 
-    Without --fp16 and --bf16 the file's own precisions are built as they are.
+    Without --fp16, --bf16 and --int8 the file's own precisions are built as they are.
     """
     if fp16 and bf16:
         raise UsageError("--fp16 and --bf16 exclude one another")
-    source = open_or_newest(artifact, "FP32 ONNX artifact", _fp32)
+    from deploy.pipeline.quantizing import QuantizeOptions  # loads onnx
+
+    source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     with progress_bar() as progress:
         made = deploy.build_trt(
             source,
@@ -55,6 +66,12 @@ def command(
             precision="fp16" if fp16 else "bf16" if bf16 else None,
             fp16_io=fp16_io,
             data=data,
+            int8=int8,
+            calib=calib,
+            images=images,
+            eval_folder=eval_folder,
+            max_drop=max_drop,
+            quantization=QuantizeOptions(**quantization),
             flavour=flavour,
             shapes=shapes,
             opt_level=opt_level,
@@ -65,7 +82,3 @@ def command(
             progress=progress,
         )
     click.echo(summary(made))
-
-
-def _fp32(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.precision == "fp32"

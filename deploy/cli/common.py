@@ -9,13 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
-from deploy.artifact import MANIFEST, Artifact
-from deploy.errors import ArtifactError, UsageError
-from deploy.opening import open_artifact
+from deploy.artifact import Artifact
+from deploy.cli.log import logged_by
+from deploy.errors import UsageError
+from deploy.opening import BUILD, artifacts_under, open_artifact
 from deploy.progress import Progress, silent
-
-BUILD = Path("build")
-"""Where artifacts go, and are looked for, when no directory is named."""
 
 PATH = click.Path(path_type=Path)
 
@@ -60,17 +58,8 @@ def open_or_newest(path: str | None, what: str, usable: Callable[[Artifact], boo
 
 
 def newest(usable: Callable[[Artifact], bool]) -> Artifact | None:
-    """The newest artifact right under `build/` that is `usable`; those that cannot be read are named and passed over."""
-    manifests = sorted(BUILD.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for manifest in manifests:
-        try:
-            artifact = Artifact.open(manifest.parent)
-        except ArtifactError as error:
-            click.echo(f"warning: {error}", err=True)
-            continue
-        if usable(artifact):
-            return artifact
-    return None
+    """The newest artifact under `build/` that is `usable`; those that cannot be read are named and passed over."""
+    return next(filter(usable, reversed(artifacts_under(BUILD))), None)
 
 
 @contextmanager
@@ -87,21 +76,26 @@ def _bar() -> Iterator[Progress]:
         yield silent
         return
     from rich.console import Console  # slow to import, and of use on a terminal only
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.markup import escape
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
+    console = Console(stderr=True)
     bar = Bar(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     )
-    task = bar.add_task("", total=None)
+    task = bar.add_task("", total=None, count="")
     done = threading.Event()
     started = threading.Event()
+
+    def above(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
     def show() -> None:
         if not done.wait(_QUIET_S):
@@ -109,14 +103,21 @@ def _bar() -> Iterator[Progress]:
             bar.start()
 
     def report(what: str, finished: int = 0, total: int = 0, /) -> None:
-        bar.update(task, description=what, completed=finished, total=total or None)
+        count = f"{finished}/{total}" if total else ""
+        bar.update(task, description=escape(what), completed=finished, total=total or None, count=count)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
-        yield report
+        with logged_by(above):
+            yield report
     finally:
         done.set()
         thread.join()
         if started.is_set():
             bar.stop()
+
+
+def fp32(found: Artifact) -> bool:
+    """Whether the artifact is ONNX in FP32."""
+    return found.manifest.kind == "onnx" and found.manifest.precision == "fp32"

@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 import deploy
-from deploy.artifact import Artifact
-from deploy.cli.common import PATH, debug_option, open_or_newest, output_option, progress_bar
+from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.show import summary
 from deploy.errors import UsageError
 
@@ -26,11 +25,7 @@ def command(artifact: str | None, fp16: bool, bf16: bool, fp16_io: bool, data: P
     """
     if fp16 == bf16:
         raise UsageError("say which precision: one of --fp16 and --bf16")
-    source = open_or_newest(artifact, "FP32 ONNX artifact", _fp32)
+    source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     with progress_bar() as progress:
         made = deploy.convert(source, out, precision="fp16" if fp16 else "bf16", fp16_io=fp16_io, data=data, progress=progress)
     click.echo(summary(made))
-
-
-def _fp32(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.precision == "fp32"

@@ -20,7 +20,11 @@ def summary(artifact: Artifact) -> str:
         built_for = manifest.target.gpu or f"compute capability {', '.join(manifest.target.targets)}"
         lines.append(_row("built for", built_for))
     if manifest.parity:
-        lines.append(_row("graph" if manifest.target else "parity", parity_text(manifest.parity)))
+        if manifest.target:
+            lines.append(_row("typed ONNX", parity_text(manifest.parity)))
+            lines.append(_row("", "that is the file which the engine was built from; the engine itself has not been run"))
+        else:
+            lines.append(_row("parity", parity_text(manifest.parity)))
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
     if share := share_text(manifest):
@@ -46,9 +50,9 @@ def share_text(manifest: Manifest) -> str:
     share = manifest.precision_share
     if share is None:
         return ""
-    parts = [f"{getattr(share, name):.1%} {name}" for name in ("int8", "fp16", "bf16", "fp32") if getattr(share, name) > 0] or [
-        "no multiply-accumulates"
-    ]
+    parts = [f"{getattr(share, name):.1%} {name}" for name in ("int8", "fp16", "bf16", "fp32") if getattr(share, name) > 0]
+    if not parts:
+        return f"no multiply-accumulates: no convolution and no matrix product (read from the {share.origin})"
     return f"{', '.join(parts)} of the multiply-accumulates (read from the {share.origin})"
 
 

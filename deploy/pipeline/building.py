@@ -1,23 +1,29 @@
 """The stage `build-trt`: an ONNX artifact to an engine artifact, attested."""
 
+import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import onnx
 import onnx_ir as ir
 
-from deploy.artifact import ENGINE, ONNX, Artifact, Stage, request_digest, standing
+from deploy.artifact import ENGINE, ONNX, Artifact, Manifest, Stage, request_digest, standing
+from deploy.calibset import CalibrationSet
 from deploy.engine.attestation import check_honoured, network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.errors import UsageError
 from deploy.macs import count_macs
 from deploy.onnxfile import save_model
-from deploy.pipeline.conversion import IMAGES, Converted, ConvertOptions, convert_onnx
+from deploy.pipeline.conversion import IMAGES, ConvertOptions, convert_onnx
+from deploy.pipeline.gate import Gate, check_accuracy
 from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
+from deploy.pipeline.quantizing import QuantizeOptions, hint, quantize_onnx, quantize_settings
 from deploy.progress import Progress, silent
 from deploy.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
 from deploy.writer import ArtifactWriter, check_output
@@ -30,12 +36,15 @@ class BuildTrtOptions:
     """What to build.
 
     precision: `fp16` or `bf16` converts an FP32 artifact first; None takes the precisions of the file as they are.
-    shapes: `NAME=MIN:OPT:MAX` for one optimization profile, each a shape such as `1x3x224x224`; an input left out takes
-        the range in the manifest.
+    shapes: `NAME=MIN:OPT:MAX` for one optimization profile, each a shape such as `1x3x224x224`. An input left out takes
+        the sizes of the symbolic dimensions that it shares with one that is there, and else the range in the manifest.
     data: an ImageFolder whose images give the activation ranges and parity of the conversion.
+    int8: quantizes an FP32 artifact first, and takes one that is quantized already as it is; with `fp16`, what is not
+        INT8 is FP16.
     """
 
     precision: Literal["fp16", "bf16"] | None = None
+    int8: QuantizeOptions | None = None
     fp16_io: bool = False
     data: Path | None = None
     flavour: str = "auto"
@@ -45,68 +54,111 @@ class BuildTrtOptions:
     def __post_init__(self) -> None:
         if self.precision is None and (self.fp16_io or self.data is not None):
             raise UsageError("--fp16-io and --data go with --fp16 or --bf16")
+        if self.int8 is not None and (self.precision == "bf16" or self.fp16_io or self.data is not None):
+            raise UsageError("--int8 goes with --fp16 for the rest, or without; leave out --bf16, --fp16-io and --data")
 
 
-def build_trt_artifact(artifact: Artifact, out: Path, options: BuildTrtOptions, progress: Progress = silent) -> Artifact:
+def build_trt_artifact(
+    artifact: Artifact,
+    out: Path,
+    options: BuildTrtOptions,
+    data: CalibrationSet | None = None,
+    gate: Gate | None = None,
+    progress: Progress = silent,
+) -> Artifact:
     """Build the engine artifact `out`, which also holds the typed `model.onnx` that it was built from.
 
-    The share of multiply-accumulates in each precision is read back from the network that the parser made; under 90 %
-    in the precision asked for, outside the reported exclusions, nothing is written. Raises EngineError, PrecisionError,
-    ParityError, ArtifactError, OutputError, UsageError and BackendError.
+    `data` is what `options.int8` calibrates on, `gate` what its accuracy is held to. The share of multiply-accumulates in
+    each precision is read back from the network that the parser made; under 90 % in the precision asked for, outside the
+    reported exclusions, nothing is written. Raises EngineError, PrecisionError, ParityError, AccuracyError, ArtifactError,
+    OutputError, UsageError and BackendError.
     """
     check_output(out, artifact)
     manifest = artifact.manifest
     if manifest.kind != "onnx":
-        raise UsageError(f"{artifact.location} is an engine already; give the ONNX artifact it was built from")
+        raise UsageError(f"{artifact.shown} is an engine already; give the ONNX artifact it was built from")
     if options.precision is not None and manifest.precision != "fp32":
         raise UsageError(
-            f"{artifact.location} is {manifest.precision} already; --{options.precision} takes an FP32 artifact. Leave the option out"
+            f"{artifact.shown} is {manifest.precision} already; --{options.precision} takes an FP32 artifact. Leave the option out"
             " to build the file as it is"
         )
+    if options.int8 is not None and manifest.precision != "int8" and data is None:
+        raise UsageError("--int8 needs images to calibrate on: --calib IMAGEFOLDER")
     artifact.verify(weights=False)
     flavour = load_flavour(options.flavour)
     profiles = _profiles(options.shapes, manifest.inputs, manifest.profiles)
-    stage = _stage(artifact, options, flavour, profiles)
+    stage = _stage(artifact, options, data, gate, flavour, profiles)
     if (stood := standing(out, stage)) is not None:
         logger.info("%s is up to date", out)
         return stood
-    converted: Converted | None = None
-    if options.precision is not None:
-        convert = ConvertOptions(precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=profiles[0])
-        converted = convert_onnx(artifact, convert, progress)
+    typed = _typed(artifact, options, data, profiles[0], progress)
     with ArtifactWriter(out) as writer:
-        typed = writer.path / ONNX
-        if converted is not None:
-            converted.save(typed)
-        else:
-            save_model(ir.load(artifact.onnx_path), typed)  # external data may have another name there
-        built = build_engine(flavour, typed, profiles, options.build, progress)
-        macs = count_macs(typed, {name: shapes.opt for name, shapes in profiles[0].items()})
+        path = writer.path / ONNX
+        # The file is written again even as it is: external data may have another name there.
+        save_model(ir.load(artifact.onnx_path) if typed.model is None else ir.from_proto(typed.model), path)
+        made = typed.manifest
+        if gate is not None:
+            accuracy = check_accuracy(artifact, writer.describe(made), gate, hint(made.calibration), progress)
+            made = msgspec.structs.replace(made, accuracy=accuracy)
+        built = build_engine(flavour, path, profiles, options.build, progress, shown=artifact.shown)
+        macs = count_macs(path, {name: shapes.opt for name, shapes in profiles[0].items()})
         share, by_node = network_share(built.network, flavour.trt, macs)
-        exclusions = converted.exclusions if converted else manifest.exclusions
-        precision = options.precision or manifest.precision
-        check_honoured(precision, by_node, macs, exclusions, f"{artifact.location} with {flavour.name}")
+        check_honoured(made.precision, by_node, macs, made.exclusions, f"{artifact.shown} with {flavour.name}")
         (writer.path / ENGINE).write_bytes(built.plan)
         return writer.commit(
             msgspec.structs.replace(
-                manifest,
+                made,
                 kind="engine",
                 name=out.resolve().name,
-                precision=precision,
                 parent=parent_record(artifact, out),
-                files={},
-                inputs=converted.inputs if converted else manifest.inputs,
-                outputs=converted.outputs if converted else manifest.outputs,
                 profiles=profiles,
-                parity=converted.parity if converted else manifest.parity,
-                accuracy=None,
-                exclusions=list(exclusions),
                 tools=tool_versions() | {flavour.name: flavour.version},
                 stage=stage,
                 target=built.target,
                 precision_share=share,
             )
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Typed:
+    """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it."""
+
+    model: onnx.ModelProto | None
+    manifest: Manifest
+
+
+def _typed(
+    artifact: Artifact, options: BuildTrtOptions, data: CalibrationSet | None, profile: Profile, progress: Progress
+) -> _Typed:
+    manifest = msgspec.structs.replace(artifact.manifest, files={})
+    if options.int8 is not None and manifest.precision == "fp32":
+        assert data is not None
+        floats = options.precision if options.precision == "fp16" else "fp32"
+        quantized = quantize_onnx(artifact, data, dataclasses.replace(options.int8, floats=floats), progress)
+        changed = msgspec.structs.replace(
+            manifest,
+            precision="int8",
+            parity=quantized.parity,
+            accuracy=None,
+            calibration=quantized.calibration,
+            exclusions=quantized.exclusions,
+        )
+        return _Typed(model=quantized.model, manifest=changed)
+    if options.precision is not None:
+        convert = ConvertOptions(precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=profile)
+        converted = convert_onnx(artifact, convert, progress)
+        changed = msgspec.structs.replace(
+            manifest,
+            precision=options.precision,
+            inputs=converted.inputs,
+            outputs=converted.outputs,
+            parity=converted.parity,
+            accuracy=None,
+            exclusions=converted.exclusions,
+        )
+        return _Typed(model=converted.model, manifest=changed)
+    return _Typed(model=None, manifest=manifest)
 
 
 def parse_shapes(text: str) -> tuple[str, ShapeRange]:
@@ -141,15 +193,51 @@ def _profiles(texts: Sequence[str], inputs: Sequence[TensorSpec], known: Sequenc
     if not asked and known:
         return list(known)
     base: Mapping[str, ShapeRange] = known[0] if known else default_profile(inputs) or {}
-    profile: Profile = {}
+    sizes = _sizes(asked, inputs)
+    for spec in inputs:  # what --shapes leaves open is as in the manifest
+        if spec.name in base:
+            for axis, dim in enumerate(spec.shape):
+                if isinstance(dim, str):
+                    sizes.setdefault(dim, _sides(base[spec.name], axis))
     for spec in inputs:
-        known_range = asked.get(spec.name) or base.get(spec.name)
-        if known_range is None and spec.dynamic:
-            raise UsageError(f"{spec} is dynamic in {', '.join(spec.dynamic)}: say --shapes {spec.name}=MIN:OPT:MAX")
-        shapes = known_range or ShapeRange(min=spec.concrete({}), opt=spec.concrete({}), max=spec.concrete({}))
+        if unknown := [dim for dim in spec.dynamic if dim not in sizes]:
+            raise UsageError(f"{spec} is dynamic in {', '.join(unknown)}: say --shapes {spec.name}=MIN:OPT:MAX")
+    low, best, high = ({dim: sides[index] for dim, sides in sizes.items()} for index in range(3))
+    return [{spec.name: ShapeRange(min=spec.concrete(low), opt=spec.concrete(best), max=spec.concrete(high)) for spec in inputs}]
+
+
+def _sizes(asked: Mapping[str, ShapeRange], inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, int, int]]:
+    """Smallest, optimal and largest size of each symbolic dimension that `asked` gives; inputs that share one share its sizes.
+
+    Raises UsageError for a range that does not fit its input, or contradicts that of another.
+    """
+    sizes: dict[str, tuple[int, int, int]] = {}
+    first: dict[str, TensorSpec] = {}
+    for spec in inputs:
+        if spec.name not in asked:
+            continue
+        shapes = asked[spec.name]
         _check_range(spec, shapes)
-        profile[spec.name] = shapes
-    return [profile]
+        for axis, dim in enumerate(spec.shape):
+            if not isinstance(dim, str):
+                continue
+            sides = _sides(shapes, axis)
+            if sizes.setdefault(dim, sides) != sides:
+                other = first[dim]
+                raise UsageError(
+                    f"--shapes gives {dim!r} as {_colons(sizes[dim])} in {other.name!r} and {_colons(sides)} in {spec.name!r}, which"
+                    f" have the same size there ({other}; {spec}): give them the same, or one of the two"
+                )
+            first.setdefault(dim, spec)
+    return sizes
+
+
+def _sides(shapes: ShapeRange, axis: int) -> tuple[int, int, int]:
+    return shapes.min[axis], shapes.opt[axis], shapes.max[axis]
+
+
+def _colons(sides: tuple[int, int, int]) -> str:
+    return ":".join(map(str, sides))
 
 
 def _check_range(spec: TensorSpec, shapes: ShapeRange) -> None:
@@ -160,13 +248,24 @@ def _check_range(spec: TensorSpec, shapes: ShapeRange) -> None:
             raise UsageError(f"--shapes {spec.name}={shapes}: dimension {axis} is fixed to {dim} in {spec}")
 
 
-def _stage(artifact: Artifact, options: BuildTrtOptions, flavour: Flavour, profiles: Sequence[Profile]) -> Stage:
+def _stage(
+    artifact: Artifact,
+    options: BuildTrtOptions,
+    data: CalibrationSet | None,
+    gate: Gate | None,
+    flavour: Flavour,
+    profiles: Sequence[Profile],
+) -> Stage:
     build = options.build
+    content = data.digest() if data is not None else None
     request = {
         "parent": artifact.manifest.digest,
         "precision": options.precision,
         "fp16_io": options.fp16_io,
         "data": data_digest(options.data, IMAGES) if options.data else None,
+        "int8": quantize_settings(options.int8) if options.int8 else None,
+        "calib": content if data is None or content is not None else os.urandom(32).hex(),  # read once: never up to date
+        "gate": gate.request() if gate else None,
         "flavour": [flavour.name, flavour.version],
         "profiles": msgspec.to_builtins(profiles),
         "opt_level": build.opt_level,

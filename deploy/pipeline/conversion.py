@@ -130,8 +130,11 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     _check_source(artifact, options)
     artifact.verify(weights=False)
     model = onnx.load(artifact.onnx_path)
-    prepared = prepare(model, opset=OPSET[options.precision])
-    ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
+    try:
+        prepared = prepare(model, opset=OPSET[options.precision])
+        ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
+    except PrecisionError as error:
+        raise PrecisionError(f"cannot convert {artifact.shown}: {error}") from error
     _check_finite(prepared, ranges, artifact)
     progress(f"converting to {options.precision.upper()}")
     keep = nodes_to_keep(prepared, ranges, options.precision)

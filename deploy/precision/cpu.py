@@ -11,7 +11,7 @@ import onnx_ir as ir
 from deploy import onnxfile
 from deploy.errors import BackendError, PrecisionError
 from deploy.onnxfile import save_model
-from deploy.precision.graph import first_line
+from deploy.precision.graph import first_line, unknown_nodes
 
 try:
     import onnxruntime
@@ -40,9 +40,17 @@ class CpuGraph:
                 save_model(ir.from_proto(model), Path(graph))
             else:
                 graph = model.SerializeToString()
+            unknown = unknown_nodes(model)
+            del model  # ONNX Runtime makes copies of its own: this may be the last reference to one of ours
             try:
                 self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime's errors have no common base
+                for node in unknown:
+                    if f"{node.domain}:{node.op_type}(" in str(error):
+                        raise PrecisionError(
+                            f"ONNX Runtime, which ranges and parity are measured with, does not know node {node.name!r}: it is"
+                            f" operator {node.op_type} of domain {node.domain}; replace it by operators of ONNX"
+                        ) from error
                 raise PrecisionError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 

@@ -49,6 +49,17 @@ def check(model: ir.Model, what: str) -> None:
         raise PrecisionError(f"{what}: {first_line(error)}") from error
 
 
+def unknown_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Nodes of the main graph whose operator neither ONNX nor the file itself defines."""
+    local = {(function.domain, function.name) for function in model.functions}
+    return [
+        node
+        for node in model.graph.node
+        if (node.domain, node.op_type) not in local
+        and not onnx.defs.has(node.op_type, "" if node.domain in STANDARD else node.domain)
+    ]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message of the innermost error, which is the one that says something."""
     while error.__cause__ is not None:

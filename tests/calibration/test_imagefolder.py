@@ -206,6 +206,86 @@ def test_an_error_of_load_comes_through_and_names_the_file():
     assert len(taken) == 2
 
 
+def broken(*numbers: int):
+    """As `number`, but for the images of these numbers, which cannot be loaded."""
+
+    def load(path: Path) -> np.ndarray:
+        if int(path.stem) in numbers:
+            raise OSError(f"broken {path.stem}")
+        return number(path)
+
+    return load
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_images_that_cannot_be_loaded_are_left_out_and_reported_in_order(batch_size, workers):
+    told: list[tuple[str, str]] = []
+    bad = (0, 5, 6, 7, 39)
+    found = list(
+        batches(
+            numbered(40),
+            broken(*bad),
+            batch_size,
+            workers=workers,
+            skip=lambda path, error: told.append((path.name, f"{type(error).__name__} {error}")),
+        )
+    )
+    assert told == [(f"{index}.png", f"OSError broken {index}") for index in bad]
+    assert [len(labels) for _, labels in found[:-1]] == [batch_size] * (len(found) - 1)
+    images, labels = (np.concatenate(part) for part in zip(*found, strict=True))
+    good = np.array([index for index in range(40) if index not in bad])
+    np.testing.assert_array_equal(images.reshape(-1), good)
+    np.testing.assert_array_equal(labels, good % 3)
+    assert all(len(images) == len(labels) for images, labels in found)
+
+
+def test_nothing_comes_where_no_image_can_be_loaded():
+    told: list[Path] = []
+    assert list(batches(numbered(10), broken(*range(10)), 4, skip=lambda path, _: told.append(path))) == []
+    assert told == [path for path, _ in numbered(10)]
+
+
+def test_what_skip_raises_ends_the_stream():
+    def skip(path: Path, error: Exception) -> None:
+        if path.stem == "13":
+            raise ValueError("two are too many") from error
+
+    taken = []
+    with pytest.raises(ValueError, match="two are too many") as caught:
+        taken.extend(labels for _, labels in batches(numbered(100), broken(3, 13, 50), 5, workers=3, skip=skip))
+    assert caught.value.__cause__.__notes__ == ["while loading 13.png"]
+    assert len(taken) == 2
+
+
+def test_skip_is_told_in_the_thread_of_the_caller():
+    threads: list[threading.Thread] = []
+    list(batches(numbered(20), broken(3, 13), 5, workers=3, skip=lambda *_: threads.append(threading.current_thread())))
+    assert threads == [threading.current_thread()] * 2
+
+
+def test_images_are_decoded_no_further_ahead_when_some_are_skipped():
+    loaded: list[int] = []
+
+    def load(path: Path) -> np.ndarray:
+        loaded.append(int(path.stem))
+        return broken(*range(0, 1000, 2))(path)
+
+    stream = batches(numbered(1000), load, 10, workers=2, skip=lambda *_: None)
+    for taken in (20, 40, 60):
+        next(stream)
+        time.sleep(0.1)
+        assert taken <= len(loaded) <= taken + 10
+
+
+def test_images_of_other_sizes_are_not_skipped():
+    def load(path: Path) -> np.ndarray:
+        return np.zeros((1, 1, 2 if path.stem == "2" else 1), dtype=np.float32)
+
+    with pytest.raises(ImageFolderError, match=r"2\.png gives an array of shape"):
+        list(batches(numbered(4), load, 4, skip=lambda path, _: pytest.fail(f"skipped {path}")))
+
+
 def test_images_of_different_sizes_name_both_files():
     def load(path: Path) -> np.ndarray:
         return np.zeros((1, 1, 2 if path.stem == "2" else 1), dtype=np.float32)

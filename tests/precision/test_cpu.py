@@ -19,8 +19,13 @@ def test_outputs_come_by_name(parse):
 
 
 def test_a_graph_that_onnxruntime_lacks_an_operator_for_is_an_error_with_its_name(parse):
-    with pytest.raises(PrecisionError, match=r"cannot load the graph: .*Foo"):
-        CpuGraph(parse("g (float[N] x) => (float[N] y) { y = my.Foo(x) }"))
+    with pytest.raises(PrecisionError, match="does not know node 'odd': it is operator Foo of domain my;"):
+        CpuGraph(parse("g (float[N] x) => (float[N] y) { [known] a = com.microsoft.QuickGelu(x) [odd] y = my.Foo(a) }"))
+
+
+def test_a_graph_that_onnxruntime_cannot_load_for_another_reason_is_an_error_that_says_it(parse):
+    with pytest.raises(PrecisionError, match=r"cannot load the graph: .*QuickGelu"):
+        CpuGraph(parse("g (float[N] x, float[N] z) => (float[N] y) { y = com.microsoft.QuickGelu(x, z) }"))
 
 
 def test_weights_over_the_limit_go_into_a_file_beside(parse, tmp_path, monkeypatch):

@@ -1,0 +1,127 @@
+"""Quantizes an ONNX model with one of the peers, in the peers' own environment (`make peers`).
+
+    .venv-peers/bin/python benchmarks/peers/quantize.py TOOL MODEL.onnx IMAGES.txt OUT.onnx --preprocess FILE.json
+
+IMAGES.txt names the calibration images, one path a line: the same that our calibration draws. They go through
+`deploy.preprocess` and the threads of `deploy.calibration.imagefolder`, which need numpy and Pillow only. Each tool is
+used as its own documents advise for INT8 convolutional nets; ONNX Runtime's is told to be symmetric, with which
+TensorRT takes the result. The versions in use go to standard output as JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def images(files: list[Path], preprocess: dict[str, object], batch_size: int) -> Iterator[np.ndarray]:
+    """Batches (N, C, H, W), float32, of the images in order."""
+    sys.path.insert(0, str(ROOT))
+    from deploy.calibration.imagefolder import batches
+    from deploy.preprocess import Preprocess
+
+    load = Preprocess.from_json(preprocess).open
+    return (batch for batch, _ in batches([(path, 0) for path in files], load, batch_size))
+
+
+def onnxruntime(tool: str, model: Path, stream: Iterator[np.ndarray], name: str, count: int, out: Path) -> None:
+    """https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and its TensorRT examples."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(stream, None)
+            return None if batch is None else {name: batch}
+
+    methods = {
+        "onnxruntime-minmax": CalibrationMethod.MinMax,
+        "onnxruntime-entropy": CalibrationMethod.Entropy,
+        "onnxruntime-percentile": CalibrationMethod.Percentile,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "prepared.onnx")
+        quant_pre_process(str(model), str(prepared))
+        quantize_static(
+            str(prepared),
+            str(out),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=not tool.endswith("-tensor"),
+            calibrate_method=methods[tool.removesuffix("-tensor")],
+            # Symmetric and without INT32 biases: what TensorRT's parser takes.
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        )
+
+
+def modelopt(tool: str, model: Path, stream: Iterator[np.ndarray], name: str, count: int, out: Path) -> None:
+    """https://nvidia.github.io/Model-Optimizer/guides/_onnx_quantization.html: calibration data is one array."""
+    from modelopt.onnx.quantization import quantize
+
+    quantize(
+        str(model),
+        quantize_mode="int8",
+        calibration_data={name: np.concatenate(list(stream))},
+        calibration_method=tool.removeprefix("modelopt-"),
+        calibration_eps=["cpu"],
+        high_precision_dtype="fp32",
+        output_path=str(out),
+        log_level="WARNING",
+    )
+
+
+def nncf(tool: str, model: Path, stream: Iterator[np.ndarray], name: str, count: int, out: Path) -> None:
+    """https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html"""
+    import nncf
+    import onnx
+
+    dataset = nncf.Dataset(list(stream), lambda batch: {name: batch})
+    preset = nncf.QuantizationPreset.MIXED if tool == "nncf-mixed" else nncf.QuantizationPreset.PERFORMANCE
+    onnx.save(nncf.quantize(onnx.load(str(model)), dataset, preset=preset, subset_size=count), str(out))
+
+
+Run = Callable[[str, Path, Iterator[np.ndarray], str, int, Path], None]
+TOOLS: dict[str, Run] = {
+    "onnxruntime-minmax": onnxruntime,
+    "onnxruntime-minmax-tensor": onnxruntime,
+    "onnxruntime-entropy": onnxruntime,
+    "onnxruntime-percentile": onnxruntime,
+    "modelopt-max": modelopt,
+    "modelopt-entropy": modelopt,
+    "nncf": nncf,
+    "nncf-mixed": nncf,
+}
+PACKAGES = ("onnxruntime-gpu", "onnxruntime", "nvidia-modelopt", "nncf", "onnx", "numpy")
+
+
+def versions() -> dict[str, str]:
+    installed = {entry.metadata["Name"]: entry.version for entry in metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=TOOLS)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preprocess", type=Path, required=True, help="JSON, as in a manifest")
+    parser.add_argument("--input", default="input", help="name of the model's input (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images a feed (default: %(default)s)")
+    options = parser.parse_args()
+    files = [Path(line) for line in options.images.read_text(encoding="utf-8").splitlines()]
+    preprocess = json.loads(options.preprocess.read_text(encoding="utf-8"))
+    stream = images(files, preprocess, options.batch_size)
+    TOOLS[options.tool](options.tool, options.model, stream, options.input, len(files), options.out)
+    print(json.dumps(versions()))
+
+
+if __name__ == "__main__":
+    main()

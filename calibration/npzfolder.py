@@ -1,0 +1,51 @@
+"""Feeds for models whose input is not one image: a folder of .npz files, each with one array per model input."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .imagefolder import ImageFolderError, walk
+
+SUFFIX = ".npz"
+
+
+class NpzFolderError(ValueError):
+    """A folder without .npz files, or a file that does not hold named arrays."""
+
+
+def scan(root: Path) -> tuple[Path, ...]:
+    """The .npz files under `root`, at any depth, sorted. Hidden files and folders are skipped, links to folders followed.
+
+    Raises NpzFolderError, saying what is wrong, when there is no such folder or no .npz file in it.
+    """
+    if not root.is_dir():
+        raise NpzFolderError(f"{root} is not a folder" if root.exists() else f"no folder at {root}")
+    try:
+        files = walk(root)
+    except ImageFolderError as error:
+        raise NpzFolderError(str(error)) from error
+    found = tuple(path for path in files if path.suffix.lower() == SUFFIX)
+    if not found:
+        other = f"{len(files)} files, but none that ends in {SUFFIX}" if files else "nothing"
+        raise NpzFolderError(f"{root} holds {other}; expected one {SUFFIX} file a feed, with one array per model input")
+    return found
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one feed by name, as `numpy.savez` wrote them. Nothing is unpickled.
+
+    Raises NpzFolderError for a file that is missing, damaged, empty or not of named arrays.
+    """
+    advice = "write it with numpy.savez(path, NAME=array, ...)"
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open
+            archive = np.load(file, allow_pickle=False)
+            # A bare .npy is an array, without a name.
+            feed = {name: archive[name] for name in archive.files} if isinstance(archive, np.lib.npyio.NpzFile) else {}
+    except Exception as error:  # a damaged archive raises nearly anything: zlib, zipfile and numpy each have errors of their own
+        raise NpzFolderError(f"{path} cannot be read as arrays: {error or type(error).__name__}; {advice}") from error
+    strange = [name for name, array in feed.items() if not isinstance(array, np.ndarray)]
+    if strange or not feed:
+        wrong = f"entries that are no arrays: {', '.join(strange)}" if strange else "no named arrays"
+        raise NpzFolderError(f"{path} holds {wrong}; {advice}")
+    return feed

@@ -1,0 +1,78 @@
+"""What the activations of an FP32 graph look like on data: a histogram of every tensor that is to be quantized."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploy.calibration.histogram import Histogram, NonFiniteError
+from deploy.errors import PrecisionError
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.ranges import activation_ranges
+
+LEVELS = 127
+"""The largest INT8 number in use: -127 to 127 are symmetric about 0."""
+
+Feed = Mapping[str, np.ndarray]
+
+
+class Activations:
+    """A prepared FP32 graph that is run on the CPU and gives some of its inner tensors beside its outputs."""
+
+    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str]) -> None:
+        inputs = {value.name for value in model.graph.input}
+        self.model = model
+        self.tensors = tuple(tensors)
+        self._outputs = [value.name for value in model.graph.output]
+        graph = ir.from_proto(model)
+        values = {value.name: value for node in graph.graph for value in node.outputs}
+        graph.graph.outputs.extend(values[name] for name in tensors if name not in inputs and name not in self._outputs)
+        self._run = CpuGraph(ir.to_proto(graph))
+
+    def __call__(self, feed: Feed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The tensors and the outputs by name. Raises PrecisionError when the feed cannot be run."""
+        found = self._run(feed)
+        return (
+            {name: feed[name] if name in feed else found[name] for name in self.tensors},
+            {name: found[name] for name in self._outputs},
+        )
+
+
+def collect(activations: Activations, feeds: Iterable[Feed]) -> dict[str, Histogram]:
+    """Histograms of the magnitudes of all tensors over all feeds.
+
+    They do not depend on how the data is cut into feeds, and memory does not grow with their number. Raises
+    PrecisionError when a feed cannot be run, and, naming the node, when it makes NaN or infinity.
+    """
+    histograms = {name: Histogram() for name in activations.tensors}
+    for feed in feeds:
+        found, _ = activations(feed)
+        for name, histogram in histograms.items():
+            try:
+                histogram.add(found[name])
+            except NonFiniteError as error:
+                raise PrecisionError(_not_finite(activations.model, name, feed, error)) from error
+        del found  # before the next feed makes as much again
+    return histograms
+
+
+def scale_of(amax: float) -> float:
+    """The scale, a float32 number, at which `amax` is the largest number that INT8 holds: amax / 127, TensorRT's rule.
+
+    1 for a tensor that was 0 throughout: any scale represents it.
+    """
+    scale = float(np.float32(amax / LEVELS))
+    return max(scale, float(np.finfo(np.float32).tiny)) if amax > 0 else 1.0
+
+
+def _not_finite(model: onnx.ModelProto, tensor: str, feed: Feed, error: NonFiniteError) -> str:
+    """Which node makes NaN or infinity first, of finite inputs."""
+    if tensor in feed:
+        return f"the calibration data for input {tensor!r} is not finite: {error}"
+    ranges = activation_ranges(model, [feed])
+    node = next(node for node in model.graph.node for name in node.output if name in ranges and not ranges[name].finite)
+    return (
+        f"node {node.name!r} ({node.op_type}) makes numbers that are not finite on the calibration data ({error}); check the"
+        " weights, and that the preprocessing is what the model was trained with"
+    )

@@ -1,0 +1,365 @@
+"""Where the Q/DQ pairs of an INT8 graph go: what TensorRT fuses, and nothing else.
+
+The rules are those of TensorRT's "Q/DQ Layer-Placement Recommendations": pairs stand before the inputs of weighted
+layers, never between such a layer and its activation, and before the skip input of a residual sum, which TensorRT
+computes inside the layer that makes the other input. Layers that only move or pick numbers need no pair of their own.
+"""
+
+import difflib
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx
+import onnx_ir as ir
+
+from deploy.artifact import Exclusion
+from deploy.errors import PrecisionError
+from deploy.precision.graph import STANDARD
+from deploy.precision.plan import is_float
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that multiply and accumulate."""
+
+QUANTIZED = (*WEIGHTED, "AveragePool", "GlobalAveragePool")
+"""Operators whose inputs are quantized."""
+
+PASS_THROUGH = frozenset(
+    (
+        "DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze",
+        "Transpose", "Unsqueeze",
+    )
+)  # fmt: skip
+"""Operators that only move or pick the numbers of their first input: INT8 goes through them as it is. Resize does when it
+takes the nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What stays in floating point.
+
+    exclude: names of nodes, operators (`MatMul`: all of them) or patterns of names (`layer4/*`).
+    float_first: the layers with weights that an input reaches first.
+    float_last: the layers with weights behind which there is none before an output.
+    """
+
+    exclude: tuple[str, ...] = ()
+    float_first: bool = False
+    float_last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A weight that becomes INT8: its initializer, and the axis that has a scale for each index; None for one scale."""
+
+    initializer: str
+    axis: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the Q/DQ pairs go.
+
+    nodes: names of the quantized Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
+    edges: activation tensor -> the (node, index of the input) that take it through its pair. In the order of the graph.
+    groups: tensors of `edges` that share one scale, each in one group at most.
+    weights: the INT8 weight by node; a MatMul of two activations has none.
+    excluded: layers that could have been quantized by their operator and are not, with the reason.
+    """
+
+    nodes: tuple[str, ...]
+    edges: dict[str, tuple[tuple[str, int], ...]]
+    groups: tuple[tuple[str, ...], ...]
+    weights: dict[str, Weight]
+    excluded: tuple[Exclusion, ...]
+
+
+def place(model: onnx.ModelProto, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:
+    """Where the Q/DQ pairs of `model`, a prepared graph (`deploy.precision.graph.prepare`), go.
+
+    `stay`: more nodes that stay in floating point, by name, with the reason.
+
+    Raises PrecisionError for a graph that is quantized already or has nothing to quantize, and for an entry of
+    `selection.exclude` that nothing matches.
+    """
+    graph = ir.from_proto(model).graph
+    _refuse_quantized(graph)
+    activations = _activations(graph)
+    layers: dict[ir.Node, _Layer] = {}
+    left: dict[ir.Node, str] = {}
+    for node in graph.all_nodes():
+        if _is(node, QUANTIZED):
+            found = _layer(node, activations) if node.graph is graph else "it is in a subgraph"
+            if isinstance(found, str):
+                left[node] = found
+            else:
+                layers[node] = found
+    asked = _asked(graph, layers, selection, stay or {})
+    asked |= {node: stay[_name(node)] for node in graph.all_nodes() if stay and _name(node) in stay}
+    for node in [node for node in layers if node in asked]:
+        del layers[node]
+    left |= asked
+    nodes = tuple(_name(node) for node in layers if node.op_type in WEIGHTED)
+    if not nodes:
+        reasons = sorted({f"{node.op_type} {node.name!r}: {reason}" for node, reason in left.items() if _is(node, WEIGHTED)})
+        raise PrecisionError(
+            f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for INT8" + (f" ({reasons[0]})" if reasons else "")
+        )
+    edges = _Edges(graph, activations, asked)
+    for node, layer in layers.items():
+        for index in layer.inputs:
+            edges.add(node, index)
+    for node, index in _skips(graph, layers.keys(), asked):
+        edges.add(node, index)
+    edges.add_branches()
+    return Placement(
+        nodes=nodes,
+        edges=edges.by_name(),
+        groups=edges.groups(),
+        weights={_name(node): layer.weight for node, layer in layers.items() if layer.weight is not None},
+        excluded=tuple(
+            Exclusion(node=_name(node), reason=left[node]) for node in graph.all_nodes() if node in left and _is(node, QUANTIZED)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Indices of the inputs of a node that are quantized activations, and its weight."""
+
+    inputs: tuple[int, ...]
+    weight: Weight | None = None
+
+
+def _layer(node: ir.Node, activations: Collection[ir.Value]) -> _Layer | str:
+    """What of `node` is quantized, or why nothing can be."""
+    first = node.inputs[0]
+    if node.op_type not in WEIGHTED:
+        return _Layer((0,)) if first in activations else "its input is no FP32 data"
+    second = node.inputs[1]
+    if node.op_type == "MatMul" and second in activations:
+        if first not in activations:
+            return "its left operand is a constant"
+        return "it multiplies by a vector" if 1 in (_rank(first), _rank(second)) else _Layer((0, 1))
+    if first not in activations:
+        return "its input is no FP32 data"
+    if second is None or not second.is_initializer() or not is_float(second) or second.const_value is None:
+        return "its weight is not an FP32 constant"
+    if node.op_type == "Gemm":
+        scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+        if scaled or node.attributes.get_int("transA", 0) != 0:
+            return "it scales its operands (alpha, beta) or transposes its input (transA)"
+    rank = len(second.const_value.shape)
+    if rank < 2:
+        return "it multiplies by a vector"
+    return _Layer((0,), Weight(initializer=second.name or "", axis=_channel_axis(node, rank)))
+
+
+def _channel_axis(node: ir.Node, rank: int) -> int | None:
+    """The axis of a weight that has a scale for each index, where TensorRT takes more than one.
+
+    TensorRT's kernels for transposed convolutions take scales along the *input* channels, and give wrong results for
+    those along the output channels (https://github.com/NVIDIA/TensorRT/issues/1694 and 2380), while the other runtimes
+    fuse only the latter: one scale is right everywhere. A MatMul by a stack of matrices has one scale too.
+    """
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 1 if node.op_type == "MatMul" and rank == 2 else None
+
+
+class _Edges:
+    """The inputs of nodes that go through Q/DQ pairs, and which pairs share a scale."""
+
+    def __init__(self, graph: ir.Graph, activations: Collection[ir.Value], asked: Collection[ir.Node]) -> None:
+        self._activations = activations
+        self._asked = asked
+        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        self._values = {value: place for place, value in enumerate(values)}
+        self._nodes = {node: place for place, node in enumerate(graph)}
+        self._uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+
+    def add(self, node: ir.Node, index: int) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        self._uses.setdefault(value, []).append((node, index))
+
+    def add_branches(self) -> None:
+        """Quantize the branches of every Concat that a quantized input comes from."""
+        pending = deque(self._uses)
+        seen: set[ir.Node] = set()
+        while pending:
+            value: ir.Value | None = pending.popleft()
+            while value is not None and (source := _passed_from(value)) is not None:
+                value = source
+            concat = value.producer() if value is not None else None
+            if concat is not None and concat not in seen and self._shares(concat):
+                seen.add(concat)
+                for index, branch in enumerate(concat.inputs):
+                    self.add(concat, index)
+                    assert branch is not None
+                    pending.append(branch)
+
+    def by_name(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        return {
+            _name(value): tuple(
+                (_name(node), index) for node, index in sorted(uses, key=lambda use: (self._nodes[use[0]], use[1]))
+            )
+            for value, uses in sorted(self._uses.items(), key=lambda item: self._values[item[0]])
+        }
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Tensors with one scale: those before and after nodes that pass it through, and the branches of a Concat."""
+        member = {value: {value} for value in self._uses}
+        for value in self._uses:
+            for other in self._sources(value):
+                if member[value] is not member[other]:
+                    member[value] |= member[other]
+                    for moved in member[other]:
+                        member[moved] = member[value]
+        ordered = sorted(self._uses, key=self._values.__getitem__)
+        unique = {id(member[value]): member[value] for value in ordered if len(member[value]) > 1}
+        return tuple(tuple(_name(value) for value in ordered if value in group) for group in unique.values())
+
+    def _sources(self, value: ir.Value) -> Iterable[ir.Value]:
+        """The quantized tensors that the numbers of `value` come from, one step of quantization back."""
+        while (source := _passed_from(value)) is not None:
+            value = source
+            if value in self._uses:
+                return [value]
+        concat = value.producer()
+        if concat is not None and self._shares(concat):
+            return [branch for branch in concat.inputs if branch is not None]
+        return []
+
+    def _shares(self, node: ir.Node) -> bool:
+        """Whether a node is a Concat of FP32 data alone."""
+        return _is(node, ("Concat",)) and node not in self._asked and all(value in self._activations for value in node.inputs)
+
+
+def _passed_from(value: ir.Value) -> ir.Value | None:
+    """The tensor whose numbers `value` has, when its producer only moves or picks them."""
+    node = value.producer()
+    if node is None or not _is(node, PASS_THROUGH):
+        return None
+    if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
+        return None
+    return node.inputs[0]
+
+
+def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.Node]) -> Iterable[tuple[ir.Node, int]]:
+    """Every residual Add, and the index of its skip input: the other one comes straight from a quantized layer.
+
+    Where both do, the skip is the one that is made earlier: TensorRT computes the sum inside the later layer.
+    """
+    order = {node: place for place, node in enumerate(graph)}
+    for node in graph:
+        if not _is(node, ("Add",)) or node in asked or node.inputs[0] is node.inputs[1]:
+            continue
+        made = [_layer_before(value) for value in node.inputs]
+        found = [index for index, layer in enumerate(made) if layer is not None and layer in layers]
+        if not found or any(value is None or value.is_initializer() for value in node.inputs) or not _same_shape(*node.inputs):
+            continue
+        main = max(found, key=lambda index: order[made[index]])  # type: ignore[index]
+        yield node, 1 - main
+
+
+def _layer_before(value: ir.Value | None) -> ir.Node | None:
+    """The Conv, ConvTranspose, Gemm or MatMul that `value`, used once, comes straight from; an added bias counts as its own."""
+    while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
+        node = value.producer()
+        if node is None or _is(node, WEIGHTED):
+            return node
+        constants = [index for index, operand in enumerate(node.inputs) if operand is not None and operand.is_initializer()]
+        if not _is(node, ("Add",)) or len(constants) != 1:
+            return None
+        value = node.inputs[1 - constants[0]]
+    return None
+
+
+def _same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
+    """Whether nothing known of the shapes says that one is broadcast to the other."""
+    if first is None or second is None or first.shape is None or second.shape is None:
+        return True
+    if len(first.shape) != len(second.shape):
+        return False
+    return all(a == b or (not (isinstance(a, int) and isinstance(b, int)) and 1 not in (a, b)) for a, b in zip(first.shape, second.shape, strict=True))  # fmt: skip
+
+
+def _asked(
+    graph: ir.Graph, layers: Mapping[ir.Node, _Layer], selection: Selection, stay: Mapping[str, str]
+) -> dict[ir.Node, str]:
+    """The nodes that `selection` and `stay` keep in floating point, with the reason. Raises PrecisionError."""
+    nodes = list(graph.all_nodes())
+    asked = {node: stay[_name(node)] for node in nodes if node.name in stay}
+    if unknown := set(stay) - {_name(node) for node in asked}:
+        raise PrecisionError(f"no node is named {', '.join(map(repr, sorted(unknown)))}: nothing to keep in floating point")
+    if selection.float_first:
+        asked |= dict.fromkeys(_reached(graph, layers, forward=True), "the first layer stays in floating point")
+    if selection.float_last:
+        asked |= dict.fromkeys(_reached(graph, layers, forward=False), "the last layer stays in floating point")
+    for entry in selection.exclude:
+        matched = (
+            [node for node in nodes if node.name == entry]
+            or [node for node in nodes if node.op_type == entry]
+            or [node for node in nodes if fnmatchcase(_name(node), entry)]
+        )
+        if not matched:
+            raise PrecisionError(_unmatched(entry, nodes))
+        asked |= dict.fromkeys(matched, f"excluded by {entry!r}")
+    return asked
+
+
+def _reached(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, forward: bool) -> list[ir.Node]:
+    """The layers with weights that the inputs reach (or that reach the outputs) with no other such layer between."""
+    open_values: set[ir.Value | None] = set(graph.inputs if forward else graph.outputs)
+    found = []
+    for node in graph if forward else reversed(graph):
+        near, far = (node.inputs, node.outputs) if forward else (node.outputs, node.inputs)
+        if not any(value in open_values for value in near):
+            continue
+        if node in layers and layers[node].weight is not None:
+            found.append(node)
+        else:
+            open_values.update(far)
+    return found
+
+
+def _unmatched(entry: str, nodes: Sequence[ir.Node]) -> str:
+    names = list(dict.fromkeys([*(_name(node) for node in nodes), *(node.op_type for node in nodes)]))
+    near = difflib.get_close_matches(entry, names, n=3)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "expected a node's name, an operator or a pattern of names"
+    return f"the exclusion {entry!r} matches no node of the graph: {hint}"
+
+
+def _refuse_quantized(graph: ir.Graph) -> None:
+    for node in graph.all_nodes():
+        name = node.op_type
+        if name.endswith(("QuantizeLinear", "DequantizeLinear", "Integer")) or name.startswith(("QLinear", "DynamicQuantize")):
+            raise PrecisionError(f"the graph is quantized already: {name} {node.name!r}; give the FP32 artifact it was made from")
+
+
+def _activations(graph: ir.Graph) -> set[ir.Value]:
+    """FP32 values of the main graph that are computed from what is in its inputs, and not from their shapes alone."""
+    live = set(graph.inputs)
+    for node in graph:
+        nested = any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+        )
+        if nested or (not _is(node, ("Shape", "Size")) and any(value in live for value in node.inputs)):
+            live.update(node.outputs)
+    return {value for value in live if is_float(value)}
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return len(value.shape) if value is not None and value.shape is not None else None
+
+
+def _is(node: ir.Node, operators: Collection[str]) -> bool:
+    return node.op_type in operators and node.domain in STANDARD
+
+
+def _name(thing: ir.Node | ir.Value) -> str:
+    return thing.name or ""

@@ -1,0 +1,243 @@
+"""Q/DQ pairs put into a graph, and weights stored as INT8. Symmetric: zero point 0, codes -127 to 127 for weights."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploy.errors import PrecisionError
+from deploy.precision.graph import check, unused
+from deploy.precision.int8.placement import Placement
+
+LARGEST = 127
+"""The largest code. -128 is not used for weights, so that the codes are symmetric as TensorRT takes them."""
+
+_DEAD = 2.0**-14
+"""The scale of a channel of zeros: any does; this one is a normal number in FP16 too."""
+
+_BIAS_CODES = 2.0**30
+"""ONNX Runtime stores a bias in 32 bits with the product of the two scales. Without a floor under the weight's scale, the
+bias of a channel with tiny weights does not fit, and the channel is lost in silence (seen with ONNX Runtime 1.32)."""
+
+
+def quantize_weight(weight: np.ndarray, axis: int | None, floor: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """`weight` (floating point, any shape) as int8 codes of the same shape, and float32 scales.
+
+    Scales have the shape (C,), C the size of `axis`, or () without one: the largest magnitude divided by 127, at least
+    `floor` (one number, or one for each index of `axis`). Codes are rounded half to even. Raises PrecisionError for
+    weights that are not finite.
+    """
+    array = np.asarray(weight, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise PrecisionError("a weight has NaN or infinity: it cannot be quantized")
+    others = None if axis is None else tuple(other for other in range(array.ndim) if other != axis % array.ndim)
+    amax = np.abs(array).max(axis=others, initial=0.0)
+    scale = np.maximum(np.where(amax > 0, amax / np.float32(LARGEST), _DEAD), np.maximum(floor, np.finfo(np.float32).tiny))
+    scale = scale.astype(np.float32)
+    broad = scale if others is None else np.expand_dims(scale, others)
+    return np.clip(np.rint(array / broad), -LARGEST, LARGEST).astype(np.int8), scale
+
+
+def to_int8(
+    model: onnx.ModelProto,
+    placement: Placement,
+    scales: Mapping[str, float],
+    *,
+    per_tensor: bool = False,
+    bias: Mapping[str, np.ndarray] | None = None,
+    smallest: float = 0.0,
+) -> onnx.ModelProto:
+    """The prepared graph `model` with the Q/DQ pairs of `placement` and INT8 weights.
+
+    `scales`: float32 numbers, one for each tensor of `placement.edges`, equal within each of `placement.groups`.
+    `per_tensor`: one scale for each weight in place of one for each output channel. `smallest`: no scale of a weight is
+    below. `bias`: what is added to the bias of a node, float32 (output channels,); a MatMul gets an Add for it. A pair is named `<tensor>/QuantizeLinear` and
+    `<tensor>/DequantizeLinear`, what it makes `<tensor>_quantized` and `<tensor>_dequantized`.
+
+    A Concat whose branches are quantized joins their codes, with DequantizeLinear behind it: the same numbers, for all
+    have one scale. OpenVINO rounds to whole numbers where Q/DQ pairs stand before a Concat of floats (seen with 2026.4).
+
+    `smallest`: the least scale of a weight.
+
+    Raises PrecisionError for missing scales or such as no number can be, for weights that are not finite, and when the
+    result is not valid.
+    """
+    for tensor in placement.edges:
+        scale = np.float32(scales.get(tensor, np.nan))
+        if not (np.isfinite(scale) and scale > 0):
+            raise PrecisionError(f"the scale of {tensor!r} is {scales.get(tensor)}; expected a positive number")
+    for group in placement.groups:
+        assert len({scales[tensor] for tensor in group}) == 1, f"{group} must share a scale"
+    graph = ir.from_proto(model)
+    rewrite = _Rewrite(graph.graph)
+    for node, correction in (bias or {}).items():
+        rewrite.add_bias(node, np.asarray(correction, dtype=np.float32))
+    rewrite.store_weights(placement, scales, per_tensor, smallest)
+    rewrite.insert_pairs(placement, scales)
+    check(graph, "the INT8 graph is not valid")
+    return ir.to_proto(graph)
+
+
+class _Rewrite:
+    """Changes one graph in place."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.first = graph[0]
+        self.nodes = {node.name or "": node for node in graph}
+        self.values = {value.name: value for value in (*graph.inputs, *(value for node in graph for value in node.outputs))}
+        self.taken = {node.name for node in graph.all_nodes()} | set(self.values) | set(graph.initializers)
+        self.zeros: dict[tuple[int, ...], ir.Value] = {}
+
+    def insert_pairs(self, placement: Placement, scales: Mapping[str, float]) -> None:
+        joints: dict[str, str] = {}  # name of a Concat -> one of its branches
+        for tensor, uses in placement.edges.items():
+            joints |= {node: tensor for node, _ in uses if self.nodes[node].op_type == "Concat"}
+        codes: dict[str, ir.Value] = {}
+        for name, branch in joints.items():
+            output = self.nodes[name].outputs[0].name or ""
+            codes[output] = self._dequantize_output(self.nodes[name], scales[branch])
+        for tensor, uses in placement.edges.items():
+            moved = [use for use in uses if use[0] not in joints]
+            if tensor not in codes:
+                codes[tensor], result = self._insert_pair(tensor, scales[tensor], dequantize=bool(moved))
+                for node, index in moved:
+                    self.nodes[node].replace_input_with(index, result)
+            for node, index in uses:
+                if node in joints:
+                    self.nodes[node].replace_input_with(index, codes[tensor])
+
+    def _insert_pair(self, tensor: str, scale: float, *, dequantize: bool) -> tuple[ir.Value, ir.Value]:
+        """QuantizeLinear and, where asked for, DequantizeLinear right behind where `tensor` is made: codes and result."""
+        value = self.values[tensor]
+        operands = [value, self._scale(tensor, scale), self._zero(())]
+        quantize = self._node("QuantizeLinear", operands, tensor, self._value(f"{tensor}_quantized", value, ir.DataType.INT8))
+        pair = [quantize]
+        if dequantize:
+            result = self._value(f"{tensor}_dequantized", value, ir.DataType.FLOAT)
+            pair.append(self._node("DequantizeLinear", [quantize.outputs[0], *operands[1:]], tensor, result))
+        producer = value.producer()
+        if producer is None:
+            self.graph.insert_before(self.first, pair)
+        else:
+            self.graph.insert_after(producer, pair)
+        return quantize.outputs[0], pair[-1].outputs[0]
+
+    def _dequantize_output(self, node: ir.Node, scale: float) -> ir.Value:
+        """Let `node` make codes, and DequantizeLinear behind it the tensor of its name; returns the codes."""
+        codes = node.outputs[0]
+        tensor = codes.name or ""
+        result = self._take_over(codes, f"{tensor}_quantized")
+        codes.dtype = ir.DataType.INT8
+        operands = [codes, self._scale(tensor, scale), self._zero(())]
+        self.graph.insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
+        return codes
+
+    def store_weights(self, placement: Placement, scales: Mapping[str, float], per_tensor: bool, smallest: float) -> None:
+        """Weights become INT8 initializers behind DequantizeLinear, each once for all nodes that use it on one axis."""
+        users: dict[tuple[str, int | None], list[ir.Node]] = {}
+        for name, weight in placement.weights.items():
+            axis = None if per_tensor else weight.axis
+            users.setdefault((weight.initializer, axis), []).append(self.nodes[name])
+        inputs = {use: tensor for tensor, uses in placement.edges.items() for use in uses}
+        for (initializer, axis), nodes in users.items():
+            value = self.graph.initializers[initializer]
+            assert value.const_value is not None
+            floors = [_scale_floor(node, axis, scales[inputs[node.name or "", 0]]) for node in nodes]
+            floor = np.maximum(np.max(floors, axis=0), smallest)
+            try:
+                codes, scale = quantize_weight(value.const_value.numpy(), axis, np.maximum(floor, smallest))
+            except PrecisionError as error:
+                raise PrecisionError(f"{initializer!r} of {nodes[0].name!r}: {error}") from error
+            operands = [
+                self._initializer(f"{initializer}_int8", codes),
+                self._initializer(f"{initializer}_scale", scale),
+                self._zero(scale.shape),
+            ]
+            attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+            result = self._value(f"{initializer}_dequantized", value, ir.DataType.FLOAT)
+            self.graph.insert_before(nodes[0], self._node("DequantizeLinear", operands, initializer, result, attributes))
+            for node in nodes:
+                node.replace_input_with(1, result)
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[initializer]
+
+    def add_bias(self, name: str, correction: np.ndarray) -> None:
+        if name not in self.nodes:
+            raise PrecisionError(f"no node is named {name!r}: there is no bias to correct")
+        node = self.nodes[name]
+        if node.op_type == "MatMul":
+            self._add_after(node, correction)
+            return
+        old = node.inputs[2] if len(node.inputs) > 2 else None
+        if old is None:
+            node.resize_inputs(3)
+        elif old.const_value is None:
+            self._add_after(node, correction)
+            return
+        else:
+            correction = old.const_value.numpy() + correction
+        node.replace_input_with(2, self._initializer(f"{name}/corrected_bias", correction))
+        if old is not None and not old.uses() and not old.is_graph_output():
+            del self.graph.initializers[old.name or ""]
+
+    def _add_after(self, node: ir.Node, correction: np.ndarray) -> None:
+        """Add to the output of `node`, whose name the sum takes over."""
+        before = node.outputs[0]
+        after = self._take_over(before, f"{before.name}_uncorrected")
+        operands = [before, self._initializer(f"{node.name}/correction", correction)]
+        label = self._claim(f"{node.name}/bias_correction")
+        self.graph.insert_after(node, ir.Node("", "Add", operands, outputs=[after], name=label))
+
+    def _take_over(self, value: ir.Value, new_name: str) -> ir.Value:
+        """A float value with the name and the uses of `value`, which is called `new_name` from now on."""
+        uses, name = list(value.uses()), value.name
+        value.name = self._claim(new_name)
+        taker = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+        for user, index in uses:
+            user.replace_input_with(index, taker)
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = taker
+        self.values[name] = taker
+        return taker
+
+    def _scale(self, tensor: str, scale: float) -> ir.Value:
+        return self._initializer(f"{tensor}_scale", np.array(scale, dtype=np.float32))
+
+    def _zero(self, shape: tuple[int, ...]) -> ir.Value:
+        if shape not in self.zeros:
+            name = "_".join(["int8_zero_point", *map(str, shape)])
+            self.zeros[shape] = self._initializer(name, np.zeros(shape, dtype=np.int8))
+        return self.zeros[shape]
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        name = self._claim(name)
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _value(self, name: str, like: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return ir.Value(name=self._claim(name), shape=like.shape, type=ir.TensorType(dtype))
+
+    def _node(
+        self, operator: str, inputs: list[ir.Value], tensor: str, output: ir.Value, attributes: Sequence[ir.Attr] = ()
+    ) -> ir.Node:
+        """A node `<tensor>/<operator>` that makes `output`."""
+        return ir.Node("", operator, inputs, attributes, outputs=[output], name=self._claim(f"{tensor}/{operator}"))
+
+    def _claim(self, name: str) -> str:
+        name = unused(name, self.taken)
+        self.taken.add(name)
+        return name
+
+
+def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:
+    """The smallest scale of the weight of `node`, whose input has the scale `scale`, with which its bias fits 32 bits."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None or bias.const_value is None:
+        return np.zeros(())
+    floor = np.abs(bias.const_value.numpy().astype(np.float64)) / (np.float64(np.float32(scale)) * _BIAS_CODES)
+    return np.asarray(floor.max(initial=0.0) if axis is None or bias.const_value.size == 1 else floor.reshape(-1))
