@@ -57,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityCase:
-    """The differences of all outputs on one batch. `data` is `random` or `images`."""
+    """The differences of all outputs on one batch. `data` is `random`, `images` or `feeds`."""
 
     data: str
     batch: int

@@ -32,7 +32,11 @@ def images(files: list[Path], preprocess: dict[str, object], batch_size: int) ->
 
 
 def onnxruntime(tool: str, model: Path, stream: Iterator[np.ndarray], name: str, count: int, out: Path) -> None:
-    """https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and its TensorRT examples."""
+    """https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html and its TensorRT examples.
+
+    With ONNX Runtime 1.24 `onnxruntime-entropy` gives the scales of `onnxruntime-minmax`: quantize_static makes one histogram
+    of 128 bins for 128 levels, whose full range is the only threshold to choose, and has no option for the number of bins.
+    """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -1,9 +1,11 @@
 """Artifacts as text."""
 
-from deploy.artifact import Artifact, Manifest
+from deploy.artifact import Accuracy, Artifact, Calibration, Manifest
 from deploy.parity import Parity
 
 _LISTED = 10
+_NOISIEST = 3
+_QUIET_DB = 60
 
 
 def summary(artifact: Artifact) -> str:
@@ -27,6 +29,10 @@ def summary(artifact: Artifact) -> str:
             lines.append(_row("parity", parity_text(manifest.parity)))
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+    if manifest.calibration:
+        lines += calibration_text(manifest.calibration)
+    if manifest.accuracy:
+        lines.append(_row("accuracy", accuracy_text(manifest.accuracy)))
     if share := share_text(manifest):
         lines.append(_row("computes", share))
     lines += exclusions_text(manifest)
@@ -36,11 +42,14 @@ def summary(artifact: Artifact) -> str:
 def parity_text(parity: Parity) -> str:
     worst = parity.worst
     random = [str(case.batch) for case in parity.cases if case.data == "random"]
-    images = sum(case.batch for case in parity.cases if case.data == "images")
-    seen = [f"random batches {', '.join(random)}"] * bool(random) + [f"{images} images"] * bool(images)
+    seen = [f"random batches {', '.join(random)}"] * bool(random)
+    for kind, word in (("images", "images"), ("feeds", "rows")):
+        if rows := sum(case.batch for case in parity.cases if case.data == kind):
+            seen.append(f"{rows} {word}")
     against = "eager" if parity.against == "eager" else "its parent"
+    noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
     return (
-        f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f} against {against}"
+        f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f}{noise} against {against}"
         f" on {' and '.join(seen)} ({parity.by})"
     )
 
@@ -56,10 +65,33 @@ def share_text(manifest: Manifest) -> str:
     return f"{', '.join(parts)} of the multiply-accumulates (read from the {share.origin})"
 
 
+def calibration_text(calibration: Calibration) -> list[str]:
+    """What the scales were made of, and the noisiest layers."""
+    extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
+    weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
+    rows = f"{calibration.rows} {'images' if calibration.kind == 'images' else 'rows'}"
+    skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
+    noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
+    return [
+        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}"),
+        _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
+    ]
+
+
+def accuracy_text(accuracy: Accuracy) -> str:
+    """Accuracy before and after, with the interval of the difference."""
+    return (
+        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images:,} images; FP32 {accuracy.parent_top1:.2f} %,"
+        f" {accuracy.parent_top5:.2f} %: {accuracy.top1_drop:.2f} points lost (95 % interval {accuracy.top1_drop_low:.2f} to"
+        f" {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
+    )
+
+
 def exclusions_text(manifest: Manifest) -> list[str]:
-    """The nodes that stayed in FP32, at most ten of them, a line each."""
+    """The nodes that stayed in a higher precision, at most ten of them, a line each."""
     exclusions = manifest.exclusions
-    lines = [_row("in FP32", f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
+    label = "not INT8" if manifest.precision == "int8" else "in FP32"
+    lines = [_row(label, f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
     if len(exclusions) > _LISTED:
         lines.append(_row("", f"and {len(exclusions) - _LISTED} more nodes: deploy inspect --json lists all"))
     return lines

@@ -15,7 +15,8 @@ def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[Prec
     """Share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
 
     A layer computes in INT8 when both its operands, activation and weight, come out of DequantizeLinear of INT8, with
-    nothing between but changes of shape: TensorRT folds the pair into the layer. Raises EngineError when a counted node has no layer in the network.
+    nothing between but changes of shape: TensorRT folds the pairs into the layer. Raises EngineError when a counted node
+    has no layer in the network.
     """
     names = {
         trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.INT8: "int8",

@@ -50,8 +50,8 @@ METHOD = "mse"
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, as the FP16 pass over a quantized graph makes them."""
 
-AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 8, 16, 64
-"""One in so many of the calibration rows gives the bias correction and the noise by layer: from 16 to 64 of them."""
+AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
+"""One in so many of the calibration rows gives the bias correction and the noise by layer: from 8 to 64 of them."""
 
 PARITY_FEEDS = 1
 _NAMED = 3

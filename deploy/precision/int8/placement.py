@@ -40,8 +40,8 @@ class Selection:
     """What stays in floating point.
 
     exclude: names of nodes, operators (`MatMul`: all of them) or patterns of names (`layer4/*`).
-    float_first: the layers with weights that an input reaches first.
-    float_last: the layers with weights behind which there is none before an output.
+    float_first: the layers with weights that no other such layer comes before.
+    float_last: the layers with weights that no other such layer comes after.
     """
 
     exclude: tuple[str, ...] = ()
@@ -297,9 +297,9 @@ def _asked(
     if unknown := set(stay) - {_name(node) for node in asked}:
         raise PrecisionError(f"no node is named {', '.join(map(repr, sorted(unknown)))}: nothing to keep in floating point")
     if selection.float_first:
-        asked |= dict.fromkeys(_reached(graph, layers, forward=True), "the first layer stays in floating point")
+        asked |= dict.fromkeys(_outermost(graph, layers, first=True), "the first layer stays in floating point")
     if selection.float_last:
-        asked |= dict.fromkeys(_reached(graph, layers, forward=False), "the last layer stays in floating point")
+        asked |= dict.fromkeys(_outermost(graph, layers, first=False), "the last layer stays in floating point")
     for entry in selection.exclude:
         matched = (
             [node for node in nodes if node.name == entry]
@@ -312,18 +312,18 @@ def _asked(
     return asked
 
 
-def _reached(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, forward: bool) -> list[ir.Node]:
-    """The layers with weights that the inputs reach (or that reach the outputs) with no other such layer between."""
-    open_values: set[ir.Value | None] = set(graph.inputs if forward else graph.outputs)
+def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool) -> list[ir.Node]:
+    """The layers with weights that no other such layer comes before (`first`) or after."""
+    beyond: set[ir.Value] = set()
     found = []
-    for node in graph if forward else reversed(graph):
-        near, far = (node.inputs, node.outputs) if forward else (node.outputs, node.inputs)
-        if not any(value in open_values for value in near):
-            continue
-        if node in layers and layers[node].weight is not None:
+    for node in graph if first else reversed(graph):
+        near, far = (node.inputs, node.outputs) if first else (node.outputs, node.inputs)
+        inner = any(value in beyond for value in near)
+        weighted = node in layers and layers[node].weight is not None
+        if weighted and not inner:
             found.append(node)
-        else:
-            open_values.update(far)
+        if weighted or inner:
+            beyond.update(value for value in far if value is not None)
     return found
 
 

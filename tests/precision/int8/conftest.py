@@ -1,0 +1,28 @@
+"""Prepared graphs from ONNX's own text form, with random weights."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+
+from deploy.precision.graph import prepare
+
+Build = Callable[[str], onnx.ModelProto]
+
+
+@pytest.fixture
+def build() -> Build:
+    """A graph in text to a prepared model; tensors that are declared and not computed become random float32 weights."""
+
+    def build_graph(text: str) -> onnx.ModelProto:
+        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19, "my": 1]> {text}')
+        rng = np.random.default_rng(0)
+        for value in model.graph.value_info:
+            shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            weight = rng.normal(size=shape).astype(np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, value.name))
+        del model.graph.value_info[:]
+        return prepare(model, opset=19)
+
+    return build_graph
