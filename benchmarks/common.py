@@ -54,17 +54,18 @@ def our_command(artifact: Path, calib: Path, images: int, out: Path, *options: s
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A process that has ended: wall seconds, and the peak of the PSS summed over its tree (bytes; None: not weighed)."""
+    """A process that has ended: exit status, wall seconds, and the peak of the PSS summed over its tree (bytes; None: not weighed)."""
 
+    status: int
     seconds: float
     peak: int | None
     output: str
 
 
-def run(command: Sequence[str], cache: Path, *, weigh: bool = False) -> Run:
+def run(command: Sequence[str], cache: Path, *, weigh: bool = False, may_fail: bool = False) -> Run:
     """Run `command` with `cache` for its cache folder. Weighing takes time of its own: do not compare such seconds.
 
-    Exits with what the command printed when it fails.
+    Exits with what the command printed when it fails, unless `may_fail`.
     """
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     start = time.perf_counter()
@@ -85,9 +86,9 @@ def run(command: Sequence[str], cache: Path, *, weigh: bool = False) -> Run:
     over.set()
     if weigh:
         watcher.join()
-    if process.returncode != 0:
+    if process.returncode != 0 and not may_fail:
         sys.exit(f"{' '.join(command)} failed:\n{output}")
-    return Run(seconds=seconds, peak=peak if weigh else None, output=output)
+    return Run(status=process.returncode, seconds=seconds, peak=peak if weigh else None, output=output)
 
 
 def tree(pid: int) -> list[int]:

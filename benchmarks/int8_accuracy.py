@@ -44,9 +44,10 @@ RESCALED = "rescaled"
 OURS: dict[str, tuple[str, ...]] = {
     f"deploy {method}": ("--method", method) for method in ("max", "percentile", "mse", "entropy")
 }
+UNEQUALIZED = "deploy per-tensor, no equalization"
 PER_TENSOR: dict[str, tuple[str, ...]] = {
     "deploy per-tensor": ("--per-tensor",),
-    "deploy per-tensor, no equalization": ("--per-tensor", "--no-equalize"),
+    UNEQUALIZED: ("--per-tensor", "--no-equalize"),
 }
 DEFAULT = f"deploy {METHOD}"
 PEERS = (
@@ -153,13 +154,16 @@ def photos_case(photos: Path, nets: Path, work: Path) -> Case:
     )
 
 
-def measure(case: Case, ours: dict[str, tuple[str, ...]], tools: Sequence[str], peers: Path, work: Path) -> dict[str, np.ndarray]:
-    """Whether each eval image is classified right, by tool; `fp32` first."""
+def measure(
+    case: Case, ours: dict[str, tuple[str, ...]], tools: Sequence[str], peers: Path, work: Path
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Whether each eval image is classified right, by tool, `fp32` first; and what refused to write a file, with its reason."""
     preprocess = case.artifact.manifest.preprocess
     assert preprocess is not None
     feeds = list(batches(case.eval, preprocess.open, 32))
     calib = scan(case.calib)
     samples = calib.sample(min(IMAGES, len(calib.samples)))
+    refused: dict[str, str] = {}
     right = {"fp32": score(case.artifact.onnx_path, feeds)}
     print(f"{case.name}: fp32 {100 * right['fp32'].mean():.2f} %", flush=True)
     for tool in (*ours, *tools):
@@ -171,11 +175,16 @@ def measure(case: Case, ours: dict[str, tuple[str, ...]], tools: Sequence[str], 
         else:
             made = out / "int8.onnx"
             command = peer_command(peers, tool, case.artifact.onnx_path, samples, preprocess.to_json(), made)
-        run(command, work / "cache")
-        right[tool] = score(made, feeds)
+        # Where plain quantization collapses our own parity check refuses to write the file: that is a result.
+        done = run(command, work / "cache", may_fail=tool == UNEQUALIZED)
+        if done.status == 0:
+            right[tool] = score(made, feeds)
+            print(f"{case.name}: {tool} {100 * right[tool].mean():.2f} %", flush=True)
+        else:
+            refused[tool] = done.output.strip().splitlines()[0]
+            print(f"{case.name}: {tool} refused: {refused[tool]}", flush=True)
         shutil.rmtree(out)
-        print(f"{case.name}: {tool} {100 * right[tool].mean():.2f} %", flush=True)
-    return right
+    return right, refused
 
 
 def table(right: dict[str, np.ndarray]) -> str:
@@ -194,15 +203,16 @@ def table(right: dict[str, np.ndarray]) -> str:
 def goals(name: str, right: dict[str, np.ndarray], tools: Sequence[str]) -> list[str]:
     if DEFAULT not in right:
         return []
-    drop, low, high = (-value for value in difference(right[DEFAULT], right["fp32"]))
-    lines = [verdict(f"loses {drop:.2f} points ({high:.2f} to {low:.2f}; goal: at most {GOAL_DROP})", drop <= GOAL_DROP)]
+    drop, low, high = difference(right["fp32"], right[DEFAULT])
+    met = "met" if high <= GOAL_DROP else "met by the value, not by the whole interval" if drop <= GOAL_DROP else "NOT met"
+    lines = [f"loses {drop:.2f} points ({low:.2f} to {high:.2f}; goal: at most {GOAL_DROP}): {met}"]
     rivals = [tool for tool in tools if tool != PLAIN]
     if rivals:
         best = max(rivals, key=lambda tool: right[tool].mean())
         ahead, low, high = difference(right[DEFAULT], right[best])
         lines.append(
             verdict(
-                f"{ahead:+.2f} points ({low:+.2f} to {high:+.2f}) against the best peer, {best} (goal: high end not below 0)",
+                f"{ahead:+.2f} points ({low:+.2f} to {high:+.2f}) against the best peer, {best} (goal: not worse beyond the interval)",
                 high >= 0,
             )
         )
@@ -255,12 +265,12 @@ def main() -> None:
                 case = fashion_case(name, options.fashion, work)
             ours = {} if options.only == "peers" else OURS | (PER_TENSOR if name == RESCALED else {})
             tools = () if options.only == "ours" else (*PEERS, *((PLAIN,) if name == RESCALED else ()))
-            right = measure(case, ours, tools, peers, work)
-        lines = goals(name, right, tools)
+            right, refused = measure(case, ours, tools, peers, work)
+        lines = goals(name, right, tools) + [f"{tool}: refused, no file written: {why}" for tool, why in refused.items()]
         part = f"\n## {name}: {len(right['fp32']):,} images\n\n{table(right)}\n" + "".join(f"- {line}\n" for line in lines)
         print(part, flush=True)
         text += part
-        document["cases"][name] = summary(right)
+        document["cases"][name] = {**summary(right), "refused": refused}
     text += "\nPoints with 95 % intervals of the paired difference on the same images. All on ONNX Runtime's CPU provider.\n"
     versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
     text += f"{found['cpu']}; {versions}; {found['time']}.\n"

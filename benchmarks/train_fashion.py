@@ -68,7 +68,7 @@ class Net:
 NETS = {
     "lenet5": Net(arch="lenet5", epochs=8),
     "convnet": Net(arch="convnet", epochs=5),
-    "mobilenet_v1": Net(arch="mobilenet_v1", args={"width": 0.5}, side=32, channels=3, epochs=5, rate=3e-3),
+    "mobilenet_v1": Net(arch="mobilenet_v1", args={"width": 0.25}, side=64, channels=3, epochs=4, rate=6e-3),
     "resnet18": Net(arch="resnet18", side=32, channels=3, epochs=3, images=40_000, rate=1e-3),
 }
 

@@ -186,5 +186,3 @@ def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size
         return
     for start in range(0, dims[batch], batch_size):
         yield {name: array[start : start + batch_size] for name, array in arrays.items()}
-
-

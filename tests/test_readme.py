@@ -29,6 +29,7 @@ def commands(block: str) -> list[list[str]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -40,18 +41,19 @@ def test_the_python_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert shown[1] == "input: float32 batchx1x28x28 (4, 10)"
 
 
-def test_the_eight_lines_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
+def test_the_eight_lines_and_those_on_int8_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
     torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), "resnet34.pth")
     Path("classes.txt").write_text("cat\ndog\n")
     for index, label in enumerate(("cat", "dog")):
-        (folder / "photographs" / "val" / label).mkdir(parents=True)
-        pixels = np.full((60, 80, 3), 200 * index, np.uint8)
-        Image.fromarray(pixels).save(folder / "photographs" / "val" / label / "1.png")
+        for part in ("train", "val"):
+            (folder / "photographs" / part / label).mkdir(parents=True)
+            pixels = np.full((60, 80, 3), 200 * index, np.uint8)
+            Image.fromarray(pixels).save(folder / "photographs" / part / label / "1.png")
     Image.new("RGB", (50, 40)).save("cat.jpg")
     lines = commands(blocks("console")[0])
     assert len(lines) == 8
     extra = {"export": ["--input", "input=1x3x32x32", "--classes", "classes.txt"], "bench": ["--seconds", "0.2", "--batch", "1"]}
-    for line in lines:
+    for line in [*lines, *commands(blocks("console")[1])]:
         finished = run(*line, *extra.get(line[0], []))
         assert finished.status == 0, (line, finished.err)
         assert finished.out
@@ -71,7 +73,7 @@ def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., An
     net = nn.Sequential(nn.Conv2d(3, 64, 3, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
     torch.save(net.state_dict(), "best.pth")
     Path("classes.txt").write_text("a\nb\nc\n")
-    (line,) = commands(blocks("console")[1])
+    (line,) = commands(blocks("console")[2])
     finished = run(*line)
     assert finished.status == 0, finished.err
     assert finished.out.startswith("build/net: ONNX, fp32")

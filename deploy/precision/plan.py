@@ -129,13 +129,14 @@ def is_float(value: ir.Value) -> bool:
 
 
 def _data_values(graph: ir.Graph) -> set[ir.Value]:
-    """Values that depend on what is in the inputs or in float weights, and not on shapes and single numbers alone.
+    """Values that depend on what is in the inputs or in weights, and not on shapes and single numbers alone.
 
     Arithmetic on sizes (how large an image becomes, where positions lie) is exact in FP32 and would not be in FP16, which
     knows no odd number above 2048; it costs nothing to leave.
     """
     data = set(graph.inputs)
-    data |= {value for value in graph.initializers.values() if is_float(value) and _size(value) > 1}
+    weights = (FLOAT, ir.DataType.INT8)  # INT8 behind DequantizeLinear
+    data |= {value for value in graph.initializers.values() if value.dtype in weights and _size(value) > 1}
     for node in graph:
         if node.op_type in _SHAPES and node.domain in STANDARD:
             continue

@@ -140,7 +140,7 @@ def test_interrupted_and_started_again_it_ends_with_the_same_scales(convnet, ima
 
 def test_bias_correction_takes_the_mean_error_of_the_layers_away(convnet, images, tmp_path):
     """On the calibration data itself, in the layers' own outputs: the first one has the same input in both graphs."""
-    feed = {"input": np.concatenate([feed["input"] for feed in calibration_set(convnet, images, 16).feeds(16)])}
+    feed = {"input": np.concatenate([feed["input"] for feed in calibration_set(convnet, images, 8).feeds(8)])}
 
     def first_layer(artifact: Artifact) -> np.ndarray:
         model = onnx.load(artifact.onnx_path)
@@ -152,7 +152,7 @@ def test_bias_correction_takes_the_mean_error_of_the_layers_away(convnet, images
     exact = first_layer(convnet)
     left = {
         corrected: np.abs(
-            (first_layer(deploy.quantize(convnet, tmp_path / str(corrected), calib=images, images=16, bias_correction=corrected)) - exact)
+            (first_layer(deploy.quantize(convnet, tmp_path / str(corrected), calib=images, images=8, bias_correction=corrected)) - exact)
             .mean(axis=(0, 2, 3))
         ).max()
         for corrected in (False, True)

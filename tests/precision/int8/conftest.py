@@ -13,7 +13,10 @@ Build = Callable[[str], onnx.ModelProto]
 
 @pytest.fixture
 def build() -> Build:
-    """A graph in text to a prepared model; tensors that are declared and not computed become random float32 weights."""
+    """A graph in text to a prepared model; tensors that are declared and not computed become random float32 weights.
+
+    The shape of an output that is written `float[]` is inferred.
+    """
 
     def build_graph(text: str) -> onnx.ModelProto:
         model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19, "my": 1]> {text}')
@@ -23,6 +26,6 @@ def build() -> Build:
             weight = rng.normal(size=shape).astype(np.float32)
             model.graph.initializer.append(onnx.numpy_helper.from_array(weight, value.name))
         del model.graph.value_info[:]
-        return prepare(model, opset=19)
+        return prepare(onnx.shape_inference.infer_shapes(model), opset=19)
 
     return build_graph

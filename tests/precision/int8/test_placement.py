@@ -148,7 +148,7 @@ def test_pooling_averages_are_quantized(build):
     ],
 )
 def test_weights_have_a_scale_for_each_output_channel_where_tensorrt_takes_it(build, node, axis):
-    text = f"g (float[2, 4, 4, 4] x) => (float[] y) <float[4, 4, 4, 4] w4, float[4, 4] w2> {{ [n] y = {node} }}"
+    text = f"g (float[4, 4, 4, 4] x) => (float[] y) <float[4, 4, 4, 4] w4, float[4, 4] w2> {{ [n] y = {node} }}"
     assert place(build(text), Selection()).weights["n"].axis == axis
 
 
