@@ -180,6 +180,8 @@ def measure(
         if done.status == 0:
             right[tool] = score(made, feeds)
             print(f"{case.name}: {tool} {100 * right[tool].mean():.2f} %", flush=True)
+        elif "nothing was written" not in done.output:
+            sys.exit(f"{' '.join(command)} failed:\n{done.output}")
         else:
             refused[tool] = done.output.strip().splitlines()[0]
             print(f"{case.name}: {tool} refused: {refused[tool]}", flush=True)

@@ -14,7 +14,9 @@ from deploy.errors import UsageError
 
 _OPTIONS = (
     click.option("--calib", type=PATH, metavar="DIR", help="ImageFolder, or a folder of .npz feeds, to calibrate on."),
-    click.option("--method", default="mse", show_default=True, metavar="M", help="Scales by max, percentile, mse or entropy."),
+    click.option(
+        "--method", default="percentile", show_default=True, metavar="M", help="Scales by max, percentile, mse or entropy."
+    ),
     click.option(
         "--images", type=int, metavar="N", help="Images, drawn evenly over the classes.  [default: 512, or all there are]"
     ),
