@@ -65,7 +65,7 @@ class QuantizeOptions:
     percentile: per cent of the magnitudes that `percentile` keeps.
     batch_size: rows of one run while calibrating; the scales do not depend on it.
     per_tensor: one scale for a weight, not one for each of its output channels.
-    exclude: nodes to leave in floating point: names, operators (`Gemm`) or patterns (`layer4/*`).
+    exclude: nodes to leave in floating point: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
     float_first, float_last: leave the first or the last layers with weights in floating point.
     bias_correction: take the mean error of each layer away with its bias.
     equalize: equalize ranges across layers first; None: with `per_tensor`, and where there are depthwise convolutions.

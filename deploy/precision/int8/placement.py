@@ -39,7 +39,8 @@ takes the nearest."""
 class Selection:
     """What stays in floating point.
 
-    exclude: names of nodes, operators (`MatMul`: all of them) or patterns of names (`layer4/*`).
+    exclude: names of nodes (`layer4.0.conv1/Conv`) or of their modules (`layer4.0.conv1`), operators (`MatMul`: all of
+        them), or patterns of names (`layer4*`).
     float_first: the layers with weights that no other such layer comes before.
     float_last: the layers with weights that no other such layer comes after.
     """
@@ -304,6 +305,7 @@ def _asked(
         matched = (
             [node for node in nodes if node.name == entry]
             or [node for node in nodes if node.op_type == entry]
+            or [node for node in nodes if _module(node) == entry]
             or [node for node in nodes if fnmatchcase(_name(node), entry)]
         )
         if not matched:
@@ -328,7 +330,7 @@ def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool
 
 
 def _unmatched(entry: str, nodes: Sequence[ir.Node]) -> str:
-    names = list(dict.fromkeys([*(_name(node) for node in nodes), *(node.op_type for node in nodes)]))
+    names = list(dict.fromkeys([*map(_name, nodes), *filter(None, map(_module, nodes)), *(node.op_type for node in nodes)]))
     near = difflib.get_close_matches(entry, names, n=3)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else "expected a node's name, an operator or a pattern of names"
     return f"the exclusion {entry!r} matches no node of the graph: {hint}"
@@ -359,6 +361,11 @@ def _rank(value: ir.Value | None) -> int | None:
 
 def _is(node: ir.Node, operators: Collection[str]) -> bool:
     return node.op_type in operators and node.domain in STANDARD
+
+
+def _module(node: ir.Node) -> str:
+    """The module that an exported node is named after: `layer1.0.conv1` of `layer1.0.conv1/Conv`."""
+    return _name(node).rpartition("/")[0]
 
 
 def _name(thing: ir.Node | ir.Value) -> str:
