@@ -24,6 +24,8 @@ peers: .venv-peers/.installed
 .venv-peers/.installed: benchmarks/peers/requirements.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-peers/nets \
+	    --requirement benchmarks/peers/nets.txt
 	touch $@
 
 # Reinstalls only when the lock file or pyproject.toml changed.

@@ -83,7 +83,10 @@ def main() -> None:
             for tool in tools[turn % len(tools) :] + tools[: turn % len(tools)]:
                 seconds[tool].append(once(tool))
                 print(f"round {turn + 1}: {tool:22} {seconds[tool][-1]:6.1f} s", flush=True)
-        peaks = {tool: once(tool, weigh=True) for tool in tools}
+        peaks: dict[str, float] = {}
+        for tool in tools:
+            peaks[tool] = once(tool, weigh=True)
+            print(f"weighed: {tool:22} {peaks[tool] / 1e9:6.2f} GB", flush=True)
         many = once("deploy", images=MANY, weigh=True)
         many_seconds = once("deploy", images=MANY)
     medians = {tool: statistics.median(values) for tool, values in seconds.items()}

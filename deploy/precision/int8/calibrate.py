@@ -1,7 +1,6 @@
 """What the activations of an FP32 graph look like on data: a histogram of every tensor that is to be quantized."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -47,32 +46,15 @@ def collect(activations: Activations, feeds: Iterable[Feed]) -> dict[str, Histog
     PrecisionError when a feed cannot be run, and, naming the node, when it makes NaN or infinity.
     """
     histograms = {name: Histogram() for name in activations.tensors}
-    # The graph runs on the next feed while the last one is counted, which takes one core.
-    with ThreadPoolExecutor(1) as pool:
-        running: tuple[Feed, Future[dict[str, np.ndarray]]] | None = None
-        for feed in feeds:
-            upcoming = (feed, pool.submit(_tensors, activations, feed))
-            if running is not None:
-                _count(histograms, activations, *running)
-            running = upcoming
-        if running is not None:
-            _count(histograms, activations, *running)
+    for feed in feeds:
+        found, _ = activations(feed)
+        for name, histogram in histograms.items():
+            try:
+                histogram.add(found[name])
+            except NonFiniteError as error:
+                raise PrecisionError(_not_finite(activations.model, name, feed, error)) from error
+        del found  # before the next feed makes as much again
     return histograms
-
-
-def _tensors(activations: Activations, feed: Feed) -> dict[str, np.ndarray]:
-    return activations(feed)[0]
-
-
-def _count(
-    histograms: Mapping[str, Histogram], activations: Activations, feed: Feed, found: Future[dict[str, np.ndarray]]
-) -> None:
-    tensors = found.result()
-    for name, histogram in histograms.items():
-        try:
-            histogram.add(tensors[name])
-        except NonFiniteError as error:
-            raise PrecisionError(_not_finite(activations.model, name, feed, error)) from error
 
 
 def scale_of(amax: float) -> float:
