@@ -1,9 +1,6 @@
 """`deploy.load`: an artifact, or a bare ONNX file, as a session on a backend chosen by name, by a fixed order or by time."""
 
 import json
-import logging
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 from deploy.artifact import Artifact, request_digest
 from deploy.bench.conditions import versions
 from deploy.bench.process import WorkerProcess
+from deploy.cache import cache_folder, keep
 from deploy.errors import BackendError
 from deploy.machine import cpu_model, usable_cores
 from deploy.opening import open_artifact
@@ -23,8 +21,6 @@ from deploy.tensors import default_dims
 _ROUNDS = 5
 _SLICE_S = 0.1
 _SAMPLES = 500
-
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -53,7 +49,7 @@ def load(
 
 def fastest_file() -> Path:
     """Where the choices of `fastest` are kept: `deploy/fastest.json` in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploy" / "fastest.json"
+    return cache_folder() / "fastest.json"
 
 
 def _fastest(artifact: Artifact, options: SessionOptions) -> str:
@@ -118,14 +114,4 @@ def _read() -> dict[str, Any]:
 
 
 def _write(choices: dict[str, Any]) -> None:
-    """Put the file in place whole. Where that cannot be done, the choice holds for this session and a warning says so."""
-    path = fastest_file()
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(choices, indent=1), encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        if draft.exists():
-            draft.unlink()
-        logger.warning("the choice of the fastest backend cannot be kept in %s: %s", path, error)
+    keep(fastest_file(), json.dumps(choices, indent=1).encode(), "the choice of the fastest backend")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
 LAYERS = (
-    ("ground", {"errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
+    ("ground", {"cache", "errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
     ("contracts", {"artifact", "writer", "runtime.session", "runtime"}),
     (
         "intake",

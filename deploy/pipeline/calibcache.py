@@ -1,8 +1,5 @@
 """Calibrations kept between runs, by the digest of all that they depend on."""
 
-import logging
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,8 @@ import msgspec
 import numpy as np
 
 from deploy.artifact import Calibration, request_digest
+from deploy.cache import cache_folder, keep
 from deploy.parity import Parity
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +35,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def folder() -> Path:
-    """`deploy/calibration` in $XDG_CACHE_HOME, or in ~/.cache: a file of some kilobytes a calibration."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploy" / "calibration"
+    """Where they are: a file of some kilobytes each."""
+    return cache_folder() / "calibration"
 
 
 def read(request: dict[str, Any]) -> Calibrated | None:
@@ -55,8 +51,6 @@ def read(request: dict[str, Any]) -> Calibrated | None:
 
 def write(request: dict[str, Any], found: Calibrated) -> None:
     """Keep `found`, whole or not at all. Where that cannot be done a warning says so."""
-    path = _path(request)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     kept = _File(
         scales=found.scales,
         bias={name: values.tolist() for name, values in found.bias.items()},
@@ -64,13 +58,7 @@ def write(request: dict[str, Any], found: Calibrated) -> None:
         record=found.record,
         parity=found.parity,
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(msgspec.json.encode(kept))
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        logger.warning("the calibration cannot be kept in %s: %s", path, error)
+    keep(_path(request), msgspec.json.encode(kept), "the calibration")
 
 
 def _path(request: dict[str, Any]) -> Path:

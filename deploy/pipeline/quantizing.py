@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -239,17 +239,17 @@ def _calibrate(
     placement = place(prepared, selection)
     rows = _Rows(data, options.batch_size, progress)
     activations = Activations(prepared, list(placement.edges))
-    scales = _scales(collect(activations, rows), placement, options)
+    histograms = collect(activations, rows)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
+    scales = _scales(histograms, placement, options)
     progress("measuring each layer")
     audit = Audit(prepared, placement, scales, per_tensor=options.per_tensor)
-    reference: list[tuple[Feed, Feed]] = []
+    reference: tuple[Feed, Feed] | None = None
     for feed in rows.kept:
         tensors, outputs = activations(feed)
         audit.add(tensors, _rows(feed))
-        if not reference:
-            reference.append(_first(feed, outputs, data))
+        reference = reference or _first(feed, outputs, data)
         del tensors  # before the next feed makes as much again
     del activations
     errors = audit.finish()
@@ -259,7 +259,7 @@ def _calibrate(
     known = Calibrated(
         scales=scales,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
-        keep=_keep(prepared, rows.kept[:1]) if options.floats == "fp16" else {},
+        keep=nodes_to_keep(prepared, activation_ranges(prepared, rows.kept), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
             kind=data.kind,
@@ -275,15 +275,11 @@ def _calibrate(
     )
     progress("comparing with FP32")
     model, _ = _rewrite(prepared, selection, known, options)
+    assert reference is not None
+    feed, expected = reference
     if known.record.equalized:  # it must not have changed what the model computes
-        original = CpuGraph(onnx.load(artifact.onnx_path))
-        reference = [(feed, original(feed)) for feed, _ in reference]
-    return dataclasses.replace(known, parity=_parity(artifact, model, reference, known.record))
-
-
-def _keep(prepared: onnx.ModelProto, feeds: Sequence[Feed]) -> dict[str, str]:
-    """The nodes that FP16 cannot hold, with the reason."""
-    return nodes_to_keep(prepared, activation_ranges(prepared, feeds), "fp16")
+        expected = CpuGraph(onnx.load(artifact.onnx_path))(feed)
+    return dataclasses.replace(known, parity=_parity(artifact, model, feed, expected, known.record))
 
 
 def _rewrite(
@@ -314,28 +310,21 @@ def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: 
     return {name: scale_of(value) for name, value in amax.items()}
 
 
-def _parity(artifact: Artifact, model: onnx.ModelProto, reference: Sequence[tuple[Feed, Feed]], record: Calibration) -> Parity:
+def _parity(artifact: Artifact, model: onnx.ModelProto, feed: Feed, expected: Feed, record: Calibration) -> Parity:
     """Compare the quantized graph with what the FP32 graph gave on calibration data."""
-    quantized = CpuGraph(emulate(model) if record.floats == "fp16" else model)
-    cases = []
-    for feed, expected in reference:
-        try:
-            case = compare(
-                quantized(feed),
-                expected,
-                TOLERANCES["int8"],
-                data="images" if record.kind == "images" else "feeds",
-                batch=_rows(feed),
-                what=f"{artifact.shown} in INT8",
-            )
-        except ParityError as error:
-            raise ParityError(f"{error}; nothing was written\n{hint(record)}") from error
-        cases.append(case)
+    mixed = record.floats == "fp16"
+    found = CpuGraph(emulate(model) if mixed else model)(feed)
+    data = "images" if record.kind == "images" else "feeds"
+    what = f"{artifact.shown} in INT8"
+    try:
+        case = compare(found, expected, TOLERANCES["int8"], data=data, batch=_rows(feed), what=what)
+    except ParityError as error:
+        raise ParityError(f"{error}; nothing was written\n{hint(record)}") from error
     return Parity(
         against=artifact.manifest.digest,
-        by=f"emulation on onnxruntime {ONNXRUNTIME_VERSION}" if record.floats == "fp16" else f"onnxruntime {ONNXRUNTIME_VERSION}",
+        by=f"{'emulation on ' * mixed}onnxruntime {ONNXRUNTIME_VERSION}",
         tolerance=TOLERANCES["int8"],
-        cases=cases,
+        cases=[case],
     )
 
 

@@ -9,10 +9,8 @@ import onnx_ir as ir
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
 from deploy.precision.cpu import CpuGraph
+from deploy.precision.int8.rewrite import LARGEST
 from deploy.precision.ranges import activation_ranges
-
-LEVELS = 127
-"""The largest INT8 number in use: -127 to 127 are symmetric about 0."""
 
 Feed = Mapping[str, np.ndarray]
 
@@ -62,7 +60,7 @@ def scale_of(amax: float) -> float:
 
     1 for a tensor that was 0 throughout: any scale represents it.
     """
-    scale = float(np.float32(amax / LEVELS))
+    scale = float(np.float32(amax / LARGEST))
     return max(scale, float(np.finfo(np.float32).tiny)) if amax > 0 else 1.0
 
 
