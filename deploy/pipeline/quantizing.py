@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -53,6 +54,9 @@ OPSET = 19
 AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
 """One in so many of the calibration rows gives the bias correction and the noise by layer: from 8 to 64 of them."""
 
+KEPT_BYTES = 100 << 20
+"""Tensors of those rows that are kept, so that they need not be run again: a bound, for memory must not grow with the rows."""
+
 PARITY_ROWS = 4
 _NAMED = 3
 
@@ -74,7 +78,7 @@ class QuantizeOptions:
 
     method: str = METHOD
     percentile: float = 99.99
-    batch_size: int = 8
+    batch_size: int = 4
     per_tensor: bool = False
     exclude: tuple[str, ...] = ()
     float_first: bool = False
@@ -94,12 +98,15 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A graph with Q/DQ pairs, the nodes left in floating point, its calibration and its parity with the FP32 graph."""
+    """A graph with Q/DQ pairs, the nodes left in floating point, its calibration and its parity with the FP32 graph.
+
+    parity: None until it has been compared; never of `quantize_onnx`.
+    """
 
     model: onnx.ModelProto
     exclusions: list[Exclusion]
     calibration: Calibration
-    parity: Parity
+    parity: Parity | None
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
@@ -168,15 +175,19 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
             logger.info("equalized the ranges of %d layers with those behind them", len(pairs))
     selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
     known = calibcache.read(request) if request is not None else None
-    if known is None:
-        known = _calibrate(artifact, prepared, selection, data, options, progress)
-        if request is not None:
-            calibcache.write(request, known)
-    else:
+    if known is not None:
         logger.info("calibration found in %s", calibcache.folder())
-    model, exclusions = _rewrite(prepared, selection, known, options)
-    assert known.parity is not None
-    return Quantized(model=model, exclusions=exclusions, calibration=known.record, parity=known.parity)
+        return _quantized(prepared, selection, known, options)
+    known, reference = _calibrate(prepared, selection, data, options, progress)
+    progress("comparing with FP32")
+    quantized = _quantized(prepared, selection, known, options)
+    feed, expected = reference
+    if known.record.equalized:  # it must not have changed what the model computes
+        expected = CpuGraph(onnx.load(artifact.onnx_path))(feed)
+    known = dataclasses.replace(known, parity=_parity(artifact, quantized.model, feed, expected, known.record))
+    if request is not None:
+        calibcache.write(request, known)
+    return dataclasses.replace(quantized, parity=known.parity)
 
 
 def check_fp32(artifact: Artifact) -> None:
@@ -229,28 +240,29 @@ def _equalizes(model: onnx.ModelProto, options: QuantizeOptions) -> bool:
 
 
 def _calibrate(
-    artifact: Artifact,
     prepared: onnx.ModelProto,
     selection: Selection,
     data: CalibrationSet,
     options: QuantizeOptions,
     progress: Progress,
-) -> Calibrated:
+) -> tuple[Calibrated, tuple[Feed, Feed]]:
+    """The calibration, and a feed with what the FP32 graph makes of it."""
     placement = place(prepared, selection)
     rows = _Rows(data, options.batch_size, progress)
     activations = Activations(prepared, list(placement.edges))
-    histograms = collect(activations, rows)
+    histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
     scales = _scales(histograms, placement, options)
     progress("measuring each layer")
     audit = Audit(prepared, placement, scales, per_tensor=options.per_tensor)
     reference: tuple[Feed, Feed] | None = None
-    for feed in rows.kept:
-        tensors, outputs = activations(feed)
+    for feed, run in rows.kept:
+        tensors, outputs = run or activations(feed)
         audit.add(tensors, _rows(feed))
         reference = reference or _first(feed, outputs, data)
-        del tensors  # before the next feed makes as much again
+        del run, tensors, outputs  # before the next feed makes as much again
+    feeds = rows.release()
     del activations
     errors = audit.finish()
     del audit
@@ -259,7 +271,7 @@ def _calibrate(
     known = Calibrated(
         scales=scales,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
-        keep=nodes_to_keep(prepared, activation_ranges(prepared, rows.kept), "fp16") if options.floats == "fp16" else {},
+        keep=nodes_to_keep(prepared, activation_ranges(prepared, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
             kind=data.kind,
@@ -273,30 +285,24 @@ def _calibrate(
             layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers],
         ),
     )
-    progress("comparing with FP32")
-    model, _ = _rewrite(prepared, selection, known, options)
     assert reference is not None
-    feed, expected = reference
-    if known.record.equalized:  # it must not have changed what the model computes
-        expected = CpuGraph(onnx.load(artifact.onnx_path))(feed)
-    return dataclasses.replace(known, parity=_parity(artifact, model, feed, expected, known.record))
+    return known, reference
 
 
-def _rewrite(
-    prepared: onnx.ModelProto, selection: Selection, known: Calibrated, options: QuantizeOptions
-) -> tuple[onnx.ModelProto, list[Exclusion]]:
-    """The graph in INT8, and in FP16 where that is asked for, with the nodes that are not."""
+def _quantized(prepared: onnx.ModelProto, selection: Selection, known: Calibrated, options: QuantizeOptions) -> Quantized:
+    """The graph in INT8, and in FP16 where that is asked for, with the nodes that are not, and the evidence so far."""
     placement = place(prepared, selection)
     if options.floats == "fp32":
         model = to_int8(prepared, placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)
-        return model, list(placement.excluded)
-    small = subnormal_scales(prepared, placement, known.scales, per_tensor=options.per_tensor)
-    placement = place(prepared, selection, stay={**small, **known.keep})
-    bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
-    model = to_int8(prepared, placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)
-    mixed, left = to_half(model, "fp16", keep=known.keep)
-    named = {exclusion.node: exclusion for exclusion in [*placement.excluded, *left]}
-    return mixed, list(named.values())
+        exclusions = list(placement.excluded)
+    else:
+        small = subnormal_scales(prepared, placement, known.scales, per_tensor=options.per_tensor)
+        placement = place(prepared, selection, stay={**small, **known.keep})
+        bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
+        int8 = to_int8(prepared, placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)
+        model, left = to_half(int8, "fp16", keep=known.keep)
+        exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *left]}.values())
+    return Quantized(model=model, exclusions=exclusions, calibration=known.record, parity=known.parity)
 
 
 def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:
@@ -329,15 +335,19 @@ def _parity(artifact: Artifact, model: onnx.ModelProto, feed: Feed, expected: Fe
 
 
 class _Rows:
-    """The feeds of a calibration set, counted as they pass, the first rows kept for what comes after."""
+    """The feeds of a calibration set, counted as they pass, the first rows kept for what comes after.
+
+    kept: a feed each, and its tensors and outputs where KEPT_BYTES hold them.
+    """
 
     def __init__(self, data: CalibrationSet, batch_size: int, progress: Progress) -> None:
         self.count = 0
-        self.kept: list[Feed] = []
+        self.kept: list[tuple[Feed, tuple[Feed, Feed] | None]] = []
         self._data = data
         self._batch_size = batch_size
         self._progress = progress
         self._wanted = min(max(AUDIT_LEAST, (data.count or AUDIT_MOST) // AUDIT_SHARE), AUDIT_MOST)
+        self._room = KEPT_BYTES
 
     def __iter__(self) -> Iterator[Feed]:
         symbolic = batch_dim(self._data.specs) is not None
@@ -345,9 +355,22 @@ class _Rows:
             self._progress("calibrating", self.count, self._data.count or 0)
             missing = self._wanted - self.count
             if missing > 0:
-                self.kept.append(_head(feed, missing) if symbolic else feed)
+                self.kept.append((_head(feed, missing) if symbolic and missing < _rows(feed) else feed, None))
             yield feed
             self.count += _rows(feed)
+
+    def seen(self, feed: Mapping[str, np.ndarray], tensors: Feed, outputs: Feed) -> None:
+        """Keep what came of a feed that is kept whole."""
+        kept, _ = self.kept[-1]
+        size = sum(array.nbytes for array in (*tensors.values(), *outputs.values()))
+        if kept is feed and size <= self._room:
+            self._room -= size
+            self.kept[-1] = (kept, (tensors, outputs))
+
+    def release(self) -> list[Feed]:
+        """The feeds that were kept, and what came of them no longer."""
+        self.kept = [(feed, None) for feed, _ in self.kept]
+        return [feed for feed, _ in self.kept]
 
 
 def _first(feed: Feed, outputs: Feed, data: CalibrationSet) -> tuple[Feed, Feed]:

@@ -16,9 +16,8 @@ def of(*arrays: np.ndarray) -> Histogram:
 
 
 def assert_same(one: Histogram, other: Histogram) -> None:
-    left, right = one.state(), other.state()
-    np.testing.assert_array_equal(left.pop("counts"), right.pop("counts"))
-    assert left == right
+    np.testing.assert_array_equal(one.counts, other.counts)
+    assert (one.width, one.amax, one.zeros) == (other.width, other.amax, other.zeros)
 
 
 def reference(values: list[float]) -> tuple[list[int], Fraction]:
@@ -83,34 +82,12 @@ def test_neither_order_nor_batching_matters(make, parts):
     assert_same(of(*np.array_split(ascending[::-1], parts)), whole)
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0, 1e-20, 1e20, 0.0])
-def test_merging_is_the_same_as_adding(factor):
-    first, second = gaussian(5000), gaussian(3000, seed=1) * np.float32(factor)
-    for one, other in ((first, second), (second, first)):
-        left, right = of(one), of(other)
-        before = right.state()
-        left.merge(right)
-        assert_same(left, of(first, second))
-        assert_same(right, Histogram.from_state(before))
-
-
-def test_merging_with_an_empty_one_changes_nothing():
-    full, empty = of(gaussian(100) - 9), Histogram()
-    full.merge(empty)
-    assert_same(full, of(gaussian(100) - 9))
-    empty.merge(full)
-    assert_same(empty, full)
-
-
-def test_the_extremes_are_exact_and_signed():
+def test_the_largest_magnitude_is_exact():
     values = gaussian(10_000)
-    histogram = of(values[:5000], values[5000:])
-    assert (histogram.low, histogram.high) == (float(values.min()), float(values.max()))
-    assert histogram.amax == float(np.abs(values).max())
-    negative = of(np.float32([-3, -2]), np.float32([-7, -1]))
-    assert (negative.low, negative.high, negative.amax) == (-7.0, -1.0, 7.0)
-    positive = of(np.float32([3, 2]))
-    assert (positive.low, positive.high, positive.amax) == (2.0, 3.0, 3.0)
+    assert of(values[:5000], values[5000:]).amax == float(np.abs(values).max())
+    assert of(np.float32([-3, -2]), np.float32([-7, -1])).amax == 7
+    assert of(np.float32([3.3, 2])).amax == float(np.float32(3.3))
+    assert of(np.float32([1e-45])).amax == float(np.float32(1e-45))
 
 
 def test_nothing_and_zeros_have_no_width():
@@ -194,50 +171,4 @@ def test_memory_does_not_grow_with_the_array(view, dtype):
 
     small, large = peak(300), peak(3000)
     assert large < small + 100_000
-    assert large < 1_500_000
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: gaussian(1000), lambda: np.zeros(5, dtype=np.float32), lambda: gaussian(0), lambda: wide(100)]
-)
-def test_a_state_goes_through_a_file_and_back(tmp_path, make):
-    histogram = of(make())
-    np.savez(tmp_path / "state.npz", **histogram.state())
-    with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
-        again = Histogram.from_state(dict(file))
-    assert_same(again, histogram)
-    assert [type(value) for value in again.state().values()] == [type(value) for value in histogram.state().values()]
-    again.add(gaussian(10, seed=3))  # it counts on, without touching the other
-    assert_same(again, of(make(), gaussian(10, seed=3)))
-    assert_same(histogram, of(make()))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"counts": np.zeros(7, dtype=np.int64)},
-        {"counts": np.zeros(BINS, dtype=np.float64)},
-        {"counts": -np.ones(BINS, dtype=np.int64)},
-        {"counts": np.zeros(BINS, dtype=np.int64)},
-        {"counts": np.ones(BINS, dtype=np.int64)},
-        {"width": 0.1},
-        {"width": 0.0},
-        {"width": math.nan},
-        {"high": math.inf},
-        {"low": 100.0},
-        {"zeros": -1},
-        {"zeros": 10**6},
-        {"zeros": "many"},
-    ],
-)
-def test_what_is_not_a_state_is_refused(change):
-    with pytest.raises(HistogramError, match="not the state of a histogram"):
-        Histogram.from_state({**of(gaussian(1000)).state(), **change})
-
-
-@pytest.mark.parametrize("missing", ["counts", "width", "low", "high", "zeros"])
-def test_a_state_that_lacks_something_is_refused(missing):
-    state = of(gaussian(10)).state()
-    del state[missing]
-    with pytest.raises(HistogramError, match=f"not the state of a histogram: KeyError.*{missing}"):
-        Histogram.from_state(state)
+    assert large < 6_000_000

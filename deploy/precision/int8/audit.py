@@ -88,12 +88,15 @@ class Audit:
 
     def _error(self, probe: "_Probe") -> LayerError:
         run = CpuGraph(probe.build())
+        constants = probe.constants()
         mean, noise = _Sums(), _Sums()
         for means in self._means.values():
             rows = means[probe.tensors[0]].rows
-            mean.add(run(probe.feed([(means[name].exact, means[name].rounded) for name in probe.tensors])), rows)
+            pairs = [(means[name].exact, means[name].rounded) for name in probe.tensors]
+            mean.add(run(constants | probe.feed(pairs)), rows)
         for exact in self._noise:
-            noise.add(run(probe.feed([(exact[name], self._rounded(name, exact[name])) for name in probe.tensors])))
+            pairs = [(exact[name], self._rounded(name, exact[name])) for name in probe.tensors]
+            noise.add(run(constants | probe.feed(pairs)))
         return _error(mean.totals, noise.totals)
 
     def _rounded(self, name: str, exact: np.ndarray) -> np.ndarray:
@@ -142,6 +145,8 @@ class _Sums:
 class _Probe:
     """A graph of one quantized node alone, on its exact and on its rounded input, and of sums of the difference.
 
+    The weights are inputs of the graph: as initializers they would be copied and laid out anew for two runs.
+
     tensors: the activations that the node takes, the first input first.
     """
 
@@ -152,47 +157,44 @@ class _Probe:
         self._node = node
         self._taken = sorted(taken)
         self._stored = stored
+        known = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._known = {index: known[name] for index, name in enumerate(node.input) if name and index not in self._taken}
 
     def feed(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The inputs of the graph, of the exact and the rounded array of each tensor."""
+        """The activations, of the exact and the rounded array of each tensor."""
         return {
             f"{sort}{index}": np.ascontiguousarray(pair[which])
             for index, pair in zip(self._taken, pairs, strict=True)
             for which, sort in enumerate(("exact", "rounded"))
         }
 
+    def constants(self) -> dict[str, np.ndarray]:
+        """The weights and the bias, and the weights as they are read back."""
+        found = {f"constant{index}": numpy_helper.to_array(tensor) for index, tensor in self._known.items()}
+        if self._stored is not None:
+            found["weight"] = _read_back(found["constant1"], self._stored.axis)
+        return found
+
     def build(self) -> onnx.ModelProto:
         node = self._node
-        known = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        weights = []
-        for index, name in enumerate(node.input):
-            if name and index not in self._taken:
-                weights.append(onnx.TensorProto())
-                weights[-1].CopyFrom(known[name])
-                weights[-1].name = f"constant{index}"
         exact, rounded = (self._twin(sort) for sort in ("exact", "rounded"))
         nodes = [exact, rounded, helper.make_node("Sub", ["exact", "rounded"], ["error"])]
         nodes.append(helper.make_node("ReduceSumSquare", ["error"], ["noise"], keepdims=0))
         nodes.append(helper.make_node("ReduceSumSquare", ["exact"], ["signal"], keepdims=0))
         nodes.append(helper.make_node("Size", ["error"], ["size"]))
+        inputs = {f"{sort}{index}": TensorProto.FLOAT for index in self._taken for sort in ("exact", "rounded")}
+        inputs |= {f"constant{index}": tensor.data_type for index, tensor in self._known.items()}
         outputs = {"noise": TensorProto.FLOAT, "signal": TensorProto.FLOAT, "size": TensorProto.INT64}
+        axes = []
         if self._stored is not None:
-            weight = known[self._stored.initializer]
-            weights.append(numpy_helper.from_array(_read_back(numpy_helper.to_array(weight), self._stored.axis), "weight"))
+            inputs["weight"] = TensorProto.FLOAT
             rounded.input[1] = "weight"
             if node.op_type in _CORRECTED:
-                others = [axis for axis in range(len(weight.dims)) if axis != _CHANNEL_AXIS]
-                weights.append(numpy_helper.from_array(np.array(others, dtype=np.int64), "axes"))
+                others = [axis for axis in range(len(self._known[1].dims)) if axis != _CHANNEL_AXIS]
+                axes.append(numpy_helper.from_array(np.array(others, dtype=np.int64), "axes"))
                 nodes.append(helper.make_node("ReduceSum", ["error", "axes"], ["sum"], keepdims=0))
                 outputs["sum"] = TensorProto.FLOAT
-        inputs = [f"{sort}{index}" for index in self._taken for sort in ("exact", "rounded")]
-        graph = helper.make_graph(
-            nodes,
-            "probe",
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs],
-            [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()],
-            weights,
-        )
+        graph = helper.make_graph(nodes, "probe", _values(inputs), _values(outputs), axes)
         return helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
 
     def _twin(self, sort: str) -> onnx.NodeProto:
@@ -206,6 +208,10 @@ class _Probe:
         twin.ClearField("output")
         twin.output.append(sort)
         return twin
+
+
+def _values(dtypes: Mapping[str, int]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, dtype, None) for name, dtype in dtypes.items()]
 
 
 def _read_back(weight: np.ndarray, axis: int | None) -> np.ndarray:

@@ -1,10 +1,9 @@
 """What the activations of an FP32 graph look like on data: a histogram of every tensor that is to be quantized."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
@@ -23,10 +22,7 @@ class Activations:
         self.model = model
         self.tensors = tuple(tensors)
         self._outputs = [value.name for value in model.graph.output]
-        graph = ir.from_proto(model)
-        values = {value.name: value for node in graph.graph for value in node.outputs}
-        graph.graph.outputs.extend(values[name] for name in tensors if name not in inputs and name not in self._outputs)
-        self._run = CpuGraph(ir.to_proto(graph))
+        self._run = CpuGraph(model, also=[name for name in tensors if name not in inputs and name not in self._outputs])
 
     def __call__(self, feed: Feed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The tensors and the outputs by name. Raises PrecisionError when the feed cannot be run."""
@@ -37,21 +33,27 @@ class Activations:
         )
 
 
-def collect(activations: Activations, feeds: Iterable[Feed]) -> dict[str, Histogram]:
-    """Histograms of the magnitudes of all tensors over all feeds.
+def collect(
+    activations: Activations,
+    feeds: Iterable[Feed],
+    seen: Callable[[Feed, dict[str, np.ndarray], dict[str, np.ndarray]], None] | None = None,
+) -> dict[str, Histogram]:
+    """Histograms of the magnitudes of all tensors over all feeds. `seen` is given each feed, its tensors and its outputs.
 
     They do not depend on how the data is cut into feeds, and memory does not grow with their number. Raises
     PrecisionError when a feed cannot be run, and, naming the node, when it makes NaN or infinity.
     """
     histograms = {name: Histogram() for name in activations.tensors}
     for feed in feeds:
-        found, _ = activations(feed)
+        found, outputs = activations(feed)
         for name, histogram in histograms.items():
             try:
                 histogram.add(found[name])
             except NonFiniteError as error:
                 raise PrecisionError(_not_finite(activations.model, name, feed, error)) from error
-        del found  # before the next feed makes as much again
+        if seen is not None:
+            seen(feed, found, outputs)
+        del found, outputs  # before the next feed makes as much again
     return histograms
 
 

@@ -29,14 +29,16 @@ def quantize_weight(weight: np.ndarray, axis: int | None, floor: float | np.ndar
     weights that are not finite.
     """
     array = np.asarray(weight, dtype=np.float32)
-    if not np.isfinite(array).all():
-        raise PrecisionError("a weight has NaN or infinity: it cannot be quantized")
     others = None if axis is None else tuple(other for other in range(array.ndim) if other != axis % array.ndim)
-    amax = np.abs(array).max(axis=others, initial=0.0)
+    amax = np.maximum(array.max(axis=others, initial=0.0), -array.min(axis=others, initial=0.0))
+    if not np.isfinite(amax).all():
+        raise PrecisionError("a weight has NaN or infinity: it cannot be quantized")
     scale = np.maximum(np.where(amax > 0, amax / np.float32(LARGEST), _DEAD), np.maximum(floor, np.finfo(np.float32).tiny))
     scale = scale.astype(np.float32)
     broad = scale if others is None else np.expand_dims(scale, others)
-    return np.clip(np.rint(array / broad), -LARGEST, LARGEST).astype(np.int8), scale
+    codes = array / broad
+    np.rint(codes, out=codes)
+    return np.clip(codes, -LARGEST, LARGEST, out=codes).astype(np.int8), scale
 
 
 def to_int8(
