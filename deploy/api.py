@@ -49,7 +49,7 @@ def quantize(
     calib: PathLike | Iterable[Mapping[str, np.ndarray]],
     method: str = METHOD,
     images: int | None = None,
-    batch_size: int = 4,
+    batch_size: int = 2,
     per_tensor: bool = False,
     exclude: Sequence[str] = (),
     float_first: bool = False,

@@ -20,7 +20,7 @@ _OPTIONS = (
     click.option(
         "--images", type=int, metavar="N", help="Images, drawn evenly over the classes.  [default: 512, or all there are]"
     ),
-    click.option("--batch-size", type=int, default=4, show_default=True, metavar="B", help="Does not change the scales."),
+    click.option("--batch-size", type=int, default=2, show_default=True, metavar="B", help="Does not change the scales."),
     click.option("--per-tensor", is_flag=True, help="One scale for a weight, not one for each output channel."),
     click.option(
         "--exclude", multiple=True, metavar="NODE", help="Not in INT8: a node, an operator or a pattern. May be repeated."

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import msgspec
@@ -78,7 +79,7 @@ class QuantizeOptions:
 
     method: str = METHOD
     percentile: float = 99.99
-    batch_size: int = 4
+    batch_size: int = 2
     per_tensor: bool = False
     exclude: tuple[str, ...] = ()
     float_first: bool = False
@@ -178,13 +179,13 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     if known is not None:
         logger.info("calibration found in %s", calibcache.folder())
         return _quantized(prepared, selection, known, options)
-    known, reference = _calibrate(prepared, selection, data, options, progress)
+    known, references = _calibrate(prepared, selection, data, options, progress)
     progress("comparing with FP32")
     quantized = _quantized(prepared, selection, known, options)
-    feed, expected = reference
     if known.record.equalized:  # it must not have changed what the model computes
-        expected = CpuGraph(onnx.load(artifact.onnx_path))(feed)
-    known = dataclasses.replace(known, parity=_parity(artifact, quantized.model, feed, expected, known.record))
+        exact = CpuGraph(onnx.load(artifact.onnx_path))
+        references = [(feed, exact(feed)) for feed, _ in references]
+    known = dataclasses.replace(known, parity=_parity(artifact, quantized.model, references, known.record))
     if request is not None:
         calibcache.write(request, known)
     return dataclasses.replace(quantized, parity=known.parity)
@@ -245,8 +246,8 @@ def _calibrate(
     data: CalibrationSet,
     options: QuantizeOptions,
     progress: Progress,
-) -> tuple[Calibrated, tuple[Feed, Feed]]:
-    """The calibration, and a feed with what the FP32 graph makes of it."""
+) -> tuple[Calibrated, list[tuple[Feed, Feed]]]:
+    """The calibration, and feeds of PARITY_ROWS rows with what the FP32 graph makes of them."""
     placement = place(prepared, selection)
     rows = _Rows(data, options.batch_size, progress)
     activations = Activations(prepared, list(placement.edges))
@@ -256,11 +257,12 @@ def _calibrate(
     scales = _scales(histograms, placement, options)
     progress("measuring each layer")
     audit = Audit(prepared, placement, scales, per_tensor=options.per_tensor)
-    reference: tuple[Feed, Feed] | None = None
+    references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
         audit.add(tensors, _rows(feed))
-        reference = reference or _first(feed, outputs, data)
+        if (missing := PARITY_ROWS - sum(_rows(compared) for compared, _ in references)) > 0:
+            references.append(_first(feed, outputs, data, missing))
         del run, tensors, outputs  # before the next feed makes as much again
     feeds = rows.release()
     del activations
@@ -285,8 +287,7 @@ def _calibrate(
             layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers],
         ),
     )
-    assert reference is not None
-    return known, reference
+    return known, references
 
 
 def _quantized(prepared: onnx.ModelProto, selection: Selection, known: Calibrated, options: QuantizeOptions) -> Quantized:
@@ -316,21 +317,24 @@ def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: 
     return {name: scale_of(value) for name, value in amax.items()}
 
 
-def _parity(artifact: Artifact, model: onnx.ModelProto, feed: Feed, expected: Feed, record: Calibration) -> Parity:
+def _parity(artifact: Artifact, model: onnx.ModelProto, references: Sequence[tuple[Feed, Feed]], record: Calibration) -> Parity:
     """Compare the quantized graph with what the FP32 graph gave on calibration data."""
     mixed = record.floats == "fp16"
-    found = CpuGraph(emulate(model) if mixed else model)(feed)
+    run = CpuGraph(emulate(model) if mixed else model)
     data = "images" if record.kind == "images" else "feeds"
     what = f"{artifact.shown} in INT8"
     try:
-        case = compare(found, expected, TOLERANCES["int8"], data=data, batch=_rows(feed), what=what)
+        cases = [
+            compare(run(feed), expected, TOLERANCES["int8"], data=data, batch=_rows(feed), what=what)
+            for feed, expected in references
+        ]
     except ParityError as error:
         raise ParityError(f"{error}; nothing was written\n{hint(record)}") from error
     return Parity(
         against=artifact.manifest.digest,
         by=f"{'emulation on ' * mixed}onnxruntime {ONNXRUNTIME_VERSION}",
         tolerance=TOLERANCES["int8"],
-        cases=[case],
+        cases=cases,
     )
 
 
@@ -348,6 +352,7 @@ class _Rows:
         self._progress = progress
         self._wanted = min(max(AUDIT_LEAST, (data.count or AUDIT_MOST) // AUDIT_SHARE), AUDIT_MOST)
         self._room = KEPT_BYTES
+        self._lock = Lock()
 
     def __iter__(self) -> Iterator[Feed]:
         symbolic = batch_dim(self._data.specs) is not None
@@ -360,12 +365,13 @@ class _Rows:
             self.count += _rows(feed)
 
     def seen(self, feed: Mapping[str, np.ndarray], tensors: Feed, outputs: Feed) -> None:
-        """Keep what came of a feed that is kept whole."""
-        kept, _ = self.kept[-1]
+        """Keep what came of a feed that is kept whole. Safe from many threads."""
         size = sum(array.nbytes for array in (*tensors.values(), *outputs.values()))
-        if kept is feed and size <= self._room:
-            self._room -= size
-            self.kept[-1] = (kept, (tensors, outputs))
+        with self._lock:
+            index = next((index for index, (kept, _) in enumerate(self.kept) if kept is feed), None)
+            if index is not None and size <= self._room:
+                self._room -= size
+                self.kept[index] = (self.kept[index][0], (tensors, outputs))
 
     def release(self) -> list[Feed]:
         """The feeds that were kept, and what came of them no longer."""
@@ -373,12 +379,12 @@ class _Rows:
         return [feed for feed, _ in self.kept]
 
 
-def _first(feed: Feed, outputs: Feed, data: CalibrationSet) -> tuple[Feed, Feed]:
-    """`PARITY_ROWS` rows of a feed and of what came of it, or all where the batch is fixed or an output has other rows."""
+def _first(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> tuple[Feed, Feed]:
+    """`wanted` rows of a feed and of what came of it, or all where the batch is fixed or an output has other rows."""
     rows = _rows(feed)
     if batch_dim(data.specs) is None or any(not array.ndim or len(array) != rows for array in outputs.values()):
         return feed, outputs
-    return _head(feed, PARITY_ROWS), _head(outputs, PARITY_ROWS)
+    return _head(feed, wanted), _head(outputs, wanted)
 
 
 def _rows(feed: Feed) -> int:

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto
 
 from deploy.errors import BackendError, PrecisionError
+from deploy.machine import usable_cores
 from deploy.precision.graph import first_line, unknown_nodes
 
 try:
@@ -20,6 +21,10 @@ except ImportError as error:
 ONNXRUNTIME_VERSION: str = onnxruntime.__version__
 
 _ERRORS_ONLY = 3
+
+STREAMS = 2
+"""Calls of a graph at a time where there are many: one counts or copies while the other computes, and half as many threads
+wait for each other in each."""
 
 _SHARED_BYTES = 1024
 """Initializers of this size or more are handed to ONNX Runtime as arrays; shapes are computed from smaller ones."""
@@ -40,12 +45,14 @@ _STORED = {
 class CpuGraph:
     """An ONNX graph loaded by ONNX Runtime, to be called with a feed. Raises PrecisionError when it cannot be loaded.
 
-    also: inner tensors that are to be outputs too. The model stays as it is.
+    also: inner tensors that are to be outputs too. streams: how many threads will call it at a time: they share the cores.
+    The model stays as it is.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, also: Sequence[str] = ()) -> None:
+    def __init__(self, model: onnx.ModelProto, *, also: Sequence[str] = (), streams: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = max(1, usable_cores() // streams)
         # Idle threads that spin would slow down the other session of a comparison.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         unknown = unknown_nodes(model)

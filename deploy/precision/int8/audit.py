@@ -7,13 +7,14 @@ bad layer does not spoil the figures of those behind it, and correcting one does
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.precision.cpu import CpuGraph
+from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.placement import Placement, Weight
 from deploy.precision.int8.rewrite import quantize_weight
 
@@ -84,10 +85,11 @@ class Audit:
 
     def finish(self) -> dict[str, LayerError]:
         """The error of every quantized Conv, ConvTranspose, Gemm and MatMul, by name. Raises PrecisionError."""
-        return {probe.name: self._error(probe) for probe in self._probes}
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="audit") as pool:
+            return dict(zip((probe.name for probe in self._probes), pool.map(self._error, self._probes), strict=True))
 
     def _error(self, probe: "_Probe") -> LayerError:
-        run = CpuGraph(probe.build())
+        run = CpuGraph(probe.build(), streams=STREAMS)
         constants = probe.constants()
         mean, noise = _Sums(), _Sums()
         for means in self._means.values():

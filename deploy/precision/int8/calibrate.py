@@ -1,13 +1,16 @@
 """What the activations of an FP32 graph look like on data: a histogram of every tensor that is to be quantized."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import onnx
 
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
-from deploy.precision.cpu import CpuGraph
+from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.rewrite import LARGEST
 from deploy.precision.ranges import activation_ranges
 
@@ -22,7 +25,8 @@ class Activations:
         self.model = model
         self.tensors = tuple(tensors)
         self._outputs = [value.name for value in model.graph.output]
-        self._run = CpuGraph(model, also=[name for name in tensors if name not in inputs and name not in self._outputs])
+        inner = [name for name in tensors if name not in inputs and name not in self._outputs]
+        self._run = CpuGraph(model, also=inner, streams=STREAMS)
 
     def __call__(self, feed: Feed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The tensors and the outputs by name. Raises PrecisionError when the feed cannot be run."""
@@ -38,23 +42,35 @@ def collect(
     feeds: Iterable[Feed],
     seen: Callable[[Feed, dict[str, np.ndarray], dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, Histogram]:
-    """Histograms of the magnitudes of all tensors over all feeds. `seen` is given each feed, its tensors and its outputs.
+    """Histograms of the magnitudes of all tensors over all feeds.
 
-    They do not depend on how the data is cut into feeds, and memory does not grow with their number. Raises
-    PrecisionError when a feed cannot be run, and, naming the node, when it makes NaN or infinity.
+    They depend neither on the order of the feeds, of which STREAMS are run at a time, nor on how the data is cut into
+    feeds, and memory does not grow with their number. `seen` is given each feed, its tensors and its outputs, in any order
+    and in threads of their own. Raises PrecisionError when a feed cannot be run, and, naming the node, when it makes NaN
+    or infinity.
     """
-    histograms = {name: Histogram() for name in activations.tensors}
-    for feed in feeds:
+    histograms = {name: (Histogram(), Lock()) for name in activations.tensors}
+
+    def count(feed: Feed) -> None:
         found, outputs = activations(feed)
-        for name, histogram in histograms.items():
+        for name, (histogram, lock) in histograms.items():
             try:
-                histogram.add(found[name])
+                with lock:
+                    histogram.add(found[name])
             except NonFiniteError as error:
                 raise PrecisionError(_not_finite(activations.model, name, feed, error)) from error
         if seen is not None:
             seen(feed, found, outputs)
-        del found, outputs  # before the next feed makes as much again
-    return histograms
+
+    running: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(STREAMS, thread_name_prefix="calibration") as pool:
+        for feed in feeds:
+            running.append(pool.submit(count, feed))
+            if len(running) > STREAMS:  # one feed waits for a thread, and no more, for they take memory
+                running.popleft().result()
+        while running:
+            running.popleft().result()
+    return {name: histogram for name, (histogram, _) in histograms.items()}
 
 
 def scale_of(amax: float) -> float:
