@@ -33,6 +33,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	# Beside the packages and not among them: an importable `tensorrt` that is stubs alone would pass for the library.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/stubs \
+	    tensorrt-stubs==10.13.0.35.1
+	# Five of its lines are no Python: `in` as the name of an argument, and one without a default after those with one.
+	sed -i -E 's/, in: list/, inputs: list/; s/channel_axis: int\)/channel_axis: int = 0)/' $(VENV)/stubs/tensorrt_bindings/tensorrt.pyi
 	touch $@
 
 # Exact versions of everything that `dev` needs (which holds `demo` and `cpu`), for Python 3.11 on Linux.

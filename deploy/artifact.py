@@ -88,8 +88,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine was built with and for.
 
-    gpu and compute_capability are those of the GPU it was built on; `targets` the compute capabilities that an engine
-    built without one is for.
+    gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
+    engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
+    every GPU from compute capability 8.0 on.
     """
 
     flavour: Literal["tensorrt", "tensorrt-rtx"]
@@ -97,12 +98,16 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gpu: str | None
     compute_capability: str | None
     targets: list[str]
+    driver: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Share of the multiply-accumulates of Conv, Gemm and MatMul in each precision, 0 to 1.
 
-    `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made.
+    `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made. Of an
+    engine, `layers` and `time` are the same for all its layers, by their number and by the GPU time of a run.
     """
 
     int8: float
@@ -110,6 +115,8 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     bf16: float
     fp32: float
     origin: Literal["engine", "network"] = msgspec.field(name="from")
+    layers: dict[str, float] | None = None
+    time: dict[str, float] | None = None
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

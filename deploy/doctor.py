@@ -1,15 +1,18 @@
 """What this machine can do: processor, GPUs, driver, and each library with its version or what is missing."""
 
-import importlib
 import platform
 import shutil
 import subprocess
 from importlib import metadata
 from typing import Any
 
-from deploy.errors import BackendError, DeployError
+from deploy.engine.flavour import has_gpu, load_flavour
+from deploy.errors import DeployError
 from deploy.machine import cpu_model, usable_cores
-from deploy.runtime.session import BACKENDS
+from deploy.runtime.session import BACKENDS, ENGINES, import_backend, split_backend
+
+LISTED = ("onnxruntime", "onnxruntime:cuda", "onnxruntime:tensorrt", *BACKENDS[1:])
+"""Backends, and the variants that need more than the backend does."""
 
 _QUERY = ("name", "compute_cap", "memory.total", "driver_version")
 
@@ -21,6 +24,7 @@ def examine() -> dict[str, Any]:
     `name`, `compute_capability`, `memory_mib`, `driver`, with the reason in `gpus_missing` where it is empty.
     """
     gpus, reason = _gpus()
+    no_gpu = None if gpus or has_gpu() else f"runs on an NVIDIA GPU: {reason}"
     return {
         "schema": 1,
         "deploy": _version("deploy"),
@@ -31,7 +35,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "gpus_missing": reason,
         "torch": _torch(),
-        "backends": [_backend(name) for name in BACKENDS],
+        "backends": [_backend(name, no_gpu) for name in LISTED],
         "flavours": [_flavour(name) for name in ("tensorrt", "tensorrt-rtx")],
         "optional": [_optional(name, extra) for name, extra in (("timm", "timm"), ("torchvision", "torchvision"))],
     }
@@ -60,18 +64,26 @@ def _torch() -> dict[str, Any]:
     return {"version": torch.__version__, "cuda": cuda, "cuda_available": torch.cuda.is_available()}
 
 
-def _backend(name: str) -> dict[str, Any]:
+def _backend(backend: str, no_gpu: str | None) -> dict[str, Any]:
+    """`no_gpu`: why there is no GPU, None where there is one."""
+    name, variant = split_backend(backend)
     try:
-        importlib.import_module(f"deploy.runtime.{name}")
-    except BackendError as error:
-        return {"name": name, "available": False, "reason": str(error)}
-    library = {"eager": "torch", "compile": "torch", "null": "deploy"}.get(name, name)
-    return {"name": name, "available": True, "version": _version(library)}
+        if name in ENGINES:
+            version: str | None = load_flavour(name).version
+        else:
+            version = _version({"eager": "torch", "compile": "torch", "null": "deploy"}.get(name, name))
+        module = import_backend(name)
+        missing = module.provider_missing(variant[0]) if variant else None
+    except DeployError as error:
+        missing = str(error)
+    if missing is None and (variant or name in ENGINES):
+        missing = no_gpu
+    if missing is not None:
+        return {"name": backend, "available": False, "reason": missing}
+    return {"name": backend, "available": True, "version": version}
 
 
 def _flavour(name: str) -> dict[str, Any]:
-    from deploy.engine.flavour import load_flavour
-
     try:
         return {"name": name, "available": True, "version": load_flavour(name).version}
     except DeployError as error:

@@ -30,18 +30,21 @@ def load(
     *,
     threads: int | None = None,
     compute: Literal["fp32", "bf16", "fp16"] = "fp32",
+    contexts: int = 2,
+    rebuild: bool = False,
 ) -> Session:
     """Open an artifact or an `.onnx` file.
 
-    backend: a name from `deploy.runtime.session.BACKENDS`; `auto`, the first of onnxruntime and openvino that can run
-        the artifact; or `fastest`, which times these two once, in processes of their own at the optimal shape of the
-        first profile, and remembers the choice by artifact and machine in `fastest_file()`.
-    device, threads, compute: see `SessionOptions`.
+    backend: a name from `deploy.runtime.session.BACKENDS`, with a variant of `VARIANTS` if any (`onnxruntime:cuda`); `auto`,
+        the flavour of an engine, else the first of onnxruntime and openvino that can run the artifact; or `fastest`, which
+        times these two once, in processes of their own at the optimal shape of the first profile, and remembers the choice
+        by artifact and machine in `fastest_file()`.
+    device, threads, compute, contexts, rebuild: see `SessionOptions`.
 
     Raises ArtifactError, BackendError or UsageError.
     """
     artifact = path if isinstance(path, Artifact) else open_artifact(path)
-    options = SessionOptions(device=device, threads=threads, compute=compute)
+    options = SessionOptions(device=device, threads=threads, compute=compute, contexts=contexts, rebuild=rebuild)
     if backend == "fastest":
         backend = _fastest(artifact, options)
     return open_session(artifact, backend, options)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
 LAYERS = (
     ("ground", {"cache", "errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
-    ("contracts", {"artifact", "writer", "runtime.session", "runtime"}),
+    ("contracts", {"artifact", "writer", "runtime.arrays", "runtime.cuda", "runtime.session", "runtime"}),
     (
         "intake",
         {
@@ -38,6 +38,9 @@ LAYERS = (
             "precision",
             "engine",
             "runtime.onnxruntime",
+            "runtime.engine_context",
+            "runtime.tensorrt",
+            "runtime.tensorrt_rtx",
             "runtime.openvino",
             "runtime.eager",
             "runtime.compile",

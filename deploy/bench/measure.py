@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -100,13 +100,12 @@ def bench(
     options = options or BenchOptions()
     plan = make_plan(artifacts, options, named=named)
     threads = options.threads or usable_cores()
-    device = "cpu" if options.device == "auto" else options.device
-    found = conditions(threads=threads, device=device)
+    found = conditions(threads=threads, device=plan.baseline.device)
     if shapes := shown_shapes(plan.baseline.artifact.manifest, plan.baseline.dims):
         found["shapes"] = shapes
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-bench-")))
-        run = _Run(plan, SessionOptions(threads=threads, device=device), stack, folder, progress)
+        run = _Run(plan, SessionOptions(threads=threads), stack, folder, progress)
         run.open(named_artifacts=named, named_backends=bool(options.backends))
         for batch in plan.batches:
             run.measure(batch, options.seconds / len(plan.batches))
@@ -128,7 +127,9 @@ class _Run:
         self._progress = progress
         progress("start", 0, len(everyone))
         self._workers = {
-            candidate: stack.enter_context(WorkerProcess(candidate.artifact, candidate.backend, options))
+            candidate: stack.enter_context(
+                WorkerProcess(candidate.artifact, candidate.backend, replace(options, device=candidate.device))
+            )
             for candidate in everyone
         }
 
@@ -219,7 +220,7 @@ def _row(
     speed = paired_ratio(baseline, series)
     return BenchRow(
         artifact=candidate.artifact.shown,
-        precision=candidate.artifact.manifest.precision,
+        precision=candidate.precision,
         backend=candidate.backend,
         batch=batch,
         p50_ms=found.p50,

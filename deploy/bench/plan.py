@@ -7,31 +7,38 @@ from pathlib import Path
 
 from deploy.artifact import Artifact
 from deploy.bench.shapes import bench_dims, parse_shapes
+from deploy.engine.flavour import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.opening import artifacts_under
-from deploy.runtime.session import AUTO, BACKENDS, refuse_engine
+from deploy.runtime.session import AUTO, BACKENDS, ENGINES, import_backend, refuse_engine, split_backend
 from deploy.tensors import batch_dim
 
 BATCHES = (1, 8, 32)
 """Batch sizes where none are asked for and the artifact does not fix its own."""
 
+BASELINE = "eager"
+
 _MODULE_BACKENDS = ("eager", "compile")
 """They run the module that all artifacts descend from, whatever the artifact."""
+
+_GPU_VARIANTS = {"cuda", "tensorrt", "cuda_graph"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """How to benchmark.
 
-    backends: names from `BACKENDS`; empty: all of `AUTO` that are installed and can run the artifact. Eager PyTorch is
-        the baseline in any case.
+    backends: names from `BACKENDS`, with variants if any (`eager:fp16,channels_last`); empty: all of `AUTO` that are
+        installed and can run the artifact. Engines run on their flavour's, and on no other. Eager PyTorch in FP32 is the
+        baseline in any case.
     batches: batch sizes; empty: `BATCHES`, or the fixed batch of the artifacts.
     seconds: time to spend on measuring, start and warm-up aside. Slow models take longer: every candidate runs in at
         least `MIN_ROUNDS` rounds.
     shapes: `NAME=SHAPE`, such as `input=1x3x224x224`, for inputs with dynamic dimensions; the batch in it is not used. One
         left out takes the optimum of its profile, or the size that the preprocessing makes of images.
     threads: of every candidate, eager too; None: the physical cores that may be used.
-    device: of every candidate, eager too; `auto` is the CPU, for all backends but eager run there in this version.
+    device: of every candidate, eager too. `auto` is the GPU for what runs there only, and the CPU for what runs there
+        only; for eager and compile it is the GPU where another candidate needs one, else the CPU.
     """
 
     backends: tuple[str, ...] = ()
@@ -43,8 +50,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for backend in self.backends:
-            if backend not in BACKENDS:
-                raise UsageError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+            split_backend(backend)
         for batch in self.batches:
             if batch < 1:
                 raise UsageError(f"the batch size must be 1 or more, not {batch}")
@@ -57,10 +63,14 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """One artifact on one backend, the batch sizes it is to run at, and the sizes of all other symbolic dimensions."""
+    """One artifact on one backend, the batch sizes it is to run at, and the sizes of all other symbolic dimensions.
+
+    device: what the session is opened with, see `SessionOptions`.
+    """
 
     artifact: Artifact
     backend: str
+    device: str
     batches: tuple[int, ...]
     dims: Mapping[str, int]
 
@@ -68,6 +78,12 @@ class Candidate:
         """Sizes of all symbolic dimensions of the inputs."""
         name = batch_dim(self.artifact.manifest.inputs)
         return {**self.dims, name: batch} if name is not None else dict(self.dims)
+
+    @property
+    def precision(self) -> str:
+        """That of the artifact, or the half precision that the module is run in."""
+        _, variant = split_backend(self.backend)
+        return next((name for name in variant if name in ("fp16", "bf16")), self.artifact.manifest.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +110,17 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     """Pair artifacts with backends. `named`: the user named the artifacts, so that one that cannot run is an error.
 
     Raises UsageError when the artifacts do not belong together or a batch size or a shape does not fit, ArtifactError when there is
-    no eager baseline or a named artifact has lost its parent, BackendError when a named artifact is an engine.
+    no eager baseline or a named artifact has lost its parent, BackendError when a named artifact is an engine that cannot run
+    here, or a named backend runs engines and there is none.
     """
     if not artifacts:
         raise UsageError("nothing to benchmark: name an artifact")
     artifacts = list({artifact.location.absolute(): artifact for artifact in artifacts}.values())
     _check_weights(artifacts)
+    flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
+    for name, _ in map(split_backend, options.backends):
+        if name in ENGINES and name not in flavours:
+            raise BackendError(f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`")
     roots = []
     runnable = []
     skipped = []
@@ -107,7 +128,8 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
         target = artifact.manifest.target
         try:
             roots.append(artifact.root())
-            refuse_engine(artifact)
+            if target is not None:
+                _check_engine(artifact, options.backends)
         except (ArtifactError, BackendError) as error:
             if named:
                 raise
@@ -123,19 +145,36 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
         _check_specs(root, artifact)
     dims = bench_dims(root.manifest, parse_shapes(options.shapes))
     batches = options.batches or _default_batches(runnable)
-    candidates = []
+    fitting = {}
     for artifact in runnable:
         fixed = _fixed_batch(artifact)
-        fitting = tuple(batch for batch in batches if fixed in (None, batch))
-        if options.batches and fitting != batches:
+        fitting[artifact.location] = tuple(batch for batch in batches if fixed in (None, batch))
+        if options.batches and fitting[artifact.location] != batches:
             raise UsageError(f"{artifact.shown} takes batches of {fixed} only; --batch asks for {_listed(batches)}")
-        for backend in options.backends or AUTO:
-            if backend not in _MODULE_BACKENDS:
-                candidates.append(Candidate(artifact=artifact, backend=backend, batches=fitting, dims=dims))
-    if "compile" in options.backends:
-        candidates.append(Candidate(artifact=root, backend="compile", batches=batches, dims=dims))
-    baseline = Candidate(artifact=root, backend="eager", batches=batches, dims=dims)
+    pairs = [(each, backend, fitting[each.location]) for each in runnable for backend in _backends(each, options.backends)]
+    pairs += [(root, backend, batches) for backend in options.backends if _runs_module(backend) and backend != BASELINE]
+    on_gpu = any(_gpu_only(backend) for _, backend, _ in pairs)
+    baseline, *candidates = (
+        Candidate(artifact=artifact, backend=backend, device=_device(backend, options.device, on_gpu), batches=sizes, dims=dims)
+        for artifact, backend, sizes in [(root, BASELINE, batches), *pairs]
+    )
     return Plan(baseline=baseline, candidates=tuple(candidates), skipped=tuple(skipped))
+
+
+def parse_backends(texts: Sequence[str]) -> tuple[str, ...]:
+    """Backends of a command line, several in a text with commas between, as those of a variant have too.
+
+    `["onnxruntime:cuda,openvino", "eager:fp16,channels_last"]` -> `("onnxruntime:cuda", "openvino",
+    "eager:fp16,channels_last")`: what follows a comma belongs to the variant before it unless it is a backend.
+    """
+    found: list[str] = []
+    for text in texts:
+        for position, part in enumerate(text.split(",")):
+            if position and ":" in found[-1] and part.partition(":")[0] not in BACKENDS:
+                found[-1] += f",{part}"
+            else:
+                found.append(part)
+    return tuple(dict.fromkeys(found))
 
 
 def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
@@ -148,6 +187,39 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
         raise UsageError(f"no artifacts under {build}: name one, or make one with `deploy export`")
     newest = found[-1].manifest.source.state_dict
     return [artifact for artifact in found if artifact.manifest.source.state_dict == newest]
+
+
+def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
+    """Raise BackendError unless the engine can run here on one of `backends`, or on any where there are none."""
+    found = _backends(artifact, backends)
+    if not has_gpu() or not found:
+        refuse_engine(artifact)
+    import_backend(split_backend(found[0])[0])
+
+
+def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
+    """Those of `backends`, or of the default ones where there are none, that run the artifact and not the module."""
+    target = artifact.manifest.target
+    if target is not None:
+        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0] == target.flavour]
+    others = (*ENGINES, *_MODULE_BACKENDS)
+    return [backend for backend in backends or AUTO if split_backend(backend)[0] not in others]
+
+
+def _runs_module(backend: str) -> bool:
+    return split_backend(backend)[0] in _MODULE_BACKENDS
+
+
+def _gpu_only(backend: str) -> bool:
+    name, variant = split_backend(backend)
+    return name in ENGINES or not _GPU_VARIANTS.isdisjoint(variant)
+
+
+def _device(backend: str, device: str, on_gpu: bool) -> str:
+    """What a session is opened with; `on_gpu`: whether one of the candidates runs on a GPU only."""
+    if device != "auto":
+        return device
+    return "cuda" if _gpu_only(backend) or (on_gpu and has_gpu() and _runs_module(backend)) else "cpu"
 
 
 def _check_weights(artifacts: Sequence[Artifact]) -> None:

@@ -36,7 +36,7 @@ def _table(result: BenchResult) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("artifact", overflow="fold", min_width=8)
     table.add_column("prec.", no_wrap=True)
-    table.add_column("backend", no_wrap=True)
+    table.add_column("backend", overflow="fold", min_width=12)
     for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     labels = _labels([row.artifact for row in result.results])

@@ -20,7 +20,8 @@ STDOUT = Path("-")
     "backends",
     multiple=True,
     metavar="B",
-    help="onnxruntime, openvino or compile; may be repeated.  [default: all installed but compile]",
+    help="onnxruntime, openvino, compile, tensorrt or tensorrt-rtx, some with a variant (onnxruntime:cuda,"
+    " eager:fp16,channels_last); may be repeated.  [default: onnxruntime, openvino, and for engines their flavour]",
 )
 @click.option("--batch", "batches", default=None, metavar="1,8,32", help="Batch sizes.  [default: 1,8,32]")
 @click.option(
@@ -64,12 +65,12 @@ def command(
     Without arguments: all artifacts under build/ that descend from the same state_dict as the newest.
     """
     from deploy.bench.measure import bench  # loads numpy and onnx
-    from deploy.bench.plan import BenchOptions, find_artifacts
+    from deploy.bench.plan import BenchOptions, find_artifacts, parse_backends
     from deploy.bench.table import print_table
     from deploy.opening import open_artifact
 
     options = BenchOptions(
-        backends=tuple(name for text in backends for name in text.split(",")),
+        backends=parse_backends(backends),
         batches=_sizes(batches),
         shapes=shapes,
         seconds=seconds,

@@ -35,7 +35,8 @@ def backend_option(function: _F) -> _F:
         default="auto",
         show_default=True,
         metavar="B",
-        help="auto, fastest, onnxruntime, openvino, eager, compile or null.",
+        help="auto, fastest, onnxruntime, openvino, tensorrt, tensorrt-rtx, eager, compile or null; some take a variant"
+        " (onnxruntime:cuda).",
     )(function)
 
 

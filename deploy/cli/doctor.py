@@ -32,5 +32,5 @@ def command(as_json: bool) -> None:
     for title, key in (("backend", "backends"), ("builder", "flavours"), ("optional", "optional")):
         for entry in report[key]:
             state = entry["version"] if entry["available"] else f"missing: {entry['reason']}"
-            lines.append(f"{title:<9} {entry['name']:<14} {state}")
+            lines.append(f"{title:<9} {entry['name']:<20} {state}")
     click.echo("\n".join(lines))

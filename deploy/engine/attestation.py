@@ -1,17 +1,25 @@
-"""What precision a network computes in, read back from what the parser built, not from what was asked for."""
+"""What precision a network or an engine computes in, read back from what was built, not from what was asked for."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.artifact import Exclusion, PrecisionShare
+from deploy.engine.bindings import Bindings
 from deploy.errors import EngineError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 HONOURED = 0.9
 """Share of the multiply-accumulates, outside the reported exclusions, that must run in the precision asked for."""
 
 
-def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[PrecisionShare, dict[str, str]]:
+def network_share(
+    network: "tensorrt.INetworkDefinition", trt: Bindings, macs: Mapping[str, int]
+) -> tuple[PrecisionShare, dict[str, str]]:
     """Share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
 
     A layer computes in INT8 when both its operands, activation and weight, come out of DequantizeLinear of INT8, with
@@ -31,21 +39,111 @@ def network_share(network: Any, trt: Any, macs: Mapping[str, int]) -> tuple[Prec
         operands = [layer.get_input(index) for index in range(2)]
         quantized = all(operand is not None and _is_int8(operand, producers, trt) for operand in operands)
         precision = "int8" if quantized else names.get(operands[0].dtype, "fp32")
-        for node in re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.metadata or "") or [layer.name]:
+        for node in _NODE.findall(layer.metadata or "") or [layer.name]:
             by_node[node] = precision
     missing = [node for node, count in macs.items() if count and node not in by_node]
     if missing:
         raise EngineError(f"the parsed network has no layer for {', '.join(missing[:10])}: its precision cannot be attested")
-    totals = dict.fromkeys(("int8", "fp16", "bf16", "fp32"), 0)
-    for node, count in macs.items():
-        if count:
-            totals[by_node[node]] += count
+    shares = _shares((by_node[node], count) for node, count in macs.items() if count)
+    return _record(shares, "network"), by_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayer:
+    """A layer of a built engine: the ONNX nodes that are fused in it, and the precision it computes in."""
+
+    name: str
+    nodes: tuple[str, ...]
+    precision: str
+    computes: bool
+
+
+def engine_layers(information: str) -> list[EngineLayer]:
+    """The layers that the inspector tells of, in its JSON form, of an engine built with detailed verbosity.
+
+    A tactic that names the types of its operands (`..._i8i8_i8i32_f32_...`) computes in the first of them; for others it is
+    the type of the first input. Raises EngineError for what is no such description.
+    """
+    try:
+        described = json.loads(information)["Layers"]
+        return [_layer(layer) for layer in described]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"the inspector's description of the engine cannot be read: {error!r}") from error
+
+
+def engine_share(
+    layers: Sequence[EngineLayer], typed: Mapping[str, str], macs: Mapping[str, int], times: Mapping[str, float]
+) -> tuple[PrecisionShare, dict[str, str]]:
+    """Share of `macs` in each precision as the engine was built, and the precision by node.
+
+    typed: precision by node of the typed network, for the nodes that the inspector does not name: TensorRT drops names
+        where it compiles many nodes into one kernel, but keeps to the types. times: milliseconds by layer, may be empty.
+    """
+    by_node = dict(typed)
+    for layer in sorted(layers, key=lambda layer: layer.computes):  # what computes comes last: the others only move data
+        for node in layer.nodes:
+            if node in macs:
+                by_node[node] = layer.precision
+    timed = [(layer.precision, times[layer.name]) for layer in layers if layer.name in times]
+    shares = _shares((by_node[node], count) for node, count in macs.items() if count)
+    counted = _shares((layer.precision, 1) for layer in layers)
+    return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
+
+
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_TACTIC = re.compile(r"_(i8|s8|e4m3|f16|h|bf16|tf32|f32)(?:i8|s8|e4m3|f16|bf16|tf32|f32|i32)*_")
+_OPERANDS = {"i8": "int8", "s8": "int8", "f16": "fp16", "h": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
+_TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16"), ("fp16", "fp16"))
+"""What a description of a format holds, in lower case, and the precision; all else is FP32."""
+_COMPUTES = re.compile(r"conv|gemm|matmul|matrixmultiply|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
+
+
+def _layer(layer: Mapping[str, Any] | str) -> EngineLayer:
+    if isinstance(layer, str):  # an engine built without detailed verbosity gives names alone
+        raise TypeError("layers are names alone: the engine was built without detailed verbosity")
+    tactic = layer.get("TacticName") or ""
+    kind = f"{layer.get('LayerType', '')} {tactic}"
+    named = _TACTIC.search(tactic)
+    inputs = layer.get("Inputs") or [{}]
+    precision = _OPERANDS.get(named[1]) if named else None
+    if precision is None:
+        text = str(inputs[0].get("Format/Datatype", "")).lower()
+        precision = next((name for part, name in _TYPES if part in text), "fp32")
+    return EngineLayer(
+        name=layer["Name"],
+        nodes=tuple(_NODE.findall(layer.get("Metadata") or "")),
+        precision=precision,
+        computes=bool(_COMPUTES.search(kind)),
+    )
+
+
+def _shares(weighted: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The share of the whole weight that each precision has."""
+    totals = dict.fromkeys(("int8", "fp16", "bf16", "fp32"), 0.0)
+    for precision, weight in weighted:
+        totals[precision] += weight
     whole = sum(totals.values())
-    share = {name: total / whole if whole else 0.0 for name, total in totals.items()}
-    return PrecisionShare(**share, origin="network"), by_node
+    return {name: total / whole if whole else 0.0 for name, total in totals.items()}
 
 
-def _is_int8(tensor: Any, producers: Mapping[str, Any], trt: Any) -> bool:
+def _record(
+    shares: Mapping[str, float],
+    origin: Literal["engine", "network"],
+    layers: dict[str, float] | None = None,
+    time: dict[str, float] | None = None,
+) -> PrecisionShare:
+    return PrecisionShare(
+        int8=shares["int8"],
+        fp16=shares["fp16"],
+        bf16=shares["bf16"],
+        fp32=shares["fp32"],
+        origin=origin,
+        layers=layers,
+        time=time,
+    )
+
+
+def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILayer"], trt: Bindings) -> bool:
     """Whether `tensor` comes out of DequantizeLinear of INT8; the parser puts changes of shape before 1-D convolutions
     and products with fewer dimensions on one side."""
     reshaping = (trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE, trt.LayerType.SQUEEZE)

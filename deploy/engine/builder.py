@@ -1,25 +1,28 @@
-"""A typed ONNX file to a TensorRT engine, the same for every flavour.
+"""A typed network to a TensorRT engine, the same for every flavour.
 
 Networks are always strongly typed: the precision of each tensor is the one in the ONNX file, and no builder flag can
 change it. TF32 would change FP32 in silence, so it is off unless asked for.
 """
 
-import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.artifact import Target
+from deploy.engine.bindings import Bindings
 from deploy.engine.flavour import RTX_TARGETS, Flavour
+from deploy.engine.network import Network, parse_network
+from deploy.engine.timing_cache import save_timing_cache, use_timing_cache
 from deploy.errors import EngineError, UsageError
-from deploy.onnxfile import load_graph
 from deploy.progress import Progress, silent
+from deploy.runtime.cuda import open_device
 from deploy.tensors import Profile
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import tensorrt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +31,39 @@ class BuildOptions:
 
     opt_level: 0 (quick build) to 5 (slow build, fast engine); None for TensorRT's default, 3.
     tf32: let FP32 convolutions and matrix products round their inputs to TF32 (10 bits of mantissa).
-    timing_cache: file of tactic timings to read and write; `tensorrt` only.
-    version_compatible: the engine runs on later minor versions too.
-    hardware_compatible: the engine runs on any GPU from Ampere on.
+    workspace: MiB of GPU memory that a layer may use beside its tensors at most; None for all that the GPU has.
+    timing_cache: file of tactic timings to read and write, which builds that run at once may share; `tensorrt` only.
+    version_compatible: the engine runs on later versions too; `tensorrt` only.
+    hardware_compatible: the engine runs on any GPU from Ampere on; `tensorrt` only.
+    targets: compute capabilities to build for, such as `"8.6"`; `tensorrt-rtx` only. None of them: `RTX_TARGETS`.
     """
 
     opt_level: int | None = None
     tf32: bool = False
+    workspace: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.opt_level is not None and not 0 <= self.opt_level <= 5:
             raise UsageError(f"--opt-level must be 0 to 5, not {self.opt_level}")
+        if self.workspace is not None and self.workspace < 1:
+            raise UsageError(f"--workspace must be 1 MiB or more, not {self.workspace}")
+        for target in self.targets:
+            if not re.fullmatch(r"[1-9]\d*\.\d", target):
+                raise UsageError(f"--target must be a compute capability such as 8.6, not {target!r}")
+        if len(set(self.targets)) < len(self.targets):
+            raise UsageError("--target names one compute capability twice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """A serialized engine, the network that it was built from (alive while this is), and what it was built for."""
+    """A serialized engine, the network that it was built from, and what it was built for."""
 
     plan: bytes
-    network: Any
+    network: Network
     target: Target
 
 
@@ -64,176 +78,146 @@ def build_engine(
 ) -> BuiltEngine:
     """Parse and build `onnx_path` with one optimization profile for each of `profiles`. Errors call it `shown`.
 
-    Raises EngineError for nodes that the parser refuses (each by its ONNX name, with a remedy) and for a failed build,
-    UsageError for options that the flavour does not have.
+    Ctrl-C stops the build at TensorRT's next step and is raised then. Raises EngineError for nodes that the parser refuses
+    (each by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have.
     """
     trt = flavour.trt
     shown = shown or str(onnx_path)
-    if flavour.name == "tensorrt-rtx":
-        if options.timing_cache is not None:
-            raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
-        if options.version_compatible or options.hardware_compatible:
-            raise UsageError(
-                "--version-compatible and --hardware-compatible are for the flavour tensorrt; tensorrt-rtx has neither"
-            )
-    log = _make_logger(trt)
-    builder = trt.Builder(log)
-    if builder is None:
-        raise EngineError(f"{flavour.name} cannot start: {log.last()}")
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
+    _check_flavour(flavour, options)
     progress("parsing", 0, 0)
-    if not parser.parse_from_file(str(onnx_path)):
-        raise EngineError(_refusals(flavour, builder, parser, onnx_path, log, shown))
-    config = builder.create_builder_config()
-    monitor = _make_monitor(trt, progress)
-    config.progress_monitor = monitor
-    _set_options(config, trt, options)
+    network = parse_network(flavour, onnx_path, shown=shown)
+    config = network.builder.create_builder_config()
+    _set_options(config, flavour, options)
     for profile in profiles:
-        _add_profile(builder, config, profile)
-    cache = _read_timing_cache(config, options.timing_cache)
-    plan = builder.build_serialized_network(network, config)
+        _add_profile(network.builder, config, trt, profile)
+    cache = use_timing_cache(config, options.timing_cache) if options.timing_cache else None
+    plan = _build(network, config, trt, progress)
     if plan is None:
-        raise EngineError(f"{flavour.name} {flavour.version} could not build {shown}: {log.last()}")
+        raise EngineError(f"{flavour.name} {flavour.version} could not build {shown}: {network.log.last()}")
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return BuiltEngine(plan=bytes(plan), network=_Kept(network, parser, builder, log), target=_target(flavour))
+        save_timing_cache(config, options.timing_cache)
+    return BuiltEngine(plan=bytes(plan), network=network, target=_target(flavour, options))
 
 
-class _Kept:
-    """A network with the objects that must outlive it: TensorRT's Python objects do not hold one another."""
+def _check_flavour(flavour: Flavour, options: BuildOptions) -> None:
+    if flavour.name != "tensorrt-rtx":
+        if options.targets:
+            raise UsageError("--target is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
+        return
+    if options.timing_cache is not None:
+        raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
+    if options.version_compatible or options.hardware_compatible:
+        raise UsageError("--version-compatible and --hardware-compatible are for the flavour tensorrt; tensorrt-rtx has neither")
 
-    def __init__(self, network: Any, *owners: Any) -> None:
-        self._network = network
-        self._owners = owners
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-
-def _set_options(config: Any, trt: Any, options: BuildOptions) -> None:
+def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: BuildOptions) -> None:
+    trt = flavour.trt
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.targets:
+        _set_targets(config, trt, flavour, options.targets)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells every layer's precision
 
 
-def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
+def _set_targets(config: Any, trt: Any, flavour: Flavour, targets: Sequence[str]) -> None:
+    """Of tensorrt-rtx alone: the compute capabilities that the engine has code for."""
+    config.num_compute_capabilities = len(targets)  # before they are set, or each is refused
+    for index, target in enumerate(targets):
+        capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+        if capability is None or not config.set_compute_capability(capability, index):
+            known = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+            listed = ", ".join(f"{name[:-1]}.{name[-1]}" for name in known)
+            raise UsageError(f"--target {target}: {flavour.name} {flavour.version} builds for {listed}, and not for it")
+
+
+def _add_profile(builder: "tensorrt.Builder", config: "tensorrt.IBuilderConfig", trt: Bindings, profile: Profile) -> None:
     optimization = builder.create_optimization_profile()
     for name, shapes in profile.items():
-        optimization.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        optimization.set_shape(name, *(trt.Dims(list(shape)) for shape in (shapes.min, shapes.opt, shapes.max)))
     if config.add_optimization_profile(optimization) < 0:
         raise EngineError("TensorRT refused the profile " + ", ".join(f"{name}={shapes}" for name, shapes in profile.items()))
 
 
-def _read_timing_cache(config: Any, path: Path | None) -> Any:
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
-
-
-def _target(flavour: Flavour) -> Target:
+def _target(flavour: Flavour, options: BuildOptions) -> Target:
     if flavour.builds_without_gpu:
-        return Target(flavour=flavour.name, version=flavour.version, gpu=None, compute_capability=None, targets=list(RTX_TARGETS))
-    gpu, capability = _current_gpu()
-    return Target(flavour=flavour.name, version=flavour.version, gpu=gpu, compute_capability=capability, targets=[capability])
+        targets = list(options.targets or RTX_TARGETS)
+        return Target(flavour=flavour.name, version=flavour.version, gpu=None, compute_capability=None, targets=targets)
+    gpu = open_device().gpu()
+    return Target(
+        flavour=flavour.name,
+        version=flavour.version,
+        gpu=gpu.name,
+        compute_capability=gpu.compute_capability,
+        targets=[gpu.compute_capability],
+        driver=gpu.driver,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+    )
 
 
-def _current_gpu() -> tuple[str, str]:
-    """Name and compute capability of the GPU that TensorRT builds on."""
-    from deploy.engine.gpu import current_gpu  # loads CUDA: only on a machine that has it
+def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, progress: Progress) -> Any:
+    """The plan, or None. It is built in a thread, for Python handles Ctrl-C in the main thread, between its own steps."""
+    monitor = _make_monitor(trt, progress)
+    config.progress_monitor = monitor
+    outcome: list[Any] = []
 
-    return current_gpu()
+    def work() -> None:
+        try:
+            outcome.append(network.builder.build_serialized_network(network.definition, config))
+        except BaseException as error:
+            outcome.append(error)
 
-
-_REMEDIES: Mapping[str, str] = {
-    "Col2Im": "write fold as a transposed convolution, or leave it outside the model",
-    "NonZero": "its output shape depends on data: use a mask of fixed shape",
-    "StringNormalizer": "strings cannot run on a GPU: do this before the model",
-}
-_REMEDY = "replace it in the model by operators that TensorRT has, or run this model on ONNX Runtime"
-_NO_PLUGIN = "Plugin not found"
-"""What the parser says of an operator that it does not know, for it then looks for a plugin of that name."""
-
-
-def _refusals(flavour: Flavour, builder: Any, parser: Any, onnx_path: Path, log: Any, shown: str) -> str:
-    """Every node that the parser refuses, by its ONNX name, with the reason and a remedy, a line each."""
-    trt = flavour.trt
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    checker = trt.OnnxParser(network, log)  # parse() stops at the first refusal; this lists them all
-    checker.supports_model_v2(onnx_path.read_bytes(), str(onnx_path))
-    errors: dict[tuple[str, str], str] = {}
-    for source in (parser, checker):
-        for index in range(source.num_errors):
-            error = source.get_error(index)
-            reason = re.sub(r"^Assertion failed: .*?\): ", "", error.desc() or "")
-            if reason in ("", "false"):
-                reason = "the operator is not supported"
-            elif _NO_PLUGIN in reason:
-                domain = _domain(onnx_path, error.node_operator(), error.node_name())
-                reason = f"operator {error.node_operator()} of domain {domain} is not known to {flavour.name}"
-            errors.setdefault((error.node_operator(), error.node_name()), reason)
-    if not any(operator for operator, _ in errors):
-        return f"{flavour.name} {flavour.version} cannot parse {shown}: {next(iter(errors.values()), log.last())}"
-    lines = [
-        f"  {operator} {name!r}: {reason}; {_REMEDIES.get(operator, _REMEDY)}" for (operator, name), reason in errors.items()
-    ]
-    noun = "node" if len(lines) == 1 else "nodes"
-    return "\n".join([f"{flavour.name} {flavour.version} refuses {len(lines)} {noun} of {shown}:", *lines])
+    thread = threading.Thread(target=work, name="deploy build", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        monitor.cancelled.set()  # TensorRT asks at every step
+        thread.join()
+        raise
+    if monitor.failure is not None:
+        raise monitor.failure
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
-def _domain(onnx_path: Path, operator: str, name: str) -> str:
-    """The domain of the node that the parser refused; it tells the operator and the name alone."""
-    nodes = [node for node in load_graph(onnx_path).graph.node if node.op_type == operator]
-    return next((node.domain for node in nodes if node.name == name or len(nodes) == 1), "") or "ai.onnx"
-
-
-def _make_logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors, for they say why a call returned nothing; passes warnings on."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message.strip())
-            elif severity == trt.ILogger.WARNING:
-                logger.info("%s", message.strip())
-
-        def last(self) -> str:
-            return self.errors[-1] if self.errors else "no reason was given"
-
-    return Log()
-
-
-def _make_monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells of the outermost phase with steps; TensorRT calls from many threads."""
+def _make_monitor(trt: Bindings, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+        """Tells of the phases with steps; TensorRT calls from many threads, and an exception must not reach it."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.lock = threading.Lock()
-            self.steps: dict[str, int] = {}
+            self.cancelled = threading.Event()
+            self.failure: BaseException | None = None
+            self._lock = threading.Lock()
+            self._steps: dict[str, int] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            with self.lock:
-                self.steps[phase] = steps
-            progress(phase, 0, steps)
+            with self._lock:
+                self._steps[phase] = steps
+            self._tell(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            progress(phase, step + 1, self.steps.get(phase, 0))
-            return True
+            self._tell(phase, step + 1)
+            return not self.cancelled.is_set()
 
         def phase_finish(self, phase: str) -> None:
-            progress(phase, self.steps.get(phase, 0), self.steps.get(phase, 0))
+            self._tell(phase, self._steps.get(phase, 0))
+
+        def _tell(self, phase: str, done: int) -> None:
+            try:
+                progress(phase, done, self._steps.get(phase, 0))
+            except BaseException as error:
+                self.failure = self.failure or error
+                self.cancelled.set()
 
     return Monitor()

@@ -3,8 +3,9 @@
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
+from deploy.engine.bindings import Bindings
 from deploy.errors import BackendError, UsageError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
@@ -22,7 +23,7 @@ class Flavour:
 
     name: FlavourName
     version: str
-    trt: Any
+    trt: Bindings
 
     @property
     def builds_without_gpu(self) -> bool:
@@ -47,20 +48,31 @@ def load_flavour(name: str = "auto") -> Flavour:
     if name not in get_args(FlavourName):
         raise UsageError(f"unknown flavour {name!r}; expected auto, tensorrt or tensorrt-rtx")
     try:
-        trt = importlib.import_module(_MODULES[name])
+        trt = _import(name)
     except (ImportError, OSError) as error:
         raise BackendError(f"{name} is not installed: pip install 'deploy[{_EXTRAS[name]}]' ({error})") from error
-    flavour = Flavour(name=name, version=trt.__version__, trt=trt)  # type: ignore[arg-type]
+    flavour = Flavour(name=name, version=_version(trt), trt=trt)  # type: ignore[arg-type]
     if not flavour.builds_without_gpu and not has_gpu():
         raise BackendError(
-            f"{name} {trt.__version__} builds on an NVIDIA GPU, and there is none here; use --flavour tensorrt-rtx"
+            f"{name} {flavour.version} builds on an NVIDIA GPU, and there is none here; use --flavour tensorrt-rtx"
         )
     return flavour
 
 
+def _version(trt: Bindings) -> str:
+    return str(getattr(trt, "__version__"))  # noqa: B009  (which the stubs forgot)
+
+
+def _import(name: str) -> Bindings:
+    module = importlib.import_module(_MODULES[name])
+    if not hasattr(module, "Builder"):
+        raise ImportError(f"the module {_MODULES[name]} is there without the library, as of stubs or of an old installation")
+    return cast(Bindings, module)
+
+
 def _importable(name: str) -> bool:
     try:
-        importlib.import_module(_MODULES[name])
+        _import(name)
     except (ImportError, OSError):
         return False
     return True

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,10 @@ from deploy.onnxfile import save_model
 from deploy.pipeline.conversion import IMAGES, ConvertOptions, convert_onnx
 from deploy.pipeline.gate import Gate, check_accuracy
 from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
+from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantizing import QuantizeOptions, hint, quantize_onnx, quantize_settings
 from deploy.progress import Progress, silent
-from deploy.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
+from deploy.tensors import Profile
 from deploy.writer import ArtifactWriter, check_output
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def build_trt_artifact(
         raise UsageError("--int8 needs images to calibrate on: --calib IMAGEFOLDER")
     artifact.verify(weights=False)
     flavour = load_flavour(options.flavour)
-    profiles = _profiles(options.shapes, manifest.inputs, manifest.profiles)
+    profiles = make_profiles(options.shapes, manifest.inputs, manifest.profiles)
     stage = _stage(artifact, options, data, gate, flavour, profiles)
     if (stood := standing(out, stage)) is not None:
         logger.info("%s is up to date", out)
@@ -102,7 +103,7 @@ def build_trt_artifact(
             made = msgspec.structs.replace(made, accuracy=accuracy)
         built = build_engine(flavour, path, profiles, options.build, progress, shown=artifact.shown)
         macs = count_macs(path, {name: shapes.opt for name, shapes in profiles[0].items()})
-        share, by_node = network_share(built.network, flavour.trt, macs)
+        share, by_node = network_share(built.network.definition, flavour.trt, macs)
         check_honoured(made.precision, by_node, macs, made.exclusions, f"{artifact.shown} with {flavour.name}")
         (writer.path / ENGINE).write_bytes(built.plan)
         return writer.commit(
@@ -159,93 +160,6 @@ def _typed(
         )
         return _Typed(model=converted.model, manifest=changed)
     return _Typed(model=None, manifest=manifest)
-
-
-def parse_shapes(text: str) -> tuple[str, ShapeRange]:
-    """`"input=1x3x224x224:8x3x224x224:32x3x224x224"` -> name and range; one shape alone stands for all three.
-
-    Raises UsageError.
-    """
-    name, equals, rest = text.partition("=")
-    parts = rest.split(":")
-    if not equals or not name or len(parts) not in (1, 3):
-        raise UsageError(
-            f"cannot read the shapes {text!r}; expected NAME=MIN:OPT:MAX, such as input=1x3x224x224:8x3x224x224:32x3x224x224"
-        )
-    shapes = [parse_shape(part) for part in parts]
-    if any(isinstance(dim, str) for shape in shapes for dim in shape):
-        raise UsageError(f"the shapes {text!r} must be numbers")
-    low, best, high = [tuple(int(dim) for dim in shape) for shape in (shapes if len(shapes) == 3 else shapes * 3)]
-    return name, ShapeRange(min=low, opt=best, max=high)
-
-
-def _profiles(texts: Sequence[str], inputs: Sequence[TensorSpec], known: Sequence[Profile]) -> list[Profile]:
-    """The optimization profiles: those of the manifest, or one with the ranges of `texts`. None for static inputs."""
-    asked: dict[str, ShapeRange] = {}
-    for text in texts:
-        name, shapes = parse_shapes(text)
-        if name in asked:
-            raise UsageError(f"--shapes names {name!r} twice")
-        asked[name] = shapes
-    names = [spec.name for spec in inputs]
-    if unknown := [name for name in asked if name not in names]:
-        raise UsageError(f"--shapes: unknown input {unknown[0]!r}; expected one of {', '.join(names)}")
-    if not asked and known:
-        return list(known)
-    base: Mapping[str, ShapeRange] = known[0] if known else default_profile(inputs) or {}
-    sizes = _sizes(asked, inputs)
-    for spec in inputs:  # what --shapes leaves open is as in the manifest
-        if spec.name in base:
-            for axis, dim in enumerate(spec.shape):
-                if isinstance(dim, str):
-                    sizes.setdefault(dim, _sides(base[spec.name], axis))
-    for spec in inputs:
-        if unknown := [dim for dim in spec.dynamic if dim not in sizes]:
-            raise UsageError(f"{spec} is dynamic in {', '.join(unknown)}: say --shapes {spec.name}=MIN:OPT:MAX")
-    low, best, high = ({dim: sides[index] for dim, sides in sizes.items()} for index in range(3))
-    return [{spec.name: ShapeRange(min=spec.concrete(low), opt=spec.concrete(best), max=spec.concrete(high)) for spec in inputs}]
-
-
-def _sizes(asked: Mapping[str, ShapeRange], inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, int, int]]:
-    """Smallest, optimal and largest size of each symbolic dimension that `asked` gives; inputs that share one share its sizes.
-
-    Raises UsageError for a range that does not fit its input, or contradicts that of another.
-    """
-    sizes: dict[str, tuple[int, int, int]] = {}
-    first: dict[str, TensorSpec] = {}
-    for spec in inputs:
-        if spec.name not in asked:
-            continue
-        shapes = asked[spec.name]
-        _check_range(spec, shapes)
-        for axis, dim in enumerate(spec.shape):
-            if not isinstance(dim, str):
-                continue
-            sides = _sides(shapes, axis)
-            if sizes.setdefault(dim, sides) != sides:
-                other = first[dim]
-                raise UsageError(
-                    f"--shapes gives {dim!r} as {_colons(sizes[dim])} in {other.name!r} and {_colons(sides)} in {spec.name!r}, which"
-                    f" have the same size there ({other}; {spec}): give them the same, or one of the two"
-                )
-            first.setdefault(dim, spec)
-    return sizes
-
-
-def _sides(shapes: ShapeRange, axis: int) -> tuple[int, int, int]:
-    return shapes.min[axis], shapes.opt[axis], shapes.max[axis]
-
-
-def _colons(sides: tuple[int, int, int]) -> str:
-    return ":".join(map(str, sides))
-
-
-def _check_range(spec: TensorSpec, shapes: ShapeRange) -> None:
-    if len(shapes.opt) != len(spec.shape):
-        raise UsageError(f"--shapes {spec.name}={shapes} has {len(shapes.opt)} dimensions; expected {spec}")
-    for axis, dim in enumerate(spec.shape):
-        if isinstance(dim, int) and {shapes.min[axis], shapes.opt[axis], shapes.max[axis]} != {dim}:
-            raise UsageError(f"--shapes {spec.name}={shapes}: dimension {axis} is fixed to {dim} in {spec}")
 
 
 def _stage(

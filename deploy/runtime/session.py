@@ -8,11 +8,15 @@ A backend is a module of `deploy.runtime` with
 Importing it raises BackendError, saying what is missing, where its library is not installed.
 """
 
+import dataclasses
 import importlib
 import os
 import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -21,10 +25,27 @@ import numpy as np
 
 from deploy.artifact import Artifact, Manifest
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
-from deploy.tensors import Profile, TensorSpec, default_dims, format_shape, random_feed
+from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
+from deploy.tensors import Profile, TensorSpec, default_dims, random_feed
 
-BACKENDS = ("onnxruntime", "openvino", "eager", "compile", "null")
-"""Every backend, in the order in which they are listed and benchmarked."""
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null")
+"""Every backend, in the order in which they are listed and benchmarked. `onnxruntime:cuda` is one with a variant."""
+
+ENGINES = ("tensorrt", "tensorrt-rtx")
+"""Backends that run engines, each those of its own flavour; the others run ONNX files or the module."""
+
+VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "onnxruntime": (("cuda", "tensorrt"), ("tf32",)),
+    "tensorrt": (("cuda_graph",),),
+    "tensorrt-rtx": (("cuda_graph",),),
+    "eager": (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",)),
+    "compile": (
+        ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        ("fp16", "bf16"),
+        ("channels_last",),
+    ),
+}
+"""What may follow the name of a backend behind a colon, with commas between: at most one of each group."""
 
 AUTO = ("onnxruntime", "openvino")
 """What `auto` tries, in this order. Never eager or compile: they run the model factory's code."""
@@ -41,11 +62,17 @@ class SessionOptions:
         process, and leave torch's own choice where it is None.
     compute: precision of the arithmetic of what the file holds in FP32. `fp32` means FP32; OpenVINO can be asked for
         `bf16` or `fp16`, which is faster and off by about 1e-2.
+    contexts: execution contexts of an engine at most: so many runs are under way at a time, and each takes memory.
+    rebuild: where an engine does not fit this machine, build one that does from the typed ONNX file beside it.
+    variant: what follows the name of the backend: `("cuda",)` for `onnxruntime:cuda`. See `VARIANTS`.
     """
 
     device: str = "auto"
     threads: int | None = None
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    contexts: int = 2
+    rebuild: bool = False
+    variant: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")
@@ -55,6 +82,8 @@ class SessionOptions:
             raise UsageError(f"threads must be 1 or more, not {self.threads}")
         if self.compute not in ("fp32", "bf16", "fp16"):
             raise UsageError(f"unknown compute precision {self.compute!r}; expected fp32, bf16 or fp16")
+        if self.contexts < 1:
+            raise UsageError(f"contexts must be 1 or more, not {self.contexts}")
 
 
 class Session(ABC):
@@ -71,18 +100,28 @@ class Session(ABC):
     computes: ClassVar[tuple[str, ...]] = ("fp32",)
     """Values of `SessionOptions.device` and `.compute` that the backend takes."""
 
+    device_arrays: ClassVar[bool] = False
+    """Whether a feed may be arrays in device memory of other libraries than torch."""
+
     def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
         """Refuses what the backend cannot do. Raises BackendError, or ArtifactError naming a damaged file."""
         self._check_request(artifact, options)
         self.name = artifact.manifest.name
         self.device = device
+        self.concurrency = 1
+        """Runs that make sense at a time."""
         self._closed = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_lock = threading.Lock()
         self._describe(artifact.manifest)
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
-        refuse_engine(artifact)
+        if self.backend not in ENGINES:
+            refuse_engine(artifact)
+        _check_variant(self.backend, options.variant)
         if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
-            raise BackendError(f"{self.backend} runs on {' or '.join(self.devices)} in this version, not on {options.device}")
+            asked = ":".join(filter(None, (self.backend, ",".join(options.variant))))
+            raise BackendError(f"{asked} runs on {' or '.join(self.devices)} in this version, not on {options.device}")
         if options.compute not in self.computes:
             raise BackendError(
                 f"{self.backend} computes in the precision of the file, not in {options.compute};"
@@ -101,7 +140,7 @@ class Session(ABC):
         self._image = manifest.preprocess.shape if manifest.preprocess else None
         self._input_names = tuple(spec.name for spec in self.inputs)
         self._output_names = tuple(spec.name for spec in self.outputs)
-        self._seen: dict[tuple[Any, ...], Literal["numpy", "torch"]] = {}  # feeds that passed the checks
+        self._seen: dict[tuple[Any, ...], Sort] = {}  # feeds that passed the checks
 
     @abstractmethod
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
@@ -135,6 +174,8 @@ class Session(ABC):
         try:
             if sort == "torch":
                 results = self._run_torch(feed)
+            elif sort == "device":
+                results = self._run_device(feed)
             elif self.native == "torch":
                 results = self._run_numpy_on_torch(feed)
             else:
@@ -144,21 +185,23 @@ class Session(ABC):
                         break
                 results = self._compute(feed)
         except MemoryError as error:
-            shapes = ", ".join(f"{name} {_shape(x)}" for name, x in feed.items())
+            shapes = ", ".join(f"{name} {shape_of(x)}" for name, x in feed.items())
             raise BackendError(f"{self.backend} has no memory to run {self.name!r} on {shapes}: {first_line(error)}") from error
         named = dict(zip(self._output_names, results, strict=True))
-        return named if out is None else _write(named, out)
+        return named if out is None else write(named, out)
 
-    def _check(self, feed: Mapping[str, Any]) -> Literal["numpy", "torch"]:
+    def _check(self, feed: Mapping[str, Any]) -> Sort:
         """Check a feed in full and say what it is made of. Raises InputError."""
         if not isinstance(feed, Mapping):
             raise InputError(
                 f"run() takes arrays by input name, not a {type(feed).__name__}; expected {', '.join(map(str, self.inputs))}"
             )
         self._check_names(feed)
-        sorts = {_sort(name, x) for name, x in feed.items()}
+        sorts = {sort_of(name, x, device_arrays=self.device_arrays) for name, x in feed.items()}
         if len(sorts) > 1:
-            raise InputError("the feed mixes numpy arrays and torch tensors; give all inputs as one of the two")
+            raise InputError(
+                f"the feed mixes {' and '.join(SORTS[sort] for sort in sorted(sorts))}; give all inputs as one of them"
+            )
         dims: dict[str, int] = {}
         for spec in self.inputs:
             x = feed[spec.name]
@@ -168,7 +211,7 @@ class Session(ABC):
             raise InputError(f"{self.name!r} returns bfloat16, which numpy lacks; give torch tensors")
         return sort
 
-    def _remember(self, key: tuple[Any, ...], sort: Literal["numpy", "torch"]) -> None:
+    def _remember(self, key: tuple[Any, ...], sort: Sort) -> None:
         if len(self._seen) >= _SEEN_SHAPES:
             self._seen.clear()
         self._seen[key] = sort
@@ -182,13 +225,17 @@ class Session(ABC):
             results = [torch.from_dlpack(x) for x in self._compute({n: x.to(self.device) for n, x in feed.items()})]
         else:
             arrays = self._compute({name: np.asarray(x.numpy(force=True), order="C") for name, x in feed.items()})
-            results = [torch.from_numpy(_writable(np.asarray(array))) for array in arrays]
+            results = [torch.from_numpy(writable(np.asarray(array))) for array in arrays]
         return [result.to(device) for result in results]
+
+    def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        """Arrays in device memory in and out, where `device_arrays` says that they are taken."""
+        raise NotImplementedError
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Numpy arrays in and out of a backend that computes on torch tensors."""
         torch = sys.modules["torch"]  # imported by the backend
-        results = self._compute({name: torch.from_numpy(_writable(x)).to(self.device) for name, x in feed.items()})
+        results = self._compute({name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()})
         return [result.numpy(force=True) for result in results]
 
     def _check_names(self, feed: Mapping[str, Any]) -> None:
@@ -215,6 +262,35 @@ class Session(ABC):
         remedy = "pass a feed of your own, or export with a number there"
         return default_dims(self.inputs, self.profiles, self._image, known={}, remedy=remedy)
 
+    def run_async(self, feed: Mapping[str, Any]) -> Future[dict[str, Any]]:
+        """`run` in a thread of the session's own; as many at a time as `concurrency` says, in the order of the calls.
+
+        The arrays of `feed` must stay as they are until the future is done. Raises SessionClosedError after `close()`.
+        """
+        with self._pool_lock:
+            if self._closed:
+                raise closed_error(self.name)
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"deploy {self.name}")
+            return self._pool.submit(self.run, feed)
+
+    def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The outputs of each feed, in order; a few feeds are taken ahead of the output that is read.
+
+        Where a backend can, copies to and from the device and the computation of neighbouring feeds overlap.
+        """
+        running: deque[Future[dict[str, Any]]] = deque()
+        try:
+            for feed in feeds:
+                running.append(self.run_async(feed))
+                if len(running) > self.concurrency:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
     def warmup(self, feed: Mapping[str, Any] | None = None, runs: int = 3) -> None:
         """Run a few times, on `feed` or on random arrays of the optimal shapes, so that the next run is not the first."""
         feed = random_feed(self.inputs, self.dims()) if feed is None else feed
@@ -223,9 +299,13 @@ class Session(ABC):
 
     def close(self) -> None:
         """Release what the session holds. Runs under way finish; later ones raise SessionClosedError. Twice is fine."""
-        if not self._closed:
+        with self._pool_lock:
+            if self._closed:
+                return
             self._closed = True
-            self._release()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -235,40 +315,6 @@ class Session(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} on {self.device}: {', '.join(map(str, self.inputs))}>"
-
-
-def _sort(name: str, x: Any) -> Literal["numpy", "torch"]:
-    if isinstance(x, np.ndarray):
-        return "numpy"
-    if type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "detach"):
-        return "torch"
-    raise InputError(f"{name!r} is a {type(x).__name__}; expected a numpy array or a torch tensor")
-
-
-def _writable(x: np.ndarray) -> np.ndarray:
-    """`x` itself where torch may share its memory, else a copy (torch has no read-only tensors)."""
-    return x if x.flags.writeable and x.flags.c_contiguous else x.copy()
-
-
-def _write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy results into the arrays of `out`, all or, when one does not fit, none; the results by name."""
-    for name, target in out.items():
-        if name not in results:
-            raise InputError(f"unknown output {name!r} in out; expected one of {', '.join(results)}")
-        result = results[name]
-        if type(target) is not type(result) or target.shape != result.shape or target.dtype != result.dtype:
-            found = " ".join(str(part) for part in (type(target).__name__, getattr(target, "dtype", ""), _shape(target)) if part)
-            raise InputError(f"out[{name!r}] is {found}; expected {type(result).__name__} {result.dtype} {_shape(result)}")
-        if isinstance(target, np.ndarray) and not target.flags.writeable:
-            raise InputError(f"out[{name!r}] is read-only")
-    for name, target in out.items():
-        target[...] = results[name]
-        results[name] = target
-    return results
-
-
-def _shape(x: Any) -> str:
-    return format_shape(tuple(x.shape)) if hasattr(x, "shape") else ""
 
 
 def closed_error(name: str) -> SessionClosedError:
@@ -281,37 +327,63 @@ def first_line(error: Exception) -> str:
 
 
 def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
-    """Open `artifact` with a backend of `BACKENDS`, or with the first of `AUTO` that can run it here.
+    """Open `artifact` with a backend of `BACKENDS`, and a variant behind a colon; `auto` is the flavour of an engine, and
+    for any other artifact the first of `AUTO` that can run it here.
 
     Raises UsageError for an unknown backend, BackendError when it is not installed or cannot run the artifact, ArtifactError when a
     file of the artifact is damaged.
     """
     options = options or SessionOptions()
+    if backend == "auto" and artifact.manifest.target is not None:
+        backend = artifact.manifest.target.flavour
     if backend != "auto":
-        return _module(backend).open_session(artifact, options)  # type: ignore[no-any-return]
-    refuse_engine(artifact)
+        name, variant = split_backend(backend)
+        return import_backend(name).open_session(artifact, dataclasses.replace(options, variant=variant))  # type: ignore[no-any-return]
     reasons = []
     for name in AUTO:
         try:
-            return _module(name).open_session(artifact, options)  # type: ignore[no-any-return]
+            return import_backend(name).open_session(artifact, options)  # type: ignore[no-any-return]
         except BackendError as error:
             reasons.append(f"{name}: {error}")
     raise BackendError(f"no backend can run {artifact.location} here: " + "; ".join(reasons))
 
 
-def _module(backend: str) -> Any:
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
-    return importlib.import_module(f"deploy.runtime.{backend}")
+def split_backend(backend: str) -> tuple[str, tuple[str, ...]]:
+    """`"eager:fp16,channels_last"` -> `("eager", ("fp16", "channels_last"))`.
+
+    Raises UsageError for an unknown backend or variant, and for variants that exclude one another.
+    """
+    name, colon, variant = backend.partition(":")
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
+    parts = tuple(variant.split(",")) if colon else ()
+    _check_variant(name, parts)
+    return name, parts
+
+
+def _check_variant(backend: str, variant: Sequence[str]) -> None:
+    groups = VARIANTS.get(backend, ())
+    for name in variant:
+        if not any(name in group for group in groups):
+            expected = f"one of {', '.join(name for group in groups for name in group)}" if groups else f"{backend} alone"
+            raise UsageError(f"{backend} has no variant {name!r}; expected {expected}")
+    for group in groups:
+        if len(found := [name for name in variant if name in group]) > 1:
+            raise UsageError(f"{backend}:{','.join(variant)}: {' and '.join(found)} exclude one another; name one of them")
+
+
+def import_backend(backend: str) -> Any:
+    """The module of a backend, without a variant. Raises BackendError when its library is not installed."""
+    return importlib.import_module(f"deploy.runtime.{backend.replace('-', '_')}")
 
 
 def refuse_engine(artifact: Artifact) -> None:
     """Raise BackendError when `artifact` is an engine."""
     manifest = artifact.manifest
     if manifest.kind == "engine":
-        flavour = manifest.target.flavour if manifest.target else "TensorRT"
+        flavour = manifest.target.flavour if manifest.target else "tensorrt"
         parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
         raise BackendError(
-            f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the TensorRT runtime, which this version"
-            f" does not have yet; run the ONNX artifact that it was built from{parent} instead"
+            f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the backend {flavour}; run the ONNX"
+            f" artifact that it was built from{parent} on others"
         )

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from deploy.artifact import Artifact
-from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan
+from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan, parse_backends
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.onnxfile import open_onnx
 from deploy.writer import ArtifactWriter
@@ -43,14 +43,76 @@ def test_eager_and_compile_run_the_export_once(shared_lenet5: Artifact, half: Ar
     assert [(each.artifact.path, each.backend) for each in plan.candidates] == [(shared_lenet5.path, "compile")]
 
 
-def test_a_named_engine_is_an_error_and_a_found_one_is_listed(shared_lenet5: Artifact, engine: Artifact) -> None:
-    with pytest.raises(BackendError, match=r"lenet5-engine is a tensorrt-rtx engine: it runs on an NVIDIA GPU"):
-        make_plan([shared_lenet5, engine], BenchOptions(), named=True)
+def test_without_a_gpu_a_named_engine_is_an_error_and_a_found_one_is_listed(
+    shared_lenet5: Artifact, engine: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.bench.plan.has_gpu", lambda: False)
+    for backends in ((), ("tensorrt-rtx",)):
+        with pytest.raises(BackendError, match=r"lenet5-engine is a tensorrt-rtx engine: it runs on an NVIDIA GPU"):
+            make_plan([shared_lenet5, engine], BenchOptions(backends=backends), named=True)
     plan = make_plan([shared_lenet5, engine], BenchOptions(), named=False)
     (entry,) = plan.skipped
     assert (entry.artifact, entry.backend) == (engine.shown, "tensorrt-rtx")
     assert "NVIDIA GPU" in entry.reason
     assert {each.artifact.path for each in plan.candidates} == {shared_lenet5.path}
+
+
+def test_variants_run_the_artifact_or_the_module_that_it_descends_from(shared_lenet5: Artifact, half: Artifact) -> None:
+    backends = ("eager:fp16,channels_last", "eager", "compile:max-autotune", "onnxruntime")
+    plan = make_plan([half, shared_lenet5], BenchOptions(backends=backends), named=True)
+    assert (plan.baseline.backend, plan.baseline.precision) == ("eager", "fp32")
+    assert [(each.artifact.path, each.backend, each.precision) for each in plan.candidates] == [
+        (half.path, "onnxruntime", "fp16"),
+        (shared_lenet5.path, "onnxruntime", "fp32"),
+        (shared_lenet5.path, "eager:fp16,channels_last", "fp16"),
+        (shared_lenet5.path, "compile:max-autotune", "fp32"),
+    ]
+
+
+def test_candidates_go_to_the_gpu_where_they_must_and_the_module_goes_with_them(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def devices(device: str, *backends: str) -> list[str]:
+        plan = make_plan([shared_lenet5], BenchOptions(backends=backends, device=device), named=True)
+        return [each.device for each in (plan.baseline, *plan.candidates)]
+
+    monkeypatch.setattr("deploy.bench.plan.has_gpu", lambda: True)
+    assert devices("auto", "onnxruntime", "eager:fp16") == ["cpu", "cpu", "cpu"]
+    assert devices("auto", "onnxruntime", "onnxruntime:cuda", "eager:fp16") == ["cuda", "cpu", "cuda", "cuda"]
+    assert devices("auto", "eager:cuda_graph") == ["cuda", "cuda"]
+    assert devices("cuda:1", "onnxruntime") == ["cuda:1", "cuda:1"]
+    monkeypatch.setattr("deploy.bench.plan.has_gpu", lambda: False)
+    assert devices("auto", "onnxruntime:cuda", "compile") == ["cpu", "cuda", "cpu"]
+
+
+def test_an_engine_runs_on_its_flavour_where_there_is_a_gpu(
+    shared_lenet5: Artifact, engine: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candidates(*backends: str) -> list[tuple[str, str]]:
+        plan = make_plan([shared_lenet5, engine], BenchOptions(backends=backends), named=True)
+        return [(each.artifact.path.name, each.backend) for each in plan.candidates]
+
+    monkeypatch.setattr("deploy.bench.plan.has_gpu", lambda: True)
+    assert candidates("tensorrt-rtx") == [("lenet5-engine", "tensorrt-rtx")]
+    assert candidates("tensorrt-rtx:cuda_graph", "null") == [("lenet5", "null"), ("lenet5-engine", "tensorrt-rtx:cuda_graph")]
+    assert candidates()[-1] == ("lenet5-engine", "tensorrt-rtx")
+    with pytest.raises(BackendError, match=r"lenet5-engine is a tensorrt-rtx engine"):
+        candidates("onnxruntime")
+    with pytest.raises(BackendError, match=r"tensorrt runs engines, and no artifact here is one of its"):
+        candidates("tensorrt")
+
+    def missing(backend: str) -> None:
+        raise BackendError(f"{backend} is not installed")
+
+    monkeypatch.setattr("deploy.bench.plan.import_backend", missing)
+    plan = make_plan([shared_lenet5, engine], BenchOptions(), named=False)
+    assert [(entry.backend, entry.reason) for entry in plan.skipped] == [("tensorrt-rtx", "tensorrt-rtx is not installed")]
+
+
+def test_a_comma_parts_backends_and_variants() -> None:
+    texts = ["onnxruntime:cuda,openvino", "eager:fp16,channels_last,tensorrt", "null", "openvino"]
+    assert parse_backends(texts) == ("onnxruntime:cuda", "openvino", "eager:fp16,channels_last", "tensorrt", "null")
+    assert parse_backends(["eager,fp16"]) == ("eager", "fp16")
 
 
 def test_a_fixed_batch_is_the_default_and_another_is_an_error(fixed: Artifact) -> None:
@@ -113,7 +175,8 @@ def test_no_artifacts_are_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backends": ("tensorflow",)}, "unknown backend 'tensorflow'; expected one of onnxruntime"), ({"batches": (0,)}, "batch size"),
+    [({"backends": ("tensorflow",)}, "unknown backend 'tensorflow'; expected auto or one of onnxruntime"),
+     ({"backends": ("eager:int8",)}, "eager has no variant 'int8'"), ({"batches": (0,)}, "batch size"),
      ({"seconds": 0.0}, "seconds to spend"), ({"threads": 0}, "threads must be 1")],
 )  # fmt: skip
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:

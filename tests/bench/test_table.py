@@ -63,3 +63,14 @@ def test_what_was_not_run_is_listed_with_the_reason(result: BenchResult) -> None
     shown = text(result)
     assert "Not run: build/net-trt on tensorrt-rtx: no GPU" in shown
     assert "Failed: build/net on openvino: died" in shown
+
+
+def test_a_long_backend_is_folded_and_not_cut(result: BenchResult) -> None:
+    backend = "compile:max-autotune-no-cudagraphs,fp16,channels_last"
+    shown = text(BenchResult(conditions=result.conditions, results=(row("a/net", backend, 1, 1.0),), skipped=()))
+    assert max(map(len, shown.splitlines())) <= WIDTH
+    assert "…" not in shown
+    lines = shown.splitlines()
+    start = lines[0].index("backend")
+    folded = [line[start : lines[0].index("batch")].strip() for line in lines[1:4]]
+    assert "".join(folded) == backend

@@ -84,6 +84,25 @@ def test_bench_writes_one_document_to_standard_output_when_json_has_no_file(run:
     assert not Path("new.txt").exists()
 
 
+def test_bench_takes_variants(run: Run, folder: Path) -> None:
+    run("export", "--arch", "lenet5")
+    options = ("--batch", "1", "--seconds", "0.05")
+    finished = run("bench", *options, "--backend", "eager:fp16,channels_last,null", "--json", "bench.json")
+    assert finished.status == 0, finished.err
+    rows = json.loads(Path("bench.json").read_text())["results"]
+    assert [(row["backend"], row["precision"]) for row in rows] == [
+        ("eager", "fp32"),
+        ("null", "fp32"),
+        ("eager:fp16,channels_last", "fp16"),
+    ]
+    assert rows[2]["max_abs_error"] > 0
+    assert "eager:fp16" in finished.out
+    assert max(len(line) for line in finished.out.splitlines()) <= 100
+    unknown = run("bench", *options, "--backend", "null", "--backend", "eager:fp8")
+    assert unknown.status == 2
+    assert "eager has no variant 'fp8'; expected one of fp16" in unknown.err
+
+
 def test_bench_names_the_export_as_the_user_does_though_only_its_descendant_was_named(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,8 +187,12 @@ def test_the_newest_artifact_is_taken_and_named(run: Run, folder: Path) -> None:
 def test_doctor_names_every_backend_and_what_is_missing(run: Run) -> None:
     report = json.loads(run("doctor", "--json").out)
     backends = {entry["name"]: entry for entry in report["backends"]}
-    assert set(backends) == {"onnxruntime", "openvino", "eager", "compile", "null"}
+    variants = {"onnxruntime:cuda", "onnxruntime:tensorrt"}
+    assert set(backends) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null"} | variants
     assert backends["openvino"]["available"]
+    for name in ("tensorrt", "tensorrt-rtx", *variants):
+        if not backends[name]["available"]:
+            assert "deploy[gpu]" in backends[name]["reason"] or "NVIDIA GPU" in backends[name]["reason"]
     flavours = {entry["name"]: entry for entry in report["flavours"]}
     assert flavours["tensorrt-rtx"]["available"]
     if not flavours["tensorrt"]["available"]:

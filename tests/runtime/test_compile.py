@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deploy.artifact import Artifact
-from deploy.errors import BackendError
-from deploy.runtime.session import open_session
+from deploy.errors import BackendError, UsageError
+from deploy.runtime.session import SessionOptions, open_session
 
 
 def test_a_model_that_cannot_be_compiled_whole_is_an_error_and_not_eager_in_silence(shared_lenet5: Artifact) -> None:
@@ -47,3 +47,33 @@ def test_a_cuda_toolkit_without_a_gpu_is_not_complained_of() -> None:
     finally:
         logger.removeHandler(handler)
     assert [record.getMessage() for record in records] == ["something else"]
+
+
+def test_a_mode_and_half_precision_compile_and_run(shared_lenet5: Artifact) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    options = SessionOptions(device="cpu")
+    with open_session(shared_lenet5, "eager", options) as reference:
+        expected = reference(x)
+    with open_session(shared_lenet5, "compile:reduce-overhead,bf16", options) as session:
+        result = session(x)
+    assert result.dtype == np.float32
+    assert 0 < np.abs(result - expected).max() < 1e-2
+
+
+def test_modes_exclude_one_another(shared_lenet5: Artifact) -> None:
+    with pytest.raises(UsageError, match="reduce-overhead and max-autotune exclude one another"):
+        open_session(shared_lenet5, "compile:reduce-overhead,max-autotune")
+    with pytest.raises(UsageError, match="compile has no variant 'cuda_graph'"):
+        open_session(shared_lenet5, "compile:cuda_graph")
+
+
+@pytest.mark.parametrize(
+    ("mode", "cloned"), [("reduce-overhead", True), ("max-autotune", True), ("max-autotune-no-cudagraphs", False)]
+)
+def test_outputs_that_the_next_run_writes_over_are_copied(shared_lenet5: Artifact, mode: str, cloned: bool) -> None:
+    buffer = torch.zeros(1, 10)
+    with open_session(shared_lenet5, f"compile:{mode}", SessionOptions(device="cpu")) as session:
+        session._module = lambda x: buffer.add_(1)  # as a replayed graph does
+        first = session(torch.zeros(1, 1, 28, 28))
+        session(torch.zeros(1, 1, 28, 28))
+    assert first[0, 0] == (1 if cloned else 2)

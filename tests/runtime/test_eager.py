@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from deploy.artifact import WEIGHTS, Artifact
-from deploy.errors import ArtifactError, BackendError, DeployError
+from deploy.errors import ArtifactError, BackendError, DeployError, UsageError
 from deploy.onnxfile import open_onnx
+from deploy.runtime.eager import _Tf32
 from deploy.runtime.session import SessionOptions, open_session
 
 
@@ -109,3 +110,91 @@ def test_missing_torch_is_named_with_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(BackendError, match=r"torch cannot be imported .*pip install torch"):
         importlib.import_module(f"deploy.runtime.{backend}")
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "atol"),
+    [("fp16", torch.float16, 1e-3), ("bf16", torch.bfloat16, 1e-2), ("fp16,channels_last", torch.float16, 1e-3)],
+)
+def test_half_precision_takes_and_gives_what_the_manifest_says(
+    shared_lenet5: Artifact, variant: str, dtype: torch.dtype, atol: float
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    with open_session(shared_lenet5, "eager") as reference, open_session(shared_lenet5, f"eager:{variant}") as session:
+        assert {parameter.dtype for parameter in session._module.parameters()} == {dtype}
+        assert session.inputs == reference.inputs
+        result, expected = session(x), reference(x)
+        assert result.dtype == np.float32
+        assert 0 < np.abs(result - expected).max() < atol
+        assert session(torch.from_numpy(x)).dtype == torch.float32
+
+
+def test_integers_stay_integers_in_half_precision(pair: Artifact) -> None:
+    feed = {"x": torch.randn(2, 4), "index": torch.tensor([5, 7])}
+    with open_session(pair, "eager") as reference, open_session(pair, "eager:fp16") as session:
+        expected, results = reference.run(feed), session.run(feed)
+    for name, result in results.items():
+        assert result.dtype == expected[name].dtype
+        torch.testing.assert_close(result, expected[name], rtol=1e-2, atol=1e-2)
+
+
+def test_channels_last_changes_how_the_module_sees_images(shared_lenet5: Artifact) -> None:
+    seen: list[torch.Tensor] = []
+    x = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    with open_session(shared_lenet5, "eager") as reference, open_session(shared_lenet5, "eager:channels_last") as session:
+        session._module.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+        np.testing.assert_allclose(session(x), reference(x), rtol=1e-5, atol=1e-6)
+        weights = [parameter for parameter in session._module.parameters() if parameter.dim() == 4]
+    assert weights
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (*seen, *weights))
+    assert seen[0].stride()[1] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_cuda_graph_needs_a_gpu(shared_lenet5: Artifact) -> None:
+    with pytest.raises(BackendError, match="a CUDA graph needs an NVIDIA GPU that torch can use"):
+        open_session(shared_lenet5, "eager:fp16,channels_last,cuda_graph")
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("int8", "eager has no variant 'int8'; expected one of fp16, bf16, channels_last, cuda_graph, tf32"),
+        ("fp16,bf16", "eager:fp16,bf16: fp16 and bf16 exclude one another"),
+        ("", "eager has no variant ''"),
+    ],
+)
+def test_variants_that_cannot_be_meant_are_refused(shared_lenet5: Artifact, variant: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_session(shared_lenet5, f"eager:{variant}")
+
+
+def test_tf32_is_held_by_all_that_agree_and_put_back_by_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allowed() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = allowed()
+    try:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+        tf32 = _Tf32()
+        tf32.hold(allow=False)
+        tf32.hold(allow=False)
+        assert allowed() == (False, False)
+        with pytest.raises(BackendError, match="another session of this process runs without TF32"):
+            tf32.hold(allow=True)
+        tf32.release()
+        assert allowed() == (False, False)
+        tf32.release()
+        assert allowed() == (True, False)
+        tf32.hold(allow=True)
+        assert allowed() == (True, True)
+        tf32.release()
+        assert allowed() == (True, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_tf32_is_left_alone_on_the_cpu(shared_lenet5: Artifact) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with open_session(shared_lenet5, "eager:tf32", SessionOptions(device="cpu")):
+        assert torch.backends.cudnn.allow_tf32 == before

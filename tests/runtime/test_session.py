@@ -8,7 +8,7 @@ import torch
 from deploy.artifact import ONNX, Artifact
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
 from deploy.onnxfile import open_onnx
-from deploy.runtime.session import AUTO, BACKENDS, Session, SessionOptions, open_session
+from deploy.runtime.session import AUTO, BACKENDS, ENGINES, Session, SessionOptions, open_session
 from deploy.tensors import random_feed
 
 
@@ -237,7 +237,10 @@ def test_a_dynamic_dimension_without_a_profile_has_no_size(tmp_path_factory: pyt
         session.warmup()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+ON_THE_CPU = [name for name in BACKENDS if name not in ENGINES]
+
+
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_a_damaged_file_is_found_before_it_is_used(lenet5: Artifact, backend: str) -> None:
     path = lenet5.path / ONNX
     content = bytearray(path.read_bytes())
@@ -247,7 +250,7 @@ def test_a_damaged_file_is_found_before_it_is_used(lenet5: Artifact, backend: st
         open_session(lenet5, backend)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", "tensorrt-rtx", *ON_THE_CPU])
 def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, backend: str) -> None:
     with pytest.raises(BackendError) as caught:
         open_session(engine, backend)
@@ -257,16 +260,23 @@ def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, bac
     assert f"run the ONNX artifact that it was built from ({engine.path.with_name('lenet5')})" in message
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("eager", "compile")])
+@pytest.mark.parametrize("backend", [name for name in ON_THE_CPU if name not in ("eager", "compile")])
 def test_a_cpu_backend_refuses_a_gpu(shared_lenet5: Artifact, backend: str) -> None:
     with pytest.raises(BackendError, match=f"{backend} runs on cpu in this version, not on cuda:0"):
         open_session(shared_lenet5, backend, SessionOptions(device="cuda:0"))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "openvino"])
+@pytest.mark.parametrize("backend", [name for name in ON_THE_CPU if name != "openvino"])
 def test_a_precision_that_the_file_does_not_have_is_refused(shared_lenet5: Artifact, backend: str) -> None:
     with pytest.raises(BackendError, match=r"not in bf16; make such a file with `deploy convert --bf16`"):
         open_session(shared_lenet5, backend, SessionOptions(compute="bf16"))
+
+
+def test_engines_and_the_backends_that_run_them_must_fit_one_another(shared_lenet5: Artifact, engine: Artifact) -> None:
+    with pytest.raises(BackendError, match=r"lenet5 is no engine; build one with `deploy build-trt .* --flavour tensorrt`"):
+        open_session(shared_lenet5, "tensorrt")
+    with pytest.raises(BackendError, match="is a tensorrt-rtx engine: open it with the backend tensorrt-rtx"):
+        open_session(engine, "tensorrt")
 
 
 def test_an_unknown_backend_is_named_with_those_there_are(shared_lenet5: Artifact) -> None:

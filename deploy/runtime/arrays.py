@@ -1,0 +1,62 @@
+"""What feeds and results are made of: numpy arrays, torch tensors, arrays of others in device memory."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from deploy.errors import InputError
+from deploy.tensors import format_shape
+
+Sort = Literal["numpy", "torch", "device"]
+"""What a feed is made of; `device`: arrays in device memory of any other library."""
+
+SORTS = {"numpy": "numpy arrays", "torch": "torch tensors", "device": "other arrays on the GPU"}
+_DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
+
+
+def sort_of(name: str, x: Any, *, device_arrays: bool) -> Sort:
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    if type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "detach"):
+        return "torch"
+    if device_arrays and is_device_array(x):
+        return "device"
+    others = ", or an array on the GPU" if device_arrays else ""
+    raise InputError(f"{name!r} is a {type(x).__name__}; expected a numpy array or a torch tensor{others}")
+
+
+def is_device_array(x: Any) -> bool:
+    """Whether `x` is in device memory, by `__cuda_array_interface__` or by DLPack."""
+    if hasattr(x, "__cuda_array_interface__"):
+        return True
+    device = getattr(x, "__dlpack_device__", None)
+    return device is not None and int(device()[0]) == _DLPACK_CUDA
+
+
+def writable(x: np.ndarray) -> np.ndarray:
+    """`x` itself where torch may share its memory, else a copy (torch has no read-only tensors)."""
+    return x if x.flags.writeable and x.flags.c_contiguous else x.copy()
+
+
+def write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy results into the arrays of `out`, all or, when one does not fit, none; the results by name."""
+    for name, target in out.items():
+        if name not in results:
+            raise InputError(f"unknown output {name!r} in out; expected one of {', '.join(results)}")
+        result = results[name]
+        if type(target) is not type(result) or target.shape != result.shape or target.dtype != result.dtype:
+            found = " ".join(
+                str(part) for part in (type(target).__name__, getattr(target, "dtype", ""), shape_of(target)) if part
+            )
+            raise InputError(f"out[{name!r}] is {found}; expected {type(result).__name__} {result.dtype} {shape_of(result)}")
+        if isinstance(target, np.ndarray) and not target.flags.writeable:
+            raise InputError(f"out[{name!r}] is read-only")
+    for name, target in out.items():
+        target[...] = results[name]
+        results[name] = target
+    return results
+
+
+def shape_of(x: Any) -> str:
+    return format_shape(tuple(x.shape)) if hasattr(x, "shape") else ""

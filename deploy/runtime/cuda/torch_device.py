@@ -1,0 +1,149 @@
+"""CUDA through torch: memory comes from its caching allocator, so that the program and the engine share it."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from deploy.errors import BackendError
+from deploy.runtime.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream
+from deploy.runtime.cuda.arrays import DeviceArray
+from deploy.runtime.cuda.driver import driver_version
+
+
+class TorchStream(Stream):
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.handle = stream.cuda_stream
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+
+class TorchEvent(Event):
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def record(self, stream: Stream) -> None:
+        self._event.record(_stream(stream))
+
+    def hold(self, stream: Stream) -> None:
+        _stream(stream).wait_event(self._event)
+
+
+class TorchMemory(Memory):
+    """`tensor` is the memory, (nbytes,) uint8."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.pointer = tensor.data_ptr()
+        self.nbytes = tensor.numel()
+
+    def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
+        with torch.cuda.stream(_stream(stream)):
+            self.tensor[offset : offset + host.size].copy_(torch.from_numpy(host), non_blocking=True)
+
+    def read(self, host: np.ndarray, stream: Stream) -> None:
+        with torch.cuda.stream(_stream(stream)):
+            torch.from_numpy(host).copy_(self.tensor[: host.size], non_blocking=True)
+
+    def copy(self, source: int, nbytes: int, stream: Stream) -> None:
+        with torch.cuda.stream(_stream(stream)):
+            self.tensor[:nbytes].copy_(torch.as_tensor(_Bytes(source, nbytes), device=self.tensor.device), non_blocking=True)
+
+
+class TorchGraph(Graph):
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def launch(self, stream: Stream) -> None:
+        with torch.cuda.stream(_stream(stream)):
+            self._graph.replay()
+
+
+class _Bytes:
+    """Memory at a pointer, as torch takes it."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {"data": (pointer, False), "shape": (nbytes,), "typestr": "|u1", "version": 2}
+
+
+class TorchDevice(Device):
+    library = "torch"
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.device = torch.device("cuda", index)
+
+    def gpu(self) -> Gpu:
+        major, minor = torch.cuda.get_device_capability(self.device)
+        name = torch.cuda.get_device_name(self.device)
+        return Gpu(name=name, compute_capability=f"{major}.{minor}", driver=driver_version())
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free, total
+
+    def allocate(self, nbytes: int) -> Memory:
+        try:
+            return TorchMemory(torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self.device))
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(nbytes, *self.memory()) from error
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        try:
+            array: np.ndarray = torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            raise BackendError(f"cannot lock {nbytes} bytes of host memory: {error}") from error
+        return array
+
+    def stream(self) -> Stream:
+        return TorchStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+
+    def wait_for(self, handle: int, stream: Stream) -> None:
+        other = torch.cuda.ExternalStream(handle, self.device)  # type: ignore[no-untyped-call]
+        _stream(stream).wait_stream(other)
+
+    def current(self) -> TorchStream:
+        """The stream that the caller's torch code runs on."""
+        return TorchStream(torch.cuda.current_stream(self.device))
+
+    def event(self) -> Event:
+        return TorchEvent()
+
+    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: what other threads of the program do with CUDA meanwhile is none of our business.
+            with torch.cuda.graph(graph, stream=_stream(stream), capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            raise BackendError(f"the work cannot be captured in a CUDA graph: {error}") from error
+        return TorchGraph(graph)
+
+
+def _stream(stream: Stream) -> torch.cuda.Stream:
+    assert isinstance(stream, TorchStream)
+    return stream.stream
+
+
+def open_device(index: int) -> Device:
+    if not torch.cuda.is_available():
+        raise BackendError(f"torch {torch.__version__} can use no CUDA device")
+    if index >= torch.cuda.device_count():
+        raise BackendError(f"there is no cuda:{index}: torch sees {torch.cuda.device_count()} devices")
+    return TorchDevice(index)
+
+
+def as_tensor(memory: Memory, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Memory that torch allocated, as a tensor."""
+    assert isinstance(memory, TorchMemory)
+    found: torch.dtype = getattr(torch, dtype)
+    count = math.prod(shape) * found.itemsize
+    return memory.tensor[:count].view(found).view(shape)
+
+
+def adopt(array: DeviceArray) -> torch.Tensor:
+    """Memory that another library allocated, as a tensor."""
+    return torch.as_tensor(array, device=torch.device("cuda", array.index))

@@ -1,0 +1,395 @@
+"""TensorRT engines, of both flavours. Needs no torch: see `deploy.runtime.cuda`."""
+
+import statistics
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy.artifact import ENGINE, Artifact, request_digest
+from deploy.cache import cache_folder, keep
+from deploy.engine.compatibility import mismatches
+from deploy.engine.flavour import Flavour, has_gpu, load_flavour
+from deploy.engine.log import make_logger
+from deploy.errors import BackendError, InputError
+from deploy.runtime.cuda import Device, DeviceMemoryError, Gpu, Memory, Stream, open_device
+from deploy.runtime.cuda.arrays import DeviceArray, View, view
+from deploy.runtime.engine_context import EngineContext, Shape, Tensor
+from deploy.runtime.session import Session, SessionOptions, closed_error, refuse_engine
+from deploy.tensors import Profile, format_shape
+
+if TYPE_CHECKING:
+    import tensorrt
+
+RUNTIME_CACHE = "runtime.cache"
+"""Beside the engine: what tensorrt-rtx compiled at run time. It can be found again, so the manifest does not list it."""
+
+
+class TensorRTSession(Session):
+    """An engine. `concurrency` runs are under way at a time, each in an execution context of its own.
+
+    Torch tensors on the GPU go in and out as they are, on the caller's stream: `run` returns before the work is done, as
+    torch's own functions do. Other arrays on the GPU (`__cuda_array_interface__` or DLPack) go in as they are, and
+    `DeviceArray`s come out, when the work is done. Numpy arrays go through pinned memory, on a stream of the session's own.
+    Variant `cuda_graph`: replayed as one CUDA graph from the second run of a shape on.
+    """
+
+    backend = "tensorrt"
+    devices = ("cuda",)
+    device_arrays = True
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        index = int(options.device.partition(":")[2] or 0)
+        super().__init__(artifact, options, device=f"cuda:{index}")
+        flavour = load_flavour(self.backend)
+        self._gpu = open_device(index)
+        self._trt = flavour.trt
+        self._log = make_logger(flavour.trt)
+        self._graphs = "cuda_graph" in options.variant
+        self._runtime = self._trt.Runtime(self._log)
+        plan = engine_plan(artifact, flavour, self._gpu.gpu(), options)
+        engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")
+        self._engine = engine
+        self._released = False
+        self._check_tensors(artifact)
+        self._config, self._cache = self._runtime_config(artifact)
+        self._cache_file = artifact.path / RUNTIME_CACHE
+        self.concurrency = options.contexts
+        self._contexts: list[EngineContext] = []
+        self._idle: list[EngineContext] = []
+        self._free = threading.Condition()
+        with self._context():
+            pass  # the first is made now: what fails, fails when the session is opened
+
+    def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
+        manifest = artifact.manifest
+        if manifest.kind != "engine" or manifest.target is None:
+            raise BackendError(
+                f"{artifact.location} is no engine; build one with `deploy build-trt {artifact.location} --flavour {self.backend}`"
+            )
+        if manifest.target.flavour != self.backend:
+            raise BackendError(
+                f"{artifact.location} is a {manifest.target.flavour} engine: open it with the backend {manifest.target.flavour}"
+            )
+        super()._check_request(artifact, options)
+        if not has_gpu():
+            refuse_engine(artifact)
+
+    def _check_tensors(self, artifact: Artifact) -> None:
+        """The engine must have the inputs and outputs of the manifest, all of them in device memory."""
+        engine, trt = self._engine, self._trt
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        outputs = [name for name in names if name not in inputs]
+        if sorted(inputs) != sorted(self._input_names) or sorted(outputs) != sorted(self._output_names):
+            raise BackendError(
+                f"{artifact.path / ENGINE} has inputs {', '.join(inputs)} and outputs {', '.join(outputs)}; the manifest lists"
+                f" {', '.join(self._input_names)} and {', '.join(self._output_names)}"
+            )
+        if host := [name for name in names if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE]:
+            raise BackendError(f"{host[0]!r} of {self.name!r} is a shape that the engine wants in host memory: not supported")
+
+    def _runtime_config(self, artifact: Artifact) -> tuple[Any, Any]:
+        """Of tensorrt-rtx: settings of contexts, and what was compiled for this machine in earlier runs."""
+        if self.backend != "tensorrt-rtx":
+            return None, None
+        trt: Any = self._trt  # what follows is its own
+        config: Any = self._engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        file = artifact.path / RUNTIME_CACHE
+        if file.is_file():
+            cache.deserialize(file.read_bytes())  # False where it does not fit: it is made anew then
+        config.set_runtime_cache(cache)
+        if self._graphs:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config, cache  # the config does not hold the cache: dropped, the process would crash
+
+    # Contexts.
+
+    @contextmanager
+    def _context(self) -> Iterator[EngineContext]:
+        context = self._acquire()
+        assert context is not None
+        try:
+            yield context
+        finally:
+            self._give_back(context)
+
+    def _acquire(self, *, wait: bool = True) -> EngineContext | None:
+        """A context that nobody uses; a new one while there are fewer than `concurrency`; else the next that is given
+        back, or without `wait` None."""
+        with self._free:
+            while not self._idle:
+                if self._released:
+                    raise closed_error(self.name)
+                if len(self._contexts) < self.concurrency:
+                    context = self._new_context()
+                    self._contexts.append(context)
+                    return context
+                if not wait:
+                    return None
+                self._free.wait()
+            return self._idle.pop()
+
+    def _give_back(self, context: EngineContext) -> None:
+        with self._free:
+            self._idle.append(context)
+            self._free.notify()
+
+    def _new_context(self) -> EngineContext:
+        engine = self._engine
+        arguments = () if self._config is None else (self._config,)
+        context: tensorrt.IExecutionContext | None = engine.create_execution_context(*arguments)
+        if context is None:
+            needed, (free, total) = engine.device_memory_size_v2, self._gpu.memory()
+            if needed > free:
+                raise DeviceMemoryError(needed, free, total)
+            raise BackendError(f"no execution context for {self.name!r}: {self._log.last()}")
+        return EngineContext(
+            context,
+            self._gpu,
+            self.inputs,
+            self.outputs,
+            graphs=self._graphs and self._config is None,
+            allocator=self._allocator,
+        )
+
+    def _allocator(self, device: Device) -> Any:
+        class Allocator(self._trt.IOutputAllocator):  # type: ignore[misc,name-defined]
+            """Memory for one output, whose size the engine knows in mid-run."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self._memory: Memory | None = None
+                self._shape: Shape = ()
+
+            def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+                if self._memory is None or self._memory.nbytes < size:
+                    try:
+                        self._memory = device.allocate(size)
+                    except BackendError:
+                        return 0  # an exception would not come through: the run fails
+                return self._memory.pointer
+
+            def notify_shape(self, name: str, shape: Sequence[int]) -> None:
+                self._shape = tuple(shape)
+
+            def take(self) -> tuple[Memory, Shape]:
+                """The output; the next one has other memory."""
+                memory, self._memory = self._memory, None
+                assert memory is not None
+                return memory, self._shape
+
+        return Allocator()
+
+    # Feeds.
+
+    def _check(self, feed: Mapping[str, Any]) -> Any:
+        sort = super()._check(feed)
+        self._profile({name: tuple(feed[name].shape) for name in self._input_names})
+        return sort
+
+    def _profile(self, shapes: Mapping[str, Shape]) -> int:
+        """The profile that holds these shapes, of several the one whose optimum is nearest. Raises InputError."""
+        found = [index for index, profile in enumerate(self.profiles) if _holds(profile, shapes)]
+        if not found:
+            if not self.profiles:
+                return 0
+            given = ", ".join(f"{name} {format_shape(shape)}" for name, shape in shapes.items())
+            ranges = " or ".join(", ".join(f"{n}={r}" for n, r in profile.items()) for profile in self.profiles)
+            raise InputError(
+                f"{given} is outside every profile of {self.name!r}: expected {ranges}; build with --shapes for more"
+            )
+        return min(found, key=lambda index: _distance(self.profiles[index], shapes))
+
+    def _compute(self, feed: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        profile = self._profile({name: feed[name].shape for name in self._input_names})
+        with self._context() as context:
+            context.begin(feed, profile)
+            return context.finish()
+
+    def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        devices = {name: x.device for name, x in feed.items()}
+        if all(device.type == "cpu" for device in devices.values()):
+            return super()._run_torch(feed)
+        for name, device in devices.items():
+            if str(device) != self.device:
+                raise InputError(f"{name!r} is on {device}; this session is on {self.device}: move it, or open one there")
+        from deploy.runtime.cuda import torch_device  # torch is imported: the feed is made of its tensors
+
+        if not isinstance(self._gpu, torch_device.TorchDevice):  # it was imported after the session was opened
+            views = {name: view(name, x.detach().contiguous()) for name, x in feed.items()}
+            return [torch_device.adopt(array) for array in self._run_views(views)]
+        stream = self._gpu.current()
+        tensors = {}
+        kept = []
+        for name, x in feed.items():
+            x = x.detach().contiguous()
+            x.record_stream(stream.stream)  # its memory is not used again before the work is done
+            tensors[name] = Tensor(pointer=x.data_ptr(), shape=tuple(x.shape))
+            kept.append(x)
+        results = self._run_tensors(tensors, stream)
+        return [
+            torch_device.as_tensor(memory, shape, spec.dtype) for (memory, shape), spec in zip(results, self.outputs, strict=True)
+        ]
+
+    def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        return self._run_views({name: view(name, x) for name, x in feed.items()})
+
+    def _run_views(self, views: Mapping[str, View]) -> list[DeviceArray]:
+        for name, x in views.items():
+            if x.index is not None and x.index != self._gpu.index:
+                raise InputError(f"{name!r} is on cuda:{x.index}; this session is on {self.device}")
+        stream = self._gpu.stream()
+        for x in views.values():
+            if x.stream is not None:
+                self._gpu.wait_for(x.stream, stream)
+        results = self._run_tensors({name: Tensor(pointer=x.pointer, shape=x.shape) for name, x in views.items()}, stream)
+        stream.synchronize()
+        return [
+            DeviceArray(memory, shape, np.dtype(spec.dtype), self._gpu, stream)
+            for (memory, shape), spec in zip(results, self.outputs, strict=True)
+        ]
+
+    def _run_tensors(self, tensors: Mapping[str, Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
+        profile = self._profile({name: tensors[name].shape for name in self._input_names})
+        with self._context() as context:
+            return context.run(tensors, profile, stream)
+
+    def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """As of every session. Numpy feeds overlap: one is copied in while another computes and a third is copied out."""
+        running: deque[EngineContext] = deque()
+
+        def finish() -> dict[str, Any]:
+            context = running.popleft()
+            try:
+                return dict(zip(self._output_names, context.finish(), strict=True))
+            finally:
+                self._give_back(context)
+
+        try:
+            for feed in feeds:
+                if self._closed:
+                    raise closed_error(self.name)
+                if self._check(feed) != "numpy":
+                    while running:
+                        yield finish()
+                    yield self.run(feed)
+                    continue
+                context = self._acquire(wait=not running)
+                if context is None:  # all are in use, some of them here
+                    yield finish()
+                    context = self._acquire()
+                    assert context is not None
+                try:
+                    profile = self._profile({name: feed[name].shape for name in self._input_names})
+                    context.begin({name: np.asarray(x, order="C") for name, x in feed.items()}, profile)
+                except BaseException:
+                    self._give_back(context)
+                    raise
+                running.append(context)
+            while running:
+                yield finish()
+        finally:
+            while running:
+                finish()
+
+    def information(self) -> str:
+        """What the inspector tells of the engine, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def layer_times(self, feed: Mapping[str, np.ndarray], runs: int = 10) -> dict[str, float]:
+        """Median milliseconds of GPU time of each layer of the engine, by its name, over `runs` runs on numpy arrays."""
+        with self._context() as context:
+            profiler = self._profiler()
+            context.attach(profiler)
+            try:
+                for _ in range(runs):
+                    context.begin(feed, self._profile({name: feed[name].shape for name in self._input_names}))
+                    context.finish()
+            finally:
+                context.attach(None)
+        return {name: statistics.median(times) for name, times in profiler.times.items()}
+
+    def _profiler(self) -> Any:
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc,name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.times: dict[str, list[float]] = {}
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                self.times.setdefault(layer_name, []).append(ms)
+
+        return Profiler()
+
+    def _release(self) -> None:
+        with self._free:
+            while len(self._idle) < len(self._contexts):
+                self._free.wait()
+            for context in self._contexts:
+                context.close()
+            self._contexts.clear()
+            self._idle.clear()
+            if self._cache is not None:
+                keep(self._cache_file, bytes(self._cache.serialize()), "what tensorrt-rtx compiled")
+            self._released = True
+            del self._config, self._cache, self._engine, self._runtime
+            self._free.notify_all()
+
+
+def _holds(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+    return all(
+        len(shapes[name]) == len(sides.min)
+        and all(low <= size <= high for low, size, high in zip(sides.min, shapes[name], sides.max, strict=True))
+        for name, sides in profile.items()
+    )
+
+
+def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> int:
+    return sum(abs(a - b) for name, sides in profile.items() for a, b in zip(sides.opt, shapes[name], strict=True))
+
+
+def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, options: SessionOptions) -> bytes:
+    """The engine file, or, where it does not fit this machine and that is wanted, one built now from the typed ONNX file.
+
+    Raises BackendError where it does not fit and `rebuild` is not set, EngineError where it cannot be built.
+    """
+    target = artifact.manifest.target
+    assert target is not None
+    problems = mismatches(target, flavour.version, gpu)
+    if not problems:
+        return (artifact.path / ENGINE).read_bytes()
+    if not options.rebuild:
+        raise BackendError(
+            f"{artifact.location} does not fit this machine: {'; '.join(problems)}; build it here, or open it with rebuild=True"
+        )
+    file = _rebuilt(artifact, flavour, gpu)
+    if not file.is_file():
+        from deploy.engine.builder import BuildOptions, build_engine  # loads onnx
+
+        profiles = list(artifact.manifest.profiles)
+        built = build_engine(flavour, artifact.onnx_path, profiles, BuildOptions(), shown=artifact.shown)
+        keep(file, built.plan, "the rebuilt engine")
+        return built.plan
+    return file.read_bytes()
+
+
+def _rebuilt(artifact: Artifact, flavour: Flavour, gpu: Gpu) -> Path:
+    """Where the engine is kept that was built for this machine."""
+    circumstances = {
+        "artifact": artifact.manifest.digest,
+        "flavour": [flavour.name, flavour.version],
+        "gpu": [gpu.name, gpu.compute_capability],
+    }
+    return cache_folder() / "engines" / f"{request_digest(circumstances)}.plan"
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> Session:
+    return TensorRTSession(artifact, options)

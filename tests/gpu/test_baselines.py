@@ -1,0 +1,140 @@
+"""What engines are compared with, on a GPU: eager and compile with variants, and ONNX Runtime's execution providers."""
+
+import threading
+
+import onnxruntime
+import pytest
+import torch
+
+import deploy
+from deploy.artifact import Artifact
+from deploy.errors import BackendError
+from deploy.runtime.eager import GRAPHS, CudaGraphs
+from deploy.runtime.session import Session, SessionOptions, open_session
+
+needs_provider = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is not installed"
+)
+CUDA = SessionOptions(device="cuda")
+
+
+def images(batch: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 1, 28, 28, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def agree(session: Session, artifact: Artifact, *, tolerance: float) -> None:
+    """Compare with eager in FP32 at several batch sizes, each twice, from tensors and from numpy."""
+    with open_session(artifact, "eager", SessionOptions(device="cpu")) as reference:
+        for batch in (1, 5, 1, 5):
+            x = images(batch, seed=batch)
+            result, expected = session(x), reference(x.cpu())
+            assert (result.device.type, result.dtype) == ("cuda", torch.float32)
+            torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=tolerance)
+            from_numpy = torch.from_numpy(session(x.cpu().numpy()))
+            torch.testing.assert_close(from_numpy, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("backend", "tolerance"),
+    [
+        ("eager", 1e-4),
+        ("eager:cuda_graph", 1e-4),
+        ("eager:fp16,channels_last", 1e-2),
+        ("eager:fp16,channels_last,cuda_graph", 1e-2),
+        ("compile:reduce-overhead", 1e-4),
+        ("compile:max-autotune-no-cudagraphs,fp16,channels_last", 1e-2),
+    ],
+)
+def test_variants_agree_with_fp32(lenet5: Artifact, backend: str, tolerance: float) -> None:
+    with open_session(lenet5, backend, CUDA) as session:
+        agree(session, lenet5, tolerance=tolerance)
+
+
+@needs_provider
+@pytest.mark.parametrize("variant", ["cuda", "tensorrt,tf32"])
+def test_execution_providers_agree_with_fp32(lenet5: Artifact, variant: str) -> None:
+    try:
+        session = open_session(lenet5, f"onnxruntime:{variant}")
+    except BackendError as error:
+        if "did not load" in str(error):
+            pytest.skip(str(error))
+        raise
+    with session:
+        assert set(session.nodes) <= {"TensorrtExecutionProvider", "CUDAExecutionProvider"}  # type: ignore[attr-defined]
+        agree(session, lenet5, tolerance=1e-4 if variant == "cuda" else 1e-2)
+
+
+@needs_provider
+def test_onnxruntime_waits_for_what_the_callers_stream_has_yet_to_do(lenet5: Artifact) -> None:
+    with open_session(lenet5, "onnxruntime:cuda") as session:
+        x = images(8)
+        expected = session(x)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(100_000_000)
+            late.copy_(x)
+            result = session(late)
+        stream.synchronize()
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager:cuda_graph", "compile:reduce-overhead", pytest.param("onnxruntime:cuda", marks=needs_provider)]
+)
+def test_many_threads_and_streams_get_their_own_results(lenet5: Artifact, backend: str) -> None:
+    wrong: list[str] = []
+    with open_session(lenet5, backend, CUDA) as session, open_session(lenet5, "eager", CUDA) as reference:
+
+        def work(seed: int) -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(20):
+                    x = images(1 + turn % 3, seed * 100 + turn)
+                    if not torch.allclose(session(x), reference(x), rtol=1e-3, atol=1e-4):
+                        wrong.append(f"thread {seed}, run {turn}")
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_results_of_a_graph_outlive_the_next_run_and_graphs_are_bounded() -> None:
+    graphs = CudaGraphs(lambda inputs: [inputs[0] * 2], torch.device("cuda", torch.cuda.current_device()))
+    for size in range(1, GRAPHS + 4):
+        x = torch.full((size,), float(size), device="cuda")
+        (first,) = graphs(x)
+        graphs(x + 1)
+        assert first.tolist() == [2.0 * size] * size
+    assert len(graphs._captured) == GRAPHS
+
+
+def test_a_module_that_waits_for_the_gpu_cannot_be_captured() -> None:
+    graphs = CudaGraphs(lambda inputs: [inputs[0] * inputs[0].sum().item()], torch.device("cuda", torch.cuda.current_device()))
+    with pytest.raises(BackendError, match=r"cannot be captured in a CUDA graph: .*; leave out cuda_graph"):
+        graphs(torch.ones(2, device="cuda"))
+    assert torch.ones(2, device="cuda").sum().item() == 2  # the device is still good
+
+
+def test_bench_compares_on_the_gpu(lenet5: Artifact) -> None:
+    from deploy.bench.measure import bench
+    from deploy.bench.plan import BenchOptions
+
+    found = bench([lenet5], BenchOptions(backends=("eager:fp16,channels_last,cuda_graph",), batches=(8,), seconds=1.0))
+    assert found.conditions["device"] == "cuda"
+    assert [(row.backend, row.precision) for row in found.results] == [
+        ("eager", "fp32"),
+        ("eager:fp16,channels_last,cuda_graph", "fp16"),
+    ]
+
+
+def test_tf32_is_off_while_a_session_is_open(lenet5: Artifact) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with deploy.load(lenet5, "eager", "cuda"):
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        with pytest.raises(BackendError, match="another session of this process runs without TF32"):
+            deploy.load(lenet5, "eager:tf32", "cuda")
+    assert torch.backends.cudnn.allow_tf32 == before
