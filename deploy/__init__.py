@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from deploy.api import build_trt as build_trt
     from deploy.api import convert as convert
+    from deploy.api import preflight as preflight
     from deploy.api import quantize as quantize
     from deploy.api_export import export as export
     from deploy.artifact import Artifact as Artifact
@@ -39,6 +40,7 @@ _NAMES = {
     "load": "deploy.loading",
     "open_artifact": "deploy.opening",
     "predict": "deploy.evaluation",
+    "preflight": "deploy.api",
     "quantize": "deploy.api",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "open_artifact",
     "predict",
+    "preflight",
     "quantize",
 ]
 

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 
 from deploy.artifact import Artifact
-from deploy.calibset import calibration_set
+from deploy.calibset import CalibrationSet, calibration_set
 from deploy.engine.builder import BuildOptions
 from deploy.errors import UsageError
 from deploy.opening import BUILD, open_artifact
-from deploy.pipeline.building import BuildTrtOptions, build_trt_artifact
+from deploy.pipeline.building import BuildTrtOptions, Preflight, build_trt_artifact
+from deploy.pipeline.building import preflight as check_before_build
 from deploy.pipeline.conversion import ConvertOptions, convert_artifact
 from deploy.pipeline.gate import Gate
 from deploy.pipeline.quantizing import METHOD, QuantizeOptions, check_fp32, quantize_artifact
@@ -102,11 +103,15 @@ def build_trt(
     quantization: QuantizeOptions | None = None,
     flavour: str = "auto",
     shapes: Sequence[str] = (),
+    targets: Sequence[str] = (),
     opt_level: int | None = None,
     tf32: bool = False,
+    workspace: int | None = None,
     timing_cache: PathLike | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
+    allow_slower: bool = False,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> Artifact:
     """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
@@ -116,10 +121,9 @@ def build_trt(
     `deploy.engine.builder.BuildOptions`. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     source = _open(artifact)
-    if not int8 and (calib is not None or images is not None or eval_folder is not None or max_drop is not None):
-        raise UsageError("--calib, --images, --eval and --max-drop go with --int8")
-    if not int8 and quantization not in (None, QuantizeOptions()):
-        raise UsageError("the options of quantization go with --int8")
+    _check_int8(int8, calib, images, quantization)
+    if not int8 and (eval_folder is not None or max_drop is not None):
+        raise UsageError("--eval and --max-drop go with --int8")
     options = BuildTrtOptions(
         precision=precision,
         fp16_io=fp16_io,
@@ -127,17 +131,66 @@ def build_trt(
         int8=(quantization or QuantizeOptions()) if int8 else None,
         flavour=flavour,
         shapes=tuple(shapes),
+        allow_slower=allow_slower,
+        cache=cache,
         build=BuildOptions(
             opt_level=opt_level,
             tf32=tf32,
+            workspace=workspace,
+            targets=tuple(targets),
             timing_cache=_path(timing_cache),
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,
         ),
     )
-    data_set = None if calib is None or source.manifest.precision == "int8" else calibration_set(source, calib, images)
+    data_set = _calibration(source, calib, images)
     suffixes = ["int8"] * int8 + ([precision] if precision else []) + ["trt"]
     return build_trt_artifact(source, _out(out, source, *suffixes), options, data_set, _gate(eval_folder, max_drop), progress)
+
+
+def preflight(
+    artifact: Artifact | PathLike,
+    *,
+    precision: Literal["fp16", "bf16"] | None = None,
+    fp16_io: bool = False,
+    data: PathLike | None = None,
+    int8: bool = False,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
+    images: int | None = None,
+    quantization: QuantizeOptions | None = None,
+    flavour: str = "auto",
+    shapes: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Preflight:
+    """Whether TensorRT's parser takes the model as `build_trt` would give it to it; nothing is built, and no GPU is needed.
+
+    The options are those of `build_trt`. Raises EngineError listing every node that is refused, by its ONNX name, with the
+    reason and a remedy; and what the conversion raises.
+    """
+    source = _open(artifact)
+    _check_int8(int8, calib, images, quantization)
+    options = BuildTrtOptions(
+        precision=precision,
+        fp16_io=fp16_io,
+        data=_path(data),
+        int8=(quantization or QuantizeOptions()) if int8 else None,
+        flavour=flavour,
+        shapes=tuple(shapes),
+    )
+    return check_before_build(source, options, _calibration(source, calib, images), progress)
+
+
+def _check_int8(int8: bool, calib: object, images: int | None, quantization: QuantizeOptions | None) -> None:
+    if not int8 and (calib is not None or images is not None):
+        raise UsageError("--calib and --images go with --int8")
+    if not int8 and quantization not in (None, QuantizeOptions()):
+        raise UsageError("the options of quantization go with --int8")
+
+
+def _calibration(
+    source: Artifact, calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None, images: int | None
+) -> CalibrationSet | None:
+    return None if calib is None or source.manifest.precision == "int8" else calibration_set(source, calib, images)
 
 
 def _gate(folder: PathLike | None, max_drop: float | None) -> Gate | None:

@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 WEIGHTS = "weights.safetensors"
 ENGINE = "engine.plan"
+RUNTIME_CACHE = "runtime.cache"
+"""Beside an engine, what tensorrt-rtx compiled at run time. It can be found again, so that no manifest lists it."""
 
 Kind = Literal["onnx", "engine"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -90,7 +92,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
     engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
-    every GPU from compute capability 8.0 on.
+    every GPU from compute capability 8.0 on. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
     """
 
     flavour: Literal["tensorrt", "tensorrt-rtx"]
@@ -101,6 +103,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     driver: str | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    opt_level: int | None = None
+    tf32: bool = False
+    workspace: int | None = None
 
 
 class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,7 +171,10 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON."""
+    """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON.
+
+    parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, where a GPU ran it.
+    """
 
     format: int
     kind: Kind
@@ -189,6 +197,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created: str
     target: Target | None = None
     precision_share: PrecisionShare | None = None
+    engine_parity: Parity | None = None
     digest: str = ""
 
     def sealed(self) -> Self:

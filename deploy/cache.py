@@ -3,9 +3,16 @@
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+ENGINES = "engines"
+"""The folder of the cache that holds engines, directories and single files."""
+
+LIMIT_BYTES = 4 << 30
+"""What a folder of large files holds at most."""
 
 
 def cache_folder() -> Path:
@@ -23,3 +30,23 @@ def keep(path: Path, content: bytes, what: str) -> None:
         if draft.exists():
             draft.unlink()
         logger.warning("%s cannot be kept in %s: %s", what, path, error)
+
+
+def trim(folder: Path, limit: int = LIMIT_BYTES) -> None:
+    """Remove what was changed longest ago from `folder` until the rest is within `limit` bytes; the newest entry stays."""
+    times, sizes = {}, {}
+    for entry in folder.iterdir():
+        try:
+            files = [entry] if entry.is_file() else list(entry.iterdir())
+            sizes[entry] = sum(file.stat().st_size for file in files)
+            times[entry] = entry.stat().st_mtime
+        except FileNotFoundError:
+            continue  # another process removed it
+    for entry in sorted(times, key=times.__getitem__)[:-1]:
+        if sum(sizes.values()) <= limit:
+            break
+        del sizes[entry]
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Self
 
 import msgspec
 
-from deploy.artifact import MANIFEST, Artifact, FileRecord, Manifest, file_digest
+from deploy.artifact import MANIFEST, RUNTIME_CACHE, Artifact, FileRecord, Manifest, file_digest
 from deploy.errors import DeployError, OutputError
 
 
@@ -38,7 +38,7 @@ def check_output(out: Path, source: Artifact | None = None) -> None:
             raise OutputError(
                 f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
             )
-        if foreign := sorted(entries - {MANIFEST, *head["files"]}):
+        if foreign := sorted(entries - {MANIFEST, RUNTIME_CACHE, *head["files"]}):
             raise OutputError(
                 f"{out} holds {foreign[0]!r} beside the artifact; nothing was changed: choose another -o or move it"
             )

@@ -8,7 +8,7 @@ import click
 import deploy
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.quantize import quantize_options
-from deploy.cli.show import summary
+from deploy.cli.show import share_text, summary
 from deploy.errors import UsageError
 
 
@@ -21,12 +21,32 @@ from deploy.errors import UsageError
 @click.option("--int8", is_flag=True, help="Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
 @quantize_options
 @click.option("--flavour", default="auto", show_default=True, metavar="F", help="auto, tensorrt or tensorrt-rtx.")
-@click.option("--shapes", multiple=True, metavar="NAME=MIN:OPT:MAX", help="Range of one input's shape, such as x=1x8:4x8:9x8.")
+@click.option(
+    "--shapes",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX",
+    help="Range of one input's shape, such as x=1x8:4x8:9x8; the same input again begins the next profile.",
+)
 @click.option("--opt-level", type=int, metavar="N", help="0 (quick build) to 5 (fast engine).  [default: TensorRT's, 3]")
 @click.option("--tf32", is_flag=True, help="Let FP32 arithmetic round its inputs to TF32: faster, off by about 1e-3.")
 @click.option("--timing-cache", type=PATH, metavar="FILE", help="Tactic timings to read and write (tensorrt only).")
 @click.option("--version-compatible", is_flag=True, help="An engine that later minor versions run too.")
 @click.option("--hardware-compatible", is_flag=True, help="An engine for any GPU from Ampere on.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="CC",
+    help="Compute capability to build for, such as 8.6; may be repeated (tensorrt-rtx only).",
+)
+@click.option(
+    "--workspace", type=int, metavar="MIB", help="GPU memory that a layer may use beside its tensors at most.  [default: all]"
+)
+@click.option("--allow-slower", is_flag=True, help="With --int8 on a GPU: keep an engine that is slower than FP16.")
+@click.option("--no-cache", is_flag=True, help="Build anew where the same engine was built before, and do not keep it.")
+@click.option(
+    "--preflight", is_flag=True, help="Let TensorRT's parser read the model and list all that it refuses; build nothing."
+)
 @output_option("build/<name>[-<precision>]-trt")
 @debug_option
 def command(
@@ -48,6 +68,11 @@ def command(
     timing_cache: Path | None,
     version_compatible: bool,
     hardware_compatible: bool,
+    targets: tuple[str, ...],
+    workspace: int | None,
+    allow_slower: bool,
+    no_cache: bool,
+    preflight: bool,
     out: Path | None,
 ) -> None:
     """Build a TensorRT engine from an ONNX artifact or file (the newest FP32 artifact under build/ by default).
@@ -59,23 +84,35 @@ def command(
     from deploy.pipeline.quantizing import QuantizeOptions  # loads onnx
 
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
+    common: dict[str, Any] = {
+        "precision": "fp16" if fp16 else "bf16" if bf16 else None,
+        "fp16_io": fp16_io,
+        "data": data,
+        "int8": int8,
+        "calib": calib,
+        "images": images,
+        "quantization": QuantizeOptions(**quantization),
+        "flavour": flavour,
+        "shapes": shapes,
+    }
+    if preflight:
+        with progress_bar() as progress:
+            found = deploy.preflight(source, **common, progress=progress)
+        click.echo(f"{source.shown}: {found.flavour} {found.version} takes all {found.nodes} nodes; {share_text(found.share)}")
+        return
     with progress_bar() as progress:
         made = deploy.build_trt(
             source,
             out,
-            precision="fp16" if fp16 else "bf16" if bf16 else None,
-            fp16_io=fp16_io,
-            data=data,
-            int8=int8,
-            calib=calib,
-            images=images,
+            **common,
             eval_folder=eval_folder,
             max_drop=max_drop,
-            quantization=QuantizeOptions(**quantization),
-            flavour=flavour,
-            shapes=shapes,
+            targets=targets,
             opt_level=opt_level,
             tf32=tf32,
+            workspace=workspace,
+            allow_slower=allow_slower,
+            cache=not no_cache,
             timing_cache=timing_cache,
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,

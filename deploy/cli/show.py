@@ -1,6 +1,8 @@
 """Artifacts as text."""
 
-from deploy.artifact import Accuracy, Artifact, Calibration, Manifest
+from collections.abc import Mapping
+
+from deploy.artifact import Accuracy, Artifact, Calibration, Manifest, PrecisionShare
 from deploy.parity import Parity
 
 _LISTED = 10
@@ -24,29 +26,35 @@ def summary(artifact: Artifact) -> str:
     if manifest.parity:
         if manifest.target:
             lines.append(_row("typed ONNX", parity_text(manifest.parity)))
-            lines.append(_row("", "that is the file which the engine was built from; the engine itself has not been run"))
+            if manifest.engine_parity is None:
+                lines.append(_row("", "that is the file which the engine was built from; the engine itself has not been run"))
         else:
             lines.append(_row("parity", parity_text(manifest.parity)))
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+    if manifest.engine_parity:
+        lines.append(_row("engine", parity_text(manifest.engine_parity, "the typed ONNX file")))
     if manifest.calibration:
         lines += calibration_text(manifest.calibration)
     if manifest.accuracy:
         lines.append(_row("accuracy", accuracy_text(manifest.accuracy)))
-    if share := share_text(manifest):
-        lines.append(_row("computes", share))
+    if manifest.precision_share is not None:
+        lines.append(_row("computes", share_text(manifest.precision_share)))
+        for kind, shares in (("layers", manifest.precision_share.layers), ("GPU time", manifest.precision_share.time)):
+            if shares is not None:
+                lines.append(_row("", f"{_parts(shares)} of the {kind}"))
     lines += exclusions_text(manifest)
     return "\n".join(lines)
 
 
-def parity_text(parity: Parity) -> str:
+def parity_text(parity: Parity, against: str | None = None) -> str:
     worst = parity.worst
     random = [str(case.batch) for case in parity.cases if case.data == "random"]
     seen = [f"random batches {', '.join(random)}"] * bool(random)
     for kind, word in (("images", "images"), ("feeds", "rows")):
         if rows := sum(case.batch for case in parity.cases if case.data == kind):
             seen.append(f"{rows} {word}")
-    against = "eager" if parity.against == "eager" else "its parent"
+    against = against or ("eager" if parity.against == "eager" else "its parent")
     noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
     return (
         f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f}{noise} against {against}"
@@ -54,15 +62,16 @@ def parity_text(parity: Parity) -> str:
     )
 
 
-def share_text(manifest: Manifest) -> str:
-    """The share of multiply-accumulates by precision; empty where it was not read."""
-    share = manifest.precision_share
-    if share is None:
-        return ""
-    parts = [f"{getattr(share, name):.1%} {name}" for name in ("int8", "fp16", "bf16", "fp32") if getattr(share, name) > 0]
+def share_text(share: PrecisionShare) -> str:
+    """The share of multiply-accumulates by precision."""
+    parts = _parts({name: getattr(share, name) for name in ("int8", "fp16", "bf16", "fp32")})
     if not parts:
         return f"no multiply-accumulates: no convolution and no matrix product (read from the {share.origin})"
-    return f"{', '.join(parts)} of the multiply-accumulates (read from the {share.origin})"
+    return f"{parts} of the multiply-accumulates (read from the {share.origin})"
+
+
+def _parts(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.1%} {name}" for name, share in shares.items() if share > 0)
 
 
 def calibration_text(calibration: Calibration) -> list[str]:

@@ -80,13 +80,13 @@ def engine_share(
         where it compiles many nodes into one kernel, but keeps to the types. times: milliseconds by layer, may be empty.
     """
     by_node = dict(typed)
-    for layer in sorted(layers, key=lambda layer: layer.computes):  # what computes comes last: the others only move data
-        for node in layer.nodes:
+    for each in sorted(layers, key=lambda each: each.computes):  # what computes comes last: the others only move data
+        for node in each.nodes:
             if node in macs:
-                by_node[node] = layer.precision
-    timed = [(layer.precision, times[layer.name]) for layer in layers if layer.name in times]
+                by_node[node] = each.precision
+    timed = [(each.precision, times[each.name]) for each in layers if each.name in times]
     shares = _shares((by_node[node], count) for node, count in macs.items() if count)
-    counted = _shares((layer.precision, 1) for layer in layers)
+    counted = _shares((each.precision, 1) for each in layers)
     return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
 
 
@@ -98,20 +98,20 @@ _TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp
 _COMPUTES = re.compile(r"conv|gemm|matmul|matrixmultiply|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
 
 
-def _layer(layer: Mapping[str, Any] | str) -> EngineLayer:
-    if isinstance(layer, str):  # an engine built without detailed verbosity gives names alone
+def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
+    if isinstance(described, str):  # an engine built without detailed verbosity gives names alone
         raise TypeError("layers are names alone: the engine was built without detailed verbosity")
-    tactic = layer.get("TacticName") or ""
-    kind = f"{layer.get('LayerType', '')} {tactic}"
+    tactic = described.get("TacticName") or ""
+    kind = f"{described.get('LayerType', '')} {tactic}"
     named = _TACTIC.search(tactic)
-    inputs = layer.get("Inputs") or [{}]
+    inputs = described.get("Inputs") or [{}]
     precision = _OPERANDS.get(named[1]) if named else None
     if precision is None:
         text = str(inputs[0].get("Format/Datatype", "")).lower()
         precision = next((name for part, name in _TYPES if part in text), "fp32")
     return EngineLayer(
-        name=layer["Name"],
-        nodes=tuple(_NODE.findall(layer.get("Metadata") or "")),
+        name=described["Name"],
+        nodes=tuple(_NODE.findall(described.get("Metadata") or "")),
         precision=precision,
         computes=bool(_COMPUTES.search(kind)),
     )

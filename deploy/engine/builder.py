@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from deploy.artifact import Target
 from deploy.engine.bindings import Bindings
+from deploy.engine.compatibility import targeted
 from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.engine.network import Network, parse_network
 from deploy.engine.timing_cache import save_timing_cache, use_timing_cache
 from deploy.errors import EngineError, UsageError
 from deploy.progress import Progress, silent
-from deploy.runtime.cuda import open_device
+from deploy.runtime.cuda import Gpu, open_device
 from deploy.tensors import Profile
 
 if TYPE_CHECKING:
@@ -147,19 +150,41 @@ def _add_profile(builder: "tensorrt.Builder", config: "tensorrt.IBuilderConfig",
 
 
 def _target(flavour: Flavour, options: BuildOptions) -> Target:
-    if flavour.builds_without_gpu:
-        targets = list(options.targets or RTX_TARGETS)
-        return Target(flavour=flavour.name, version=flavour.version, gpu=None, compute_capability=None, targets=targets)
-    gpu = open_device().gpu()
-    return Target(
+    target = Target(
         flavour=flavour.name,
         version=flavour.version,
+        gpu=None,
+        compute_capability=None,
+        targets=list(options.targets or RTX_TARGETS),
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        opt_level=options.opt_level,
+        tf32=options.tf32,
+        workspace=options.workspace,
+    )
+    if flavour.builds_without_gpu:
+        return target
+    gpu = open_device().gpu()
+    return msgspec.structs.replace(
+        target,
         gpu=gpu.name,
         compute_capability=gpu.compute_capability,
         targets=[gpu.compute_capability],
         driver=gpu.driver,
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
+    )
+
+
+def options_of(target: Target, gpu: Gpu) -> BuildOptions:
+    """What an engine for `gpu` is built with to be like one that was built for `target`."""
+    here = gpu.compute_capability
+    named = target.flavour == "tensorrt-rtx" and not targeted(here, RTX_TARGETS)
+    return BuildOptions(
+        opt_level=target.opt_level,
+        tf32=target.tf32,
+        workspace=target.workspace,
+        version_compatible=target.version_compatible,
+        hardware_compatible=target.hardware_compatible,
+        targets=(here,) if named else (),
     )
 
 
@@ -174,14 +199,16 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
             outcome.append(network.builder.build_serialized_network(network.definition, config))
         except BaseException as error:
             outcome.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=work, name="deploy build", daemon=True)
-    thread.start()
+    done = threading.Event()  # Thread.join forgets the thread when Ctrl-C interrupts it (CPython issue 90882)
+    threading.Thread(target=work, name="deploy build", daemon=True).start()
     try:
-        thread.join()
+        done.wait()
     except BaseException:
         monitor.cancelled.set()  # TensorRT asks at every step
-        thread.join()
+        done.wait()
         raise
     if monitor.failure is not None:
         raise monitor.failure

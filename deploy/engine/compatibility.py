@@ -1,5 +1,7 @@
 """Whether an engine fits the machine it is to run on, told from its manifest: TensorRT itself has no such check."""
 
+from collections.abc import Sequence
+
 from deploy.artifact import Target
 from deploy.runtime.cuda import Gpu
 
@@ -19,7 +21,7 @@ def mismatches(target: Target, version: str, gpu: Gpu) -> list[str]:
     if version != target.version and not later:
         found.append(f"built with {target.flavour} {target.version}, and {version} is installed")
     if target.flavour == "tensorrt-rtx":
-        if target.targets and not _targeted(gpu.compute_capability, target.targets):
+        if target.targets and not targeted(gpu.compute_capability, target.targets):
             found.append(f"built for compute capability {', '.join(target.targets)}, and {gpu.name} has {gpu.compute_capability}")
     elif target.hardware_compatible:
         if _number(gpu.compute_capability) < (8, 0):
@@ -34,7 +36,7 @@ def mismatches(target: Target, version: str, gpu: Gpu) -> list[str]:
     return found
 
 
-def _targeted(capability: str, targets: list[str]) -> bool:
+def targeted(capability: str, targets: Sequence[str]) -> bool:
     """Whether an engine for `targets` has code for `capability`: what is built for 12.0 is for all later ones too."""
     newest = _number(_OPEN)
     return capability in targets or (_OPEN in targets and _number(capability) >= newest)

@@ -1,37 +1,38 @@
-"""Engine artifacts kept between builds, by the digest of all that they depend on: the second build is a copy."""
+"""Engine artifacts kept between builds, by all that they depend on: the second build is a copy."""
 
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from deploy.artifact import Artifact, Manifest
-from deploy.cache import cache_folder
+import msgspec
+
+from deploy.artifact import WEIGHTS, Artifact, Manifest, Stage, request_digest
+from deploy.cache import ENGINES, cache_folder, trim
 from deploy.errors import ArtifactError, OutputError
-from deploy.opening import open_artifact
+from deploy.pipeline.lineage import parent_record
 from deploy.writer import ArtifactWriter
 
 logger = logging.getLogger(__name__)
 
-LIMIT_BYTES = 4 << 30
-"""All that is kept together; what was not used for longest goes first."""
-
 
 def folder() -> Path:
-    return cache_folder() / "engines"
+    return cache_folder() / ENGINES
 
 
-def copy(key: str, out: Path, manifest: Callable[[Manifest], Manifest]) -> Artifact | None:
-    """The artifact that was kept for `key`, copied to `out` with what `manifest` makes of its manifest; None without one.
+def copy(source: Artifact, request: Mapping[str, Any], out: Path, stage: Stage) -> Artifact | None:
+    """The engine that was built from the same ONNX file as `source` with the same `request`, copied to `out`; None without one.
 
     One that is damaged is removed: it can be built again. Raises OutputError.
     """
-    kept = folder() / key
+    kept = folder() / _key(source, request)
     if not kept.is_dir():
         return None
     try:
-        found = open_artifact(kept)
+        found = Artifact.open(kept)
         found.verify()
     except ArtifactError as error:
         logger.warning("a kept engine is damaged, and is built again: %s", error)
@@ -41,27 +42,51 @@ def copy(key: str, out: Path, manifest: Callable[[Manifest], Manifest]) -> Artif
     with ArtifactWriter(out) as writer:
         for name in found.manifest.files:
             shutil.copyfile(found.path / name, writer.path / name)
-        return writer.commit(manifest(found.manifest))
+        return writer.commit(_addressed(found.manifest, source, out, stage))
 
 
-def put(key: str, made: Artifact) -> None:
+def put(source: Artifact, request: Mapping[str, Any], made: Artifact) -> None:
     """Keep `made`. Where that cannot be done a warning says so: the build itself is done."""
-    kept = folder() / key
+    kept = folder() / _key(source, request)
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with ArtifactWriter(kept) as writer:
             for name in made.manifest.files:
                 shutil.copyfile(made.path / name, writer.path / name)
             writer.commit(made.manifest)
-        _trim()
+        trim(folder())
     except (OSError, OutputError) as error:
         logger.warning("the engine cannot be kept in %s: %s", folder(), error)
 
 
-def _trim() -> None:
-    entries = sorted((entry for entry in folder().iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
-    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
-    while sum(sizes.values()) > LIMIT_BYTES and len(sizes) > 1:
-        oldest = next(iter(sizes))
-        del sizes[oldest]
-        shutil.rmtree(oldest, ignore_errors=True)
+def _key(source: Artifact, request: Mapping[str, Any]) -> str:
+    """The content of the ONNX file and what is said of it, but not where it lies or what it is called; and the request."""
+    manifest = source.manifest
+    content = {
+        "files": sorted(record.sha256 for name, record in manifest.files.items() if name != WEIGHTS),
+        "precision": manifest.precision,
+        "inputs": msgspec.to_builtins(manifest.inputs),
+        "outputs": msgspec.to_builtins(manifest.outputs),
+        "preprocess": msgspec.to_builtins(manifest.preprocess),
+        "exclusions": msgspec.to_builtins(manifest.exclusions),
+        "calibration": msgspec.to_builtins(manifest.calibration),
+    }
+    return request_digest({**request, "source": content})
+
+
+def _addressed(kept: Manifest, source: Artifact, out: Path, stage: Stage) -> Manifest:
+    """The manifest of a kept engine as that of one built now from `source`, whose ONNX file is the same."""
+    own = source.manifest
+    parity, accuracy = own.parity, own.accuracy
+    if kept.parity is not None and kept.parent is not None and kept.parity.against == kept.parent.digest:  # it was converted
+        parity, accuracy = dataclasses.replace(kept.parity, against=own.digest), kept.accuracy
+    return msgspec.structs.replace(
+        kept,
+        name=out.resolve().name,
+        parent=parent_record(source, out),
+        source=own.source,
+        classes=own.classes,
+        parity=parity,
+        accuracy=accuracy,
+        stage=stage,
+    )

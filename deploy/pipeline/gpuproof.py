@@ -1,15 +1,23 @@
-"""What a GPU says of a new engine: the precision of its layers, the time they take, and whether INT8 is worth it."""
+"""What a GPU says of a new engine: the precision of its layers, the time they take, what it computes, and whether INT8 pays."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from deploy.artifact import Artifact, PrecisionShare
+import numpy as np
+import onnx
+
+from deploy.artifact import ONNX, Artifact, PrecisionShare
 from deploy.engine.attestation import engine_layers, engine_share
 from deploy.engine.flavour import has_gpu
 from deploy.errors import BackendError, EngineError
+from deploy.parity import TOLERANCES, Parity, compare
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.emulate import emulate
+from deploy.runtime.cuda import open_device
 from deploy.runtime.session import Session, SessionOptions, open_session
 from deploy.runtime.tensorrt import TensorRTSession
-from deploy.tensors import random_feed
+from deploy.tensors import TensorSpec, batch_dim, random_feed
 from deploy.timing import Ratio, paired_ratio, sample
 
 logger = logging.getLogger(__name__)
@@ -18,13 +26,32 @@ ROUNDS, SLICE_S, SAMPLES = 9, 0.1, 2000
 _WARMUP = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Share of the multiply-accumulates, the layers and the time in each precision, precision by node, and parity."""
+
+    share: PrecisionShare
+    by_node: dict[str, str]
+    parity: Parity
+
+
+def gpu_identity() -> list[str] | None:
+    """Name, compute capability and driver of the GPU that engines are built and tried on; None where there is none."""
+    if not has_gpu():
+        return None
+    try:
+        gpu = open_device().gpu()
+    except BackendError as error:
+        logger.warning("there is an NVIDIA driver, but its GPU cannot be used: %s", error)
+        return None
+    return [gpu.name, gpu.compute_capability, gpu.driver or "unknown"]
+
+
 def open_engine(engine: Artifact) -> TensorRTSession | None:
-    """A session on a new engine; None where there is no GPU to run it on, or one that tensorrt-rtx does not build for.
+    """A session on a new engine; None on a machine whose GPU tensorrt-rtx does not build for.
 
     Raises BackendError where a `tensorrt` engine, which was built on this GPU, cannot be loaded.
     """
-    if not has_gpu():
-        return None
     target = engine.manifest.target
     assert target is not None
     try:
@@ -32,28 +59,50 @@ def open_engine(engine: Artifact) -> TensorRTSession | None:
     except BackendError as error:
         if target.flavour == "tensorrt":
             raise
-        logger.warning("the engine cannot be loaded on this machine, and is attested from the typed network: %s", error)
+        logger.warning("the engine cannot run on this machine, and is attested from the typed network: %s", error)
         return None
     assert isinstance(session, TensorRTSession)
     return session
 
 
-def attest(session: TensorRTSession, typed: Mapping[str, str], macs: Mapping[str, int]) -> tuple[PrecisionShare, dict[str, str]]:
-    """Share of `macs` in each precision, of layers and of time, and the precision by node, as the engine was built.
+def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], macs: Mapping[str, int]) -> Proof:
+    """Attest the engine as it was built, and compare it with its typed ONNX file.
 
-    typed: precision by node of the typed network. Raises EngineError.
+    typed: precision by node of the typed network. macs: multiply-accumulates by node. Raises EngineError and ParityError.
     """
     feed = random_feed(session.inputs, session.dims())
-    return engine_share(engine_layers(session.information()), typed, macs, session.layer_times(feed))
+    share, by_node = engine_share(engine_layers(session.information()), typed, macs, session.layer_times(feed))
+    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine))
 
 
-def check_faster(int8: Session, fp16: Session, what: str) -> Ratio:
-    """How many times as fast as FP16 INT8 is, at the optimal shapes, measured in turns.
+def engine_parity(session: Session, engine: Artifact) -> Parity:
+    """Compare what `session` computes with the typed ONNX file of `engine`, on random input.
+
+    The batches are those of `_batches`. The ONNX file runs on ONNX Runtime, half precision emulated in FP32. Raises
+    ParityError beyond the tolerance of the precision.
+    """
+    manifest = engine.manifest
+    tolerance = TOLERANCES[manifest.precision]
+    reference = CpuGraph(emulate(onnx.load(engine.onnx_path)))
+    dims = session.dims()
+    batch = batch_dim(session.inputs)
+    cases = []
+    for seed, size in enumerate(_batches(session, batch), start=1):
+        feed = random_feed(session.inputs, {**dims, batch: size} if batch else dims, seed=seed)
+        expected = reference({name: _as_fp32(array) for name, array in feed.items()})
+        cases.append(
+            compare(session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.shown}")
+        )
+    return Parity(against=manifest.files[ONNX].sha256, by=_who(engine), tolerance=tolerance, cases=cases)
+
+
+def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
+    """How many times as fast as FP16 INT8 is, at the optimal shapes, on arrays in device memory, measured in turns.
 
     Raises EngineError when it is slower, beyond the interval of the ratio.
     """
-    feed = random_feed(int8.inputs, int8.dims())
-    sessions = (fp16, int8)
+    feed = int8.to_device(random_feed(int8.inputs, int8.dims()))
+    sessions: tuple[Session, Session] = (fp16, int8)
     for session in sessions:
         session.warmup(feed, _WARMUP)
     rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
@@ -68,3 +117,29 @@ def check_faster(int8: Session, fp16: Session, what: str) -> Ratio:
         )
     logger.info("INT8 is %.2f times as fast as FP16 (%.2f to %.2f)", ratio.value, ratio.low, ratio.high)
     return ratio
+
+
+def _batches(session: Session, batch: str | None) -> list[int]:
+    """The smallest and the optimal batch of the first profile; the one there is where the batch is fixed."""
+    if batch is None or not session.profiles:
+        return [_fixed(session.inputs)]
+    spec = next(spec for spec in session.inputs if batch in spec.shape)
+    shapes = session.profiles[0][spec.name]
+    axis = spec.shape.index(batch)
+    return sorted({shapes.min[axis], shapes.opt[axis]})
+
+
+def _fixed(inputs: tuple[TensorSpec, ...]) -> int:
+    first = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    return first if isinstance(first, int) else 1
+
+
+def _as_fp32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _who(engine: Artifact) -> str:
+    target = engine.manifest.target
+    assert target is not None
+    gpu = open_device().gpu().name
+    return f"{target.flavour} {target.version} on {gpu}"

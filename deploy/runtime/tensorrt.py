@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.artifact import ENGINE, Artifact, request_digest
-from deploy.cache import cache_folder, keep
+from deploy.artifact import ENGINE, RUNTIME_CACHE, Artifact, request_digest
+from deploy.cache import ENGINES, cache_folder, keep, trim
 from deploy.engine.compatibility import mismatches
 from deploy.engine.flavour import Flavour, has_gpu, load_flavour
 from deploy.engine.log import make_logger
@@ -24,9 +24,6 @@ from deploy.tensors import Profile, format_shape
 
 if TYPE_CHECKING:
     import tensorrt
-
-RUNTIME_CACHE = "runtime.cache"
-"""Beside the engine: what tensorrt-rtx compiled at run time. It can be found again, so the manifest does not list it."""
 
 
 class TensorRTSession(Session):
@@ -300,6 +297,18 @@ class TensorRTSession(Session):
             while running:
                 finish()
 
+    def to_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
+        """The arrays copied to the GPU: a feed that `run` takes as it is, and whose outputs stay there too."""
+        stream = self._gpu.stream()
+        copies = {}
+        for name, array in feed.items():
+            memory, host = self._gpu.allocate(array.nbytes), self._gpu.pinned(array.nbytes)
+            host[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            memory.write(host, stream)
+            stream.synchronize()
+            copies[name] = DeviceArray(memory, array.shape, array.dtype, self._gpu, stream)
+        return copies
+
     def information(self) -> str:
         """What the inspector tells of the engine, as JSON."""
         inspector = self._engine.create_engine_inspector()
@@ -372,11 +381,13 @@ def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, options: Session
         )
     file = _rebuilt(artifact, flavour, gpu)
     if not file.is_file():
-        from deploy.engine.builder import BuildOptions, build_engine  # loads onnx
+        from deploy.engine.builder import build_engine, options_of  # loads onnx
 
         profiles = list(artifact.manifest.profiles)
-        built = build_engine(flavour, artifact.onnx_path, profiles, BuildOptions(), shown=artifact.shown)
+        built = build_engine(flavour, artifact.onnx_path, profiles, options_of(target, gpu), shown=artifact.shown)
         keep(file, built.plan, "the rebuilt engine")
+        if file.is_file():
+            trim(file.parent)
         return built.plan
     return file.read_bytes()
 
@@ -388,7 +399,7 @@ def _rebuilt(artifact: Artifact, flavour: Flavour, gpu: Gpu) -> Path:
         "flavour": [flavour.name, flavour.version],
         "gpu": [gpu.name, gpu.compute_capability],
     }
-    return cache_folder() / "engines" / f"{request_digest(circumstances)}.plan"
+    return cache_folder() / ENGINES / f"{request_digest(circumstances)}.plan"
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

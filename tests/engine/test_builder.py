@@ -1,5 +1,9 @@
 """Engines are built from typed ONNX files with the real TensorRT-RTX builder, which needs no GPU."""
 
+import dataclasses
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +12,12 @@ import pytest
 
 from deploy.artifact import Exclusion
 from deploy.engine.attestation import check_honoured, network_share
-from deploy.engine.builder import BuildOptions, BuiltEngine, build_engine
-from deploy.engine.flavour import Flavour, load_flavour
+from deploy.engine.builder import BuildOptions, BuiltEngine, _set_options, build_engine, options_of
+from deploy.engine.flavour import RTX_TARGETS, Flavour, load_flavour
+from deploy.engine.network import parse_network
 from deploy.errors import BackendError, EngineError, UsageError
 from deploy.macs import count_macs
+from deploy.runtime.cuda import Gpu
 from deploy.tensors import Profile, ShapeRange
 
 SHAPES: Profile = {"x": ShapeRange(min=(1, 3, 8, 8), opt=(4, 3, 8, 8), max=(8, 3, 8, 8))}
@@ -49,6 +55,21 @@ REFUSED = """
         [first_fold] y = Col2Im(x, image, block)
         a = Neg(x)
         [second_fold] z = Col2Im(a, image, block)
+    }
+"""
+
+# Between nodes that are taken: two of operators that TensorRT lacks, and two of one that nobody knows.
+REFUSED_OF_ALL_SORTS = """
+    <ir_version: 10, opset_import: ["" : 20, "com.acme" : 1]>
+    refused (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y, float[batch, 12, 16] v)
+    <int64[2] image = {5, 5}, int64[2] block = {2, 2}> {
+        r = Relu(x)
+        [fold] y = Col2Im(r, image, block)
+        [first_odd] t = com.acme.Swirl(r)
+        s = Neg(t)
+        [second_odd] u = com.acme.Swirl(s)
+        [det] w = Det(r)
+        v = Add(u, w)
     }
 """
 
@@ -136,6 +157,18 @@ def test_every_refused_node_is_listed_by_name_with_a_remedy(rtx: Flavour, tmp_pa
     assert "transposed convolution" in text
 
 
+def test_refused_nodes_of_all_sorts_are_listed_in_one_run(rtx: Flavour, tmp_path: Path) -> None:
+    path = save(REFUSED_OF_ALL_SORTS, tmp_path / "refused.onnx")
+    with pytest.raises(EngineError) as caught:
+        parse_network(rtx, path)
+    first, *lines = str(caught.value).splitlines()
+    assert "refuses 4 nodes" in first
+    assert sorted(line.split(":")[0].strip() for line in lines) == [
+        "Col2Im 'fold'", "Det 'det'", "Swirl 'first_odd'", "Swirl 'second_odd'",
+    ]  # fmt: skip
+    assert all("; " in line for line in lines)  # the remedy
+
+
 def test_an_operator_that_tensorrt_does_not_know_is_named_with_its_domain(rtx: Flavour, tmp_path: Path) -> None:
     graph = """
         <ir_version: 10, opset_import: ["" : 20, "com.acme" : 1]>
@@ -189,3 +222,94 @@ def test_flavours_that_are_unknown_or_missing_are_named(monkeypatch: pytest.Monk
 def test_auto_is_tensorrt_rtx_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.engine.flavour.has_gpu", lambda: False)
     assert load_flavour("auto").name == "tensorrt-rtx"
+
+
+def test_stubs_alone_do_not_pass_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", type(os)("tensorrt"))
+    monkeypatch.setattr("deploy.engine.flavour.has_gpu", lambda: True)
+    with pytest.raises(BackendError, match=r"tensorrt is not installed: .*without the library, as of stubs"):
+        load_flavour("tensorrt")
+    assert load_flavour("auto").name == "tensorrt-rtx"
+
+
+def test_an_engine_is_built_for_the_targets_that_are_named(rtx: Flavour, tmp_path: Path) -> None:
+    path = mixed(tmp_path / "m.onnx", "fp16")
+    every = build(rtx, path)
+    one = build(rtx, path, options=BuildOptions(targets=("8.9",)))
+    two = build(rtx, path, options=BuildOptions(targets=("8.0", "12.0")))
+    assert (every.target.targets, one.target.targets) == (list(RTX_TARGETS), ["8.9"])
+    assert two.target.targets == ["8.0", "12.0"]
+    with pytest.raises(EngineError, match=r"Cannot compile operation 'head' for Turing \(SM75\): FP32 GEMM is not supported"):
+        build(rtx, path, options=BuildOptions(targets=("7.5",)))
+    with pytest.raises(
+        UsageError, match=r"--target 9\.0: tensorrt-rtx \S+ builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, and not for it"
+    ):
+        build(rtx, path, options=BuildOptions(targets=("9.0",)))
+    for wrong in ("sm89", "89", "8.9.1", ""):
+        with pytest.raises(UsageError, match="a compute capability such as"):
+            BuildOptions(targets=(wrong,))
+    with pytest.raises(UsageError, match="twice"):
+        BuildOptions(targets=("8.9", "8.9"))
+
+
+def test_the_workspace_is_limited(rtx: Flavour, tmp_path: Path) -> None:
+    built = build(rtx, mixed(tmp_path / "m.onnx", "fp16"), options=BuildOptions(workspace=64))
+    assert built.target.workspace == 64
+    config = built.network.builder.create_builder_config()
+    _set_options(config, rtx, BuildOptions(workspace=64))
+    assert config.get_memory_pool_limit(rtx.trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    with pytest.raises(UsageError, match="1 MiB or more"):
+        BuildOptions(workspace=0)
+
+
+def test_tf32_is_off_unless_asked_for(rtx: Flavour, tmp_path: Path) -> None:
+    builder = build(rtx, mixed(tmp_path / "m.onnx", "fp32")).network.builder
+    for asked in (False, True):
+        config = builder.create_builder_config()
+        assert config.get_flag(rtx.trt.BuilderFlag.TF32)  # TensorRT's own default
+        _set_options(config, rtx, BuildOptions(tf32=asked))
+        assert config.get_flag(rtx.trt.BuilderFlag.TF32) == asked
+
+
+def test_ctrl_c_stops_a_build_at_its_next_step(rtx: Flavour, tmp_path: Path) -> None:
+    path = mixed(tmp_path / "m.onnx", "fp16")
+    whole: list[str] = []
+    build_engine(rtx, path, [SHAPES], BuildOptions(), lambda phase, *_: whole.append(phase))
+    told: list[str] = []
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        told.append(phase)
+        if len(told) == 2:  # the first is of parsing
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does, while TensorRT is at work
+            time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(rtx, path, [SHAPES], BuildOptions(), interrupt)
+    stopped = len(told)
+    time.sleep(0.1)
+    assert 2 <= len(told) == stopped < len(whole)
+
+
+def test_an_error_of_the_progress_callback_ends_the_build_and_is_raised(rtx: Flavour, tmp_path: Path) -> None:
+    def fail(phase: str, done: int, total: int) -> None:
+        if phase != "parsing":
+            raise ZeroDivisionError(phase)
+
+    with pytest.raises(ZeroDivisionError):
+        build_engine(rtx, mixed(tmp_path / "m.onnx", "fp16"), [SHAPES], BuildOptions(), fail)
+
+
+def test_several_profiles_are_built_into_one_engine(rtx: Flavour, tmp_path: Path) -> None:
+    path = mixed(tmp_path / "m.onnx", "fp16")
+    large: Profile = {"x": ShapeRange(min=(16, 3, 8, 8), opt=(32, 3, 8, 8), max=(64, 3, 8, 8))}
+    one, two = (build_engine(rtx, path, profiles, BuildOptions()) for profiles in ([SHAPES], [SHAPES, large]))
+    assert len(two.plan) > len(one.plan)
+
+
+def test_what_an_engine_is_rebuilt_with_is_what_it_was_built_with(rtx: Flavour, tmp_path: Path) -> None:
+    asked = BuildOptions(opt_level=2, tf32=True, workspace=32, targets=("8.6",))
+    target = build(rtx, mixed(tmp_path / "m.onnx", "fp16"), options=asked).target
+    ada = Gpu(name="Fake", compute_capability="8.9", driver=None)
+    assert options_of(target, ada) == dataclasses.replace(asked, targets=())  # those that are always built for hold it
+    turing = Gpu(name="Fake", compute_capability="7.5", driver=None)
+    assert options_of(target, turing).targets == ("7.5",)
