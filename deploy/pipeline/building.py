@@ -132,9 +132,7 @@ def build_trt_artifact(
             stage=stage,
             target=built.target,
         )
-        manifest = _attested(
-            writer.describe(manifest), artifact, built, flavour, options, tried=gpu is not None, progress=progress
-        )
+        manifest = _attested(writer.describe(manifest), artifact, built, flavour, options, gpu=gpu, progress=progress)
         done = writer.commit(manifest)
     if cached:
         enginecache.put(artifact, request, done)
@@ -196,10 +194,10 @@ def _attested(
     flavour: Flavour,
     options: BuildTrtOptions,
     *,
-    tried: bool,
+    gpu: list[str] | None,
     progress: Progress,
 ) -> Manifest:
-    """The manifest of a new engine with its precision share, and what a GPU says of it where it is `tried` on one.
+    """The manifest of a new engine with its precision share, and what `gpu`, by its name, says of it.
 
     Raises EngineError when the precision is not honoured, or INT8 is slower than FP16.
     """
@@ -208,11 +206,11 @@ def _attested(
     share, by_node = network_share(built.network.definition, flavour.trt, macs)
     what = f"{source.shown} with {flavour.name}"
     parity = None
-    session = open_engine(engine) if tried else None
-    if session is not None:
+    session = open_engine(engine) if gpu else None
+    if gpu and session is not None:
         with session:
             progress("attesting the engine")
-            proof = prove(session, engine, by_node, macs)
+            proof = prove(session, engine, by_node, macs, gpu[0])
             share, by_node, parity = proof.share, proof.by_node, proof.parity
             check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
             if options.int8 is not None and not options.allow_slower:

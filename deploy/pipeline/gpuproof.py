@@ -65,23 +65,24 @@ def open_engine(engine: Artifact) -> TensorRTSession | None:
     return session
 
 
-def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], macs: Mapping[str, int]) -> Proof:
+def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], macs: Mapping[str, int], gpu: str) -> Proof:
     """Attest the engine as it was built, and compare it with its typed ONNX file.
 
-    typed: precision by node of the typed network. macs: multiply-accumulates by node. Raises EngineError and ParityError.
+    typed: precision by node of the typed network. macs: multiply-accumulates by node. gpu: its name. Raises EngineError and ParityError.
     """
     feed = random_feed(session.inputs, session.dims())
     share, by_node = engine_share(engine_layers(session.information()), typed, macs, session.layer_times(feed))
-    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine))
+    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine, gpu))
 
 
-def engine_parity(session: Session, engine: Artifact) -> Parity:
-    """Compare what `session` computes with the typed ONNX file of `engine`, on random input.
+def engine_parity(session: Session, engine: Artifact, gpu: str) -> Parity:
+    """Compare what `session` computes on `gpu` with the typed ONNX file of `engine`, on random input.
 
     The batches are those of `_batches`. The ONNX file runs on ONNX Runtime, half precision emulated in FP32. Raises
     ParityError beyond the tolerance of the precision.
     """
     manifest = engine.manifest
+    assert manifest.target is not None
     tolerance = TOLERANCES[manifest.precision]
     reference = CpuGraph(emulate(onnx.load(engine.onnx_path)))
     dims = session.dims()
@@ -93,7 +94,12 @@ def engine_parity(session: Session, engine: Artifact) -> Parity:
         cases.append(
             compare(session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.shown}")
         )
-    return Parity(against=manifest.files[ONNX].sha256, by=_who(engine), tolerance=tolerance, cases=cases)
+    return Parity(
+        against=manifest.files[ONNX].sha256,
+        by=f"{manifest.target.flavour} {manifest.target.version} on {gpu}",
+        tolerance=tolerance,
+        cases=cases,
+    )
 
 
 def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
@@ -136,10 +142,3 @@ def _fixed(inputs: tuple[TensorSpec, ...]) -> int:
 
 def _as_fp32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
-
-
-def _who(engine: Artifact) -> str:
-    target = engine.manifest.target
-    assert target is not None
-    gpu = open_device().gpu().name
-    return f"{target.flavour} {target.version} on {gpu}"

@@ -208,6 +208,24 @@ def test_a_payload_with_a_flipped_byte(run: Run, lenet5: Artifact, command: tupl
     refused(run(command[0], lenet5.path, *command[1:], *out), 1, "model.onnx is damaged")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "sm89"), "compute capability such as 8.6"),
+        (("--workspace", "0"), "--workspace must be 1 MiB or more"),
+        (("--allow-slower",), "--allow-slower goes with --int8"),
+        (("--timing-cache", "timings"), "tensorrt-rtx times nothing while building"),
+        (("--flavour", "tensorrt", "--target", "8.6"), "tensorrt"),
+    ],
+)
+def test_build_options_that_cannot_be_meant(
+    run: Run, lenet5: Artifact, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run("build-trt", lenet5.path, *options, "-o", tmp_path / "out")
+    refused(done, 1 if "--flavour" in options else 2, message)
+    assert not (tmp_path / "out").exists()
+
+
 FOLD = """
     <ir_version: 10, opset_import: ["" : 20]>
     folds (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y)
@@ -223,6 +241,7 @@ def test_a_bare_onnx_file_with_unsupported_operators(run: Run, tmp_path: Path) -
     path = tmp_path / "folds.onnx"
     onnx.save(onnx.parser.parse_model(FOLD), path)
     refused(run("build-trt", path, "-o", tmp_path / "out"), 1, "Col2Im 'the_fold'", "transposed convolution")
+    refused(run("build-trt", path, "--preflight"), 1, "refuses 1 node of", "Col2Im 'the_fold'", "transposed convolution")
     onnx.save(onnx.parser.parse_model(UNKNOWN), tmp_path / "unknown.onnx")
     refused(run("build-trt", tmp_path / "unknown.onnx", "-o", tmp_path / "out"), 1, "Odd of domain their.domain", "unknown.onnx")
     finished = run("convert", tmp_path / "unknown.onnx", "--fp16", "-o", tmp_path / "out")

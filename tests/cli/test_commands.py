@@ -1,6 +1,7 @@
 """The commands do what they say, with their defaults, in the order in which a user types them."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,3 +225,34 @@ def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "deploy", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.startswith("deploy, version ")
+
+
+def test_preflight_reads_the_model_and_builds_nothing(run: Run, folder: Path) -> None:
+    run("export", "--arch", "lenet5")
+    before = sorted(Path("build").iterdir())
+    for options, share in (((), "100.0% fp32"), (("--fp16",), "100.0% fp16")):
+        checked = run("build-trt", "--preflight", *options)
+        assert checked.status == 0, checked.err
+        assert re.fullmatch(
+            rf"build/lenet5: tensorrt-rtx \S+ takes all \d+ nodes; {share} of the multiply-accumulates \(read from the network\)\n",
+            checked.out,
+        )
+    assert sorted(Path("build").iterdir()) == before
+
+
+def test_profiles_and_targets_of_the_command_line_are_shown(run: Run, folder: Path) -> None:
+    run("export", "--arch", "lenet5")
+    shapes = ("1x1x28x28:1x1x28x28:4x1x28x28", "8x1x28x28:16x1x28x28:64x1x28x28")
+    options = [word for each in shapes for word in ("--shapes", f"input={each}")]
+    built = run("build-trt", *options, "--target", "8.6", "--target", "8.9", "--workspace", "64")
+    assert built.status == 0, built.err
+    for each in shapes:
+        assert f"shapes     input {each}\n" in built.out
+    assert "built for  compute capability 8.6, 8.9\n" in built.out
+    again = run("build-trt", *options, "--target", "8.6", "--target", "8.9", "--workspace", "64", "-o", "again", "--debug")
+    assert "the same engine was built before: copied from" in again.err
+    anew = run(
+        "build-trt", *options, "--target", "8.6", "--target", "8.9", "--workspace", "64", "-o", "anew", "--no-cache", "--debug"
+    )
+    assert anew.status == 0, anew.err
+    assert "copied from" not in anew.err

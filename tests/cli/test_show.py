@@ -1,5 +1,7 @@
 """Artifacts as text."""
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -32,8 +34,11 @@ def test_the_parity_of_an_engine_is_said_to_be_that_of_its_file(shared_lenet5: A
 )
 def test_the_share_of_each_precision_is_told(engine: Artifact, shares: dict[str, float], text: str) -> None:
     share = PrecisionShare(**{"int8": 0.0, "fp16": 0.0, "bf16": 0.0, "fp32": 0.0} | shares, origin="network")
-    assert share_text(msgspec.structs.replace(engine.manifest, precision_share=share)) == text
-    assert share_text(engine.manifest) == ""
+    assert share_text(share) == text
+    assert f"computes   {text}" in summary(
+        dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, precision_share=share))
+    )
+    assert "computes" not in summary(engine)
 
 
 @pytest.mark.parametrize(

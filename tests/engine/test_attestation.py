@@ -1,14 +1,19 @@
-"""What counts as INT8 in a network that the real TensorRT-RTX parser made."""
+"""What counts as INT8 in a network that the real TensorRT-RTX parser made, and in the inspector's description of an engine.
 
+The descriptions are written after TensorRT's documentation: no engine can be inspected without a GPU.
+"""
+
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from deploy.engine.attestation import network_share
+from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
+from deploy.errors import EngineError
 from deploy.macs import count_macs
 from deploy.tensors import ShapeRange
 
@@ -49,3 +54,63 @@ def test_a_layer_is_int8_when_both_operands_are(tmp_path: Path, shape: str, weig
     share, by_node = network_share(built.network.definition, rtx.trt, count_macs(path, {"x": sizes}))
     assert by_node == {"n": expected}
     assert getattr(share, expected) == 1
+
+
+def layer(name: str, kind: str, tactic: str, inputs: str, *nodes: str) -> dict[str, object]:
+    """A layer as the inspector describes it, cut down to what is read; the separator of nodes is TensorRT's."""
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": [{"Name": "x", "Dimensions": [8, 3, 32, 32], "Format/Datatype": inputs}],
+        "Outputs": [{"Name": "y", "Dimensions": [8, 8, 32, 32], "Format/Datatype": inputs}],
+        "TacticName": tactic,
+        "StreamId": 0,
+        "Metadata": "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes),
+    }
+
+
+DESCRIBED = [
+    layer("Reformatting input 0", "Reformat", "", "Row major linear FP32"),
+    layer("stem", "CaskConvolution", "sm80_xmma_fprop_implicit_gemm_i8i8_i8i32_f32_nhwckrsc_nhwc_tile64", "Int8", "stem_dq", "stem", "relu"),
+    layer("middle", "CaskConvolution", "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64", "Thirty-two wide Half", "middle"),
+    layer("__myl_Fc", "gemm", "", "BFloat16", "head"),
+    layer("tail", "CaskGemmMatrixMultiply", "sm80_xmma_gemm_tf32tf32_tf32f32_f32_nn", "Float", "tail"),
+]  # fmt: skip
+COUNTS = {"stem": 500, "middle": 300, "head": 100, "tail": 50, "fused away": 50}
+TYPED = {"stem": "int8", "middle": "int8", "head": "bf16", "tail": "fp32", "fused away": "fp16"}
+
+
+def test_the_precision_of_an_engine_is_what_its_layers_compute_in() -> None:
+    layers = engine_layers(json.dumps({"Layers": DESCRIBED, "Bindings": ["x", "y"]}))
+    assert [(found.precision, found.computes, found.nodes) for found in layers[1:]] == [
+        ("int8", True, ("stem_dq", "stem", "relu")),
+        ("fp16", True, ("middle",)),
+        ("bf16", True, ("head",)),
+        ("fp32", True, ("tail",)),
+    ]
+    times = {"stem": 2.0, "middle": 1.0, "__myl_Fc": 0.5, "tail": 0.5}
+    share, by_node = engine_share(layers, TYPED, COUNTS, times)
+    assert share.origin == "engine"
+    assert (share.int8, share.fp16, share.bf16, share.fp32) == pytest.approx((0.5, 0.35, 0.1, 0.05))
+    assert share.layers == pytest.approx({"int8": 0.2, "fp16": 0.2, "bf16": 0.2, "fp32": 0.4})
+    assert share.time == pytest.approx({"int8": 0.5, "fp16": 0.25, "bf16": 0.125, "fp32": 0.125})
+    assert by_node["middle"] == "fp16"  # as it was built, not as it was typed
+    assert by_node["fused away"] == "fp16"  # as it was typed: the inspector does not name it
+    with pytest.raises(EngineError, match=r"int8 was asked for, and 50% .* middle \(fp16\)"):
+        check_honoured("int8", by_node, COUNTS, [], "engine")
+
+
+def test_a_layer_that_only_moves_data_does_not_give_a_node_its_precision() -> None:
+    moves = layer("Reformatting stem", "Reformat", "", "Float", "stem")
+    described = json.dumps({"Layers": [DESCRIBED[1], moves]})
+    _, by_node = engine_share(engine_layers(described), {"stem": "int8"}, {"stem": 1}, {})
+    assert by_node == {"stem": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [("", "cannot be read"), ("{}", "Layers"), ('{"Layers": ["stem", "tail"]}', "built without detailed verbosity"), ("[1]", "cannot be read")],
+)  # fmt: skip
+def test_a_description_that_cannot_be_read_is_an_error(described: str, reason: str) -> None:
+    with pytest.raises(EngineError, match=reason):
+        engine_layers(described)
