@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu peers lock clean
+.PHONY: demo test test-gpu gpu-report peers lock clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
+
+# The whole acceptance on a GPU, in parts that are kept: what was cut off goes on. Writes benchmarks/results/<date>-<gpu>.json and .md.
+gpu-report: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_report.py
 
 # What benchmarks/int8_*.py compare with, in an environment of its own: they ask for other versions.
 peers: .venv-peers/.installed

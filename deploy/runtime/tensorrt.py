@@ -74,9 +74,9 @@ class TensorRTSession(Session):
             raise BackendError(
                 f"{artifact.location} is a {manifest.target.flavour} engine: open it with the backend {manifest.target.flavour}"
             )
-        super()._check_request(artifact, options)
         if not has_gpu():
             refuse_engine(artifact)
+        super()._check_request(artifact, options)
 
     def _check_tensors(self, artifact: Artifact) -> None:
         """The engine must have the inputs and outputs of the manifest, all of them in device memory."""

@@ -84,7 +84,7 @@ def precision_in_tensorrt_rtx(model, feed, tmp_path):
     profile = {name: ShapeRange(min=array.shape, opt=array.shape, max=array.shape) for name, array in feed.items()}
     built = build_engine(rtx, tmp_path / "model.onnx", [profile], BuildOptions())
     macs = count_macs(tmp_path / "model.onnx", {name: array.shape for name, array in feed.items()})
-    return network_share(built.network, rtx.trt, macs)[1]
+    return network_share(built.network.definition, rtx.trt, macs)[1]
 
 
 def test_a_scale_is_the_largest_magnitude_of_its_channel_by_127():

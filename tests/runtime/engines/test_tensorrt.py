@@ -379,7 +379,7 @@ def test_an_engine_that_does_not_fit_is_rebuilt_from_its_typed_file_and_kept(
 ) -> None:
     """The builder is the real one, of tensorrt-rtx; nothing can load what it builds without a GPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    engine = deploy.build_trt(shared_lenet5, tmp_path / "engine", precision="fp16", flavour="tensorrt-rtx")
+    engine = deploy.build_trt(shared_lenet5, tmp_path / "engine", precision="fp16", flavour="tensorrt-rtx", cache=False)
     assert engine.manifest.target is not None
     old = msgspec.structs.replace(engine.manifest.target, version="1.2.0")
     stale = dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, target=old))

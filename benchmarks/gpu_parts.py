@@ -1,0 +1,377 @@
+"""What `gpu_report.py` measures, a part at a time: engines of the reference architectures against PyTorch on the same GPU.
+
+Everything is paired: the candidates of a table take turns, round by round, on the same input.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import deploy
+from deploy.artifact import Artifact
+from deploy.engine.flavour import load_flavour
+from deploy.errors import BackendError
+from deploy.parity import difference
+from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.tensors import random_feed
+from deploy.timing import Rounds, latency, paired_ratio, sample
+
+MODELS = ("lenet5", "resnet34", "resnet50", "mobilenet_v1")
+PRECISIONS = ("fp32", "fp16", "int8")
+BATCHES = (1, 8, 32, 128)
+CONTEXTS = (1, 2, 3, 4)
+CALIBRATION_ROWS = 64
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and how long. `dry`: on the CPU, ONNX Runtime in the engine's place: what a GPU session must not stumble over."""
+
+    work: Path
+    flavour: str = "auto"
+    dry: bool = False
+    batches: Sequence[int] = BATCHES
+    rounds: int = 9
+    slice_s: float = 0.15
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def wait(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def open(self, artifact: Artifact, backend: str, contexts: int = 1) -> Session:
+        """A session; of an engine with `backend` its variant behind the flavour, on the CPU its typed ONNX file."""
+        target = artifact.manifest.target
+        if target is None:
+            return open_session(artifact, backend, SessionOptions(device=self.device if "onnxruntime" not in backend else "auto"))
+        if self.dry:
+            return open_session(deploy.open_artifact(artifact.onnx_path), "onnxruntime")
+        return open_session(artifact, target.flavour + backend, SessionOptions(contexts=contexts))
+
+
+def parts() -> dict[str, Callable[[Setting], dict[str, Any]]]:
+    """By name, in order."""
+    found: dict[str, Callable[[Setting], dict[str, Any]]] = {"overhead": overhead}
+    for name in MODELS:
+        for precision in PRECISIONS:
+            found[f"{name}-{precision}"] = _bound(name, precision)
+    found["resnet50-autotune"] = autotune
+    return found
+
+
+def _bound(name: str, precision: str) -> Callable[[Setting], dict[str, Any]]:
+    return lambda setting: measure(setting, name, precision)
+
+
+def measure(setting: Setting, name: str, precision: str) -> dict[str, Any]:
+    """Build time, precision share, parity, latency, throughput and speed-ups of one engine."""
+    source = _exported(setting, name)
+    engine, seconds = _built(setting, source, precision)
+    half = precision != "fp32"
+    with ExitStack() as stack:
+        baselines = {"eager fp32": "eager", "eager fp16 channels_last": "eager:fp16,channels_last"}
+        baselines["compile"] = "compile:fp16,channels_last" if half else "compile"
+        sessions = {label: stack.enter_context(setting.open(source, backend)) for label, backend in baselines.items()}
+        missing = {}
+        try:
+            plain = source if not half else _converted(setting, source)
+            sessions["onnxruntime:cuda"] = stack.enter_context(
+                setting.open(plain, "onnxruntime" if setting.dry else "onnxruntime:cuda")
+            )
+        except BackendError as error:
+            missing["onnxruntime:cuda"] = str(error)
+        sessions["engine"] = stack.enter_context(setting.open(engine, ""))
+        sessions["engine, CUDA graph"] = stack.enter_context(setting.open(engine, ":cuda_graph"))
+        rows = [_row(setting, sessions, batch) for batch in setting.batches]
+    for row in rows:
+        row["throughput"] = _throughput(setting, engine, row["batch"])
+    share = engine.manifest.precision_share
+    assert share is not None
+    return {
+        "model": name,
+        "precision": precision,
+        "flavour": engine.manifest.target and f"{engine.manifest.target.flavour} {engine.manifest.target.version}",
+        "build_s": seconds,
+        "engine_bytes": engine.size,
+        "share": {"int8": share.int8, "fp16": share.fp16, "bf16": share.bf16, "fp32": share.fp32, "from": share.origin},
+        "share_of_time": share.time,
+        "missing": missing,
+        "rows": rows,
+    }
+
+
+def _row(setting: Setting, sessions: Mapping[str, Session], batch: int) -> dict[str, Any]:
+    engine = sessions["engine"]
+    host = random_feed(engine.inputs, {"batch": batch})
+    feed = {name: torch.from_numpy(array).to(setting.device) for name, array in host.items()}
+    runs: dict[str, Run] = {label: _on_device(setting, session, feed) for label, session in sessions.items()}
+    runs["engine from numpy"] = lambda: engine.run(host)
+    rounds = _alternate(setting, runs)
+    expected = sessions["eager fp32"].run(feed)
+    result = engine.run(feed)
+    off = [difference(result[name].cpu().numpy(), expected[name].cpu().numpy()) for name in expected]
+    return {
+        "batch": batch,
+        "latency_ms": {label: _latency(found) for label, found in rounds.items()},
+        "gpu_ms": {label: _gpu_ms(setting, lambda s=session: s.run(feed)) for label, session in sessions.items()},
+        "speedup": {
+            label: {other: _ratio(rounds[other], rounds[label]) for other in rounds if other not in ("engine", label)}
+            for label in ("engine", "engine, CUDA graph")
+        },
+        "parity": {"max_abs": max(each.max_abs for each in off), "cosine": min(each.cosine for each in off)},
+        "samples_ms": {label: [[round(value * 1e3, 5) for value in part] for part in found] for label, found in rounds.items()},
+    }
+
+
+def overhead(setting: Setting) -> dict[str, Any]:
+    """What the session adds to the bare engine, on CUDA tensors and from numpy, in FP16."""
+    found: dict[str, Any] = {}
+    for name, batch in (("resnet50", 8), ("lenet5", 1)):
+        engine, _ = _built(setting, _exported(setting, name), "fp16")
+        with setting.open(engine, "") as session, setting.open(engine, ":cuda_graph") as graphs:
+            host = random_feed(session.inputs, {"batch": batch})
+            feed = {key: torch.from_numpy(array).to(setting.device) for key, array in host.items()}
+            bare = _bare(setting, engine, feed, session)
+            copies = _copies(setting, host, session.run(feed))
+            runs = {
+                "session": _on_device(setting, session, feed),
+                "bare": bare.run,
+                "session, CUDA graph": _on_device(setting, graphs, feed),
+                "bare, CUDA graph": bare.replay,
+                "session from numpy": lambda s=session, x=host: s.run(x),
+                "copies": copies,
+            }
+            rounds = _alternate(setting, runs)
+        medians = {label: _latency(each)["p50"] for label, each in rounds.items()}
+        found[f"{name}, batch {batch}"] = {
+            "p50_ms": medians,
+            "session_over_bare": _ratio(rounds["session"], rounds["bare"]),
+            "session_more_us": (medians["session"] - medians["bare"]) * 1e3,
+            "graph_more_us": (medians["session, CUDA graph"] - medians["bare, CUDA graph"]) * 1e3,
+            "numpy_over_copy_and_compute": medians["session from numpy"] / (medians["copies"] + medians["bare"]),
+        }
+    return {"overhead": found}
+
+
+def autotune(setting: Setting) -> dict[str, Any]:
+    """resnet50 in FP16 against torch.compile at its most thorough."""
+    source = _exported(setting, "resnet50")
+    engine, _ = _built(setting, source, "fp16")
+    rows = []
+    with (
+        setting.open(source, "compile:max-autotune,fp16,channels_last") as compiled,
+        setting.open(engine, ":cuda_graph") as session,
+    ):
+        for batch in (1, 8):
+            feed = {
+                key: torch.from_numpy(x).to(setting.device) for key, x in random_feed(session.inputs, {"batch": batch}).items()
+            }
+            runs = {"engine": _on_device(setting, session, feed), "compile": _on_device(setting, compiled, feed)}
+            rounds = _alternate(setting, runs)
+            latencies = {label: _latency(each) for label, each in rounds.items()}
+            rows.append({"batch": batch, "latency_ms": latencies, "speedup": _ratio(rounds["compile"], rounds["engine"])})
+    return {"autotune": rows}
+
+
+def _exported(setting: Setting, name: str) -> Artifact:
+    return deploy.export(setting.work / name, arch=name)
+
+
+def _converted(setting: Setting, source: Artifact) -> Artifact:
+    return deploy.convert(source, setting.work / f"{source.manifest.name}-fp16", precision="fp16")
+
+
+def _built(setting: Setting, source: Artifact, precision: str) -> tuple[Artifact, float | None]:
+    """The engine, and the seconds that parsing and building took; None where it stood already.
+
+    One profile for single images and one for batches. Calibrated on random input: for time, not for accuracy.
+    """
+    (spec,) = source.manifest.inputs
+    rest = "x".join(str(dim) for dim in spec.shape[1:])
+    most = max(*setting.batches, 2)
+    shapes = [f"{spec.name}=1x{rest}", f"{spec.name}=2x{rest}:{max(2, most // 4)}x{rest}:{most}x{rest}"]
+    told: list[tuple[str, float]] = []
+    calibration = [random_feed([spec], {"batch": 8}, seed=seed) for seed in range(CALIBRATION_ROWS // 8)]
+    engine = deploy.build_trt(
+        source,
+        setting.work / f"{source.manifest.name}-{precision}-trt",
+        precision=None if precision == "fp32" else "fp16",
+        int8=precision == "int8",
+        calib=calibration if precision == "int8" else None,
+        allow_slower=precision == "int8",
+        flavour=setting.flavour,
+        shapes=shapes,
+        cache=False,
+        progress=lambda phase, *_: told.append((phase, time.perf_counter())),
+    )
+    if not told:
+        return engine, None
+    start = next(at for phase, at in told if phase == "parsing")
+    end = next((at for phase, at in told if phase == "attesting the engine"), told[-1][1])
+    return engine, end - start
+
+
+def _on_device(setting: Setting, session: Session, feed: Mapping[str, Any]) -> Run:
+    def run() -> None:
+        session.run(feed)
+        setting.wait()
+
+    return run
+
+
+def _alternate(setting: Setting, runs: Mapping[str, Run]) -> dict[str, list[list[float]]]:
+    """Seconds of every candidate, round by round; the order turns, so that none always follows the same one."""
+    for run in runs.values():
+        for _ in range(3):  # compiles, captures, tunes
+            run()
+        sample(run, setting.slice_s)
+    found: dict[str, list[list[float]]] = {label: [] for label in runs}
+    labels = list(runs)
+    for turn in range(setting.rounds):
+        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
+            found[label].append(sample(runs[label], setting.slice_s, 5000))
+    return found
+
+
+def _latency(rounds: Rounds) -> dict[str, float]:
+    found = latency([value * 1e3 for part in rounds for value in part])
+    return {"p50": found.p50, "p90": found.p90, "p99": found.p99}
+
+
+def _ratio(baseline: Rounds, candidate: Rounds) -> dict[str, float]:
+    found = paired_ratio(baseline, candidate)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def _gpu_ms(setting: Setting, run: Run, runs: int = 50) -> float:
+    """Milliseconds on the GPU of one run, by events around many that are given to it one after the other.
+
+    Where the CPU gives them more slowly than the GPU takes them, it is the CPU's time.
+    """
+    setting.wait()
+    if setting.dry:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(runs):
+        run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / runs
+
+
+def _throughput(setting: Setting, engine: Artifact, batch: int, seconds: float = 0.5) -> dict[str, float]:
+    """Images per second by the number of contexts, each with a thread and a stream of its own."""
+    found = {}
+    for contexts in CONTEXTS:
+        with setting.open(engine, "", contexts) as session:
+            found[str(contexts)] = _images_per_s(setting, session, batch, contexts, seconds)
+    return found
+
+
+def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, seconds: float) -> float:
+    feed = {key: torch.from_numpy(x).to(setting.device) for key, x in random_feed(session.inputs, {"batch": batch}).items()}
+    session.run(feed)
+    setting.wait()
+    counts = [0] * threads
+    gate = threading.Barrier(threads + 1)
+    over = threading.Event()
+
+    def work(index: int) -> None:
+        gate.wait()
+        with ExitStack() as stack:
+            if not setting.dry:
+                stream = torch.cuda.Stream()
+                stack.enter_context(torch.cuda.stream(stream))
+            while not over.is_set():
+                session.run(feed)
+                if not setting.dry:
+                    stream.synchronize()
+                counts[index] += 1
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
+    for worker in workers:
+        worker.start()
+    gate.wait()
+    start = time.perf_counter()
+    time.sleep(seconds)
+    over.set()
+    for worker in workers:
+        worker.join()
+    return sum(counts) * batch / (time.perf_counter() - start)
+
+
+def _copies(setting: Setting, host: Mapping[str, np.ndarray], outputs: Mapping[str, torch.Tensor]) -> Run:
+    """The inputs to the GPU and outputs of that size back, between pinned memory and the GPU: what copying alone takes."""
+    pinned = [torch.from_numpy(array).clone() for array in host.values()]
+    back = [torch.empty(output.shape, dtype=output.dtype) for output in outputs.values()]
+    if not setting.dry:
+        pinned, back = [x.pin_memory() for x in pinned], [x.pin_memory() for x in back]
+    there = [x.to(setting.device) for x in pinned]
+
+    def run() -> None:
+        for to, x in zip(there, pinned, strict=True):
+            to.copy_(x, non_blocking=True)
+        for to, output in zip(back, outputs.values(), strict=True):
+            to.copy_(output, non_blocking=True)
+        setting.wait()
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bare:
+    run: Run
+    replay: Run
+
+
+def _bare(setting: Setting, engine: Artifact, feed: Mapping[str, torch.Tensor], session: Session) -> _Bare:
+    """The engine without a session: `execute_async_v3` in a loop, and replays of a CUDA graph of it.
+
+    On the CPU the session itself, for there is no engine.
+    """
+    if setting.dry:
+        return _Bare(run=lambda: session.run(feed), replay=lambda: session.run(feed))
+    assert engine.manifest.target is not None
+    trt: Any = load_flavour(engine.manifest.target.flavour).trt
+    logger = trt.Logger(trt.Logger.ERROR)
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine.payload.read_bytes())
+    context = loaded.create_execution_context()
+    stream = torch.cuda.Stream()
+    batch = len(next(iter(feed.values())))
+    context.set_optimization_profile_async(0 if batch == 1 else 1, stream.cuda_stream)
+    results = {name: torch.empty_like(value) for name, value in session.run(feed).items()}
+    for name, tensor in feed.items():
+        context.set_input_shape(name, tuple(tensor.shape))
+    for name, tensor in {**feed, **results}.items():
+        context.set_tensor_address(name, tensor.data_ptr())
+
+    def run() -> None:
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        context.execute_async_v3(stream.cuda_stream)
+
+    def replay() -> None:
+        graph.replay()
+        setting.wait()
+
+    run.owners = (logger, loaded, context, results)  # type: ignore[attr-defined]  # TensorRT's objects do not hold one another
+    return _Bare(run=run, replay=replay)
