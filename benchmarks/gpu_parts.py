@@ -316,18 +316,15 @@ def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, 
 
 
 def _copies(setting: Setting, host: Mapping[str, np.ndarray], outputs: Mapping[str, torch.Tensor]) -> Run:
-    """The inputs to the GPU and outputs of that size back, between pinned memory and the GPU: what copying alone takes."""
-    pinned = [torch.from_numpy(array).clone() for array in host.values()]
-    back = [torch.empty(output.shape, dtype=output.dtype) for output in outputs.values()]
-    if not setting.dry:
-        pinned, back = [x.pin_memory() for x in pinned], [x.pin_memory() for x in back]
-    there = [x.to(setting.device) for x in pinned]
+    """The numpy arrays to the GPU and outputs of that size back into numpy arrays: what copying alone takes."""
+    inputs = [torch.from_numpy(array) for array in host.values()]
+    there = [x.to(setting.device) for x in inputs]
 
     def run() -> None:
-        for to, x in zip(there, pinned, strict=True):
-            to.copy_(x, non_blocking=True)
-        for to, output in zip(back, outputs.values(), strict=True):
-            to.copy_(output, non_blocking=True)
+        for to, x in zip(there, inputs, strict=True):
+            to.copy_(x)
+        for output in outputs.values():
+            output.cpu().numpy()
         setting.wait()
 
     return run

@@ -41,7 +41,7 @@ def copy(source: Artifact, request: Mapping[str, Any], out: Path, stage: Stage) 
     os.utime(kept)
     with ArtifactWriter(out) as writer:
         for name in found.manifest.files:
-            shutil.copyfile(found.path / name, writer.path / name)
+            _duplicate(found.path / name, writer.path / name)
         return writer.commit(_addressed(found.manifest, source, out, stage))
 
 
@@ -52,11 +52,20 @@ def put(source: Artifact, request: Mapping[str, Any], made: Artifact) -> None:
         folder().mkdir(parents=True, exist_ok=True)
         with ArtifactWriter(kept) as writer:
             for name in made.manifest.files:
-                shutil.copyfile(made.path / name, writer.path / name)
+                _duplicate(made.path / name, writer.path / name)
             writer.commit(made.manifest)
         trim(folder())
     except (OSError, OutputError) as error:
         logger.warning("the engine cannot be kept in %s: %s", folder(), error)
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """A hard link where both are on one file system, else a copy. Nothing of ours writes to a file that is in place, and
+    what others do to one is found by its hash."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _key(source: Artifact, request: Mapping[str, Any]) -> str:

@@ -3,8 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -29,8 +28,7 @@ PIECE = 1 << 20
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
+class Tensor(NamedTuple):
     """An input in device memory: where it is, and its shape."""
 
     pointer: int
@@ -139,18 +137,19 @@ class EngineContext:
 
     # Arrays in device memory.
 
-    def run(self, feed: Mapping[str, Tensor], profile: int, stream: Stream) -> list[tuple[Memory, Shape]]:
-        """Give the work to `stream`, which the inputs are made on: memory of each output, and its shape.
+    def run(
+        self, inputs: Sequence[Tensor], shapes: tuple[Shape, ...], profile: int, stream: Stream
+    ) -> list[tuple[Memory, Shape]]:
+        """Give the work to `stream`, which the inputs are made on, in their order: memory of each output, and its shape.
 
         It returns before the work is done, but for outputs whose shape depends on data.
         """
         self._take(stream)
         try:
-            self._bind(profile, tuple(feed[name].shape for name, _ in self._inputs), stream)
+            self._bind(profile, shapes, stream)
             if self._graphs_wanted:
-                return self._run_graph(feed, stream)
-            for name, dtype in self._inputs:
-                tensor = feed[name]
+                return self._run_graph(inputs, stream)
+            for (name, dtype), tensor in zip(self._inputs, inputs, strict=True):
                 pointer = tensor.pointer
                 if pointer % ALIGNMENT:
                     pointer = self._copy_in(name, tensor, dtype, stream)
@@ -158,7 +157,7 @@ class EngineContext:
             memories: dict[str, Memory] = {}
             for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
                 if shape is not None:
-                    memories[name] = self._device.allocate(_nbytes(shape, dtype))
+                    memories[name] = self._device.output(shape, dtype)
                     self._set_address(name, memories[name].pointer)
             self._set_allocators()
             self._launch(stream)
@@ -169,9 +168,9 @@ class EngineContext:
         finally:
             self._event.record(stream)
 
-    def _run_graph(self, feed: Mapping[str, Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
-        for name, dtype in self._inputs:  # a graph reads and writes where it did when it was captured
-            self._set_address(name, self._copy_in(name, feed[name], dtype, stream))
+    def _run_graph(self, inputs: Sequence[Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
+        for (name, dtype), tensor in zip(self._inputs, inputs, strict=True):  # a graph works where it did when it was captured
+            self._set_address(name, self._copy_in(name, tensor, dtype, stream))
         memories = self._set_outputs(stream)
         self._execute(stream)
         found = []
@@ -180,7 +179,7 @@ class EngineContext:
                 found.append((memory, shape))  # made for this run
                 continue
             nbytes = _nbytes(shape, dtype)
-            result = self._device.allocate(nbytes)
+            result = self._device.output(shape, dtype)
             result.copy(memory.pointer, nbytes, stream)
             found.append((result, shape))
         return found

@@ -4,7 +4,6 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,9 @@ from deploy.tensors import Profile, format_shape
 
 if TYPE_CHECKING:
     import tensorrt
+
+
+_KNOWN_SHAPES = 4096
 
 
 class TensorRTSession(Session):
@@ -55,14 +57,17 @@ class TensorRTSession(Session):
         self._engine = engine
         self._released = False
         self._check_tensors(artifact)
+        self._dtypes = [np.dtype(spec.dtype) for spec in self.outputs]
         self._config, self._cache = self._runtime_config(artifact)
         self._cache_file = artifact.path / RUNTIME_CACHE
         self.concurrency = options.contexts
         self._contexts: list[EngineContext] = []
         self._idle: list[EngineContext] = []
         self._free = threading.Condition()
-        with self._context():
-            pass  # the first is made now: what fails, fails when the session is opened
+        self._waiting = 0
+        self._known_profiles: dict[tuple[Shape, ...], int] = {}
+        self._torch_device: Any = None  # torch's name of the GPU, once a tensor was seen
+        self._give_back(self._claim())  # the first is made now: what fails, fails when the session is opened
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         manifest = artifact.manifest
@@ -109,35 +114,40 @@ class TensorRTSession(Session):
 
     # Contexts.
 
-    @contextmanager
-    def _context(self) -> Iterator[EngineContext]:
-        context = self._acquire()
-        assert context is not None
-        try:
-            yield context
-        finally:
-            self._give_back(context)
-
     def _acquire(self, *, wait: bool = True) -> EngineContext | None:
         """A context that nobody uses; a new one while there are fewer than `concurrency`; else the next that is given
         back, or without `wait` None."""
+        try:
+            return self._idle.pop()  # atomic, and mostly all that there is to it
+        except IndexError:
+            pass
         with self._free:
-            while not self._idle:
-                if self._released:
-                    raise closed_error(self.name)
-                if len(self._contexts) < self.concurrency:
-                    context = self._new_context()
-                    self._contexts.append(context)
-                    return context
-                if not wait:
-                    return None
-                self._free.wait()
-            return self._idle.pop()
+            self._waiting += 1  # from now on whoever gives one back takes the lock: this is not missed
+            try:
+                while not self._idle:
+                    if self._released:
+                        raise closed_error(self.name)
+                    if len(self._contexts) < self.concurrency:
+                        context = self._new_context()
+                        self._contexts.append(context)
+                        return context
+                    if not wait:
+                        return None
+                    self._free.wait()
+                return self._idle.pop()
+            finally:
+                self._waiting -= 1
+
+    def _claim(self) -> EngineContext:
+        context = self._acquire()
+        assert context is not None
+        return context
 
     def _give_back(self, context: EngineContext) -> None:
-        with self._free:
-            self._idle.append(context)
-            self._free.notify()
+        self._idle.append(context)
+        if self._waiting:
+            with self._free:
+                self._free.notify()
 
     def _new_context(self) -> EngineContext:
         engine = self._engine
@@ -189,11 +199,23 @@ class TensorRTSession(Session):
 
     def _check(self, feed: Mapping[str, Any]) -> Any:
         sort = super()._check(feed)
-        self._profile({name: tuple(feed[name].shape) for name in self._input_names})
+        self._profile(self._shapes(feed))
         return sort
 
-    def _profile(self, shapes: Mapping[str, Shape]) -> int:
+    def _shapes(self, feed: Mapping[str, Any]) -> tuple[Shape, ...]:
+        return tuple([tuple(feed[name].shape) for name in self._input_names])
+
+    def _profile(self, shapes: tuple[Shape, ...]) -> int:
         """The profile that holds these shapes, of several the one whose optimum is nearest. Raises InputError."""
+        index = self._known_profiles.get(shapes)
+        if index is None:
+            index = self._find_profile(dict(zip(self._input_names, shapes, strict=True)))
+            if len(self._known_profiles) >= _KNOWN_SHAPES:
+                self._known_profiles.clear()
+            self._known_profiles[shapes] = index
+        return index
+
+    def _find_profile(self, shapes: Mapping[str, Shape]) -> int:
         found = [index for index, profile in enumerate(self.profiles) if _holds(profile, shapes)]
         if not found:
             if not self.profiles:
@@ -206,35 +228,49 @@ class TensorRTSession(Session):
         return min(found, key=lambda index: _distance(self.profiles[index], shapes))
 
     def _compute(self, feed: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
-        profile = self._profile({name: feed[name].shape for name in self._input_names})
-        with self._context() as context:
+        profile = self._profile(self._shapes(feed))
+        context = self._claim()
+        try:
             context.begin(feed, profile)
             return context.finish()
+        finally:
+            self._give_back(context)
 
     def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        devices = {name: x.device for name, x in feed.items()}
-        if all(device.type == "cpu" for device in devices.values()):
-            return super()._run_torch(feed)
-        for name, device in devices.items():
-            if str(device) != self.device:
-                raise InputError(f"{name!r} is on {device}; this session is on {self.device}: move it, or open one there")
+        here = self._torch_device
+        if here is None or any(feed[name].device != here for name in self._input_names):
+            if all(x.device.type == "cpu" for x in feed.values()):
+                return super()._run_torch(feed)
+            here = self._find_torch_device(feed)
         from deploy.runtime.cuda import torch_device  # torch is imported: the feed is made of its tensors
 
         if not isinstance(self._gpu, torch_device.TorchDevice):  # it was imported after the session was opened
             views = {name: view(name, x.detach().contiguous()) for name, x in feed.items()}
             return [torch_device.adopt(array) for array in self._run_views(views)]
         stream = self._gpu.current()
-        tensors = {}
+        inputs = []
         kept = []
-        for name, x in feed.items():
-            x = x.detach().contiguous()
+        for name in self._input_names:
+            x = feed[name]
+            if x.requires_grad:
+                x = x.detach()
+            if not x.is_contiguous():
+                x = x.contiguous()
+                kept.append(x)
             x.record_stream(stream.stream)  # its memory is not used again before the work is done
-            tensors[name] = Tensor(pointer=x.data_ptr(), shape=tuple(x.shape))
-            kept.append(x)
-        results = self._run_tensors(tensors, stream)
+            inputs.append(Tensor(x.data_ptr(), tuple(x.shape)))
+        results = self._run_tensors(inputs, stream)
         return [
-            torch_device.as_tensor(memory, shape, spec.dtype) for (memory, shape), spec in zip(results, self.outputs, strict=True)
+            torch_device.as_tensor(memory, shape, dtype) for (memory, shape), dtype in zip(results, self._dtypes, strict=True)
         ]
+
+    def _find_torch_device(self, feed: Mapping[str, Any]) -> Any:
+        """torch's name of the GPU of the session. Raises InputError for a tensor that is elsewhere."""
+        for name, x in feed.items():
+            if str(x.device) != self.device:
+                raise InputError(f"{name!r} is on {x.device}; this session is on {self.device}: move it, or open one there")
+        self._torch_device = next(iter(feed.values())).device
+        return self._torch_device
 
     def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         return self._run_views({name: view(name, x) for name, x in feed.items()})
@@ -247,17 +283,21 @@ class TensorRTSession(Session):
         for x in views.values():
             if x.stream is not None:
                 self._gpu.wait_for(x.stream, stream)
-        results = self._run_tensors({name: Tensor(pointer=x.pointer, shape=x.shape) for name, x in views.items()}, stream)
+        results = self._run_tensors([Tensor(views[name].pointer, views[name].shape) for name in self._input_names], stream)
         stream.synchronize()
         return [
-            DeviceArray(memory, shape, np.dtype(spec.dtype), self._gpu, stream)
-            for (memory, shape), spec in zip(results, self.outputs, strict=True)
+            DeviceArray(memory, shape, dtype, self._gpu, stream)
+            for (memory, shape), dtype in zip(results, self._dtypes, strict=True)
         ]
 
-    def _run_tensors(self, tensors: Mapping[str, Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
-        profile = self._profile({name: tensors[name].shape for name in self._input_names})
-        with self._context() as context:
-            return context.run(tensors, profile, stream)
+    def _run_tensors(self, inputs: Sequence[Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
+        shapes = tuple([tensor.shape for tensor in inputs])
+        profile = self._profile(shapes)
+        context = self._claim()
+        try:
+            return context.run(inputs, shapes, profile, stream)
+        finally:
+            self._give_back(context)
 
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """As of every session. Numpy feeds overlap: one is copied in while another computes and a third is copied out."""
@@ -282,10 +322,9 @@ class TensorRTSession(Session):
                 context = self._acquire(wait=not running)
                 if context is None:  # all are in use, some of them here
                     yield finish()
-                    context = self._acquire()
-                    assert context is not None
+                    context = self._claim()
                 try:
-                    profile = self._profile({name: feed[name].shape for name in self._input_names})
+                    profile = self._profile(self._shapes(feed))
                     context.begin({name: np.asarray(x, order="C") for name, x in feed.items()}, profile)
                 except BaseException:
                     self._give_back(context)
@@ -316,15 +355,16 @@ class TensorRTSession(Session):
 
     def layer_times(self, feed: Mapping[str, np.ndarray], runs: int = 10) -> dict[str, float]:
         """Median milliseconds of GPU time of each layer of the engine, by its name, over `runs` runs on numpy arrays."""
-        with self._context() as context:
-            profiler = self._profiler()
+        profiler = self._profiler()
+        context = self._claim()
+        try:
             context.attach(profiler)
-            try:
-                for _ in range(runs):
-                    context.begin(feed, self._profile({name: feed[name].shape for name in self._input_names}))
-                    context.finish()
-            finally:
-                context.attach(None)
+            for _ in range(runs):
+                context.begin(feed, self._profile(self._shapes(feed)))
+                context.finish()
+        finally:
+            context.attach(None)
+            self._give_back(context)
         return {name: statistics.median(times) for name, times in profiler.times.items()}
 
     def _profiler(self) -> Any:
@@ -340,15 +380,20 @@ class TensorRTSession(Session):
 
     def _release(self) -> None:
         with self._free:
-            while len(self._idle) < len(self._contexts):
-                self._free.wait()
-            for context in self._contexts:
+            self._released = True
+            self._waiting += 1
+            left = len(self._contexts)
+            while left:
+                try:
+                    context = self._idle.pop()  # which nobody else can take then
+                except IndexError:
+                    self._free.wait()
+                    continue
                 context.close()
+                left -= 1
             self._contexts.clear()
-            self._idle.clear()
             if self._cache is not None:
                 keep(self._cache_file, bytes(self._cache.serialize()), "what tensorrt-rtx compiled")
-            self._released = True
             del self._config, self._cache, self._engine, self._runtime
             self._free.notify_all()
 

@@ -5,6 +5,7 @@ not installed. Everything is asynchronous but what says that it waits.
 """
 
 import importlib
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -102,6 +103,10 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Memory: ...
+
+    def output(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Memory:
+        """Memory for an array."""
+        return self.allocate(math.prod(shape) * dtype.itemsize)
 
     @abstractmethod
     def pinned(self, nbytes: int) -> np.ndarray:

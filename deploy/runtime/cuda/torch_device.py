@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,11 @@ from deploy.errors import BackendError
 from deploy.runtime.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream
 from deploy.runtime.cuda.arrays import DeviceArray
 from deploy.runtime.cuda.driver import driver_version
+
+_DTYPES: dict[np.dtype[Any], torch.dtype] = {
+    np.dtype(name): getattr(torch, name)
+    for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+}
 
 
 class TorchStream(Stream):
@@ -33,24 +39,29 @@ class TorchEvent(Event):
 
 
 class TorchMemory(Memory):
-    """`tensor` is the memory, (nbytes,) uint8."""
+    """The memory of a contiguous `tensor`."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.pointer = tensor.data_ptr()
-        self.nbytes = tensor.numel()
+        self.nbytes = tensor.nbytes
+
+    def _bytes(self, start: int, count: int) -> torch.Tensor:
+        """`count` bytes from `start` on, (count,) uint8."""
+        whole = self.tensor if self.tensor.dtype == torch.uint8 else self.tensor.view(-1).view(torch.uint8)
+        return whole[start : start + count]
 
     def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
         with torch.cuda.stream(_stream(stream)):
-            self.tensor[offset : offset + host.size].copy_(torch.from_numpy(host), non_blocking=True)
+            self._bytes(offset, host.size).copy_(torch.from_numpy(host), non_blocking=True)
 
     def read(self, host: np.ndarray, stream: Stream) -> None:
         with torch.cuda.stream(_stream(stream)):
-            torch.from_numpy(host).copy_(self.tensor[: host.size], non_blocking=True)
+            torch.from_numpy(host).copy_(self._bytes(0, host.size), non_blocking=True)
 
     def copy(self, source: int, nbytes: int, stream: Stream) -> None:
         with torch.cuda.stream(_stream(stream)):
-            self.tensor[:nbytes].copy_(torch.as_tensor(_Bytes(source, nbytes), device=self.tensor.device), non_blocking=True)
+            self._bytes(0, nbytes).copy_(torch.as_tensor(_Bytes(source, nbytes), device=self.tensor.device), non_blocking=True)
 
 
 class TorchGraph(Graph):
@@ -91,6 +102,14 @@ class TorchDevice(Device):
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceMemoryError(nbytes, *self.memory()) from error
 
+    def output(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Memory:
+        if 0 in shape:
+            return self.allocate(0)  # an engine wants an address all the same
+        try:
+            return TorchMemory(torch.empty(shape, dtype=_DTYPES[dtype], device=self.device))
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(math.prod(shape) * dtype.itemsize, *self.memory()) from error
+
     def pinned(self, nbytes: int) -> np.ndarray:
         try:
             array: np.ndarray = torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
@@ -107,7 +126,7 @@ class TorchDevice(Device):
 
     def current(self) -> TorchStream:
         """The stream that the caller's torch code runs on."""
-        return TorchStream(torch.cuda.current_stream(self.device))
+        return TorchStream(torch.cuda.current_stream(self.index))
 
     def event(self) -> Event:
         return TorchEvent()
@@ -136,12 +155,14 @@ def open_device(index: int) -> Device:
     return TorchDevice(index)
 
 
-def as_tensor(memory: Memory, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def as_tensor(memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
     """Memory that torch allocated, as a tensor."""
     assert isinstance(memory, TorchMemory)
-    found: torch.dtype = getattr(torch, dtype)
-    count = math.prod(shape) * found.itemsize
-    return memory.tensor[:count].view(found).view(shape)
+    tensor = memory.tensor
+    if tensor.dtype == _DTYPES[dtype] and tensor.shape == shape:
+        return tensor
+    count = math.prod(shape) * dtype.itemsize
+    return tensor.view(-1).view(torch.uint8)[:count].view(_DTYPES[dtype]).view(shape)
 
 
 def adopt(array: DeviceArray) -> torch.Tensor:

@@ -392,3 +392,31 @@ def test_an_engine_that_does_not_fit_is_rebuilt_from_its_typed_file_and_kept(
     assert kept.read_bytes() == plan
     kept.write_bytes(b"kept")
     assert engine_plan(stale, flavour, gpu, SessionOptions(rebuild=True)) == b"kept"
+
+
+def test_runs_that_meet_a_close_end_with_a_result_or_a_closed_session(trt: Any, make: Make) -> None:
+    artifact = make()
+    for _ in range(20):
+        session = deploy.load(artifact, contexts=2)
+        outcomes: list[object] = []
+        started = threading.Barrier(5)
+
+        def work(session: Any = session, outcomes: list[object] = outcomes, started: threading.Barrier = started) -> None:
+            started.wait()
+            try:
+                for seed in range(30):
+                    x = batch(2, seed)
+                    np.testing.assert_array_equal(session(x), 2 * x)
+                outcomes.append("done")
+            except SessionClosedError:
+                outcomes.append("closed")
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        session.close()
+        for thread in threads:
+            thread.join(20)
+        assert len(outcomes) == 4, "a thread hangs or died of something else"
+        assert set(outcomes) <= {"done", "closed"}
