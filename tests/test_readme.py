@@ -41,7 +41,7 @@ def test_the_python_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert shown[1] == "input: float32 batchx1x28x28 (4, 10)"
 
 
-def test_the_eight_lines_and_those_on_int8_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
+def test_the_eight_lines_and_those_on_int8_and_engines_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
     torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), "resnet34.pth")
     Path("classes.txt").write_text("cat\ndog\n")
     for index, label in enumerate(("cat", "dog")):
@@ -53,7 +53,8 @@ def test_the_eight_lines_and_those_on_int8_run_as_they_stand(folder: Path, run: 
     lines = commands(blocks("console")[0])
     assert len(lines) == 8
     extra = {"export": ["--input", "input=1x3x32x32", "--classes", "classes.txt"], "bench": ["--seconds", "0.2", "--batch", "1"]}
-    for line in [*lines, *commands(blocks("console")[1])]:
+    for line in [*lines, *commands(blocks("console")[1]), *commands(blocks("console")[2])]:
+        line = [word.replace("3x224x224", "3x32x32") for word in line]
         finished = run(*line, *extra.get(line[0], []))
         assert finished.status == 0, (line, finished.err)
         assert finished.out
@@ -73,7 +74,7 @@ def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., An
     net = nn.Sequential(nn.Conv2d(3, 64, 3, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
     torch.save(net.state_dict(), "best.pth")
     Path("classes.txt").write_text("a\nb\nc\n")
-    (line,) = commands(blocks("console")[2])
+    (line,) = commands(blocks("console")[3])
     finished = run(*line)
     assert finished.status == 0, finished.err
     assert finished.out.startswith("build/net: ONNX, fp32")
