@@ -42,6 +42,7 @@ def test_the_python_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_eight_lines_and_those_on_int8_and_engines_run_as_they_stand(folder: Path, run: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
     torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), "resnet34.pth")
     Path("classes.txt").write_text("cat\ndog\n")
     for index, label in enumerate(("cat", "dog")):
