@@ -41,3 +41,21 @@ def _quota(default: int) -> int:
     except (OSError, ValueError):
         return default
     return default if limit == "max" else -(-int(limit) // int(period))
+
+
+def cache_bytes() -> int | None:
+    """Size of the largest cache of the processor; None where the kernel does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="ascii").strip()
+        scale = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * scale)
+    return max(sizes, default=None)
+
+
+def governor() -> str | None:
+    """How the kernel sets the clock rate (`performance`, `schedutil`); None where it does not say, as in most virtual machines."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
+    except OSError:
+        return None

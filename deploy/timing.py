@@ -20,6 +20,7 @@ class Latency:
     p50: float
     p90: float
     p99: float
+    p999: float
     mean: float
 
 
@@ -27,35 +28,54 @@ def latency(samples: Sequence[float]) -> Latency:
     """Percentiles with linear interpolation between samples. Raises ValueError when there are none."""
     if not samples:
         raise ValueError("no samples")
-    p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
-    return Latency(p50=p50, p90=p90, p99=p99, mean=float(np.mean(samples)))
+    p50, p90, p99, p999 = (float(value) for value in np.percentile(samples, (50, 90, 99, 99.9)))
+    return Latency(p50=p50, p90=p90, p99=p99, p999=p999, mean=float(np.mean(samples)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times faster than the baseline, with the ends of its 95 % confidence interval."""
+    """How many times faster than the baseline, with the ends of its confidence interval, of 95 % unless it says otherwise."""
 
     value: float
     low: float
     high: float
 
 
-def paired_ratio(baseline: Rounds, candidate: Rounds, *, seed: int = 0) -> Ratio:
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """A ratio of two medians, and what it is in each of many draws of rounds, (RESAMPLES,)."""
+
+    value: float
+    draws: np.ndarray
+
+
+def paired_ratio(baseline: Rounds, candidate: Rounds, *, seed: int = 0, confidence: float = CONFIDENCE) -> Ratio:
     """Speed of `candidate` relative to `baseline`, from rounds in which both ran one after the other.
 
     The value is the median of all samples of the baseline over that of the candidate: the ratio of the two p50. Low and
     high are the percentile bootstrap (Efron 1979; Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section
-    13.3): the 2.5 % and 97.5 % quantiles of that ratio over 2,000 draws of as many rounds with replacement. Whole rounds
-    are drawn, the same for both: samples of one round are not independent, and what slows a round slows both.
+    13.3): the quantiles that leave out `confidence` of that ratio over 2,000 draws of as many rounds with replacement. Whole
+    rounds are drawn, the same for both: samples of one round are not independent, and what slows a round slows both.
     """
+    found = bootstrap(baseline, candidate, seed=seed)
+    return interval(found.value, found.draws, confidence)
+
+
+def bootstrap(baseline: Rounds, candidate: Rounds, *, seed: int = 0) -> Bootstrap:
+    """The ratio of `paired_ratio` and its draws. Raises ValueError for other than equally many rounds, one at least."""
     if len(baseline) != len(candidate) or not baseline:
         raise ValueError(f"expected as many rounds of both, and at least one, not {len(baseline)} and {len(candidate)}")
     count = len(baseline)
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(_medians(baseline, draws) / _medians(candidate, draws), (tail, 1 - tail))
     value = np.median(np.concatenate([*baseline])) / np.median(np.concatenate([*candidate]))
-    return Ratio(value=float(value), low=min(float(low), float(value)), high=max(float(high), float(value)))
+    return Bootstrap(value=float(value), draws=_medians(baseline, draws) / _medians(candidate, draws))
+
+
+def interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Ratio:
+    """The value with the ends of the interval that holds `confidence` of its draws."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, (tail, 1 - tail))
+    return Ratio(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
 def _medians(rounds: Rounds, draws: np.ndarray) -> np.ndarray:

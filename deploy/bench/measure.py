@@ -6,8 +6,9 @@ order that rotates, the others blocked on their pipes. The speed-up is of sample
 """
 
 import math
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,18 +19,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deploy.artifact import Artifact
-from deploy.bench.conditions import conditions
-from deploy.bench.plan import BenchOptions, Candidate, Plan, Skipped, make_plan
-from deploy.bench.process import WorkerDiedError, WorkerProcess
+from deploy.bench.conditions import conditions, gpu_state
+from deploy.bench.plan import BASELINE, BenchOptions, Candidate, Plan, Skipped, make_plan
+from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
 from deploy.bench.shapes import shown_shapes
 from deploy.errors import BackendError
+from deploy.evaluation import evaluate
 from deploy.machine import usable_cores
 from deploy.parity import difference
 from deploy.progress import Progress, silent
 from deploy.runtime.session import SessionOptions
-from deploy.timing import latency, paired_ratio
+from deploy.timing import Ratio, latency, paired_ratio
 
-SCHEMA = 1
+SCHEMA = 2
 ROUNDS = 15
 MIN_ROUNDS = 5
 SAMPLES_A_ROUND = 500
@@ -39,11 +41,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One candidate at one batch size, on random input of a fixed seed, from numpy arrays to numpy arrays.
+    """One candidate at one batch size, from numpy arrays to numpy arrays.
 
-    images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over eager, see
-    `timing.paired_ratio`. max_abs_error: the largest difference to eager's outputs on the same input, None
-    where only one of the two is finite. samples_ms: every run that was timed, in order.
+    images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over the baseline, see
+    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` where the interval spans 1.
+    max_abs_error: the largest difference to the baseline's outputs on the same input, None where only one of the two is
+    finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: of the
+    process of the candidate, libraries included; gpu_bytes is None without a GPU. size_bytes: what is run, on disk.
+    top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    samples_ms: every run that was timed, in order; rounds: how many of them each round has.
     """
 
     artifact: str
@@ -53,22 +59,39 @@ class BenchRow:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    p999_ms: float
+    mean_ms: float
     images_per_s: float
     speedup: float
     speedup_low: float
     speedup_high: float
+    verdict: str
     max_abs_error: float | None
+    first_ms: float
+    load_s: float
+    peak_bytes: int
+    gpu_bytes: int | None
+    size_bytes: int
+    top1: float | None
+    top5: float | None
+    accuracy_from: str | None
     samples_ms: tuple[float, ...]
+    rounds: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed."""
+    """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
+
+    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured.
+    """
 
     conditions: dict[str, Any]
     results: tuple[BenchRow, ...]
     skipped: tuple[Skipped, ...]
     failures: tuple[Skipped, ...] = ()
+    baseline: str = BASELINE
+    interrupted: bool = False
 
     @property
     def failed(self) -> bool:
@@ -78,6 +101,8 @@ class BenchResult:
         """The document of `deploy bench --json`; failures are among `skipped`."""
         return {
             "schema": SCHEMA,
+            "baseline": self.baseline,
+            "interrupted": self.interrupted,
             "conditions": self.conditions,
             "results": [asdict(row) for row in self.results],
             "skipped": [asdict(entry) for entry in (*self.skipped, *self.failures)],
@@ -91,11 +116,12 @@ def bench(
     named: bool = True,
     progress: Progress = silent,
 ) -> BenchResult:
-    """Measure every artifact on every backend against eager PyTorch.
+    """Measure every artifact on every backend against eager PyTorch, or another baseline.
 
     `named`: the user named the artifacts (they were not found under build/), so that one that cannot run here is an
     error and not an entry in `skipped`; the same holds for backends in the options. Raises UsageError, ArtifactError or
-    BackendError before anything is measured, and BackendError when the baseline fails.
+    BackendError before anything is measured, and BackendError when the baseline fails. Ctrl-C ends the measuring: what was
+    measured comes back, marked as interrupted, or KeyboardInterrupt is raised where that is nothing.
     """
     options = options or BenchOptions()
     plan = make_plan(artifacts, options, named=named)
@@ -105,23 +131,63 @@ def bench(
         found["shapes"] = shapes
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-bench-")))
-        run = _Run(plan, SessionOptions(threads=threads), stack, folder, progress)
-        run.open(named_artifacts=named, named_backends=bool(options.backends))
-        for batch in plan.batches:
-            run.measure(batch, options.seconds / len(plan.batches))
+        run = _Run(plan, SessionOptions(threads=threads), options.data, stack, folder, progress)
+        run.open(named_artifacts=named, named_backends=bool(options.backends) and not options.skip_missing)
+        try:
+            for batch in plan.batches:
+                run.measure(batch, options.seconds / len(plan.batches))
+            interrupted = False
+        except KeyboardInterrupt:
+            if not run.rows:
+                raise
+            interrupted = True
+    found["inputs"] = {"from": str(options.data) if options.data else "random", "by_batch": run.inputs}
+    found["gpu_after"] = gpu_state() if found["gpu"] is not None else None
+    found["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+    rows = run.rows
+    if options.evaluate is not None and not interrupted:
+        rows = _evaluated(rows, run.candidates, options.evaluate, threads, progress)
     return BenchResult(
-        conditions=found, results=tuple(run.rows), skipped=(*plan.skipped, *run.skipped), failures=tuple(run.failures)
+        conditions=found,
+        results=tuple(rows),
+        skipped=(*plan.skipped, *run.skipped),
+        failures=tuple(run.failures),
+        baseline=options.baseline,
+        interrupted=interrupted,
     )
+
+
+def _evaluated(
+    rows: Sequence[BenchRow], candidates: Sequence[Candidate], folder: Path, threads: int, progress: Progress
+) -> list[BenchRow]:
+    """The rows with the accuracy of their candidates on `folder`, each measured once."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for candidate in candidates:
+        key = (candidate.artifact.shown, candidate.backend)
+        if any((row.artifact, row.backend) == key for row in rows):
+            progress(f"accuracy of {key[0]} on {key[1]}")
+            done = evaluate(candidate.artifact, folder, backend=candidate.backend, device=candidate.device, threads=threads)
+            found[key] = (done.top1, done.top5)
+    return [
+        replace(row, top1=found[row.artifact, row.backend][0], top5=found[row.artifact, row.backend][1], accuracy_from="measured")
+        for row in rows
+    ]
 
 
 class _Run:
     """The workers of one benchmark and what they have found so far."""
 
-    def __init__(self, plan: Plan, options: SessionOptions, stack: ExitStack, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, options: SessionOptions, data: Path | None, stack: ExitStack, folder: Path, progress: Progress
+    ) -> None:
         self.rows: list[BenchRow] = []
+        self.inputs: dict[str, dict[str, int]] = {}
+        self._data = data
+        self._load_s: dict[Candidate, float] = {}
+        self._first_s: dict[Candidate, float] = {}
         self.skipped: list[Skipped] = []
         self.failures: list[Skipped] = []
-        everyone = (plan.baseline, *plan.candidates)
+        everyone = self.candidates = (plan.baseline, *plan.candidates)
         self._baseline = plan.baseline
         self._folder = folder
         self._progress = progress
@@ -138,7 +204,7 @@ class _Run:
         for done, (candidate, worker) in enumerate(list(self._workers.items())):
             self._progress(f"open {worker.label}", done, len(self._workers))
             try:
-                worker.wait_open()
+                self._load_s[candidate] = worker.wait_open()
             except BackendError as error:
                 died = isinstance(error, WorkerDiedError)
                 if candidate is self._baseline or (named_backends and not died):
@@ -157,28 +223,58 @@ class _Run:
             self._progress(f"batch {batch}: warm up {self._workers[candidate].label}")
             taken = self._ask(candidate, partial(self._prepare, candidate.sizes(batch)))
             if taken is not None:
-                run_s[candidate] = taken
+                run_s[candidate] = taken.run_s
+                self._first_s.setdefault(candidate, taken.first_s)
+                self.inputs[str(batch)] = {"inputs": taken.inputs, "bytes": taken.input_bytes}
         errors = self._errors(list(run_s))
         run_s = {candidate: taken for candidate, taken in run_s.items() if candidate in self._workers}
         slice_s = seconds / (ROUNDS * len(run_s))
         rounds = int(seconds / sum(max(taken, slice_s) for taken in run_s.values()) + 0.5)
         rounds = min(max(rounds, MIN_ROUNDS), ROUNDS)
         samples: dict[Candidate, list[list[float]]] = {candidate: [] for candidate in run_s}
-        for turn in range(rounds):
-            self._progress(f"batch {batch}", turn, rounds)
-            running = [candidate for candidate in samples if candidate in self._workers]
-            shift = turn % len(running)
-            for candidate in running[shift:] + running[:shift]:
-                taken_s = self._ask(candidate, lambda worker: worker.round(slice_s, SAMPLES_A_ROUND))
-                if taken_s is not None:
-                    samples[candidate].append(taken_s)
+        try:
+            for turn in range(rounds):
+                self._progress(f"batch {batch}", turn, rounds)
+                running = [candidate for candidate in samples if candidate in self._workers]
+                shift = turn % len(running)
+                for candidate in running[shift:] + running[:shift]:
+                    taken_s = self._ask(candidate, lambda worker: worker.round(slice_s, SAMPLES_A_ROUND))
+                    if taken_s is not None:
+                        samples[candidate].append(taken_s)
+        except KeyboardInterrupt:
+            whole = min(len(samples[candidate]) for candidate in samples if candidate in self._workers)
+            if whole >= MIN_ROUNDS:  # with fewer, there is nothing to be said
+                self._add_rows(batch, {candidate: series[:whole] for candidate, series in samples.items()}, errors, {})
+            raise
+        memory = {each: self._ask(each, lambda worker: worker.memory()) for each in samples if each in self._workers}
+        self._add_rows(batch, samples, errors, memory)
+
+    def _add_rows(
+        self,
+        batch: int,
+        samples: Mapping[Candidate, list[list[float]]],
+        errors: Mapping[Candidate, float | None],
+        memory: Mapping[Candidate, tuple[int, int | None] | None],
+    ) -> None:
         baseline = samples[self._baseline]
         for candidate, series in samples.items():
-            if candidate in self._workers:
-                self.rows.append(_row(candidate, batch, series, baseline, errors[candidate]))
+            if candidate not in self._workers:
+                continue
+            host, gpu = memory.get(candidate) or (0, None)
+            row = _row(candidate, batch, series, baseline, is_baseline=candidate is self._baseline)
+            self.rows.append(
+                replace(
+                    row,
+                    max_abs_error=errors[candidate],
+                    first_ms=self._first_s[candidate] * 1e3,
+                    load_s=self._load_s[candidate],
+                    peak_bytes=host,
+                    gpu_bytes=gpu,
+                )
+            )
 
-    def _prepare(self, sizes: dict[str, int], worker: WorkerProcess) -> float:
-        return worker.prepare(sizes, self._folder / f"{id(worker)}.npz")
+    def _prepare(self, sizes: dict[str, int], worker: WorkerProcess) -> Prepared:
+        return worker.prepare(sizes, self._folder / f"{id(worker)}.npz", self._data)
 
     def _ask(self, candidate: Candidate, request: Callable[[WorkerProcess], T]) -> T | None:
         """What the candidate's worker replies; None when it failed, which ends its part. Raises for the baseline."""
@@ -205,7 +301,7 @@ class _Run:
                 outputs = list(file.values())
             path.unlink()
             if [x.shape for x in outputs] != [x.shape for x in reference]:
-                self._drop(candidate, "its outputs have other shapes than those of eager", self.failures)
+                self._drop(candidate, "its outputs have other shapes than those of the baseline", self.failures)
                 continue
             found = max(difference(x, wanted).max_abs for x, wanted in zip(outputs, reference, strict=True))
             errors[candidate] = found if math.isfinite(found) else None
@@ -213,11 +309,13 @@ class _Run:
 
 
 def _row(
-    candidate: Candidate, batch: int, series: list[list[float]], baseline: list[list[float]], max_abs_error: float | None
+    candidate: Candidate, batch: int, series: list[list[float]], baseline: list[list[float]], *, is_baseline: bool
 ) -> BenchRow:
+    """The figures of the samples; what else there is to say is filled in by the caller."""
     samples_ms = [value * 1e3 for value in chain.from_iterable(series)]
     found = latency(samples_ms)
     speed = paired_ratio(baseline, series)
+    accuracy = candidate.artifact.manifest.accuracy
     return BenchRow(
         artifact=candidate.artifact.shown,
         precision=candidate.precision,
@@ -226,10 +324,27 @@ def _row(
         p50_ms=found.p50,
         p90_ms=found.p90,
         p99_ms=found.p99,
+        p999_ms=found.p999,
+        mean_ms=found.mean,
         images_per_s=batch / found.mean * 1e3,
         speedup=speed.value,
         speedup_low=speed.low,
         speedup_high=speed.high,
-        max_abs_error=max_abs_error,
+        verdict="baseline" if is_baseline else verdict(speed),
+        max_abs_error=None,
+        first_ms=0.0,
+        load_s=0.0,
+        peak_bytes=0,
+        gpu_bytes=None,
+        size_bytes=candidate.artifact.size,
+        top1=accuracy.top1 if accuracy else None,
+        top5=accuracy.top5 if accuracy else None,
+        accuracy_from="manifest" if accuracy else None,
         samples_ms=tuple(round(value, 6) for value in samples_ms),
+        rounds=tuple(len(part) for part in series),
     )
+
+
+def verdict(speed: Ratio) -> str:
+    """`faster` or `slower` than the baseline, or `no difference` where the interval spans 1."""
+    return "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference"

@@ -17,6 +17,7 @@ BATCHES = (1, 8, 32)
 """Batch sizes where none are asked for and the artifact does not fix its own."""
 
 BASELINE = "eager"
+"""What everything is compared with unless another is named."""
 
 _MODULE_BACKENDS = ("eager", "compile")
 """They run the module that all artifacts descend from, whatever the artifact."""
@@ -28,9 +29,9 @@ _GPU_VARIANTS = {"cuda", "tensorrt", "cuda_graph"}
 class BenchOptions:
     """How to benchmark.
 
+    baseline: what everything is compared with: a backend, with variants if any, that runs the export or its module.
     backends: names from `BACKENDS`, with variants if any (`eager:fp16,channels_last`); empty: all of `AUTO` that are
-        installed and can run the artifact. Engines run on their flavour's, and on no other. Eager PyTorch in FP32 is the
-        baseline in any case.
+        installed and can run the artifact. Engines run on their flavour's, and on no other.
     batches: batch sizes; empty: `BATCHES`, or the fixed batch of the artifacts.
     seconds: time to spend on measuring, start and warm-up aside. Slow models take longer: every candidate runs in at
         least `MIN_ROUNDS` rounds.
@@ -39,18 +40,29 @@ class BenchOptions:
     threads: of every candidate, eager too; None: the physical cores that may be used.
     device: of every candidate, eager too. `auto` is the GPU for what runs there only, and the CPU for what runs there
         only; for eager and compile it is the GPU where another candidate needs one, else the CPU.
+    data: an ImageFolder whose images are the inputs; None: random numbers.
+    evaluate: an ImageFolder that the accuracy of every candidate is measured on.
+    skip_missing: a named backend that cannot run here is listed, and is no error.
+    different_models: artifacts need not descend from the same state_dict; their inputs and outputs must still be alike.
     """
 
+    baseline: str = BASELINE
     backends: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     shapes: tuple[str, ...] = ()
     seconds: float = 15.0
     threads: int | None = None
     device: str = "auto"
+    data: Path | None = None
+    evaluate: Path | None = None
+    skip_missing: bool = False
+    different_models: bool = False
 
     def __post_init__(self) -> None:
-        for backend in self.backends:
+        for backend in (self.baseline, *self.backends):
             split_backend(backend)
+        if split_backend(self.baseline)[0] in ENGINES:
+            raise UsageError(f"--baseline {self.baseline}: an engine can be no baseline; name what runs the export or its module")
         for batch in self.batches:
             if batch < 1:
                 raise UsageError(f"the batch size must be 1 or more, not {batch}")
@@ -116,10 +128,11 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     if not artifacts:
         raise UsageError("nothing to benchmark: name an artifact")
     artifacts = list({artifact.location.absolute(): artifact for artifact in artifacts}.values())
-    _check_weights(artifacts)
+    if not options.different_models:
+        _check_weights(artifacts)
     flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
     for name, _ in map(split_backend, options.backends):
-        if name in ENGINES and name not in flavours:
+        if name in ENGINES and name not in flavours and not options.skip_missing:
             raise BackendError(f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`")
     roots = []
     runnable = []
@@ -140,7 +153,8 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     if not roots:
         raise ArtifactError(f"nothing to benchmark: {skipped[0].reason}")
     named_so = {os.path.realpath(artifact.location): artifact for artifact in artifacts}
-    root = _root([named_so.get(os.path.realpath(root.location), root) for root in roots])  # by the path that the user knows
+    # By the path that the user knows.
+    root = _root([named_so.get(os.path.realpath(root.location), root) for root in roots], options.baseline)
     for artifact in runnable:
         _check_specs(root, artifact)
     dims = bench_dims(root.manifest, parse_shapes(options.shapes))
@@ -152,11 +166,12 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
         if options.batches and fitting[artifact.location] != batches:
             raise UsageError(f"{artifact.shown} takes batches of {fixed} only; --batch asks for {_listed(batches)}")
     pairs = [(each, backend, fitting[each.location]) for each in runnable for backend in _backends(each, options.backends)]
-    pairs += [(root, backend, batches) for backend in options.backends if _runs_module(backend) and backend != BASELINE]
+    pairs += [(root, backend, batches) for backend in options.backends if _runs_module(backend)]
+    pairs = [pair for pair in pairs if pair[:2] != (root, options.baseline)]
     on_gpu = any(_gpu_only(backend) for _, backend, _ in pairs)
     baseline, *candidates = (
         Candidate(artifact=artifact, backend=backend, device=_device(backend, options.device, on_gpu), batches=sizes, dims=dims)
-        for artifact, backend, sizes in [(root, BASELINE, batches), *pairs]
+        for artifact, backend, sizes in [(root, options.baseline, batches), *pairs]
     )
     return Plan(baseline=baseline, candidates=tuple(candidates), skipped=tuple(skipped))
 
@@ -241,13 +256,13 @@ def _check_specs(root: Artifact, artifact: Artifact) -> None:
             )
 
 
-def _root(roots: Sequence[Artifact]) -> Artifact:
-    """The export that the eager baseline is rebuilt from: one with a dynamic batch where there is one."""
+def _root(roots: Sequence[Artifact], baseline: str) -> Artifact:
+    """The export that the baseline runs, or is rebuilt from: one with a dynamic batch where there is one."""
     root = next((root for root in roots if _fixed_batch(root) is None), roots[0])
-    if root.manifest.source.factory is None:
+    if root.manifest.source.factory is None and _runs_module(baseline):
         raise ArtifactError(
             f"{root.shown} does not say which model it is made of, so there is no eager baseline to compare with:"
-            " benchmark an artifact that `deploy export` made of a model"
+            " benchmark an artifact that `deploy export` made of a model, or name another --baseline, such as onnxruntime"
         )
     return root
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,16 @@ _POLL_MS = 1000
 
 class WorkerDiedError(BackendError):
     """A worker process that ended before it replied; the message ends with its last lines on standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Seconds of one run and of the first, and the inputs: how many, and their bytes together."""
+
+    run_s: float
+    first_s: float
+    inputs: int
+    input_bytes: int
 
 
 class WorkerProcess:
@@ -51,17 +61,23 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_open(self) -> None:
-        """Wait for the session to be open: workers start side by side."""
-        self._receive()
+    def wait_open(self) -> float:
+        """Wait for the session to be open, and the seconds that it took: workers start side by side."""
+        return float(self._receive()["load_s"])
 
-    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None) -> float:
-        """Take a random feed, `dims` being the sizes of the symbolic dimensions, and warm up; the seconds of one run.
+    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None, data: Path | None = None) -> Prepared:
+        """Make feeds, `dims` being the sizes of the symbolic dimensions, and warm up.
 
-        The outputs on that feed are saved to the .npz file `outputs`.
+        The outputs on the first feed are saved to the .npz file `outputs`. data: an ImageFolder of what is fed.
         """
-        self._send({"do": "prepare", "dims": dict(dims), "outputs": outputs and str(outputs)})
-        return float(self._receive()["run_s"])
+        self._send({"do": "prepare", "dims": dict(dims), "outputs": outputs and str(outputs), "data": data and str(data)})
+        return Prepared(**self._receive())
+
+    def memory(self) -> tuple[int, int | None]:
+        """Peak bytes of host memory, and bytes of GPU memory, None where there is none."""
+        self._send({"do": "memory"})
+        reply = self._receive()
+        return reply["peak_bytes"], reply["gpu_peak_bytes"]
 
     def round(self, seconds: float, most: int) -> list[float]:
         """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""

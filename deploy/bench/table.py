@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deploy.bench.compare import Comparison
+from deploy.bench.conditions import throttled
 from deploy.bench.measure import BenchResult, BenchRow
 
 WIDTH = 100
@@ -25,11 +27,43 @@ def print_table(result: BenchResult, file: TextIO) -> None:
         console.print("The machine was busy: times and speed-ups may be far off. Run again when it is idle.", style="yellow")
     for name, shape in conditions.get("shapes", {}).items():
         console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
-    console.print("Speed-up: over eager PyTorch in the same rounds, with its 95 % interval.", style="dim")
-    console.print("Error: largest difference to eager's outputs.", style="dim")
+    against = "eager PyTorch" if result.baseline == "eager" else result.baseline
+    console.print(f"Speed-up: over {against} in the same rounds, with its 95 % interval; = where that spans 1.", style="dim")
+    console.print(f"Error: largest difference to the outputs of {against}.", style="dim")
+    if throttled(conditions.get("gpu")) or throttled(conditions.get("gpu_after")):
+        console.print("Something held the GPU's clocks back: times may be far off. See the conditions in --json.", style="yellow")
+    if result.interrupted:
+        console.print("Interrupted: this is what had been measured.", style="yellow")
     for title, entries in (("Not run", result.skipped), ("Failed", result.failures)):
         for entry in entries:
             console.print(f"{title}: {entry.artifact} on {entry.backend}: {entry.reason}", style="yellow", markup=False)
+
+
+def print_comparison(found: Comparison, file: TextIO) -> None:
+    """Write what became slower or faster to `file`."""
+    console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("artifact", overflow="fold", min_width=8)
+    table.add_column("backend", overflow="fold", min_width=12)
+    for name in ("batch", "old p50 ms", "new p50 ms", "times as fast", ""):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    worse = found.regressions
+    for change in found.changes:
+        speed = f"{change.speed.value:.2f} ({change.speed.low:.2f}-{change.speed.high:.2f})"
+        told = "regression" if change in worse else "baseline" if change.is_baseline else change.verdict
+        cells = (escape(change.artifact), change.backend, str(change.batch), *map(_digits, change.p50_ms), speed, told)
+        table.add_row(*cells, style="red" if change in worse else None)
+    console.print(table)
+    console.print(
+        "Times as fast: relative to the baseline of each run, with its 95 % interval; the baseline by its time.", style="dim"
+    )
+    for title, keys in (("Only in the old", found.only_old), ("Only in the new", found.only_new)):
+        for artifact, backend, batch in keys:
+            console.print(f"{title}: {artifact} on {backend}, batch {batch}", style="dim", markup=False)
+    if worse:
+        console.print(f"{len(worse)} lost more than {found.tolerance:.0%} of their speed.", style="red")
+    else:
+        console.print(f"None lost more than {found.tolerance:.0%} of its speed.")
 
 
 def _table(result: BenchResult) -> Table:
@@ -57,7 +91,8 @@ def _labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _cells(row: BenchRow) -> tuple[str, ...]:
-    speed = "1" if row.backend == "eager" else f"{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+    same = "= " if row.verdict == "no difference" else ""
+    speed = "1" if row.verdict == "baseline" else f"{same}{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
     error = "not finite" if row.max_abs_error is None else f"{row.max_abs_error:.1e}" if row.max_abs_error else "0"
     times = [_digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms)]
     return (row.precision, row.backend, str(row.batch), *times, _digits(row.images_per_s), speed, error)

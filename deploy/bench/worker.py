@@ -12,21 +12,26 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deploy.artifact import Artifact
+from deploy.bench.inputs import make_feeds, total_bytes
 from deploy.errors import BackendError, DeployError
+from deploy.feeds import Feed
 from deploy.opening import open_artifact
 from deploy.runtime.session import Session, SessionOptions, open_session
-from deploy.tensors import random_feed
 from deploy.timing import sample, settle
 
 SETTLE_S = 1.0
@@ -38,40 +43,46 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker:
-    """One session, and the feed that it is timed on."""
+    """One session, and the feeds that it is timed on in turns."""
 
     def __init__(self) -> None:
         self._session: Session | None = None
-        self._feed: dict[str, np.ndarray] = {}
+        self._artifact: Artifact | None = None
+        self._feeds: Iterator[Feed] = iter(())
         self._run_s = 0.0
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what one request asks; the reply."""
         if self._session is None:  # the first request
             options = SessionOptions(**request["options"])
-            self._session = open_session(open_artifact(request["artifact"]), request["backend"], options)
-            return {}
+            start = time.perf_counter()
+            self._artifact = open_artifact(request["artifact"])
+            self._session = open_session(self._artifact, request["backend"], options)
+            return {"load_s": time.perf_counter() - start}
         if request["do"] == "prepare":
-            return self._prepare(self._session, request["dims"], request["outputs"])
+            return self._prepare(self._session, request["dims"], request["outputs"], request["data"])
+        if request["do"] == "memory":
+            return {"peak_bytes": peak_bytes(), "gpu_peak_bytes": gpu_peak_bytes()}
         assert request["do"] == "round"
         return self._round(self._session, request["seconds"], request["most"])
 
-    def _prepare(self, session: Session, dims: dict[str, int], outputs: str | None) -> dict[str, Any]:
-        """Make the random feed of these sizes, save what comes of it, and warm up until the time settles."""
-        try:
-            self._feed = random_feed(session.inputs, dims)
-        except MemoryError as error:
-            sizes = ", ".join(f"{name} {size}" for name, size in dims.items())
-            raise BackendError(f"no memory for an input with {sizes}: {error}") from error
-        results = session.run(self._feed)
+    def _prepare(self, session: Session, dims: dict[str, int], outputs: str | None, data: str | None) -> dict[str, Any]:
+        """Make feeds of these sizes, save what comes of the first, and warm up until the time settles."""
+        assert self._artifact is not None
+        feeds = make_feeds(self._artifact, session.inputs, dims, Path(data) if data else None)
+        self._feeds = cycle(feeds)
+        start = time.perf_counter()
+        results = session.run(feeds[0])
+        first_s = time.perf_counter() - start
         if outputs is not None:
             with Path(outputs).open("wb") as file:
                 np.savez(file, *results.values())  # by position: a name may be anything
         del results
-        self._run_s = settle(lambda: session.run(self._feed), limit_s=SETTLE_S)
+        step = self._feeds.__next__
+        self._run_s = settle(lambda: session.run(step()), limit_s=SETTLE_S)
         gc.collect()
         gc.freeze()
-        return {"run_s": self._run_s}
+        return {"run_s": self._run_s, "first_s": first_s, "input_bytes": total_bytes(feeds), "inputs": len(feeds)}
 
     def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
         """Samples of one round, in seconds.
@@ -79,14 +90,37 @@ class Worker:
         The first tenth of it is not timed, one run at least, for the caches are another candidate's; a model of which a
         round holds but a single run is timed at once.
         """
-        run, feed = session.run, self._feed
+        run, step = session.run, self._feeds.__next__
         gc.disable()  # as timeit does
         try:
             if self._run_s < seconds:
-                sample(lambda: run(feed), seconds / 10)
-            return {"samples_s": sample(lambda: run(feed), seconds, most)}
+                sample(lambda: run(step()), seconds / 10)
+            return {"samples_s": sample(lambda: run(step()), seconds, most)}
         finally:
             gc.enable()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had in use: VmHWM in proc(5)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def gpu_peak_bytes() -> int | None:
+    """GPU memory that this process has in use now, as the driver tells; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    used = [
+        int(row[1]) << 20 for row in rows if len(row) == 2 and row[0].strip() == str(os.getpid()) and row[1].strip().isdecimal()
+    ]
+    return sum(used) or None
 
 
 def rest() -> None:

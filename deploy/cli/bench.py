@@ -47,6 +47,27 @@ STDOUT = Path("-")
     metavar="[FILE]",
     help="Write the results, raw samples included, to FILE (which ends in .json), or to standard output and nothing else there.",
 )
+@click.option(
+    "--baseline", default="eager", show_default=True, metavar="B", help="What all is compared with, with a variant if any."
+)
+@click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Images to run on.  [default: random numbers]")
+@click.option("--eval", "evaluate", type=PATH, metavar="IMAGEFOLDER", help="Measure the accuracy of every candidate on these.")
+@click.option("--skip-missing", is_flag=True, help="List a named backend that cannot run here, and measure the rest.")
+@click.option("--different-models", is_flag=True, help="Compare artifacts that do not descend from the same state_dict.")
+@click.option(
+    "--compare",
+    nargs=2,
+    type=PATH,
+    metavar="OLD.json NEW.json",
+    help="Measure nothing: say what became slower or faster between two --json files. Status 1 on a regression.",
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    default=None,
+    metavar="SHARE",
+    help="With --compare: share of its speed that a candidate may lose.  [default: 0.05]",
+)
 @device_option
 @threads_option
 @debug_option
@@ -57,6 +78,13 @@ def command(
     shapes: tuple[str, ...],
     seconds: float,
     json_file: Path | None,
+    baseline: str,
+    data: Path | None,
+    evaluate: Path | None,
+    skip_missing: bool,
+    different_models: bool,
+    compare: tuple[Path, Path] | None,
+    tolerance: float | None,
     device: str,
     threads: int | None,
 ) -> int:
@@ -64,6 +92,10 @@ def command(
 
     Without arguments: all artifacts under build/ that descend from the same state_dict as the newest.
     """
+    if compare is not None:
+        return _compare(compare, tolerance, json_file, nothing_else=not (artifacts or backends or batches or shapes))
+    if tolerance is not None:
+        raise UsageError("--tolerance goes with --compare")
     from deploy.bench.measure import bench  # loads numpy and onnx
     from deploy.bench.plan import BenchOptions, find_artifacts, parse_backends
     from deploy.bench.table import print_table
@@ -76,6 +108,11 @@ def command(
         seconds=seconds,
         device=device,
         threads=threads,
+        baseline=baseline,
+        data=data,
+        evaluate=evaluate,
+        skip_missing=skip_missing,
+        different_models=different_models,
     )
     if json_file is not None and json_file != STDOUT:
         _check_writable(json_file)
@@ -89,7 +126,23 @@ def command(
         if json_file is not None:
             json_file.write_text(document, encoding="utf-8")
         print_table(result, sys.stdout)
+    if result.interrupted:
+        raise KeyboardInterrupt  # after what was measured has been written
     return 1 if result.failed else 0
+
+
+def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path | None, *, nothing_else: bool) -> int:
+    if not nothing_else or json_file not in (None, STDOUT):
+        raise UsageError("--compare takes the two files alone, --tolerance and --json")
+    from deploy.bench.compare import TOLERANCE, compare_files
+    from deploy.bench.table import print_comparison
+
+    found = compare_files(*files, TOLERANCE if tolerance is None else tolerance)
+    if json_file == STDOUT:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_comparison(found, sys.stdout)
+    return 1 if found.regressions else 0
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

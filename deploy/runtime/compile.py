@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class CompileSession(EagerSession):
         mode = next((name for name in self._variant if name in _MODES), None)
         self._replays = mode in _GRAPH_MODES
         # With fullgraph, what cannot be compiled is an error; without, it would run as eager in silence.
-        return torch.compile(module, fullgraph=True, mode=mode)
+        return torch.compile(_own_function(module), fullgraph=True, mode=mode)
 
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
         if self._replays:
@@ -47,6 +48,18 @@ class CompileSession(EagerSession):
             result = module(*inputs)
             self._compiled.add(shapes)
         return result
+
+
+def _own_function(module: torch.nn.Module) -> Any:
+    """A call of `module` with a code object of its own.
+
+    torch counts compilations by code object and refuses more than a few: sessions on one class would use up one another's.
+    """
+
+    def call(*inputs: torch.Tensor) -> Any:
+        return module(*inputs)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

@@ -25,12 +25,13 @@ def rows(result: BenchResult, backend: str, batch: int = 1) -> list[BenchRow]:
 
 def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResult) -> None:
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert set(document) == {"schema", "conditions", "results", "skipped"}
-    assert document["schema"] == 1
+    assert set(document) == {"schema", "baseline", "interrupted", "conditions", "results", "skipped"}
+    assert (document["schema"], document["baseline"], document["interrupted"]) == (2, "eager", False)
     for row in document["results"]:
         assert list(row) == [
-            "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s",
-            "speedup", "speedup_low", "speedup_high", "max_abs_error", "samples_ms",
+            "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "mean_ms", "images_per_s",
+            "speedup", "speedup_low", "speedup_high", "verdict", "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes",
+            "size_bytes", "top1", "top5", "accuracy_from", "samples_ms", "rounds",
         ]  # fmt: skip
     for entry in document["skipped"]:
         assert list(entry) == ["artifact", "backend", "reason"]
@@ -38,10 +39,16 @@ def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResu
 
 def test_the_conditions_name_the_machine_and_the_libraries(result: BenchResult) -> None:
     found = result.conditions
-    assert set(found) == {"time", "platform", "cpu", "cores", "threads", "device", "load_average", "versions"}
+    assert set(found) == {
+        "time", "platform", "cpu", "cores", "threads", "cache_bytes", "governor", "device", "load_average", "load_average_after",
+        "gpu", "gpu_after", "revision", "versions", "inputs",
+    }  # fmt: skip
     assert found["threads"] == 2
-    assert set(found["versions"]) == {"python", "torch", "onnxruntime", "openvino"}
-    assert all(found["versions"].values())
+    assert {"python", "deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"} == set(found["versions"])
+    assert all(version for name, version in found["versions"].items() if name != "tensorrt")
+    assert found["inputs"]["from"] == "random"
+    for batch in ("1", "4"):
+        assert found["inputs"]["by_batch"][batch]["inputs"] > 1
 
 
 def test_eager_is_measured_once_and_everything_else_against_it(
@@ -67,8 +74,19 @@ def test_errors_are_those_of_the_precision(result: BenchResult) -> None:
 def test_the_figures_of_a_row_agree_with_its_samples(result: BenchResult) -> None:
     for row in result.results:
         assert len(row.samples_ms) >= MIN_ROUNDS
-        assert min(row.samples_ms) <= row.p50_ms <= row.p90_ms <= row.p99_ms <= max(row.samples_ms)
+        assert min(row.samples_ms) <= row.p50_ms <= row.p90_ms <= row.p99_ms <= row.p999_ms <= max(row.samples_ms)
+        assert sum(row.rounds) == len(row.samples_ms)
         mean = sum(row.samples_ms) / len(row.samples_ms)
+        assert row.mean_ms == pytest.approx(mean, rel=1e-3)
+        assert row.first_ms > 0
+        assert 0 < row.load_s < 60
+        assert 30e6 < row.peak_bytes < 4e9
+        assert row.gpu_bytes is None
+        spans = row.speedup_low <= 1 <= row.speedup_high
+        expected = (
+            "baseline" if row.backend == "eager" else "no difference" if spans else "faster" if row.speedup > 1 else "slower"
+        )
+        assert row.verdict == expected
         assert row.images_per_s == pytest.approx(row.batch / mean * 1000, rel=1e-3)
         assert row.speedup_low <= row.speedup <= row.speedup_high
 

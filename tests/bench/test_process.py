@@ -73,7 +73,7 @@ def worker(shared_lenet5: Artifact) -> Iterator[WorkerProcess]:
 
 
 def test_rounds_give_samples_within_the_time_and_the_most(worker: WorkerProcess) -> None:
-    assert 0 < worker.prepare({"batch": 4}) < 1
+    assert 0 < worker.prepare({"batch": 4}).run_s < 1
     start = time.perf_counter()
     samples = worker.round(0.1, 1_000_000)
     assert 0.05 < sum(samples) < 0.2
@@ -124,7 +124,7 @@ def test_a_worker_replies_when_threads_that_spin_have_stopped(noisy: Artifact, m
 def test_what_libraries_and_models_print_does_not_disturb(noisy: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
     with WorkerProcess(noisy, "eager", OPTIONS) as process:
         process.wait_open()
-        assert process.prepare({"batch": 2}) > 0
+        assert process.prepare({"batch": 2}).run_s > 0
     assert capfd.readouterr() == ("", "")
 
 

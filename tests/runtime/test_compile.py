@@ -1,5 +1,6 @@
 import importlib
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -77,3 +78,20 @@ def test_outputs_that_the_next_run_writes_over_are_copied(shared_lenet5: Artifac
         first = session(torch.zeros(1, 1, 28, 28))
         session(torch.zeros(1, 1, 28, 28))
     assert first[0, 0] == (1 if cloned else 2)
+
+
+@pytest.fixture
+def threads_put_back() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sessions_on_one_class_do_not_use_up_the_compilations_of_one_another(
+    shared_lenet5: Artifact, threads_put_back: None
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    with torch._dynamo.config.patch(recompile_limit=2), open_session(shared_lenet5, "eager") as eager:
+        for threads in (1, 2, 3, 4):  # which compiled code depends on
+            with open_session(shared_lenet5, "compile", SessionOptions(threads=threads)) as session:
+                np.testing.assert_allclose(session(x), eager(x), rtol=1e-3, atol=1e-5)
