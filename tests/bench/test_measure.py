@@ -2,14 +2,18 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import deploy
 from deploy.artifact import Artifact
 from deploy.bench.measure import MIN_ROUNDS, BenchResult, BenchRow, bench
 from deploy.bench.plan import BenchOptions
 from deploy.bench.process import WorkerProcess
-from deploy.errors import BackendError
+from deploy.errors import ArtifactError, BackendError, UsageError
 
 QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)
 
@@ -171,3 +175,66 @@ def test_backends_that_are_not_installed_are_skipped_unless_they_or_the_artifact
         bench([shared_lenet5], BenchOptions(batches=(1,), backends=("openvino", "null")), named=False)
     with pytest.raises(BackendError, match=r"no backend can run .*lenet5 here: onnxruntime: .*cannot be imported"):
         bench([shared_lenet5], BenchOptions(batches=(1,)))
+
+
+def test_another_baseline_and_what_is_no_difference(shared_lenet5: Artifact) -> None:
+    found = bench([shared_lenet5], BenchOptions(baseline="onnxruntime", backends=("null",), batches=(2,), seconds=0.3))
+    assert found.baseline == "onnxruntime"
+    assert [(row.backend, row.verdict) for row in found.results] == [("onnxruntime", "baseline"), ("null", "faster")]
+    with pytest.raises(UsageError, match="an engine can be no baseline"):
+        BenchOptions(baseline="tensorrt")
+
+
+def test_a_bare_file_is_compared_with_another_backend_where_there_is_no_module(tiny_onnx: Path) -> None:
+    bare = deploy.open_artifact(tiny_onnx)
+    with pytest.raises(ArtifactError, match="or name another --baseline, such as onnxruntime"):
+        bench([bare], QUICK)
+    found = bench([bare], BenchOptions(baseline="onnxruntime", backends=("openvino",), batches=(1,), seconds=0.2))
+    assert [row.backend for row in found.results] == ["onnxruntime", "openvino"]
+
+
+def test_a_named_backend_that_is_missing_is_an_error_unless_it_may_be(shared_lenet5: Artifact) -> None:
+    names = ("onnxruntime:cuda", "null")
+    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+        bench([shared_lenet5], BenchOptions(backends=names, batches=(1,), seconds=0.2))
+    found = bench([shared_lenet5], BenchOptions(backends=names, batches=(1,), seconds=0.2, skip_missing=True))
+    assert [row.backend for row in found.results] == ["eager", "null"]
+    (missing,) = found.skipped
+    assert missing.backend == "onnxruntime:cuda"
+    assert not found.failed
+
+
+def test_accuracy_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
+    artifact = deploy.export(tmp_path / "net", arch="lenet5")
+    for label in range(10):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        pixels = np.random.default_rng(label).integers(0, 256, (28, 28), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(label) / "1.png")
+    options = BenchOptions(
+        backends=("onnxruntime",), batches=(1,), seconds=0.2, evaluate=tmp_path / "images", data=tmp_path / "images"
+    )
+    found = bench([artifact], options)
+    assert [(row.accuracy_from, row.top5 is not None) for row in found.results] == [("measured", True)] * 2
+    assert found.results[0].top1 == found.results[1].top1
+    assert found.conditions["inputs"]["from"] == str(tmp_path / "images")
+
+
+def test_ctrl_c_keeps_what_was_measured(shared_lenet5: Artifact) -> None:
+    told: list[str] = []
+
+    def interrupt(what: str, done: int = 0, total: int = 0, /) -> None:
+        told.append(what)
+        if what == "batch 4" and done == 2:
+            raise KeyboardInterrupt
+
+    found = bench([shared_lenet5], BenchOptions(backends=("null",), batches=(1, 4), seconds=0.4), progress=interrupt)
+    assert found.interrupted
+    assert {row.batch for row in found.results} == {1}
+    assert found.to_json()["interrupted"]
+
+    def at_once(what: str, done: int = 0, total: int = 0, /) -> None:
+        if what == "batch 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench([shared_lenet5], BenchOptions(backends=("null",), batches=(1,), seconds=0.4), progress=at_once)
