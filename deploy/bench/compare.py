@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.measure import SCHEMA
+from deploy.bench.measure import SCHEMA, verdict_of
 from deploy.errors import UsageError
 from deploy.timing import Ratio, bootstrap, interval
 
@@ -125,7 +125,7 @@ def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str,
         p50_ms=(before["p50_ms"], now["p50_ms"]),
         speed=speed,
         is_baseline=is_baseline,
-        verdict="faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference",
+        verdict=verdict_of(speed),
     )
 
 

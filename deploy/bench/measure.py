@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -23,7 +23,8 @@ from deploy.bench.conditions import conditions, gpu_state
 from deploy.bench.plan import BASELINE, BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
 from deploy.bench.shapes import shown_shapes
-from deploy.errors import BackendError
+from deploy.describe import evidence, megabytes
+from deploy.errors import ArtifactError, BackendError
 from deploy.evaluation import evaluate
 from deploy.machine import usable_cores
 from deploy.parity import difference
@@ -83,7 +84,8 @@ class BenchRow:
 class BenchResult:
     """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
 
-    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured.
+    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured. artifacts: what
+    was measured or skipped and all that it descends from, parents first, with the evidence of each.
     """
 
     conditions: dict[str, Any]
@@ -92,6 +94,7 @@ class BenchResult:
     failures: tuple[Skipped, ...] = ()
     baseline: str = BASELINE
     interrupted: bool = False
+    artifacts: tuple[dict[str, Any], ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -105,6 +108,7 @@ class BenchResult:
             "interrupted": self.interrupted,
             "conditions": self.conditions,
             "results": [asdict(row) for row in self.results],
+            "artifacts": list(self.artifacts),
             "skipped": [asdict(entry) for entry in (*self.skipped, *self.failures)],
         }
 
@@ -154,7 +158,32 @@ def bench(
         failures=tuple(run.failures),
         baseline=options.baseline,
         interrupted=interrupted,
+        artifacts=_described(artifacts),
     )
+
+
+def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
+    """What there is to say of `artifacts` and their ancestors, parents first."""
+    found: dict[str, dict[str, Any]] = {}
+    for artifact in artifacts:
+        line = [artifact]
+        with suppress(ArtifactError):  # a parent that is gone: the line ends there
+            while (parent := line[-1].parent()) is not None:
+                line.append(parent)
+        for each in reversed(line):
+            manifest = each.manifest
+            kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
+            found[manifest.digest] = {
+                "digest": manifest.digest,
+                "parent": manifest.parent.digest if manifest.parent else None,
+                "name": manifest.name,
+                "what": f"{kind}, {manifest.precision}, {megabytes(each.size)}",
+                "evidence": evidence(manifest),
+                "state_dict": manifest.source.state_dict,
+                "weights": manifest.source.weights,
+                "random": manifest.source.random,
+            }
+    return tuple(found.values())
 
 
 def _evaluated(
@@ -330,7 +359,7 @@ def _row(
         speedup=speed.value,
         speedup_low=speed.low,
         speedup_high=speed.high,
-        verdict="baseline" if is_baseline else verdict(speed),
+        verdict="baseline" if is_baseline else verdict_of(speed),
         max_abs_error=None,
         first_ms=0.0,
         load_s=0.0,
@@ -345,6 +374,6 @@ def _row(
     )
 
 
-def verdict(speed: Ratio) -> str:
+def verdict_of(speed: Ratio) -> str:
     """`faster` or `slower` than the baseline, or `no difference` where the interval spans 1."""
     return "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference"

@@ -47,6 +47,7 @@ STDOUT = Path("-")
     metavar="[FILE]",
     help="Write the results, raw samples included, to FILE (which ends in .json), or to standard output and nothing else there.",
 )
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write the report, one file that needs no network.")
 @click.option(
     "--baseline", default="eager", show_default=True, metavar="B", help="What all is compared with, with a variant if any."
 )
@@ -78,6 +79,7 @@ def command(
     shapes: tuple[str, ...],
     seconds: float,
     json_file: Path | None,
+    report: Path | None,
     baseline: str,
     data: Path | None,
     evaluate: Path | None,
@@ -115,11 +117,17 @@ def command(
         different_models=different_models,
     )
     if json_file is not None and json_file != STDOUT:
-        _check_writable(json_file)
+        _check_writable(json_file, "--json", ".json")
+    if report is not None:
+        _check_writable(report, "--report", ".html")
     found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
     with progress_bar() as progress:
         result = bench(found, options, named=bool(artifacts), progress=progress)
     document = json.dumps(result.to_json(), indent=1) + "\n"
+    if report is not None:
+        from deploy.bench.report import render
+
+        report.write_text(render(result.to_json()), encoding="utf-8")
     if json_file == STDOUT:
         click.echo(document, nl=False)
     else:
@@ -154,10 +162,10 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, option: str, suffix: str) -> None:
     """Raise before anything is measured: UsageError for what can be no FILE of results, OutputError where none can be written."""
-    if path.suffix != ".json" or path.is_dir():  # `--json ARTIFACT`: the name was taken for the FILE
-        raise UsageError(f"--json takes a FILE ending in .json, not {path}; put artifacts before it")
+    if path.suffix != suffix or path.is_dir():  # `--json ARTIFACT`: the name was taken for the FILE
+        raise UsageError(f"{option} takes a FILE ending in {suffix}, not {path}; put artifacts before it")
     try:
         with path.open("a", encoding="utf-8"):
             pass

@@ -8,7 +8,7 @@ import click
 import deploy
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.quantize import quantize_options
-from deploy.cli.show import share_text, summary
+from deploy.describe import share_text, summary
 from deploy.errors import UsageError
 
 

@@ -6,7 +6,7 @@ import click
 
 import deploy
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
-from deploy.cli.show import summary
+from deploy.describe import summary
 from deploy.errors import UsageError
 
 

@@ -7,7 +7,7 @@ import click
 
 import deploy
 from deploy.cli.common import PATH, debug_option, output_option, progress_bar
-from deploy.cli.show import summary
+from deploy.describe import summary
 
 
 @click.command("export")

@@ -4,7 +4,7 @@ import click
 
 from deploy.artifact import Artifact
 from deploy.cli.common import debug_option, json_option, open_or_newest
-from deploy.cli.show import megabytes, summary
+from deploy.describe import megabytes, summary
 from deploy.errors import ArtifactError
 
 

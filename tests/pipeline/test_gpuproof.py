@@ -14,7 +14,7 @@ import pytest
 
 import deploy
 from deploy.artifact import ENGINE, ONNX, Artifact, file_digest
-from deploy.cli.show import summary
+from deploy.describe import summary
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, EngineError, ParityError, UsageError
 from deploy.macs import count_macs

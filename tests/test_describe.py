@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from deploy.artifact import Artifact, PrecisionShare, Target
-from deploy.cli.show import megabytes, share_text, summary
+from deploy.describe import megabytes, share_text, summary
 
 
 @pytest.fixture

@@ -47,6 +47,25 @@ def summary(artifact: Artifact) -> str:
     return "\n".join(lines)
 
 
+def evidence(manifest: Manifest) -> list[str]:
+    """What is known of an artifact, a line each: parity, accuracy, calibration, precision share."""
+    lines = []
+    if manifest.parity:
+        lines.append(f"parity: {parity_text(manifest.parity)}")
+    if manifest.engine_parity:
+        lines.append(f"engine: {parity_text(manifest.engine_parity, 'the typed ONNX file')}")
+    if manifest.calibration:
+        lines.append(" ".join(calibration_text(manifest.calibration)[0].split()))
+    if manifest.accuracy:
+        lines.append(f"accuracy: {accuracy_text(manifest.accuracy)}")
+    if manifest.precision_share:
+        lines.append(f"computes: {share_text(manifest.precision_share)}")
+    if manifest.exclusions:
+        kept = "floating point" if manifest.precision == "int8" else "FP32"
+        lines.append(f"{len(manifest.exclusions)} nodes left in {kept}")
+    return lines
+
+
 def parity_text(parity: Parity, against: str | None = None) -> str:
     worst = parity.worst
     random = [str(case.batch) for case in parity.cases if case.data == "random"]
