@@ -82,7 +82,20 @@ def walk(net: str) -> list[Row]:
     deploy("build-trt", fp32, "--int8", "--fp16", "--calib", calib, "-o", engines[1])
     timings = BUILD / f"{net}-bench.json"
     batches = ",".join(map(str, BATCHES))
-    deploy("bench", fp32, fp16, int8, "--batch", batches, "--seconds", BENCH_S, "--json", timings)
+    deploy(
+        "bench",
+        fp32,
+        fp16,
+        int8,
+        "--batch",
+        batches,
+        "--seconds",
+        BENCH_S,
+        "--json",
+        timings,
+        "--report",
+        BUILD / f"{net}-report.html",
+    )
     results: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in json.loads(timings.read_text())["results"]:
         results.setdefault((result["artifact"], result["backend"]), {})[result["batch"]] = result

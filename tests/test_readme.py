@@ -61,6 +61,31 @@ def test_the_eight_lines_and_those_on_int8_and_engines_run_as_they_stand(folder:
         assert finished.out
 
 
+def test_the_commands_on_benchmarks_run(folder: Path, run: Callable[..., Any]) -> None:
+    for index in range(10):
+        (folder / "photographs" / "val" / str(index)).mkdir(parents=True)
+        Image.fromarray(np.full((28, 28), 25 * index, np.uint8)).save(folder / "photographs" / "val" / str(index) / "1.png")
+    assert run("export", "--arch", "lenet5").status == 0
+    measure, compare = commands(blocks("console")[3])
+    for name in ("old.json", "new.json"):
+        line = [name if word == "new.json" else word for word in measure]
+        finished = run(*line, "--seconds", "0.3", "--batch", "1")
+        assert finished.status == 0, finished.err
+    assert "<!doctype html>" in Path("bench.html").read_text()
+    compared = run(*compare)
+    assert compared.status in (0, 1), compared.err
+    assert "times as fast" in compared.out
+
+
+def test_the_keys_of_the_json_are_documented() -> None:
+    from dataclasses import fields
+
+    from deploy.bench.measure import BenchRow
+
+    text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    assert [field.name for field in fields(BenchRow) if f"`{field.name}`" not in text] == []
+
+
 def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., Any]) -> None:
     Path("my_models").mkdir()
     Path("my_models/net.py").write_text(
@@ -75,7 +100,7 @@ def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., An
     net = nn.Sequential(nn.Conv2d(3, 64, 3, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
     torch.save(net.state_dict(), "best.pth")
     Path("classes.txt").write_text("a\nb\nc\n")
-    (line,) = commands(blocks("console")[3])
+    (line,) = commands(blocks("console")[4])
     finished = run(*line)
     assert finished.status == 0, finished.err
     assert finished.out.startswith("build/net: ONNX, fp32")

@@ -23,7 +23,7 @@ def render(document: Mapping[str, Any]) -> str:
         *_warnings(document),
         _figures(
             "Speed-up",
-            f"Over {against}, with the 95 % interval; measured in the same rounds.",
+            f"Over {against}, with the 95 % interval, measured in the same rounds; = where that spans 1.",
             [_speedup(rows, labels, b) for b in batches],
         ),
         _figures(
@@ -85,9 +85,10 @@ def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[str, int]]:
     for row in sorted(rows, key=lambda row: row["verdict"] != "baseline"):
         key = (row["artifact"], row["backend"])
         if key not in found:
-            name = f"{Path(row['artifact']).name}, " if several else ""
+            name = Path(row["artifact"]).name if several else ""
+            name = " ".join(filter(None, (name, row["precision"] * (row["precision"] not in name))))
             colour = 0 if row["verdict"] == "baseline" else 1 + (len(found) - 1) % (COLOURS - 1)
-            found[key] = (f"{name}{row['precision']}, {row['backend']}", colour)
+            found[key] = (f"{name}, {row['backend']}", colour)
     return found
 
 
@@ -101,7 +102,7 @@ def _speedup(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, in
     for row in (row for row in rows if row["batch"] == batch):
         low, high = row["speedup_low"], row["speedup_high"]
         note = "1" if row["verdict"] == "baseline" else f"{row['speedup']:.2f} ({low:.2f}\u2013{high:.2f})"
-        note += ", no difference" if row["verdict"] == "no difference" else ""
+        note = f"= {note}" if row["verdict"] == "no difference" else note
         bars.append(Bar(**_of(row, labels), value=row["speedup"], low=low, high=high, note=note))
     return speedups(f"Batch {batch}", bars)
 
