@@ -20,6 +20,7 @@ import numpy as np
 
 from deploy.artifact import Artifact
 from deploy.bench.conditions import conditions, gpu_state
+from deploy.bench.load import Load
 from deploy.bench.plan import BASELINE, BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
 from deploy.bench.shapes import shown_shapes
@@ -81,6 +82,31 @@ class BenchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadRow:
+    """One candidate under load, see `load.put_on`. concurrency or rate: which load; the other is None.
+
+    requests_per_s: answered, over the time that it took: under the rate where the candidate cannot keep up with it; some are
+    then `unanswered`, and among the samples with the time that they had waited.
+    """
+
+    artifact: str
+    precision: str
+    backend: str
+    batch: int
+    concurrency: int | None
+    rate: float | None
+    requests: int
+    unanswered: int
+    requests_per_s: float
+    images_per_s: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p999_ms: float
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchResult:
     """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
 
@@ -95,6 +121,7 @@ class BenchResult:
     baseline: str = BASELINE
     interrupted: bool = False
     artifacts: tuple[dict[str, Any], ...] = ()
+    loads: tuple[LoadRow, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -108,6 +135,7 @@ class BenchResult:
             "interrupted": self.interrupted,
             "conditions": self.conditions,
             "results": [asdict(row) for row in self.results],
+            "loads": [asdict(row) for row in self.loads],
             "artifacts": list(self.artifacts),
             "skipped": [asdict(entry) for entry in (*self.skipped, *self.failures)],
         }
@@ -140,6 +168,8 @@ def bench(
         try:
             for batch in plan.batches:
                 run.measure(batch, options.seconds / len(plan.batches))
+            for load in options.loads:
+                run.put_under(load, plan.batches[0], options.load_s)
             interrupted = False
         except KeyboardInterrupt:
             if not run.rows:
@@ -159,6 +189,7 @@ def bench(
         baseline=options.baseline,
         interrupted=interrupted,
         artifacts=_described(artifacts),
+        loads=tuple(run.loads),
     )
 
 
@@ -210,6 +241,7 @@ class _Run:
         self, plan: Plan, options: SessionOptions, data: Path | None, stack: ExitStack, folder: Path, progress: Progress
     ) -> None:
         self.rows: list[BenchRow] = []
+        self.loads: list[LoadRow] = []
         self.inputs: dict[str, dict[str, int]] = {}
         self._data = data
         self._load_s: dict[Candidate, float] = {}
@@ -277,6 +309,40 @@ class _Run:
             raise
         memory = {each: self._ask(each, lambda worker: worker.memory()) for each in samples if each in self._workers}
         self._add_rows(batch, samples, errors, memory)
+
+    def put_under(self, load: Load, batch: int, seconds: float) -> None:
+        """Put each candidate that takes this batch size under load, one after the other."""
+        for candidate in [each for each in self._workers if batch in each.batches]:
+            said = f"concurrency {load.concurrency}" if load.concurrency else f"{load.rate:g} requests/s"
+            self._progress(f"{said}: {self._workers[candidate].label}")
+            if self._ask(candidate, partial(self._prepare, candidate.sizes(batch))) is None:
+                continue
+            (self._folder / f"{id(self._workers[candidate])}.npz").unlink()
+            done = self._ask(candidate, lambda worker: worker.load(load, seconds))
+            if done is None:
+                continue
+            samples_ms = [value * 1e3 for value in done.latencies_s]
+            found = latency(samples_ms)
+            per_s = (len(samples_ms) - done.unanswered) / done.elapsed_s
+            self.loads.append(
+                LoadRow(
+                    artifact=candidate.artifact.shown,
+                    precision=candidate.precision,
+                    backend=candidate.backend,
+                    batch=batch,
+                    concurrency=load.concurrency,
+                    rate=load.rate,
+                    requests=len(samples_ms),
+                    unanswered=done.unanswered,
+                    requests_per_s=per_s,
+                    images_per_s=per_s * batch,
+                    p50_ms=found.p50,
+                    p90_ms=found.p90,
+                    p99_ms=found.p99,
+                    p999_ms=found.p999,
+                    samples_ms=tuple(round(value, 6) for value in samples_ms),
+                )
+            )
 
     def _add_rows(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.artifact import Artifact
+from deploy.bench.load import Load
 from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.engine.flavour import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
@@ -42,6 +43,7 @@ class BenchOptions:
         only; for eager and compile it is the GPU where another candidate needs one, else the CPU.
     data: an ImageFolder whose images are the inputs; None: random numbers.
     evaluate: an ImageFolder that the accuracy of every candidate is measured on.
+    loads: what else every candidate is put under, alone and at the first batch size, for `load_s` each.
     skip_missing: a named backend that cannot run here is listed, and is no error.
     different_models: artifacts need not descend from the same state_dict; their inputs and outputs must still be alike.
     """
@@ -55,6 +57,8 @@ class BenchOptions:
     device: str = "auto"
     data: Path | None = None
     evaluate: Path | None = None
+    loads: tuple[Load, ...] = ()
+    load_s: float = 3.0
     skip_missing: bool = False
     different_models: bool = False
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from deploy import errors
 from deploy.artifact import Artifact
+from deploy.bench.load import Answered, Load
 from deploy.errors import BackendError, DeployError
 from deploy.runtime.session import SessionOptions
 
@@ -83,6 +84,11 @@ class WorkerProcess:
         """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""
         self._send({"do": "round", "seconds": seconds, "most": most})
         return [float(value) for value in self._receive()["samples_s"]]
+
+    def load(self, load: Load, seconds: float) -> Answered:
+        """What comes of `load` for so many seconds, on the inputs that were prepared last."""
+        self._send({"do": "load", "load": asdict(load), "seconds": seconds})
+        return Answered(**self._receive())
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None

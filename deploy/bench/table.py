@@ -27,6 +27,8 @@ def print_table(result: BenchResult, file: TextIO) -> None:
         console.print("The machine was busy: times and speed-ups may be far off. Run again when it is idle.", style="yellow")
     for name, shape in conditions.get("shapes", {}).items():
         console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
+    if result.loads:
+        console.print(_loads(result))
     against = "eager PyTorch" if result.baseline == "eager" else result.baseline
     console.print(f"Speed-up: over {against} in the same rounds, with its 95 % interval; = where that spans 1.", style="dim")
     console.print(f"Error: largest difference to the outputs of {against}.", style="dim")
@@ -37,6 +39,24 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     for title, entries in (("Not run", result.skipped), ("Failed", result.failures)):
         for entry in entries:
             console.print(f"{title}: {entry.artifact} on {entry.backend}: {entry.reason}", style="yellow", markup=False)
+
+
+def _loads(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("under load", overflow="fold", min_width=8)
+    table.add_column("backend", overflow="fold", min_width=12)
+    for name in ("batch", "load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = _labels([row.artifact for row in result.loads])
+    for row in result.loads:
+        callers = "1 caller" if row.concurrency == 1 else f"{row.concurrency} callers"
+        load = callers if row.concurrency else f"{row.rate:g}/s"
+        times = [_digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
+        cells = (escape(labels[row.artifact]), row.backend, str(row.batch), load, _digits(row.requests_per_s), *times)
+        table.add_row(*cells, style="yellow" if row.unanswered else None)
+    if any(row.unanswered for row in result.loads):
+        table.caption = "Where a rate is more than a candidate answers, its times grow with the length of the test."
+    return table
 
 
 def print_comparison(found: Comparison, file: TextIO) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 
 from deploy.artifact import Artifact
 from deploy.bench.inputs import make_feeds, total_bytes
+from deploy.bench.load import Load, put_on
 from deploy.errors import BackendError, DeployError
 from deploy.feeds import Feed
 from deploy.opening import open_artifact
@@ -63,6 +64,9 @@ class Worker:
             return self._prepare(self._session, request["dims"], request["outputs"], request["data"])
         if request["do"] == "memory":
             return {"peak_bytes": peak_bytes(), "gpu_peak_bytes": gpu_peak_bytes()}
+        if request["do"] == "load":
+            done = put_on(self._session, Load(**request["load"]), self._feeds.__next__, request["seconds"])
+            return {"latencies_s": done.latencies_s, "elapsed_s": done.elapsed_s, "unanswered": done.unanswered}
         assert request["do"] == "round"
         return self._round(self._session, request["seconds"], request["most"])
 

@@ -3,12 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deploy.cli.common import PATH, debug_option, device_option, progress_bar, threads_option
 from deploy.errors import OutputError, UsageError
 from deploy.opening import BUILD
+
+if TYPE_CHECKING:
+    from deploy.bench.load import Load
 
 STDOUT = Path("-")
 
@@ -53,6 +57,10 @@ STDOUT = Path("-")
 )
 @click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Images to run on.  [default: random numbers]")
 @click.option("--eval", "evaluate", type=PATH, metavar="IMAGEFOLDER", help="Measure the accuracy of every candidate on these.")
+@click.option("--concurrency", default=None, metavar="1,2,4,8", help="Also measure so many callers at a time, in a closed loop.")
+@click.option(
+    "--rate", default=None, metavar="R,...", help="Also measure R requests a second, in an open loop with Poisson arrivals."
+)
 @click.option("--skip-missing", is_flag=True, help="List a named backend that cannot run here, and measure the rest.")
 @click.option("--different-models", is_flag=True, help="Compare artifacts that do not descend from the same state_dict.")
 @click.option(
@@ -83,6 +91,8 @@ def command(
     baseline: str,
     data: Path | None,
     evaluate: Path | None,
+    concurrency: str | None,
+    rate: str | None,
     skip_missing: bool,
     different_models: bool,
     compare: tuple[Path, Path] | None,
@@ -113,6 +123,7 @@ def command(
         baseline=baseline,
         data=data,
         evaluate=evaluate,
+        loads=_loads(concurrency, rate),
         skip_missing=skip_missing,
         different_models=different_models,
     )
@@ -151,6 +162,17 @@ def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path 
     else:
         print_comparison(found, sys.stdout)
     return 1 if found.regressions else 0
+
+
+def _loads(concurrency: str | None, rate: str | None) -> tuple[Load, ...]:
+    from deploy.bench.load import Load
+
+    try:
+        callers = [Load(concurrency=int(word)) for word in (concurrency or "").split(",") if word]
+        rates = [Load(rate=float(word)) for word in (rate or "").split(",") if word]
+    except ValueError as error:
+        raise UsageError(f"--concurrency and --rate take numbers such as 1,2,4: {error}") from None
+    return (*callers, *rates)
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ def engine(shared_lenet5: Artifact) -> Artifact:
                 parent,
                 kind="engine",
                 name="lenet5-engine",
+                files={},
                 parent=Parent(path="../lenet5", digest=parent.digest),
                 target=Target(flavour="tensorrt-rtx", version="1.7", gpu=None, compute_capability=None, targets=["8.9"]),
             )

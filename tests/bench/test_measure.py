@@ -29,7 +29,7 @@ def rows(result: BenchResult, backend: str, batch: int = 1) -> list[BenchRow]:
 
 def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResult) -> None:
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert set(document) == {"schema", "baseline", "interrupted", "conditions", "results", "artifacts", "skipped"}
+    assert set(document) == {"schema", "baseline", "interrupted", "conditions", "results", "loads", "artifacts", "skipped"}
     assert (document["schema"], document["baseline"], document["interrupted"]) == (2, "eager", False)
     for row in document["results"]:
         assert list(row) == [
