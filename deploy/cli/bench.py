@@ -164,7 +164,7 @@ def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path 
     return 1 if found.regressions else 0
 
 
-def _loads(concurrency: str | None, rate: str | None) -> tuple[Load, ...]:
+def _loads(concurrency: str | None, rate: str | None) -> "tuple[Load, ...]":
     from deploy.bench.load import Load
 
     try:
