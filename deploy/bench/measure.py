@@ -23,6 +23,7 @@ from deploy.bench.conditions import conditions, gpu_state
 from deploy.bench.load import Load
 from deploy.bench.plan import BASELINE, BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
+from deploy.bench.roofline import Peak, attainable, count_work, measure_peak
 from deploy.bench.shapes import shown_shapes
 from deploy.describe import evidence, megabytes
 from deploy.errors import ArtifactError, BackendError
@@ -51,6 +52,8 @@ class BenchRow:
     finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: of the
     process of the candidate, libraries included; gpu_bytes is None without a GPU. size_bytes: what is run, on disk.
     top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    gflops: operations a second at p50, in 10^9; roof_gflops: what the machine would allow at most in FP32, see
+    `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and where the graph does not tell its operations.
     samples_ms: every run that was timed, in order; rounds: how many of them each round has.
     """
 
@@ -77,6 +80,8 @@ class BenchRow:
     top1: float | None
     top5: float | None
     accuracy_from: str | None
+    gflops: float | None
+    roof_gflops: float | None
     samples_ms: tuple[float, ...]
     rounds: tuple[int, ...]
 
@@ -176,6 +181,10 @@ def bench(
                 raise
             interrupted = True
     found["inputs"] = {"from": str(options.data) if options.data else "random", "by_batch": run.inputs}
+    if plan.baseline.device == "cpu" and not interrupted:
+        peak = measure_peak()  # after the candidates: their processes are gone
+        found["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
+        run.rows = [_under_roof(row, run.candidates, peak) for row in run.rows]
     found["gpu_after"] = gpu_state() if found["gpu"] is not None else None
     found["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     rows = run.rows
@@ -191,6 +200,14 @@ def bench(
         artifacts=_described(artifacts),
         loads=tuple(run.loads),
     )
+
+
+def _under_roof(row: BenchRow, candidates: Sequence[Candidate], peak: Peak) -> BenchRow:
+    candidate = next(each for each in candidates if (each.artifact.shown, each.backend) == (row.artifact, row.backend))
+    work = count_work(candidate.artifact, candidate.sizes(row.batch)) if candidate.backend != "null" else None
+    if work is None or not work.operations:
+        return row
+    return replace(row, gflops=work.operations / row.p50_ms / 1e6, roof_gflops=attainable(work, peak) / 1e9)
 
 
 def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
@@ -435,6 +452,8 @@ def _row(
         top1=accuracy.top1 if accuracy else None,
         top5=accuracy.top5 if accuracy else None,
         accuracy_from="manifest" if accuracy else None,
+        gflops=None,
+        roof_gflops=None,
         samples_ms=tuple(round(value, 6) for value in samples_ms),
         rounds=tuple(len(part) for part in series),
     )

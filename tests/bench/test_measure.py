@@ -35,7 +35,7 @@ def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResu
         assert list(row) == [
             "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "mean_ms", "images_per_s",
             "speedup", "speedup_low", "speedup_high", "verdict", "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes",
-            "size_bytes", "top1", "top5", "accuracy_from", "samples_ms", "rounds",
+            "size_bytes", "top1", "top5", "accuracy_from", "gflops", "roof_gflops", "samples_ms", "rounds",
         ]  # fmt: skip
     for entry in document["skipped"]:
         assert list(entry) == ["artifact", "backend", "reason"]
@@ -45,7 +45,7 @@ def test_the_conditions_name_the_machine_and_the_libraries(result: BenchResult) 
     found = result.conditions
     assert set(found) == {
         "time", "platform", "cpu", "cores", "threads", "cache_bytes", "governor", "device", "load_average", "load_average_after",
-        "gpu", "gpu_after", "revision", "versions", "inputs",
+        "gpu", "gpu_after", "revision", "versions", "inputs", "peak",
     }  # fmt: skip
     assert found["threads"] == 2
     assert {"python", "deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"} == set(found["versions"])
@@ -65,6 +65,17 @@ def test_eager_is_measured_once_and_everything_else_against_it(
         for backend in ("onnxruntime", "openvino"):
             found = {(row.artifact, row.precision) for row in rows(result, backend, batch)}
             assert found == {(shared_lenet5.shown, "fp32"), (half.shown, "fp16")}
+
+
+def test_what_is_reached_is_set_beside_what_the_machine_allows(result: BenchResult) -> None:
+    peak = result.conditions["peak"]
+    assert peak["gflops"] > 1
+    assert peak["gbytes_per_s"] > 0.5
+    for row in result.results:
+        assert row.gflops is not None
+        assert row.roof_gflops is not None
+        assert row.gflops == pytest.approx(2 * 416_520 * row.batch / row.p50_ms / 1e6, rel=1e-6)  # lenet5's multiply-accumulates
+        assert 0 < row.roof_gflops <= peak["gflops"]
 
 
 def test_errors_are_those_of_the_precision(result: BenchResult) -> None:

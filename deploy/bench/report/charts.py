@@ -133,6 +133,23 @@ def throughputs(name: str, lines: Sequence[Line]) -> str:
     return _figure(name, f"Images a second: {said}.", height, parts)
 
 
+def roofs(name: str, bars: Sequence[Bar], roof: float) -> str:
+    """Bars of what is reached, and the roof as a line."""
+    top, step = 20, 40
+    height = top + step * len(bars) + 6
+    scale = (WIDTH - _LEFT - _RIGHT) / (max(roof, *(bar.value for bar in bars)) * 1.05)
+    line = _LEFT + roof * scale
+    parts = [_line(line, top - 6, line, height - 4, "mark"), _text(line, 11, f"{roof:,.0f}", "tick middle")]
+    for index, bar in enumerate(bars):
+        y = top + index * step
+        parts += [_text(_LEFT, y + 11, bar.label, "label"), _text(WIDTH - _RIGHT, y + 11, bar.note, "value end")]
+        parts.append(
+            f'<rect x="{_LEFT}" y="{y + 17}" width="{bar.value * scale:.1f}" height="12" rx="2" fill="var(--c{bar.colour})"/>'
+        )
+    said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
+    return _figure(name, f"Billions of operations a second, under a roof of {roof:,.0f}: {said}.", height, parts)
+
+
 def pareto(name: str, dots: Sequence[Dot]) -> str:
     """Accuracy against latency; what nothing else beats in both is joined by a line."""
     height, top, bottom, left = 260, 14, 228, 46

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deploy.bench.report.charts import COLOURS, Bar, Dot, Line, Spread, digits, pareto, speedups, spreads, throughputs
+from deploy.bench.report.charts import COLOURS, Bar, Dot, Line, Spread, digits, pareto, roofs, speedups, spreads, throughputs
 
 Row = Mapping[str, Any]
 
@@ -30,6 +30,7 @@ def render(document: Mapping[str, Any]) -> str:
             "Latency", "Every run that was timed; p50 and p99 are marked.", [_spread(rows, labels, batch) for batch in batches]
         ),
         _more(rows, labels, batches),
+        _roofline(rows, labels, batches),
         _legend(labels),
         _table(rows, labels),
         _lineage(document.get("artifacts", ())),
@@ -135,6 +136,24 @@ def _more(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]]
             dots.append(Dot(**_of(row, labels), x=row["p50_ms"], y=row["top1"], front=not beaten))
         figures.append(pareto(f"Accuracy against latency, batch {batches[0]}", dots))
     return _figures("Throughput and accuracy", "Ringed and joined: what nothing else beats in both." if known else "", figures)
+
+
+def _roofline(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]], batches: Sequence[int]) -> str:
+    figures = []
+    for batch in batches:
+        known = [row for row in rows if row["batch"] == batch and row["gflops"] is not None]
+        if known:
+            bars = []
+            for row in known:
+                share = row["gflops"] / row["roof_gflops"]
+                note = f"{row['gflops']:,.0f} ({share:.0%})"
+                bars.append(Bar(**_of(row, labels), value=row["gflops"], low=row["gflops"], high=row["gflops"], note=note))
+            figures.append(roofs(f"Batch {batch}", bars, max(row["roof_gflops"] for row in known)))
+    said = (
+        "Billions of operations a second, and the share of what a matrix product and a copy, timed here in FP32, would allow: what is"
+        " left to gain. INT8 may go beyond."
+    )
+    return _figures("Roofline", said, figures)
 
 
 def _figures(title: str, said: str, figures: Sequence[str]) -> str:

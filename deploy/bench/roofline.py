@@ -1,0 +1,96 @@
+"""How much of what the machine can do a candidate reaches: the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009)."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from deploy.artifact import Artifact
+from deploy.errors import PrecisionError
+from deploy.macs import count_macs
+from deploy.tensors import TensorSpec
+
+_SIDE = 1536
+"""Rows and columns of the matrices that are multiplied: large enough for the peak, quick enough to repeat."""
+
+_COPIED = 96 << 20
+"""Bytes that are copied: more than the caches hold."""
+
+_SECONDS = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """What this machine does at best: FP32 operations a second of a matrix product, bytes a second of a copy (read and written)."""
+
+    flops: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one run: operations, two for each multiply-accumulate of Conv, ConvTranspose, Gemm and MatMul, and the bytes that must be
+    moved at least: every weight, input and output once."""
+
+    operations: int
+    nbytes: int
+
+
+def measure_peak() -> Peak:
+    """Time a matrix product and a copy, on the processor, with the threads that numpy takes: the best of many."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((_SIDE, _SIDE), dtype=np.float32) for _ in range(2))
+    out = np.empty_like(a)
+    source = np.ones(_COPIED // 8)
+    target = np.empty_like(source)
+    product_s = _best(lambda: np.matmul(a, b, out=out))
+    copy_s = _best(lambda: np.copyto(target, source))
+    return Peak(flops=2 * _SIDE**3 / product_s, bytes_per_s=2 * _COPIED / copy_s)
+
+
+def _best(run: Callable[[], object]) -> float:
+    run()
+    found: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while not found or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
+    """The work of one run with these sizes of symbolic dimensions; None where the graph does not tell."""
+    manifest = artifact.manifest
+    shapes = {spec.name: spec.concrete(sizes) for spec in manifest.inputs}
+    try:
+        macs = count_macs(artifact.onnx_path, shapes)
+    except PrecisionError:
+        return None
+    model = onnx.load(artifact.onnx_path, load_external_data=False)
+    weights = sum(_nbytes(tensor) for tensor in model.graph.initializer)
+    ends = 0
+    for spec in (*manifest.inputs, *manifest.outputs):
+        if any(dim not in sizes for dim in spec.dynamic):
+            return None
+        ends += _size(spec, sizes)
+    return Work(operations=2 * sum(macs.values()), nbytes=weights + ends)
+
+
+def attainable(work: Work, peak: Peak) -> float:
+    """Operations a second that the roof allows: the peak, or less where moving the bytes takes longer."""
+    if not work.operations:
+        return 0.0
+    return min(peak.flops, work.operations / work.nbytes * peak.bytes_per_s)
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    size = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    return int(np.prod(tensor.dims, dtype=np.int64)) * size
+
+
+def _size(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
+    itemsize = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+    return int(np.prod(spec.concrete(sizes), dtype=np.int64)) * itemsize
