@@ -100,6 +100,10 @@ class EngineContext:
 
     def begin(self, feed: Mapping[str, np.ndarray], profile: int) -> None:
         """Stage the inputs, and give all work up to the copies of the outputs to the context's own stream."""
+        with self._device.active():
+            self._begin(feed, profile)
+
+    def _begin(self, feed: Mapping[str, np.ndarray], profile: int) -> None:
         self._take(self.stream)
         try:
             self._bind(profile, tuple(feed[name].shape for name, _ in self._inputs), self.stream)
@@ -144,6 +148,12 @@ class EngineContext:
 
         It returns before the work is done, but for outputs whose shape depends on data.
         """
+        with self._device.active():
+            return self._run(inputs, shapes, profile, stream)
+
+    def _run(
+        self, inputs: Sequence[Tensor], shapes: tuple[Shape, ...], profile: int, stream: Stream
+    ) -> list[tuple[Memory, Shape]]:
         self._take(stream)
         try:
             self._bind(profile, shapes, stream)

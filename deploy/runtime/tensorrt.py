@@ -49,9 +49,10 @@ class TensorRTSession(Session):
         self._trt = flavour.trt
         self._log = make_logger(flavour.trt)
         self._graphs = "cuda_graph" in options.variant
-        self._runtime = self._trt.Runtime(self._log)
         plan = engine_plan(artifact, flavour, self._gpu.gpu(), options)
-        engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
+        with self._gpu.active():
+            self._runtime = self._trt.Runtime(self._log)
+            engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")
         self._engine = engine
@@ -152,7 +153,8 @@ class TensorRTSession(Session):
     def _new_context(self) -> EngineContext:
         engine = self._engine
         arguments = () if self._config is None else (self._config,)
-        context: tensorrt.IExecutionContext | None = engine.create_execution_context(*arguments)
+        with self._gpu.active():
+            context: tensorrt.IExecutionContext | None = engine.create_execution_context(*arguments)
         if context is None:
             needed, (free, total) = engine.device_memory_size_v2, self._gpu.memory()
             if needed > free:

@@ -9,6 +9,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,6 +97,10 @@ class Device(ABC):
 
     @abstractmethod
     def gpu(self) -> Gpu: ...
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager[object]:
+        """Makes this the GPU of the calling thread, and puts back the one before: what TensorRT is given runs on that one."""
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:

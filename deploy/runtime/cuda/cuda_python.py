@@ -2,7 +2,8 @@
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,18 @@ class RuntimeDevice(Device):
         (found,) = _call(cudart.cudaGetDeviceProperties(self.index))
         name = found.name.rstrip(b"\0").decode()
         return Gpu(name=name, compute_capability=f"{found.major}.{found.minor}", driver=driver_version())
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        (before,) = _call(cudart.cudaGetDevice())
+        if before == self.index:
+            yield
+            return
+        self._choose()
+        try:
+            yield
+        finally:
+            _call(cudart.cudaSetDevice(before))
 
     def memory(self) -> tuple[int, int]:
         self._choose()

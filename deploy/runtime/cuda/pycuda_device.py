@@ -5,7 +5,7 @@ pycuda has neither streams of other libraries nor graphs: the first are waited f
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,9 @@ class PycudaDevice(Device):
     def gpu(self) -> Gpu:
         major, minor = self._device.compute_capability()
         return Gpu(name=self._device.name(), compute_capability=f"{major}.{minor}", driver=driver_version())
+
+    def active(self) -> AbstractContextManager[None]:
+        return self.current()
 
     def memory(self) -> tuple[int, int]:
         with self.current():

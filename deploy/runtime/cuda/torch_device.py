@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,9 @@ class TorchDevice(Device):
         major, minor = torch.cuda.get_device_capability(self.device)
         name = torch.cuda.get_device_name(self.device)
         return Gpu(name=name, compute_capability=f"{major}.{minor}", driver=driver_version())
+
+    def active(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.index)
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -7,6 +7,7 @@ poisoned, and reading or writing it is an error, as is an execution context that
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,12 +131,24 @@ class FakeDevice(Device):
         self.launches = self.captures = self.synchronized = 0
         self.capturable = True
         self.waited: list[int] = []
+        self.here = threading.local()
 
     def bytes(self, pointer: int, nbytes: int) -> np.ndarray:
         for start, block in self.blocks.items():
             if start <= pointer and pointer + nbytes <= start + block.size:
                 return block[pointer - start : pointer - start + nbytes]
         raise AssertionError(f"{nbytes} bytes at {pointer:#x} are not allocated: they were freed too early, or never")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self.here.depth = getattr(self.here, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self.here.depth -= 1
+
+    def check_active(self) -> None:
+        assert getattr(self.here, "depth", 0), "this would run on whichever GPU the thread has"
 
     def gpu(self) -> Gpu:
         return Gpu(name="Fake GPU", compute_capability="8.9", driver="580.95.05")
@@ -207,6 +220,7 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, handle: int) -> bool:
+        self.device.check_active()
         if self.engine.failures:
             self.engine.failures.pop()
             return False
@@ -254,6 +268,7 @@ class FakeEngine:
         return "device"
 
     def create_execution_context(self) -> FakeContext | None:
+        self.device.check_active()
         if self.device.used + self.device_memory_size_v2 > self.device.total:
             return None
         self.contexts += 1
@@ -280,6 +295,7 @@ class FakeTensorRT:
 
     def Runtime(self, log: Any) -> Any:
         def deserialize(plan: bytes) -> FakeEngine | None:
+            self.device.check_active()
             try:
                 about = json.loads(plan)
             except ValueError:
