@@ -16,6 +16,7 @@ from deploy.artifact import Artifact
 from deploy.bench.measure import bench
 from deploy.bench.plan import BenchOptions
 from deploy.bench.report import render
+from deploy.bench.report.charts import _Log
 from deploy.bench.report.page import verdict
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -57,6 +58,16 @@ def test_every_figure_is_there_and_says_in_words_what_it_shows(document: dict[st
         ]
         assert numbers
         assert all(np.isfinite(numbers))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.05, 0.7), (31.0, 60.0), (200.0, 360.0), (990.0, 1560.0), (0.01, 1e6), (19.0, 32.0), (5.0, 5.1)]
+)
+def test_axes_have_enough_round_ticks_and_not_too_many(low: float, high: float) -> None:
+    ticks = _Log(low, high, 0, 100).ticks()
+    assert 2 <= len(ticks) <= 9
+    assert all(low <= tick <= high for tick in ticks)
+    assert all(len(f"{tick:.4g}") <= 6 for tick in ticks)
 
 
 def test_nothing_is_fetched_and_no_script_is_run(document: dict[str, Any]) -> None:

@@ -201,14 +201,19 @@ class _Log:
         return self._start + share * (self._end - self._start)
 
     def ticks(self) -> list[float]:
-        """Round values on the axis: 1, 2 and 5 times powers of ten, or powers alone where those are many."""
+        """Round values on the axis: 1, 2 and 5 times powers of ten, powers alone where those are many, even steps where few."""
         exponents = range(math.floor(self._low / math.log(10)), math.ceil(self._high / math.log(10)) + 1)
         for factors in ((1, 2, 5), (1,)):
             found = [factor * 10.0**exponent for exponent in exponents for factor in factors]
             found = [value for value in found if self._low <= math.log(value) <= self._high]
             if len(found) <= 7:
                 break
-        return found
+        if len(found) >= 3:
+            return found
+        low, high = math.exp(self._low), math.exp(self._high)
+        power = 10.0 ** math.floor(math.log10((high - low) / 2))
+        step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= 5)
+        return [step * count for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _figure(name: str, said: str, height: float, parts: Sequence[str]) -> str:
