@@ -87,14 +87,16 @@ def _medians(rounds: Rounds, draws: np.ndarray) -> np.ndarray:
     return np.array([values[np.searchsorted(total := np.cumsum(draw[owners]), (total[-1] + 1) // 2)] for draw in draws])
 
 
-def settle(run: Callable[[], object], *, limit_s: float, window_s: float = 0.05, tolerance: float = 0.05) -> float:
+def settle(
+    run: Callable[[], object], *, limit_s: float, window_s: float = 0.05, tolerance: float = 0.05, first_s: float | None = None
+) -> float:
     """Call `run` until its time stops changing; the median seconds of the last window.
 
     Runs go in windows of `window_s`, one run at least. It has settled when the medians of two windows in a row differ by
-    at most `tolerance`, or when `limit_s` is over.
+    at most `tolerance`, or when `limit_s` is over. first_s: seconds of a run before, which is a window where it was so long.
     """
     start = time.perf_counter()
-    previous = None
+    previous = first_s if first_s is not None and first_s >= window_s else None
     while True:
         median = float(np.median(sample(run, window_s)))
         if previous is not None and abs(median - previous) <= tolerance * previous:

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
 LAYERS = (
     ("ground", {"cache", "errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
-    ("contracts", {"artifact", "writer", "describe", "runtime.arrays", "runtime.cuda", "runtime.session", "runtime"}),
+    (
+        "contracts",
+        {"artifact", "writer", "describe", "runtime.arrays", "runtime.profiling", "runtime.cuda", "runtime.session", "runtime"},
+    ),
     (
         "intake",
         {

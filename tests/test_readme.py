@@ -80,10 +80,16 @@ def test_the_commands_on_benchmarks_run(folder: Path, run: Callable[..., Any]) -
 def test_the_keys_of_the_json_are_documented() -> None:
     from dataclasses import fields
 
-    from deploy.bench.measure import BenchRow
+    from deploy.bench.rows import SCHEMA, BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow
+    from deploy.runtime.profiling import LayerTime
 
     text = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
-    assert [field.name for field in fields(BenchRow) if f"`{field.name}`" not in text] == []
+    assert f"(schema {SCHEMA})" in text
+    rows = (BenchRow, LayersRow, LoadRow, ScenarioRow, LayerTime)
+    names = {field.name for kind in rows for field in fields(kind)} | BenchResult(
+        conditions={}, results=(), skipped=()
+    ).to_json().keys()
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
 
 
 def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., Any]) -> None:

@@ -78,3 +78,16 @@ def test_settling_gives_up_at_the_limit() -> None:
     start = time.perf_counter()
     settle(lambda: time.sleep(next(pauses)), limit_s=0.1, window_s=0.001)
     assert time.perf_counter() - start < 2
+
+
+def test_a_long_run_before_counts_as_a_window() -> None:
+    runs = []
+    found = settle(lambda: (runs.append(1), time.sleep(0.06)), limit_s=5, first_s=0.061, tolerance=0.2)
+    assert len(runs) == 1
+    assert found == pytest.approx(0.06, rel=0.2)
+    runs.clear()
+    settle(lambda: (runs.append(1), time.sleep(0.06)), limit_s=5, first_s=0.5, tolerance=0.2)  # which the next belies
+    assert len(runs) == 2
+    runs.clear()
+    settle(lambda: (runs.append(1), time.sleep(0.02)), limit_s=5, first_s=0.02, tolerance=0.5)  # too short to be one
+    assert len(runs) >= 4

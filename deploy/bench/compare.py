@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.measure import SCHEMA, verdict_of
+from deploy.bench.rows import SCHEMA, verdict_of
 from deploy.errors import UsageError
 from deploy.timing import Ratio, bootstrap, interval
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,9 +21,11 @@ import numpy as np
 from deploy.artifact import Artifact
 from deploy.bench.conditions import conditions, gpu_state
 from deploy.bench.load import Load
-from deploy.bench.plan import BASELINE, BenchOptions, Candidate, Plan, Skipped, make_plan
+from deploy.bench.loadgen import Judged, Scenario, check_installed
+from deploy.bench.plan import BenchOptions, Candidate, Plan, Skipped, make_plan
 from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
-from deploy.bench.roofline import Peak, attainable, count_work, measure_peak
+from deploy.bench.roofline import Peak, Work, attainable, count_work, measure_peak
+from deploy.bench.rows import BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow, verdict_of
 from deploy.bench.shapes import shown_shapes
 from deploy.describe import evidence, megabytes
 from deploy.errors import ArtifactError, BackendError
@@ -32,118 +34,15 @@ from deploy.machine import usable_cores
 from deploy.parity import difference
 from deploy.progress import Progress, silent
 from deploy.runtime.session import SessionOptions
-from deploy.timing import Ratio, latency, paired_ratio
+from deploy.timing import latency, paired_ratio
 
-SCHEMA = 2
 ROUNDS = 15
 MIN_ROUNDS = 5
 SAMPLES_A_ROUND = 500
+SERVER_RUNS = 10
+"""Of the scenario `server`: runs of the baseline that a query may take unless a limit is given."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchRow:
-    """One candidate at one batch size, from numpy arrays to numpy arrays.
-
-    images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over the baseline, see
-    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` where the interval spans 1.
-    max_abs_error: the largest difference to the baseline's outputs on the same input, None where only one of the two is
-    finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: of the
-    process of the candidate, libraries included; gpu_bytes is None without a GPU. size_bytes: what is run, on disk.
-    top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
-    gflops: operations a second at p50, in 10^9; roof_gflops: what the machine would allow at most in FP32, see
-    `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and where the graph does not tell its operations.
-    samples_ms: every run that was timed, in order; rounds: how many of them each round has.
-    """
-
-    artifact: str
-    precision: str
-    backend: str
-    batch: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    p999_ms: float
-    mean_ms: float
-    images_per_s: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    verdict: str
-    max_abs_error: float | None
-    first_ms: float
-    load_s: float
-    peak_bytes: int
-    gpu_bytes: int | None
-    size_bytes: int
-    top1: float | None
-    top5: float | None
-    accuracy_from: str | None
-    gflops: float | None
-    roof_gflops: float | None
-    samples_ms: tuple[float, ...]
-    rounds: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadRow:
-    """One candidate under load, see `load.put_on`. concurrency or rate: which load; the other is None.
-
-    requests_per_s: answered, over the time that it took: under the rate where the candidate cannot keep up with it; some are
-    then `unanswered`, and among the samples with the time that they had waited.
-    """
-
-    artifact: str
-    precision: str
-    backend: str
-    batch: int
-    concurrency: int | None
-    rate: float | None
-    requests: int
-    unanswered: int
-    requests_per_s: float
-    images_per_s: float
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    p999_ms: float
-    samples_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
-
-    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured. artifacts: what
-    was measured or skipped and all that it descends from, parents first, with the evidence of each.
-    """
-
-    conditions: dict[str, Any]
-    results: tuple[BenchRow, ...]
-    skipped: tuple[Skipped, ...]
-    failures: tuple[Skipped, ...] = ()
-    baseline: str = BASELINE
-    interrupted: bool = False
-    artifacts: tuple[dict[str, Any], ...] = ()
-    loads: tuple[LoadRow, ...] = ()
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.failures)
-
-    def to_json(self) -> dict[str, Any]:
-        """The document of `deploy bench --json`; failures are among `skipped`."""
-        return {
-            "schema": SCHEMA,
-            "baseline": self.baseline,
-            "interrupted": self.interrupted,
-            "conditions": self.conditions,
-            "results": [asdict(row) for row in self.results],
-            "loads": [asdict(row) for row in self.loads],
-            "artifacts": list(self.artifacts),
-            "skipped": [asdict(entry) for entry in (*self.skipped, *self.failures)],
-        }
 
 
 def bench(
@@ -162,6 +61,8 @@ def bench(
     """
     options = options or BenchOptions()
     plan = make_plan(artifacts, options, named=named)
+    if options.scenarios:
+        check_installed()
     threads = options.threads or usable_cores()
     found = conditions(threads=threads, device=plan.baseline.device)
     if shapes := shown_shapes(plan.baseline.artifact.manifest, plan.baseline.dims):
@@ -175,6 +76,10 @@ def bench(
                 run.measure(batch, options.seconds / len(plan.batches))
             for load in options.loads:
                 run.put_under(load, plan.batches[0], options.load_s)
+            for scenario in options.scenarios:
+                run.judge(scenario, plan.batches, options.load_s, options.logs)
+            if options.layers:
+                run.look_into(plan.batches[0])
             interrupted = False
         except KeyboardInterrupt:
             if not run.rows:
@@ -184,7 +89,7 @@ def bench(
     if plan.baseline.device == "cpu" and not interrupted:
         peak = measure_peak()  # after the candidates: their processes are gone
         found["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
-        run.rows = [_under_roof(row, run.candidates, peak) for row in run.rows]
+        run.rows = _under_roof(run.rows, run.candidates, peak)
     found["gpu_after"] = gpu_state() if found["gpu"] is not None else None
     found["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     rows = run.rows
@@ -199,15 +104,24 @@ def bench(
         interrupted=interrupted,
         artifacts=_described(artifacts),
         loads=tuple(run.loads),
+        scenarios=tuple(run.scenarios),
+        layers=tuple(run.layers),
     )
 
 
-def _under_roof(row: BenchRow, candidates: Sequence[Candidate], peak: Peak) -> BenchRow:
-    candidate = next(each for each in candidates if (each.artifact.shown, each.backend) == (row.artifact, row.backend))
-    work = count_work(candidate.artifact, candidate.sizes(row.batch)) if candidate.backend != "null" else None
-    if work is None or not work.operations:
-        return row
-    return replace(row, gflops=work.operations / row.p50_ms / 1e6, roof_gflops=attainable(work, peak) / 1e9)
+def _under_roof(rows: Sequence[BenchRow], candidates: Sequence[Candidate], peak: Peak) -> list[BenchRow]:
+    works: dict[tuple[str, int], Work | None] = {}
+    found = []
+    for row in rows:
+        candidate = next(each for each in candidates if (each.artifact.shown, each.backend) == (row.artifact, row.backend))
+        key = (row.artifact, row.batch)
+        if key not in works:
+            works[key] = count_work(candidate.artifact, candidate.sizes(row.batch))
+        work = works[key]
+        if work is not None and work.operations and row.backend != "null":
+            row = replace(row, gflops=work.operations / row.p50_ms / 1e6, roof_gflops=attainable(work, peak) / 1e9)
+        found.append(row)
+    return found
 
 
 def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
@@ -259,6 +173,8 @@ class _Run:
     ) -> None:
         self.rows: list[BenchRow] = []
         self.loads: list[LoadRow] = []
+        self.scenarios: list[ScenarioRow] = []
+        self.layers: list[LayersRow] = []
         self.inputs: dict[str, dict[str, int]] = {}
         self._data = data
         self._load_s: dict[Candidate, float] = {}
@@ -326,6 +242,11 @@ class _Run:
             raise
         memory = {each: self._ask(each, lambda worker: worker.memory()) for each in samples if each in self._workers}
         self._add_rows(batch, samples, errors, memory)
+        for index, row in enumerate(self.rows):
+            if row.batch == batch and (candidate := self._candidate_of(row)) in self._workers and candidate.device != "cpu":
+                times = self._ask(candidate, lambda worker: worker.device_times())
+                if times is not None:
+                    self.rows[index] = replace(row, gpu_ms=times.gpu_ms, h2d_ms=times.h2d_ms, d2h_ms=times.d2h_ms)
 
     def put_under(self, load: Load, batch: int, seconds: float) -> None:
         """Put each candidate that takes this batch size under load, one after the other."""
@@ -360,6 +281,74 @@ class _Run:
                     samples_ms=tuple(round(value, 6) for value in samples_ms),
                 )
             )
+
+    def judge(self, scenario: Scenario, batches: Sequence[int], seconds: float, logs: Path) -> None:
+        """Put each candidate through one of LoadGen's scenarios, one after the other; all under the same targets."""
+        for candidate in list(self._workers):
+            worker = self._workers[candidate]
+            self._progress(f"{scenario.name}: {worker.label}")
+            rows = max(each for each in candidate.batches) if candidate.sizes(1) != candidate.sizes(2) else 1
+            taken = self._ask(candidate, partial(self._prepare, candidate.sizes(1)))
+            if taken is None:
+                continue
+            (self._folder / f"{id(worker)}.npz").unlink()
+            if scenario.name == "server" and (scenario.target_qps is None or scenario.target_ms is None):
+                # What the baseline, which is asked first, answers with half its time idle.
+                scenario = replace(
+                    scenario,
+                    target_qps=scenario.target_qps or 0.5 / taken.run_s,
+                    target_ms=scenario.target_ms or 1e3 * SERVER_RUNS * taken.run_s,
+                )
+            folder = logs / "-".join((Path(candidate.artifact.shown).name, candidate.backend.replace(":", "-"), scenario.name))
+            done = self._ask(candidate, partial(self._ask_judge, scenario, rows, taken.run_s, seconds, folder))
+            if done is None:
+                continue
+            self.scenarios.append(
+                ScenarioRow(
+                    artifact=candidate.artifact.shown,
+                    precision=candidate.precision,
+                    backend=candidate.backend,
+                    batch=rows,
+                    scenario=scenario.name,
+                    target_qps=scenario.target_qps,
+                    target_ms=scenario.target_ms,
+                    logs=str(folder),
+                    **asdict(done),
+                )
+            )
+
+    @staticmethod
+    def _ask_judge(scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path, worker: WorkerProcess) -> Judged:
+        return worker.judge(scenario, rows, run_s, seconds, folder)
+
+    def look_into(self, batch: int) -> None:
+        """Time the layers of each candidate that takes this batch size; one that cannot tell is listed, and goes on."""
+        for candidate in [each for each in self._workers if batch in each.batches]:
+            worker = self._workers[candidate]
+            self._progress(f"layers: {worker.label}")
+            if self._ask(candidate, partial(self._prepare, candidate.sizes(batch))) is None:
+                continue
+            (self._folder / f"{id(worker)}.npz").unlink()
+            try:
+                layers = worker.layers()
+            except WorkerDiedError as error:
+                self._drop(candidate, str(error), self.failures)
+            except BackendError as error:
+                reason = f"no layers: {error}"
+                self.skipped.append(Skipped(artifact=candidate.artifact.shown, backend=candidate.backend, reason=reason))
+            else:
+                self.layers.append(
+                    LayersRow(
+                        artifact=candidate.artifact.shown,
+                        precision=candidate.precision,
+                        backend=candidate.backend,
+                        batch=batch,
+                        layers=layers,
+                    )
+                )
+
+    def _candidate_of(self, row: BenchRow) -> Candidate:
+        return next(each for each in self.candidates if (each.artifact.shown, each.backend) == (row.artifact, row.backend))
 
     def _add_rows(
         self,
@@ -454,11 +443,9 @@ def _row(
         accuracy_from="manifest" if accuracy else None,
         gflops=None,
         roof_gflops=None,
+        gpu_ms=None,
+        h2d_ms=None,
+        d2h_ms=None,
         samples_ms=tuple(round(value, 6) for value in samples_ms),
         rounds=tuple(len(part) for part in series),
     )
-
-
-def verdict_of(speed: Ratio) -> str:
-    """`faster` or `slower` than the baseline, or `no difference` where the interval spans 1."""
-    return "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference"

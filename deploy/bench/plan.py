@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.artifact import Artifact
 from deploy.bench.load import Load
+from deploy.bench.loadgen import Scenario
 from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.engine.flavour import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
@@ -44,6 +45,8 @@ class BenchOptions:
     data: an ImageFolder whose images are the inputs; None: random numbers.
     evaluate: an ImageFolder that the accuracy of every candidate is measured on.
     loads: what else every candidate is put under, alone and at the first batch size, for `load_s` each.
+    scenarios: those of MLPerf's LoadGen that every candidate goes through, for `load_s` at least; its logs go below `logs`.
+    layers: also time the layers of every candidate, at the first batch size.
     skip_missing: a named backend that cannot run here is listed, and is no error.
     different_models: artifacts need not descend from the same state_dict; their inputs and outputs must still be alike.
     """
@@ -52,13 +55,16 @@ class BenchOptions:
     backends: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     shapes: tuple[str, ...] = ()
-    seconds: float = 15.0
+    seconds: float = 12.0
     threads: int | None = None
     device: str = "auto"
     data: Path | None = None
     evaluate: Path | None = None
     loads: tuple[Load, ...] = ()
     load_s: float = 3.0
+    scenarios: tuple[Scenario, ...] = ()
+    logs: Path = Path("build/loadgen")
+    layers: bool = False
     skip_missing: bool = False
     different_models: bool = False
 
@@ -73,6 +79,8 @@ class BenchOptions:
         parse_shapes(self.shapes)
         if not self.seconds > 0:
             raise UsageError(f"the seconds to spend must be more than 0, not {self.seconds:g}")
+        if not self.load_s > 0:
+            raise UsageError(f"the seconds of each load must be more than 0, not {self.load_s:g}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be 1 or more, not {self.threads}")
 

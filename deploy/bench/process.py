@@ -17,7 +17,9 @@ from typing import Any, Self
 from deploy import errors
 from deploy.artifact import Artifact
 from deploy.bench.load import Answered, Load
+from deploy.bench.loadgen import Judged, Scenario
 from deploy.errors import BackendError, DeployError
+from deploy.runtime.profiling import DeviceTimes, LayerTime
 from deploy.runtime.session import SessionOptions
 
 _CHILD = "import sys; sys.path[:] = sys.argv[3:]; from deploy.bench.worker import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -89,6 +91,25 @@ class WorkerProcess:
         """What comes of `load` for so many seconds, on the inputs that were prepared last."""
         self._send({"do": "load", "load": asdict(load), "seconds": seconds})
         return Answered(**self._receive())
+
+    def judge(self, scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path) -> Judged:
+        """What LoadGen says of the inputs that were prepared last, in batches of up to `rows`; see `loadgen.run_scenario`."""
+        asked = {"scenario": asdict(scenario), "rows": rows, "run_s": run_s, "seconds": seconds, "folder": str(folder)}
+        self._send({"do": "judge", **asked})
+        reply = self._receive()
+        return Judged(**{**reply, "reasons": tuple(reply["reasons"])})
+
+    def layers(self) -> tuple[LayerTime, ...]:
+        """The layers of a run on the inputs that were prepared last."""
+        self._send({"do": "layers"})
+        told = self._receive()["layers"]
+        return tuple(LayerTime(**{**each, "nodes": tuple(each["nodes"]), "modules": tuple(each["modules"])}) for each in told)
+
+    def device_times(self) -> DeviceTimes | None:
+        """Time on the GPU, and of the copies, of the inputs that were prepared last; None where there is none."""
+        self._send({"do": "device_times"})
+        told = self._receive()["times"]
+        return DeviceTimes(**told) if told is not None else None
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None

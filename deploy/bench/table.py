@@ -11,9 +11,12 @@ from rich.table import Table
 
 from deploy.bench.compare import Comparison
 from deploy.bench.conditions import throttled
-from deploy.bench.measure import BenchResult, BenchRow
+from deploy.bench.layers import shares
+from deploy.bench.rows import BenchResult, BenchRow, LayersRow
 
 WIDTH = 100
+TOP = 10
+"""Layers that are shown of each candidate."""
 
 
 def print_table(result: BenchResult, file: TextIO) -> None:
@@ -29,6 +32,15 @@ def print_table(result: BenchResult, file: TextIO) -> None:
         console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
     if result.loads:
         console.print(_loads(result))
+    if result.scenarios:
+        console.print(_scenarios(result))
+        for row in result.scenarios:
+            if not row.valid:
+                said = f"{_labels([each.artifact for each in result.scenarios])[row.artifact]} on {row.backend}, {row.scenario}"
+                console.print(f"INVALID: {said}: {'; '.join(row.reasons)}", style="yellow", markup=False)
+        console.print(f"LoadGen's logs: {Path(result.scenarios[0].logs).parent}", style="dim", markup=False)
+    for layers in result.layers:
+        console.print(_layers(layers))
     against = "eager PyTorch" if result.baseline == "eager" else result.baseline
     console.print(f"Speed-up: over {against} in the same rounds, with its 95 % interval; = where that spans 1.", style="dim")
     console.print(f"Error: largest difference to the outputs of {against}.", style="dim")
@@ -57,6 +69,53 @@ def _loads(result: BenchResult) -> Table:
     if any(row.unanswered for row in result.loads):
         table.caption = "Where a rate is more than a candidate answers, its times grow with the length of the test."
     return table
+
+
+def _scenarios(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("LoadGen", overflow="fold", min_width=8)
+    table.add_column("backend", overflow="fold", min_width=12)
+    table.add_column("scenario", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for name in ("result", "queries", "p50 ms", "p90 ms", "p99 ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = _labels([row.artifact for row in result.scenarios])
+    for row in result.scenarios:
+        cells = [labels[row.artifact], row.backend, row.scenario, "VALID" if row.valid else "INVALID"]
+        cells += [f"{_digits(row.value)} {row.unit}", f"{row.queries:,}", *map(_digits, (row.p50_ms, row.p90_ms, row.p99_ms))]
+        table.add_row(*map(escape, cells), style=None if row.valid else "yellow")
+    told = [row for row in result.scenarios if row.target_qps is not None]
+    if told:
+        table.caption = f"Of server: {told[0].target_qps:.3g} queries/s, 99 % of them within {told[0].target_ms:.3g} ms."
+    return table
+
+
+def _layers(row: LayersRow) -> Table:
+    """The ten layers that take the longest."""
+    found = shares(row.layers)
+    name = f"{Path(row.artifact).name} on {row.backend}, batch {row.batch}"
+    whole = sum(layer.ms for layer in row.layers)
+    shown = found[:TOP]
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left", title_style="bold",
+        title=escape(f"{name}: {len(shown)} of {len(found)} layers, {sum(part for _, part in shown):.0%} of {_digits(whole)} ms"),
+    )  # fmt: skip
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("operator", no_wrap=True, max_width=20)
+    table.add_column("torch module", overflow="ellipsis", no_wrap=True, max_width=30)
+    table.add_column("ONNX node", overflow="ellipsis", no_wrap=True, max_width=32)
+    for layer, part in shown:
+        module = _first(layer.modules) if layer.modules != ("",) else "(the model itself)"
+        cells = [_digits(layer.ms), f"{part:.0%}", layer.operator, module, _first(layer.nodes) or layer.name]
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of them, and how many there are besides."""
+    named = [name for name in names if name]
+    return f"{named[0]}{f' +{len(named) - 1}' if len(named) > 1 else ''}" if named else ""
 
 
 def print_comparison(found: Comparison, file: TextIO) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ import numpy as np
 
 from deploy.artifact import Artifact
 from deploy.bench.inputs import make_feeds, total_bytes
+from deploy.bench.layers import named_layers
 from deploy.bench.load import Load, put_on
+from deploy.bench.loadgen import Scenario, run_scenario
 from deploy.errors import BackendError, DeployError
 from deploy.feeds import Feed
 from deploy.opening import open_artifact
@@ -49,6 +52,7 @@ class Worker:
     def __init__(self) -> None:
         self._session: Session | None = None
         self._artifact: Artifact | None = None
+        self._samples: list[Feed] = []
         self._feeds: Iterator[Feed] = iter(())
         self._run_s = 0.0
 
@@ -67,6 +71,15 @@ class Worker:
         if request["do"] == "load":
             done = put_on(self._session, Load(**request["load"]), self._feeds.__next__, request["seconds"])
             return {"latencies_s": done.latencies_s, "elapsed_s": done.elapsed_s, "unanswered": done.unanswered}
+        if request["do"] == "judge":
+            return self._judge(self._session, request)
+        if request["do"] == "layers":
+            assert self._artifact is not None
+            found = self._session.layer_times(next(self._feeds))
+            return {"layers": [asdict(layer) for layer in named_layers(self._artifact, found)]}
+        if request["do"] == "device_times":
+            times = self._session.device_times(next(self._feeds))
+            return {"times": asdict(times) if times is not None else None}
         assert request["do"] == "round"
         return self._round(self._session, request["seconds"], request["most"])
 
@@ -74,6 +87,7 @@ class Worker:
         """Make feeds of these sizes, save what comes of the first, and warm up until the time settles."""
         assert self._artifact is not None
         feeds = make_feeds(self._artifact, session.inputs, dims, Path(data) if data else None)
+        self._samples = feeds
         self._feeds = cycle(feeds)
         start = time.perf_counter()
         results = session.run(feeds[0])
@@ -83,10 +97,22 @@ class Worker:
                 np.savez(file, *results.values())  # by position: a name may be anything
         del results
         step = self._feeds.__next__
-        self._run_s = settle(lambda: session.run(step()), limit_s=SETTLE_S)
+        self._run_s = settle(lambda: session.run(step()), limit_s=SETTLE_S, first_s=first_s)
         gc.collect()
         gc.freeze()
         return {"run_s": self._run_s, "first_s": first_s, "input_bytes": total_bytes(feeds), "inputs": len(feeds)}
+
+    def _judge(self, session: Session, request: dict[str, Any]) -> dict[str, Any]:
+        judged = run_scenario(
+            session,
+            Scenario(**request["scenario"]),
+            self._samples,
+            most_rows=request["rows"],
+            run_s=request["run_s"],
+            seconds=request["seconds"],
+            folder=Path(request["folder"]),
+        )
+        return asdict(judged)
 
     def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
         """Samples of one round, in seconds.
@@ -111,7 +137,10 @@ def peak_bytes() -> int:
 
 
 def gpu_peak_bytes() -> int | None:
-    """GPU memory that this process has in use now, as the driver tells; None where there is none."""
+    """GPU memory that this process has in use, as the driver tells; None where there is none.
+
+    After its runs that is the peak: the allocators of torch, TensorRT and ONNX Runtime keep what they once had.
+    """
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

@@ -13,6 +13,7 @@ from deploy.opening import BUILD
 
 if TYPE_CHECKING:
     from deploy.bench.load import Load
+    from deploy.bench.loadgen import Scenario
 
 STDOUT = Path("-")
 
@@ -31,7 +32,7 @@ STDOUT = Path("-")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=15.0,
+    default=12.0,
     show_default=True,
     metavar="S",
     help="Time to spend on measuring.",
@@ -61,6 +62,39 @@ STDOUT = Path("-")
 @click.option(
     "--rate", default=None, metavar="R,...", help="Also measure R requests a second, in an open loop with Poisson arrivals."
 )
+@click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    metavar="S,...",
+    help="Also run MLPerf's LoadGen: single-stream, multi-stream, server or offline; may be repeated.",
+)
+@click.option(
+    "--target-qps",
+    type=float,
+    default=None,
+    metavar="Q",
+    help="Of --scenario server: queries a second.  [default: half of what the baseline can]",
+)
+@click.option(
+    "--target-ms",
+    type=float,
+    default=None,
+    metavar="MS",
+    help="Of --scenario server: what 99 % of queries must keep to.  [default: ten runs of the baseline]",
+)
+@click.option(
+    "--logs", type=PATH, default=Path("build/loadgen"), show_default=True, metavar="DIR", help="Where LoadGen's logs go."
+)
+@click.option(
+    "--load-seconds",
+    type=float,
+    default=3.0,
+    show_default=True,
+    metavar="S",
+    help="Time of each load and scenario, for each candidate; MLPerf asks for 600.",
+)
+@click.option("--layers", is_flag=True, help="Also time the layers, by ONNX node and torch module.")
 @click.option("--skip-missing", is_flag=True, help="List a named backend that cannot run here, and measure the rest.")
 @click.option("--different-models", is_flag=True, help="Compare artifacts that do not descend from the same state_dict.")
 @click.option(
@@ -93,6 +127,12 @@ def command(
     evaluate: Path | None,
     concurrency: str | None,
     rate: str | None,
+    scenarios: tuple[str, ...],
+    target_qps: float | None,
+    target_ms: float | None,
+    logs: Path,
+    load_seconds: float,
+    layers: bool,
     skip_missing: bool,
     different_models: bool,
     compare: tuple[Path, Path] | None,
@@ -124,6 +164,10 @@ def command(
         data=data,
         evaluate=evaluate,
         loads=_loads(concurrency, rate),
+        load_s=load_seconds,
+        scenarios=_scenarios(scenarios, target_qps, target_ms),
+        logs=logs,
+        layers=layers,
         skip_missing=skip_missing,
         different_models=different_models,
     )
@@ -173,6 +217,16 @@ def _loads(concurrency: str | None, rate: str | None) -> "tuple[Load, ...]":
     except ValueError as error:
         raise UsageError(f"--concurrency and --rate take numbers such as 1,2,4: {error}") from None
     return (*callers, *rates)
+
+
+def _scenarios(texts: tuple[str, ...], target_qps: float | None, target_ms: float | None) -> "tuple[Scenario, ...]":
+    from deploy.bench.loadgen import Scenario
+
+    names = list(dict.fromkeys(word for text in texts for word in text.split(",")))
+    if "server" not in names and (target_qps is not None or target_ms is not None):
+        raise UsageError("--target-qps and --target-ms go with --scenario server")
+    targets = {"target_qps": target_qps, "target_ms": target_ms}
+    return tuple(Scenario(name=name, **(targets if name == "server" else {})) for name in names)
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

@@ -50,9 +50,10 @@ def network_share(
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayer:
-    """A layer of a built engine: the ONNX nodes that are fused in it, and the precision it computes in."""
+    """A layer of a built engine: TensorRT's kind of it, the ONNX nodes that are fused in it, and the precision it computes in."""
 
     name: str
+    kind: str
     nodes: tuple[str, ...]
     precision: str
     computes: bool
@@ -111,6 +112,7 @@ def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
         precision = next((name for part, name in _TYPES if part in text), "fp32")
     return EngineLayer(
         name=described["Name"],
+        kind=described.get("LayerType") or "",
         nodes=tuple(_NODE.findall(described.get("Metadata") or "")),
         precision=precision,
         computes=bool(_COMPUTES.search(kind)),

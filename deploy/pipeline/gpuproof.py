@@ -71,7 +71,8 @@ def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], 
     typed: precision by node of the typed network. macs: multiply-accumulates by node. gpu: its name. Raises EngineError and ParityError.
     """
     feed = random_feed(session.inputs, session.dims())
-    share, by_node = engine_share(engine_layers(session.information()), typed, macs, session.layer_times(feed))
+    times = {layer.name: layer.ms for layer in session.layer_times(feed)}
+    share, by_node = engine_share(engine_layers(session.information()), typed, macs, times)
     return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine, gpu))
 
 

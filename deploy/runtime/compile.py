@@ -3,15 +3,17 @@
 import logging
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import VARIANTS, Session, SessionOptions
 
 try:
     import torch
+    from torch._C._autograd import DeviceType
 
     from deploy.runtime.eager import EagerSession, flatten
 except ImportError as error:
@@ -48,6 +50,26 @@ class CompileSession(EagerSession):
             result = module(*inputs)
             self._compiled.add(shapes)
         return result
+
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """By torch's profiler: the time of each operator and compiled kernel, which belong to no module any longer."""
+        on_gpu = self.device != "cpu"
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+        for _ in range(WARMUPS):
+            self.run(feed)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            for _ in range(runs):
+                self.run(feed)
+        found = [
+            LayerTime(
+                name=event.key,
+                operator="kernel" if on_gpu else "operator",
+                ms=(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / runs,
+            )
+            for event in profile.key_averages()
+            if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
+        ]
+        return [layer for layer in found if layer.ms > 0]
 
 
 def _own_function(module: torch.nn.Module) -> Any:

@@ -4,17 +4,24 @@ It runs the code of the model's factory, so it is used only when named. An artif
 module of the export that it descends from, in FP32 or, as `eager:fp16` or `eager:bf16`, in half precision.
 """
 
+import itertools
+import statistics
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.runtime.arrays import writable
+from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
 try:
     import torch
+    from torch._C._autograd import DeviceType
 
     from deploy.factory import rebuild
 except ImportError as error:
@@ -24,6 +31,7 @@ GRAPHS = 8
 """CUDA graphs that a session keeps at most, one for each shape of the inputs: those used last."""
 
 _WARMUPS = 3
+_REGION = "deploy module "
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,6 +64,7 @@ class EagerSession(Session):
         if self._channels_last:
             module = module.to(memory_format=torch.channels_last)
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        self._plain: torch.nn.Module | None = module
         self._module: Any = self._prepare(module)
         if self.device != "cpu":
             tf32.hold(allow="tf32" in options.variant)
@@ -101,10 +110,89 @@ class EagerSession(Session):
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
         return module(*inputs)
 
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """By torch's profiler: of each module, the time that its own code takes, without that of the modules that it calls."""
+        module = self._plain
+        if module is None:
+            raise closed_error(self.name)
+        inputs = [torch.from_numpy(writable(feed[name])).to(self.device) for name in self._input_names]
+        with torch.inference_mode():
+            return module_times(module, [self._adapt(x) for x in inputs], runs)
+
+    def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
+        if self.device == "cpu":
+            return None
+        found = []
+        for run in range(WARMUPS + runs):
+            marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self.device):
+                marks[0].record()
+                inputs = {name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()}
+                marks[1].record()
+                results = self._compute(inputs)
+                marks[2].record()
+                for result in results:
+                    result.cpu()
+                marks[3].record()
+                torch.cuda.synchronize()
+            if run >= WARMUPS:
+                found.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
+        h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*found, strict=True))
+        return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
+
     def _release(self) -> None:
-        self._module = None
+        self._module = self._plain = None
         if self.device != "cpu":
             tf32.release()
+
+
+def module_times(module: torch.nn.Module, inputs: Sequence[torch.Tensor], runs: int) -> list[LayerTime]:
+    """The own time of each module in `module`, on the GPU where `inputs` are there, in the order of the first call."""
+    names = {each: name for name, each in module.named_modules()}
+    regions: list[Any] = []
+
+    def enter(each: torch.nn.Module, _: Any) -> None:
+        regions.append(torch.profiler.record_function(f"{_REGION}{names[each]}"))
+        regions[-1].__enter__()
+
+    def leave(_: torch.nn.Module, __: Any, ___: Any) -> None:
+        regions.pop().__exit__(None, None, None)
+
+    on_gpu = any(x.is_cuda for x in inputs)
+    handles = [each.register_forward_pre_hook(enter) for each in names]
+    handles += [each.register_forward_hook(leave) for each in names]
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    try:
+        for _ in range(WARMUPS):
+            module(*inputs)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            for _ in range(runs):
+                module(*inputs)
+            if on_gpu:
+                torch.cuda.synchronize()
+    finally:
+        for handle in handles:
+            handle.remove()
+    series: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.name.startswith(_REGION) and event.device_type == DeviceType.CPU:
+            took = event.device_time_total if on_gpu else event.cpu_time_total
+            series.setdefault(event.name.removeprefix(_REGION), []).append(took / 1e3)
+    if any(len(found) % runs for found in series.values()):
+        raise BackendError("the module does not call the same modules in every run: its time cannot be told by module")
+    whole = {name: statistics.median(np.reshape(found, (runs, -1)).sum(axis=1)) for name, found in series.items()}
+    kinds = {name: type(each).__name__ for each, name in names.items()}
+    own = dict(whole)
+    for name in whole:
+        parent = name.rpartition(".")[0]
+        while parent not in whole:  # a container that is not called itself, such as a ModuleList
+            parent = parent.rpartition(".")[0]
+        if name:
+            own[parent] -= whole[name]
+    return [
+        LayerTime(name=name or kinds[name], operator=kinds[name], ms=max(0.0, float(own[name])), modules=(name,))
+        for name in whole
+    ]
 
 
 class _Captured:

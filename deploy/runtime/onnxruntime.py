@@ -8,11 +8,15 @@ which ONNX Runtime puts on the CPU on purpose, so the session looks at where eac
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
+import statistics
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ import numpy as np
 from deploy.artifact import Artifact
 from deploy.errors import BackendError, UsageError
 from deploy.machine import usable_cores
+from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 from deploy.tensors import TensorSpec
 
@@ -51,6 +56,7 @@ SHAPE_OPERATORS = {
 logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
+_KERNEL_TIME = "_kernel_time"
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
@@ -59,7 +65,13 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
         super().__init__(artifact, options, device=device)
-        settings = onnxruntime.SessionOptions()
+        self._artifact = artifact
+        self._options = options
+        self._session: Any = self._open(onnxruntime.SessionOptions())
+
+    def _open(self, settings: Any) -> Any:
+        """An InferenceSession with `settings`, the SessionOptions of ONNX Runtime, filled in."""
+        artifact, options = self._artifact, self._options
         settings.log_severity_level = 4  # errors come as exceptions; warnings are about the optimizer's own doings
         # Left to itself it takes all cores of the machine and ties its threads to them, in every process to the same.
         settings.intra_op_num_threads = options.threads or usable_cores()
@@ -67,12 +79,10 @@ class OnnxRuntimeSession(Session):
         providers = self._providers(artifact, options, settings)
         try:
             # Without enable_fallback=0 a provider that fails is replaced by the CPU, with a line on standard output.
-            self._session: Any = onnxruntime.InferenceSession(
-                str(artifact.onnx_path), settings, providers=providers, enable_fallback=0
-            )
+            return onnxruntime.InferenceSession(str(artifact.onnx_path), settings, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
-            if artifact.manifest.precision == "bf16" and device == "cpu":
+            if artifact.manifest.precision == "bf16" and self.device == "cpu":
                 hint = "; its CPU kernels do not compute in bfloat16: use the openvino backend, or an fp16 or fp32 artifact"
             raise BackendError(f"{_label(options)} cannot open {artifact.location}: {_reason(error)}{hint}") from error
 
@@ -93,6 +103,31 @@ class OnnxRuntimeSession(Session):
             return work(session)  # type: ignore[no-any-return]
         except Exception as error:
             raise BackendError(f"onnxruntime failed to run {self.name!r}: {_reason(error)}") from error
+
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """By its profiler, in a session of its own: the time is of kernels. Layers bear the names of the optimized graph."""
+        if self.device != "cpu":
+            raise BackendError(f"{_label(self._options)} tells when kernels were launched, not how long they took")
+        with tempfile.TemporaryDirectory(prefix="deploy-profile-") as folder:
+            settings = onnxruntime.SessionOptions()
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(folder) / "run")
+            session = self._open(settings)
+            for _ in range(WARMUPS + runs):
+                self._guard(lambda _: session.run(self._output_names, dict(feed)))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        times: dict[str, list[float]] = {}
+        operators: dict[str, str] = {}
+        for event in events:
+            name = str(event["name"])
+            if event.get("cat") == "Node" and name.endswith(_KERNEL_TIME):
+                name = name.removesuffix(_KERNEL_TIME)
+                times.setdefault(name, []).append(event["dur"] / 1e3)
+                operators[name] = event["args"]["op_name"]
+        return [
+            LayerTime(name=name, operator=operators[name], ms=statistics.median(found[WARMUPS:] or found))
+            for name, found in times.items()
+        ]
 
     def _release(self) -> None:
         self._session = None

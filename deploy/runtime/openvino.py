@@ -4,6 +4,7 @@ Left to itself it computes in bfloat16 where the CPU can, and logits are off by 
 unless `SessionOptions.compute` says otherwise.
 """
 
+import statistics
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.machine import usable_cores
+from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error
 
 _TELEMETRY = "openvino_telemetry"
@@ -60,17 +64,22 @@ class OpenVinoSession(Session):
             # It would tie its threads to cores, in every process to the same: two services would share one core.
             "ENABLE_CPU_PINNING": False,
         }
-        try:
-            core = openvino.Core()
-            self._compiled: Any = core.compile_model(core.read_model(artifact.onnx_path), "CPU", config)
-        except RuntimeError as error:
-            raise BackendError(f"openvino cannot open {artifact.location}: {_reason(error)}") from error
+        self._artifact = artifact
+        self._config = config
+        self._compiled: Any = self._compile(config)
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT")
         if used != hint:
             raise BackendError(f"openvino cannot compute in {options.compute} on this CPU: it would use {used.get_type_name()}")
         self._positions = [self._position(name) for name in self._input_names]
         # A request runs one feed at a time: each run takes one of these, or makes one more.
         self._idle: deque[Any] = deque()
+
+    def _compile(self, config: Mapping[str, Any]) -> Any:
+        try:
+            core = openvino.Core()
+            return core.compile_model(core.read_model(self._artifact.onnx_path), "CPU", dict(config))
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot open {self._artifact.location}: {_reason(error)}") from error
 
     def _position(self, name: str) -> int:
         return next(i for i, port in enumerate(self._compiled.inputs) if name in port.names)
@@ -97,6 +106,20 @@ class OpenVinoSession(Session):
         if self._closed:
             self._idle.clear()
         return results
+
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """By its performance counts, in a compiled model of its own."""
+        request = self._compile({**self._config, "PERF_COUNT": True}).create_infer_request()
+        times: dict[str, list[float]] = {}
+        operators: dict[str, str] = {}
+        arrays = [np.array(feed[name]) for name in self._input_names]
+        for run in range(WARMUPS + runs):
+            request.infer(dict(zip(self._positions, arrays, strict=True)))
+            for told in request.get_profiling_info() if run >= WARMUPS else ():
+                if told.status == told.Status.EXECUTED:
+                    times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
+                    operators[told.node_name] = told.node_type
+        return [LayerTime(name=name, operator=operators[name], ms=statistics.median(found)) for name, found in times.items()]
 
     def _release(self) -> None:
         self._compiled = None

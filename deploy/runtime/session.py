@@ -26,6 +26,7 @@ import numpy as np
 from deploy.artifact import Artifact, Manifest
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
+from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
 from deploy.tensors import Profile, TensorSpec, default_dims, random_feed
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null")
@@ -296,6 +297,17 @@ class Session(ABC):
         feed = random_feed(self.inputs, self.dims()) if feed is None else feed
         for _ in range(runs):
             self.run(feed)
+
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """Time of each layer on a feed of numpy arrays, in the order in which they run. Slower than `run`, by the measuring.
+
+        Raises BackendError where the backend cannot tell.
+        """
+        raise BackendError(f"{self.backend} does not tell the time of its layers")
+
+    def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
+        """Time on the GPU and of the copies for a feed of numpy arrays; None where nothing is copied, or it is not told."""
+        return None
 
     def close(self) -> None:
         """Release what the session holds. Runs under way finish; later ones raise SessionClosedError. Twice is fine."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from deploy.artifact import ENGINE, RUNTIME_CACHE, Artifact, request_digest
 from deploy.cache import ENGINES, cache_folder, keep, trim
+from deploy.engine.attestation import engine_layers
 from deploy.engine.compatibility import mismatches
 from deploy.engine.flavour import Flavour, has_gpu, load_flavour
 from deploy.engine.log import make_logger
@@ -18,6 +19,7 @@ from deploy.errors import BackendError, InputError
 from deploy.runtime.cuda import Device, DeviceMemoryError, Gpu, Memory, Stream, open_device
 from deploy.runtime.cuda.arrays import DeviceArray, View, view
 from deploy.runtime.engine_context import EngineContext, Shape, Tensor
+from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, refuse_engine
 from deploy.tensors import Profile, format_shape
 
@@ -355,19 +357,42 @@ class TensorRTSession(Session):
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
-    def layer_times(self, feed: Mapping[str, np.ndarray], runs: int = 10) -> dict[str, float]:
-        """Median milliseconds of GPU time of each layer of the engine, by its name, over `runs` runs on numpy arrays."""
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """GPU time, as TensorRT's profiler tells it."""
         profiler = self._profiler()
         context = self._claim()
         try:
-            context.attach(profiler)
-            for _ in range(runs):
+            for run in range(WARMUPS + runs):
+                if run == WARMUPS:
+                    context.attach(profiler)
                 context.begin(feed, self._profile(self._shapes(feed)))
                 context.finish()
         finally:
             context.attach(None)
             self._give_back(context)
-        return {name: statistics.median(times) for name, times in profiler.times.items()}
+        told = {layer.name: layer for layer in engine_layers(self.information())}
+        return [
+            LayerTime(
+                name=name,
+                operator=told[name].kind if name in told else "",
+                ms=statistics.median(times),
+                nodes=told[name].nodes if name in told else (),
+            )
+            for name, times in profiler.times.items()
+        ]
+
+    def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
+        arrays = {name: np.asarray(x, order="C") for name, x in feed.items()}
+        context = self._claim()
+        try:
+            found = [context.times(arrays, self._profile(self._shapes(arrays))) for _ in range(WARMUPS + runs)][WARMUPS:]
+        finally:
+            self._give_back(context)
+        times = [each for each in found if each is not None]
+        if not times:
+            return None
+        h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
+        return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
 
     def _profiler(self) -> Any:
         class Profiler(self._trt.IProfiler):  # type: ignore[misc,name-defined]

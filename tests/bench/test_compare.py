@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.bench.compare import Comparison, compare_files
+from deploy.bench.rows import SCHEMA
 from deploy.bench.table import print_comparison
 from deploy.errors import UsageError
 
@@ -24,7 +25,7 @@ def row(backend: str, p50_ms: float, seed: int, batch: int = 1) -> dict[str, Any
 
 
 def document(eager: float, fast: float, seed: int) -> dict[str, Any]:
-    return {"schema": 2, "baseline": "eager", "results": [row("eager", eager, seed), row("onnxruntime", fast, seed + 1)]}
+    return {"schema": SCHEMA, "baseline": "eager", "results": [row("eager", eager, seed), row("onnxruntime", fast, seed + 1)]}
 
 
 def compare(folder: Path, old: dict[str, Any], new: dict[str, Any], tolerance: float = 0.05) -> Comparison:
@@ -80,7 +81,7 @@ def test_documents_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     good = document(10, 2, 0)
     for change, message in (
         ({"baseline": "onnxruntime"}, "measured against eager and .* against onnxruntime"),
-        ({"schema": 1}, "has schema 1; this version compares schema 2"),
+        ({"schema": 1}, "has schema 1; this version compares schema 3"),
         ({"results": []}, "no artifact, backend and batch size in common"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -10,9 +10,10 @@ from PIL import Image
 
 import deploy
 from deploy.artifact import Artifact
-from deploy.bench.measure import MIN_ROUNDS, BenchResult, BenchRow, bench
+from deploy.bench.measure import MIN_ROUNDS, bench
 from deploy.bench.plan import BenchOptions
 from deploy.bench.process import WorkerProcess
+from deploy.bench.rows import SCHEMA, BenchResult, BenchRow
 from deploy.errors import ArtifactError, BackendError, UsageError
 
 QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)
@@ -29,13 +30,24 @@ def rows(result: BenchResult, backend: str, batch: int = 1) -> list[BenchRow]:
 
 def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResult) -> None:
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert set(document) == {"schema", "baseline", "interrupted", "conditions", "results", "loads", "artifacts", "skipped"}
-    assert (document["schema"], document["baseline"], document["interrupted"]) == (2, "eager", False)
+    assert set(document) == {
+        "schema",
+        "baseline",
+        "interrupted",
+        "conditions",
+        "results",
+        "loads",
+        "scenarios",
+        "layers",
+        "artifacts",
+        "skipped",
+    }
+    assert (document["schema"], document["baseline"], document["interrupted"]) == (SCHEMA, "eager", False)
     for row in document["results"]:
         assert list(row) == [
             "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "mean_ms", "images_per_s",
             "speedup", "speedup_low", "speedup_high", "verdict", "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes",
-            "size_bytes", "top1", "top5", "accuracy_from", "gflops", "roof_gflops", "samples_ms", "rounds",
+            "size_bytes", "top1", "top5", "accuracy_from", "gflops", "roof_gflops", "gpu_ms", "h2d_ms", "d2h_ms", "samples_ms", "rounds",
         ]  # fmt: skip
     for entry in document["skipped"]:
         assert list(entry) == ["artifact", "backend", "reason"]

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from deploy.artifact import Artifact
+from deploy.bench.load import Load
+from deploy.bench.loadgen import Scenario
 from deploy.bench.measure import bench
 from deploy.bench.plan import BenchOptions
 from deploy.bench.report import render
@@ -23,8 +25,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def document(shared_lenet5: Artifact, half: Artifact) -> dict[str, Any]:
-    options = BenchOptions(backends=("onnxruntime", "null"), batches=(1, 4), seconds=0.6)
+def document(shared_lenet5: Artifact, half: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("loadgen")
+    options = BenchOptions(
+        backends=("onnxruntime", "null"), batches=(1, 4), seconds=0.6, layers=True, load_s=0.2, logs=folder,
+        loads=(Load(concurrency=2),), scenarios=(Scenario(name="single-stream"), Scenario(name="server", target_qps=500, target_ms=0.001)),
+    )  # fmt: skip
     found: dict[str, Any] = json.loads(json.dumps(bench([shared_lenet5, half], options).to_json()))
     for index, row in enumerate(found["results"]):
         row["top1"], row["top5"], row["accuracy_from"] = 98.0 + 0.1 * (index % 3), 100.0, "measured"
@@ -43,13 +49,17 @@ def test_every_figure_is_there_and_says_in_words_what_it_shows(document: dict[st
         "Accuracy against latency, batch 1",
         "Batch 1",
         "Batch 4",
+        "lenet5 fp32, eager, batch 1",
+        "lenet5 fp32, onnxruntime, batch 1",
+        "lenet5-half fp16, onnxruntime, batch 1",
     ]
-    assert "Billions of operations a second, under a roof of" in str(found[-1].findtext("desc"))
+    assert "Billions of operations a second, under a roof of" in str(found[7].findtext("desc"))
+    assert "Time by layer, the longest first: " in str(found[-1].findtext("desc"))
     for figure in found:
         assert figure.get("role") == "img"
         said = figure.findtext("desc")
         assert said
-        assert "onnxruntime" in said
+        assert "onnxruntime" in said or "Time by layer" in said
         numbers = [
             float(value)
             for key in ("x", "y", "cx", "cy", "x1", "y1", "width")
@@ -98,6 +108,7 @@ def test_the_verdict_is_one_sentence_about_the_ends(document: dict[str, Any]) ->
         row["verdict"] = "baseline" if row["verdict"] == "baseline" else "slower"
     assert verdict(slow) == "At batch 1 nothing is faster than eager PyTorch; at batch 4 nothing is faster than eager PyTorch."
     slow["results"] = [row for row in slow["results"] if row["verdict"] == "baseline"]
+    slow.update(loads=[], scenarios=[], layers=[])
     assert verdict(slow) == "Nothing was measured beside eager PyTorch."
     assert render(slow)
 
@@ -110,6 +121,17 @@ def test_lineage_and_conditions_are_told(document: dict[str, Any], half: Artifac
     assert "parity: max abs" in lineage
     for word in ("processor", "governor", "load average", "versions", "git revision"):
         assert f"<dt>{word}</dt>" in lineage
+
+
+def test_loads_and_verdicts_are_tables_and_what_was_invalid_says_why(document: dict[str, Any]) -> None:
+    page = render(document)
+    loads, judged = page.index("<h2>Under load"), page.index("<h2>MLPerf LoadGen")
+    assert "2 callers" in page[loads:judged]
+    assert "VALID" in page[judged:]
+    assert "single-stream" in page[judged:]
+    assert "server: performance constraints not satisfied" in page[judged:]
+    without = render({**document, "loads": [], "scenarios": [], "layers": []})
+    assert not {"Under load", "MLPerf LoadGen", "<h2>Layers"} & set(re.findall(r"Under load|MLPerf LoadGen|<h2>Layers", without))
 
 
 def test_what_was_not_run_and_what_may_be_wrong_comes_first(document: dict[str, Any]) -> None:

@@ -55,7 +55,18 @@ def test_the_session_of_the_help_text_works_as_it_stands(run: Run, folder: Path)
     assert benched.status == 0, benched.err
     assert max(len(line) for line in benched.out.splitlines()) <= 100
     document = json.loads(Path("bench.json").read_text())
-    assert set(document) == {"schema", "baseline", "interrupted", "conditions", "results", "loads", "artifacts", "skipped"}
+    assert set(document) == {
+        "schema",
+        "baseline",
+        "interrupted",
+        "conditions",
+        "results",
+        "loads",
+        "scenarios",
+        "layers",
+        "artifacts",
+        "skipped",
+    }
     rows = {(row["artifact"], row["backend"], row["batch"]) for row in document["results"]}
     for name in ("build/lenet5", "build/lenet5-fp16"):
         assert {(name, backend, batch) for backend in ("onnxruntime", "openvino") for batch in (1, 2)} <= rows

@@ -20,6 +20,7 @@ from deploy.errors import ArtifactError, EngineError, ParityError, UsageError
 from deploy.macs import count_macs
 from deploy.pipeline import building, gpuproof
 from deploy.pipeline.gpuproof import check_faster, engine_parity
+from deploy.runtime.profiling import LayerTime
 from deploy.runtime.session import Session, open_session
 
 FORMATS = {"fp32": "Float", "fp16": "Half", "int8": "Int8"}
@@ -63,8 +64,8 @@ class OnTheCpu:
         ]
         return json.dumps({"Layers": layers})
 
-    def layer_times(self, feed: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return dict.fromkeys(self._nodes, 0.1)
+    def layer_times(self, feed: Mapping[str, np.ndarray]) -> list[LayerTime]:
+        return [LayerTime(name=node, operator="CaskConvolution", ms=0.1) for node in self._nodes]
 
     def __enter__(self) -> Self:
         return self

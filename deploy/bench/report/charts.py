@@ -139,15 +139,31 @@ def roofs(name: str, bars: Sequence[Bar], roof: float) -> str:
     height = top + step * len(bars) + 6
     scale = (WIDTH - _LEFT - _RIGHT) / (max(roof, *(bar.value for bar in bars)) * 1.05)
     line = _LEFT + roof * scale
-    parts = [_line(line, top - 6, line, height - 4, "mark"), _text(line, 11, f"{roof:,.0f}", "tick middle")]
+    parts = [_text(line, 11, f"{roof:,.0f}", "tick middle")]
     for index, bar in enumerate(bars):
         y = top + index * step
+        parts.append(_line(line, y + 15, line, y + 31, "mark"))
         parts += [_text(_LEFT, y + 11, bar.label, "label"), _text(WIDTH - _RIGHT, y + 11, bar.note, "value end")]
         parts.append(
             f'<rect x="{_LEFT}" y="{y + 17}" width="{bar.value * scale:.1f}" height="12" rx="2" fill="var(--c{bar.colour})"/>'
         )
     said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
     return _figure(name, f"Billions of operations a second, under a roof of {roof:,.0f}: {said}.", height, parts)
+
+
+def durations(name: str, bars: Sequence[Bar]) -> str:
+    """Bars from 0 to how long each takes."""
+    step = 34
+    scale = (WIDTH - _LEFT - _RIGHT) / max(bar.value for bar in bars)
+    parts = []
+    for index, bar in enumerate(bars):
+        y = index * step
+        parts += [_text(_LEFT, y + 11, bar.label, "label"), _text(WIDTH - _RIGHT, y + 11, bar.note, "value end")]
+        parts.append(
+            f'<rect x="{_LEFT}" y="{y + 16}" width="{bar.value * scale:.1f}" height="9" rx="2" fill="var(--c{bar.colour})"/>'
+        )
+    said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
+    return _figure(name, f"Time by layer, the longest first: {said}.", step * len(bars), parts)
 
 
 def pareto(name: str, dots: Sequence[Dot]) -> str:

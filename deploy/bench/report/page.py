@@ -6,9 +6,28 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deploy.bench.report.charts import COLOURS, Bar, Dot, Line, Spread, digits, pareto, roofs, speedups, spreads, throughputs
+from deploy.bench.report.charts import (
+    COLOURS,
+    Bar,
+    Dot,
+    Line,
+    Spread,
+    digits,
+    durations,
+    pareto,
+    roofs,
+    speedups,
+    spreads,
+    throughputs,
+)
 
 Row = Mapping[str, Any]
+Labels = Mapping[tuple[str, str], tuple[str, int]]
+"""Name and colour by artifact and backend."""
+
+TOP = 10
+LABEL = 34
+"""Letters of a layer's name."""
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -31,6 +50,9 @@ def render(document: Mapping[str, Any]) -> str:
         ),
         _more(rows, labels, batches),
         _roofline(rows, labels, batches),
+        _layers(document["layers"], labels),
+        _loads(document["loads"], labels),
+        _scenarios(document["scenarios"], labels),
         _legend(labels),
         _table(rows, labels),
         _lineage(document.get("artifacts", ())),
@@ -93,12 +115,12 @@ def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[str, int]]:
     return found
 
 
-def _of(row: Row, labels: Mapping[tuple[str, str], tuple[str, int]]) -> dict[str, Any]:
+def _of(row: Row, labels: Labels) -> dict[str, Any]:
     label, colour = labels[row["artifact"], row["backend"]]
     return {"label": label, "colour": colour}
 
 
-def _speedup(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]], batch: int) -> str:
+def _speedup(rows: Sequence[Row], labels: Labels, batch: int) -> str:
     bars = []
     for row in (row for row in rows if row["batch"] == batch):
         low, high = row["speedup_low"], row["speedup_high"]
@@ -108,7 +130,7 @@ def _speedup(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, in
     return speedups(f"Batch {batch}", bars)
 
 
-def _spread(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]], batch: int) -> str:
+def _spread(rows: Sequence[Row], labels: Labels, batch: int) -> str:
     chosen = [row for row in rows if row["batch"] == batch]
     return spreads(
         f"Batch {batch}",
@@ -116,7 +138,7 @@ def _spread(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int
     )
 
 
-def _more(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]], batches: Sequence[int]) -> str:
+def _more(rows: Sequence[Row], labels: Labels, batches: Sequence[int]) -> str:
     figures = []
     if len(batches) > 1:
         lines = []
@@ -138,7 +160,7 @@ def _more(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]]
     return _figures("Throughput and accuracy", "Ringed and joined: what nothing else beats in both." if known else "", figures)
 
 
-def _roofline(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]], batches: Sequence[int]) -> str:
+def _roofline(rows: Sequence[Row], labels: Labels, batches: Sequence[int]) -> str:
     figures = []
     for batch in batches:
         known = [row for row in rows if row["batch"] == batch and row["gflops"] is not None]
@@ -156,6 +178,81 @@ def _roofline(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, i
     return _figures("Roofline", said, figures)
 
 
+def _layers(found: Sequence[Row], labels: Labels) -> str:
+    figures = []
+    for row in found:
+        layers = sorted(row["layers"], key=lambda layer: -layer["ms"])
+        whole = sum(layer["ms"] for layer in layers)
+        label, colour = labels[row["artifact"], row["backend"]]
+        bars = [
+            Bar(label=_layer_name(layer), colour=colour, value=layer["ms"], low=layer["ms"], high=layer["ms"],
+                note=f"{digits(layer['ms'])} ms ({layer['ms'] / whole:.0%})")
+            for layer in layers[:TOP]
+        ]  # fmt: skip
+        if bars:
+            figures.append(durations(f"{label}, batch {row['batch']}", bars))
+    said = f"The {TOP} longest of each, by torch module or ONNX node, and their share of the sum of all."
+    return _figures("Layers", said, figures)
+
+
+def _layer_name(layer: Row) -> str:
+    if layer["modules"] == [""]:
+        return f"the model itself ({layer['operator']})"
+    named = [name for name in (*layer["modules"], *layer["nodes"], layer["name"]) if name]
+    name = f"{named[0]} ({layer['operator']})"
+    return name if len(name) <= LABEL else f"\u2026{name[1 - LABEL :]}"
+
+
+def _loads(found: Sequence[Row], labels: Labels) -> str:
+    def asked(row: Row) -> str:
+        if row["rate"]:
+            return f"{row['rate']:g}/s"
+        return "1 caller" if row["concurrency"] == 1 else f"{row['concurrency']} callers"
+
+    rows = [
+        (labels[row["artifact"], row["backend"]][0], str(row["batch"]), asked(row), digits(row["requests_per_s"]),
+         str(row["unanswered"]), *(digits(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "p999_ms")))
+        for row in found
+    ]  # fmt: skip
+    head = ("", "batch", "load", "requests/s", "unanswered", "p50 ms", "p90", "p99", "p99.9")
+    said = "Latencies under a rate count from when a request was due."
+    return _numbers("Under load", said, head, rows)
+
+
+def _scenarios(found: Sequence[Row], labels: Labels) -> str:
+    rows = [
+        (labels[row["artifact"], row["backend"]][0], row["scenario"], "VALID" if row["valid"] else "INVALID",
+         f"{digits(row['value'])} {row['unit']}", f"{row['queries']:,}",
+         *(digits(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms")))
+        for row in found
+    ]  # fmt: skip
+    server = next((row for row in found if row["target_qps"] is not None), None)
+    said = "The verdict is LoadGen's own."
+    if server is not None:
+        said += f" Of server: {digits(server['target_qps'])} queries/s, 99 % of them within {digits(server['target_ms'])} ms."
+    head = ("", "scenario", "verdict", "result", "queries", "p50 ms", "p90", "p99")
+    why = [
+        f"{labels[row['artifact'], row['backend']][0]}, {row['scenario']}: {'; '.join(row['reasons'])}"
+        for row in found
+        if not row["valid"]
+    ]
+    return _numbers("MLPerf LoadGen", said, head, rows, why)
+
+
+def _numbers(title: str, said: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A section with a table of text and notes below it; nothing where there are no rows."""
+    if not rows:
+        return ""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    below = "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(said)}</p>' if said else ''}<div class=scroll>{table}</div>{below}</section>"
+
+
 def _figures(title: str, said: str, figures: Sequence[str]) -> str:
     if not figures:
         return ""
@@ -167,7 +264,7 @@ def _caption(figure: str) -> str:
     return figure.partition("<title>")[2].partition("</title>")[0]
 
 
-def _legend(labels: Mapping[tuple[str, str], tuple[str, int]]) -> str:
+def _legend(labels: Labels) -> str:
     entries = "".join(f'<li><i style="background:var(--c{colour})"></i>{escape(label)}</li>' for label, colour in labels.values())
     return f"<ul class=legend>{entries}</ul>"
 
@@ -188,26 +285,30 @@ _COLUMNS = (
     ("top-1", "top1", "{:.2f}"), ("error", "max_abs_error", "{:.1e}"),
 )  # fmt: skip
 
+_GPU_COLUMNS = (("GPU ms", "gpu_ms", None), ("H2D", "h2d_ms", None), ("D2H", "d2h_ms", None))
 
-def _table(rows: Sequence[Row], labels: Mapping[tuple[str, str], tuple[str, int]]) -> str:
-    head = "".join(
-        f"<th>{escape(title)}</th>" for title in ("", *(column[0] for column in _COLUMNS), "memory", "on disk", "speed-up")
-    )
+
+def _table(rows: Sequence[Row], labels: Labels) -> str:
+    on_gpu = any(row["gpu_ms"] is not None for row in rows)
+    columns = (*_COLUMNS, *(_GPU_COLUMNS if on_gpu else ()))
+    head = ("", *(column[0] for column in columns), "memory", *(("GPU memory",) if on_gpu else ()), "on disk", "speed-up")
     body = []
     for row in rows:
         cells = []
-        for _, key, form in _COLUMNS:
+        for _, key, form in columns:
             value = row[key]
             cells.append("\u2013" if value is None else form.format(value) if form else digits(value))
-        cells += [_megabytes(row["peak_bytes"]), _megabytes(row["size_bytes"])]
+        cells.append(_megabytes(row["peak_bytes"]))
+        if on_gpu:
+            cells.append("\u2013" if row["gpu_bytes"] is None else _megabytes(row["gpu_bytes"]))
+        cells.append(_megabytes(row["size_bytes"]))
         cells.append(
             "1"
             if row["verdict"] == "baseline"
             else f"{row['speedup']:.2f} ({row['speedup_low']:.2f}\u2013{row['speedup_high']:.2f})"
         )
-        label = labels[row["artifact"], row["backend"]][0]
-        body.append(f"<tr><th scope=row>{escape(label)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    return f"<section><h2>All figures</h2><div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
+        body.append((labels[row["artifact"], row["backend"]][0], *cells))
+    return _numbers("All figures", "", head, body)
 
 
 def _megabytes(size: int) -> str:

@@ -61,6 +61,10 @@ class Event(ABC):
     def hold(self, stream: Stream) -> None:
         """Let `stream` wait until this place is reached; nothing where the event was never recorded."""
 
+    @abstractmethod
+    def since(self, earlier: "Event") -> float:
+        """Milliseconds from `earlier` to this: both were made `timed`, and have been reached."""
+
 
 class Memory(ABC):
     """Device memory, freed when nothing refers to it any longer: `nbytes` from `pointer`."""
@@ -126,7 +130,8 @@ class Device(ABC):
         """Let `stream` wait for what the stream `handle` of another library has been given so far."""
 
     @abstractmethod
-    def event(self) -> Event: ...
+    def event(self, *, timed: bool = False) -> Event:
+        """timed: one that `since` can be asked of, which takes longer to record."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:

@@ -25,8 +25,9 @@ class RuntimeStream(Stream):
 
 
 class RuntimeEvent(Event):
-    def __init__(self) -> None:
-        (self._event,) = _call(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming))
+    def __init__(self, *, timed: bool) -> None:
+        flags = cudart.cudaEventDefault if timed else cudart.cudaEventDisableTiming
+        (self._event,) = _call(cudart.cudaEventCreateWithFlags(flags))
         weakref.finalize(self, cudart.cudaEventDestroy, self._event)
 
     def record(self, stream: Stream) -> None:
@@ -34,6 +35,11 @@ class RuntimeEvent(Event):
 
     def hold(self, stream: Stream) -> None:
         _call(cudart.cudaStreamWaitEvent(stream.handle, self._event, 0))
+
+    def since(self, earlier: Event) -> float:
+        assert isinstance(earlier, RuntimeEvent)
+        (ms,) = _call(cudart.cudaEventElapsedTime(earlier._event, self._event))
+        return float(ms)
 
 
 class RuntimeMemory(Memory):
@@ -120,9 +126,9 @@ class RuntimeDevice(Device):
         event.record(RuntimeStream(handle))
         event.hold(stream)
 
-    def event(self) -> Event:
+    def event(self, *, timed: bool = False) -> Event:
         self._choose()
-        return RuntimeEvent()
+        return RuntimeEvent(timed=timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         # thread-local: what other threads of the program do with CUDA meanwhile is none of our business.

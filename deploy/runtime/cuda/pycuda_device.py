@@ -28,8 +28,8 @@ class PycudaStream(Stream):
 
 
 class PycudaEvent(Event):
-    def __init__(self, device: "PycudaDevice") -> None:
-        self._event = cuda.Event(cuda.event_flags.DISABLE_TIMING)
+    def __init__(self, device: "PycudaDevice", *, timed: bool) -> None:
+        self._event = cuda.Event(cuda.event_flags.DEFAULT if timed else cuda.event_flags.DISABLE_TIMING)
         self._device = device
 
     def record(self, stream: Stream) -> None:
@@ -39,6 +39,11 @@ class PycudaEvent(Event):
     def hold(self, stream: Stream) -> None:
         with self._device.current():
             _stream(stream).wait_for_event(self._event)
+
+    def since(self, earlier: Event) -> float:
+        assert isinstance(earlier, PycudaEvent)
+        with self._device.current():
+            return float(earlier._event.time_till(self._event))
 
 
 class PycudaMemory(Memory):
@@ -115,9 +120,9 @@ class PycudaDevice(Device):
         with self.current():
             self._context.synchronize()
 
-    def event(self) -> Event:
+    def event(self, *, timed: bool = False) -> Event:
         with self.current():
-            return PycudaEvent(self)
+            return PycudaEvent(self, timed=timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         raise BackendError("pycuda has no CUDA graphs: install cuda-python, or import torch first")

@@ -29,14 +29,18 @@ class TorchStream(Stream):
 
 
 class TorchEvent(Event):
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def __init__(self, *, timed: bool = False) -> None:
+        self._event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
     def record(self, stream: Stream) -> None:
         self._event.record(_stream(stream))
 
     def hold(self, stream: Stream) -> None:
         _stream(stream).wait_event(self._event)
+
+    def since(self, earlier: Event) -> float:
+        assert isinstance(earlier, TorchEvent)
+        return float(earlier._event.elapsed_time(self._event))
 
 
 class TorchMemory(Memory):
@@ -132,8 +136,8 @@ class TorchDevice(Device):
         """The stream that the caller's torch code runs on."""
         return TorchStream(torch.cuda.current_stream(self.index))
 
-    def event(self) -> Event:
-        return TorchEvent()
+    def event(self, *, timed: bool = False) -> Event:
+        return TorchEvent(timed=timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         graph = torch.cuda.CUDAGraph()

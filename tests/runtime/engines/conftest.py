@@ -6,6 +6,7 @@ poisoned, and reading or writing it is an error, as is an execution context that
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,11 @@ class FakeStream(Stream):
 
 
 class FakeEvent(Event):
-    def __init__(self) -> None:
+    def __init__(self, timed: bool) -> None:
         self.stream: FakeStream | None = None
         self.done = True
+        self.timed = timed
+        self.at = 0.0
 
     def record(self, stream: Stream) -> None:
         assert isinstance(stream, FakeStream)
@@ -59,8 +62,17 @@ class FakeEvent(Event):
 
         def reached() -> None:
             self.done = True
+            self.at = time.perf_counter()
 
         stream.give(reached)
+
+    def since(self, earlier: Event) -> float:
+        assert isinstance(earlier, FakeEvent)
+        assert self.timed
+        assert earlier.timed
+        assert self.done
+        assert earlier.done
+        return (self.at - earlier.at) * 1e3
 
     def hold(self, stream: Stream) -> None:
         assert isinstance(stream, FakeStream)
@@ -170,8 +182,8 @@ class FakeDevice(Device):
     def wait_for(self, handle: int, stream: Stream) -> None:
         self.waited.append(handle)
 
-    def event(self) -> Event:
-        return FakeEvent()
+    def event(self, *, timed: bool = False) -> Event:
+        return FakeEvent(timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         assert isinstance(stream, FakeStream)

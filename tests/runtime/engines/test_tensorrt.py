@@ -420,3 +420,13 @@ def test_runs_that_meet_a_close_end_with_a_result_or_a_closed_session(trt: Any, 
             thread.join(20)
         assert len(outcomes) == 4, "a thread hangs or died of something else"
         assert set(outcomes) <= {"done", "closed"}
+
+
+@pytest.mark.parametrize("variant", ["tensorrt", "tensorrt:cuda_graph"])
+def test_copies_and_the_run_are_timed_by_events_one_after_the_other(trt: Any, make: Make, variant: str) -> None:
+    with deploy.load(make(), variant) as session:
+        x = batch(4)
+        found = session.device_times({"x": x}, runs=3)
+        assert found is not None
+        assert min(found.h2d_ms, found.gpu_ms, found.d2h_ms) > 0
+        np.testing.assert_array_equal(session(x), 2 * x)  # it goes on as before

@@ -1,0 +1,164 @@
+"""What a benchmark found, and the document of `deploy bench --json`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploy.bench.plan import BASELINE, Skipped
+from deploy.runtime.profiling import LayerTime
+from deploy.timing import Ratio
+
+SCHEMA = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One candidate at one batch size, from numpy arrays to numpy arrays.
+
+    images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over the baseline, see
+    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` where the interval spans 1.
+    max_abs_error: the largest difference to the baseline's outputs on the same input, None where only one of the two is
+    finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: of the
+    process of the candidate, libraries included; gpu_bytes is None without a GPU. size_bytes: what is run, on disk.
+    top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    gflops: operations a second at p50, in 10^9; roof_gflops: what the machine would allow at most in FP32, see
+    `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and where the graph does not tell its operations.
+    gpu_ms, h2d_ms, d2h_ms: the computation on the GPU and the copies to and from it, by CUDA events, each at p50; None on the
+    CPU. samples_ms: every run that was timed, in order; rounds: how many of them each round has.
+    """
+
+    artifact: str
+    precision: str
+    backend: str
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p999_ms: float
+    mean_ms: float
+    images_per_s: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    verdict: str
+    max_abs_error: float | None
+    first_ms: float
+    load_s: float
+    peak_bytes: int
+    gpu_bytes: int | None
+    size_bytes: int
+    top1: float | None
+    top5: float | None
+    accuracy_from: str | None
+    gflops: float | None
+    roof_gflops: float | None
+    gpu_ms: float | None
+    h2d_ms: float | None
+    d2h_ms: float | None
+    samples_ms: tuple[float, ...]
+    rounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRow:
+    """One candidate under load, see `load.put_on`. concurrency or rate: which load; the other is None.
+
+    requests_per_s: answered, over the time that it took: under the rate where the candidate cannot keep up with it; some are
+    then `unanswered`, and among the samples with the time that they had waited.
+    """
+
+    artifact: str
+    precision: str
+    backend: str
+    batch: int
+    concurrency: int | None
+    rate: float | None
+    requests: int
+    unanswered: int
+    requests_per_s: float
+    images_per_s: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p999_ms: float
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenarioRow:
+    """One candidate in one of LoadGen's scenarios, see `loadgen.Judged`. batch: samples in a batch at most.
+
+    target_qps, target_ms: of `server`, else None. logs: the folder of LoadGen's own logs.
+    """
+
+    artifact: str
+    precision: str
+    backend: str
+    batch: int
+    scenario: str
+    target_qps: float | None
+    target_ms: float | None
+    valid: bool
+    reasons: tuple[str, ...]
+    value: float
+    unit: str
+    queries: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p999_ms: float
+    logs: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersRow:
+    """Where the time of one candidate goes: its layers in the order in which they run."""
+
+    artifact: str
+    precision: str
+    backend: str
+    batch: int
+    layers: tuple[LayerTime, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
+
+    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured. artifacts: what
+    was measured or skipped and all that it descends from, parents first, with the evidence of each.
+    """
+
+    conditions: dict[str, Any]
+    results: tuple[BenchRow, ...]
+    skipped: tuple[Skipped, ...]
+    failures: tuple[Skipped, ...] = ()
+    baseline: str = BASELINE
+    interrupted: bool = False
+    artifacts: tuple[dict[str, Any], ...] = ()
+    loads: tuple[LoadRow, ...] = ()
+    scenarios: tuple[ScenarioRow, ...] = ()
+    layers: tuple[LayersRow, ...] = ()
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.failures)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `deploy bench --json`; failures are among `skipped`."""
+        return {
+            "schema": SCHEMA,
+            "baseline": self.baseline,
+            "interrupted": self.interrupted,
+            "conditions": self.conditions,
+            "results": [asdict(row) for row in self.results],
+            "loads": [asdict(row) for row in self.loads],
+            "scenarios": [asdict(row) for row in self.scenarios],
+            "layers": [asdict(row) for row in self.layers],
+            "artifacts": list(self.artifacts),
+            "skipped": [asdict(entry) for entry in (*self.skipped, *self.failures)],
+        }
+
+
+def verdict_of(speed: Ratio) -> str:
+    """`faster` or `slower` than the baseline, or `no difference` where the interval spans 1."""
+    return "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference"
