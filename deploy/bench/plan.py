@@ -143,12 +143,16 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     if not options.different_models:
         _check_weights(artifacts)
     flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
-    for name, _ in map(split_backend, options.backends):
-        if name in ENGINES and name not in flavours and not options.skip_missing:
-            raise BackendError(f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`")
     roots = []
     runnable = []
     skipped = []
+    for backend in options.backends:
+        name, _ = split_backend(backend)
+        if name in ENGINES and name not in flavours:
+            reason = f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
+            if not options.skip_missing:
+                raise BackendError(reason)
+            skipped += [Skipped(artifact=artifact.shown, backend=backend, reason=reason) for artifact in artifacts[:1]]
     for artifact in artifacts:
         target = artifact.manifest.target
         try:
@@ -253,7 +257,8 @@ def _check_weights(artifacts: Sequence[Artifact]) -> None:
     for other in artifacts[1:]:
         if other.manifest.source.state_dict != artifacts[0].manifest.source.state_dict:
             raise UsageError(
-                f"{other.shown} and {artifacts[0].shown} do not descend from the same state_dict: benchmark them one at a time"
+                f"{other.shown} and {artifacts[0].shown} do not descend from the same state_dict: benchmark them one at a"
+                " time, or allow it with --different-models"
             )
 
 

@@ -1,11 +1,41 @@
 """TensorRT's messages: errors are kept, for they say why a call returned nothing, and warnings passed on."""
 
+import gc
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deploy.engine.bindings import Bindings
 
 logger = logging.getLogger("deploy.engine")
+
+_lock = threading.Lock()
+_holders = 0
+_was_enabled = False
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """No garbage is collected meanwhile, in any thread.
+
+    For the making of a Builder or Runtime: TensorRT then holds a lock of the process and logs, in Python. A collection in there
+    that finds an older builder would free it, for which TensorRT waits for the same lock, for ever.
+    """
+    global _holders, _was_enabled
+    with _lock:
+        if not _holders:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders -= 1
+            if not _holders and _was_enabled:
+                gc.enable()
 
 
 def make_logger(trt: Bindings) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.engine.bindings import Bindings
 from deploy.engine.flavour import Flavour
-from deploy.engine.log import make_logger
+from deploy.engine.log import garbage_kept, make_logger
 from deploy.errors import EngineError
 from deploy.onnxfile import load_graph
 
@@ -35,7 +35,8 @@ def parse_network(flavour: Flavour, onnx_path: Path, *, shown: str | None = None
     trt = flavour.trt
     shown = shown or str(onnx_path)
     log = make_logger(trt)
-    builder = trt.Builder(log)
+    with garbage_kept():
+        builder = trt.Builder(log)
     if builder is None:
         raise EngineError(f"{flavour.name} cannot start: {log.last()}")
     definition = _strongly_typed(builder, trt)

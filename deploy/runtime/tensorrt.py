@@ -14,7 +14,7 @@ from deploy.cache import ENGINES, cache_folder, keep, trim
 from deploy.engine.attestation import engine_layers
 from deploy.engine.compatibility import mismatches
 from deploy.engine.flavour import Flavour, has_gpu, load_flavour
-from deploy.engine.log import make_logger
+from deploy.engine.log import garbage_kept, make_logger
 from deploy.errors import BackendError, InputError
 from deploy.runtime.cuda import Device, DeviceMemoryError, Gpu, Memory, Stream, open_device
 from deploy.runtime.cuda.arrays import DeviceArray, View, view
@@ -53,7 +53,8 @@ class TensorRTSession(Session):
         self._graphs = "cuda_graph" in options.variant
         plan = engine_plan(artifact, flavour, self._gpu.gpu(), options)
         with self._gpu.active():
-            self._runtime = self._trt.Runtime(self._log)
+            with garbage_kept():
+                self._runtime = self._trt.Runtime(self._log)
             engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")

@@ -217,13 +217,14 @@ def test_a_bare_file_is_compared_with_another_backend_where_there_is_no_module(t
 
 
 def test_a_named_backend_that_is_missing_is_an_error_unless_it_may_be(shared_lenet5: Artifact) -> None:
-    names = ("onnxruntime:cuda", "null")
-    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+    names = ("onnxruntime:cuda", "tensorrt", "null")
+    with pytest.raises(BackendError, match="tensorrt runs engines, and no artifact here is one of its"):
         bench([shared_lenet5], BenchOptions(backends=names, batches=(1,), seconds=0.2))
+    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+        bench([shared_lenet5], BenchOptions(backends=("onnxruntime:cuda", "null"), batches=(1,), seconds=0.2))
     found = bench([shared_lenet5], BenchOptions(backends=names, batches=(1,), seconds=0.2, skip_missing=True))
     assert [row.backend for row in found.results] == ["eager", "null"]
-    (missing,) = found.skipped
-    assert missing.backend == "onnxruntime:cuda"
+    assert sorted(entry.backend for entry in found.skipped) == ["onnxruntime:cuda", "tensorrt"]
     assert not found.failed
 
 

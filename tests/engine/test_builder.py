@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -313,3 +315,46 @@ def test_what_an_engine_is_rebuilt_with_is_what_it_was_built_with(rtx: Flavour, 
     assert options_of(target, ada) == dataclasses.replace(asked, targets=())  # those that are always built for hold it
     turing = Gpu(name="Fake", compute_capability="7.5", driver=None)
     assert options_of(target, turing).targets == ("7.5",)
+
+
+COLLECTION_WHILE_TENSORRT_LOGS = """
+import gc
+import sys
+from pathlib import Path
+
+from deploy.engine import network
+from deploy.engine.flavour import load_flavour
+
+make_logger = network.make_logger
+
+
+def collecting(trt):
+    log = make_logger(trt)
+
+    class Collecting(type(log)):
+        def log(self, severity, message):
+            if gc.isenabled():  # what Python does on its own, only not as seldom
+                gc.collect()
+            super().log(severity, message)
+
+    return Collecting()
+
+
+rtx = load_flavour("tensorrt-rtx")
+garbage = []
+garbage += [garbage, network.parse_network(rtx, Path(sys.argv[1]))]  # a cycle, as a traceback makes one
+gc.disable()
+del garbage
+network.make_logger = collecting
+gc.enable()
+network.parse_network(rtx, Path(sys.argv[1]))
+assert gc.isenabled()
+print("done")
+"""
+
+
+def test_garbage_that_holds_an_older_builder_is_not_collected_while_tensorrt_logs(rtx: Flavour, tmp_path: Path) -> None:
+    path = save(MIXED.format(t="float16", code=10), tmp_path / "model.onnx")
+    command = [sys.executable, "-c", COLLECTION_WHILE_TENSORRT_LOGS, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "done\n", done.stderr

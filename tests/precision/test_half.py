@@ -10,6 +10,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn import functional
 
+from deploy.engine.log import garbage_kept
 from deploy.errors import PrecisionError
 from deploy.exporter import export_graph
 from deploy.models.registry import ARCHITECTURES
@@ -311,7 +312,8 @@ def parse_with_tensorrt(model, batch=False):
     """The network, and the engine where `batch` gives the profile's sizes: TensorRT-RTX needs no GPU for either."""
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
+    with garbage_kept():
+        builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(model.SerializeToString()), [parser.get_error(index).desc() for index in range(parser.num_errors)]
