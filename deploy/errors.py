@@ -15,6 +15,8 @@
     ├── BackendError        a backend that is not installed, or cannot run this artifact here
     └── SessionError        a session used wrongly
         ├── InputError      names, dtypes or shapes other than those that the session takes
+        ├── QueueFullError  more requests wait than may
+        ├── DeadlineError   a request that was not begun in the time it had
         └── SessionClosedError
 
 A message is one or two lines: what, where, what was expected, what to do. An error of another library is wrapped
@@ -84,6 +86,14 @@ class SessionError(DeployError):
 
 class InputError(SessionError):
     """Names, dtypes or shapes other than those that the session takes."""
+
+
+class QueueFullError(SessionError):
+    """More requests wait for a session than may: try again later."""
+
+
+class DeadlineError(SessionError):
+    """A request that was not begun within the time that it had."""
 
 
 class SessionClosedError(SessionError):

@@ -17,7 +17,17 @@ LAYERS = (
     ("ground", {"cache", "errors", "machine", "tensors", "preprocess", "parity", "timing", "progress"}),
     (
         "contracts",
-        {"artifact", "writer", "describe", "runtime.arrays", "runtime.profiling", "runtime.cuda", "runtime.session", "runtime"},
+        {
+            "artifact",
+            "writer",
+            "describe",
+            "runtime.arrays",
+            "runtime.profiling",
+            "runtime.cuda",
+            "runtime.session",
+            "runtime.batcher",
+            "runtime",
+        },
     ),
     (
         "intake",

@@ -191,6 +191,12 @@ class Session(ABC):
         named = dict(zip(self._output_names, results, strict=True))
         return named if out is None else write(named, out)
 
+    def check(self, feed: Mapping[str, Any]) -> None:
+        """Raise what `run` would raise of this feed before it computes anything: InputError, SessionClosedError."""
+        if self._closed:
+            raise closed_error(self.name)
+        self._check(feed)
+
     def _check(self, feed: Mapping[str, Any]) -> Sort:
         """Check a feed in full and say what it is made of. Raises InputError."""
         if not isinstance(feed, Mapping):
