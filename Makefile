@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu gpu-report peers lock clean
+.PHONY: demo test test-gpu gpu-report peers lock proto clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -49,6 +49,11 @@ lock:
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --no-header --no-annotate \
 	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --output-file requirements.lock pyproject.toml
 	sed -i '/^deploy @/d' requirements.lock
+
+# The protocols of deploy serve, as the descriptors that it loads; only after a change of a .proto file.
+proto: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I deploy/serving --descriptor_set_out=deploy/serving/protocols.binpb \
+	    deploy/serving/inference.proto deploy/serving/health.proto
 
 clean:
 	rm -rf build $(VENV)

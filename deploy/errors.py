@@ -13,6 +13,8 @@
     ├── EngineError         a graph that TensorRT refuses, or an engine that did not honour the request
     ├── DataError           images or folders that cannot be used
     ├── BackendError        a backend that is not installed, or cannot run this artifact here
+    ├── ModelNotFoundError  a model or version that a server does not have
+    ├── UnavailableError    a model that is not loaded, or a server that is on its way down
     └── SessionError        a session used wrongly
         ├── InputError      names, dtypes or shapes other than those that the session takes
         ├── QueueFullError  more requests wait than may
@@ -78,6 +80,14 @@ class DataError(DeployError):
 
 class BackendError(DeployError):
     """A backend that is not installed, or cannot run this artifact on this machine."""
+
+
+class ModelNotFoundError(DeployError):
+    """A model or version that a server does not have."""
+
+
+class UnavailableError(DeployError):
+    """A model that is not loaded, or a server on its way down: try again later, or elsewhere."""
 
 
 class SessionError(DeployError):

@@ -82,7 +82,7 @@ def evaluate(
     that cannot be used, and as `deploy.load` does.
     """
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
-    source, logits = _classifier(artifact)
+    source, logits = classifier(artifact)
     images = read_folder(folder)
     labels = _labels(artifact, images, logits)
     size, reason = source.batch_size(batch_size)
@@ -136,7 +136,7 @@ def predict(
     if top < 1:
         raise UsageError(f"top must be 1 or more, not {top}")
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
-    source, logits = _classifier(artifact)
+    source, logits = classifier(artifact)
     paths = [paths] if isinstance(paths, str | Path) else paths
     files = [file for path in paths for file in _expand(Path(path))]
     if not files:
@@ -150,12 +150,21 @@ def predict(
         for feed, rows in _batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(rows)]
             _check_names(artifact, scores.shape[1])
-            for row in softmax(scores):
-                best = np.argsort(-row, kind="stable")[:top]
-                names = artifact.manifest.classes or [str(index) for index in range(len(row))]
-                classes = tuple((names[index], float(row[index])) for index in best)
+            for classes in likeliest(scores, artifact.manifest.classes, top):
                 found.append(Prediction(path=files[len(found)], classes=classes))
             progress(what, len(found), len(files))
+    return found
+
+
+def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
+    """Of each row of logits (N, classes) the `top` likeliest classes, best first, with their probabilities.
+
+    A class is called by its index where there are no names.
+    """
+    found = []
+    for row in softmax(logits):
+        best = np.argsort(-row, kind="stable")[:top]
+        found.append(tuple((names[index] if names else str(index), float(row[index])) for index in best))
     return found
 
 
@@ -187,7 +196,7 @@ def _warn_of_zeros(session: Session) -> None:
         logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
 
 
-def _classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
+def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
     """The image input and the logits of an artifact. Raises UsageError when it is no image classifier."""
     source, outputs = image_input(artifact), artifact.manifest.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2:

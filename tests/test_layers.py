@@ -62,7 +62,7 @@ LAYERS = (
         },
     ),
     ("compositions", {"feeds", "calibset", "loading", "evaluation", "pipeline", "bench", "doctor"}),
-    ("doors", {"api", "api_export", "cli", "", "__main__"}),
+    ("doors", {"api", "serving", "api_export", "cli", "", "__main__"}),
 )
 GROUND_LIBRARIES = {"numpy", "PIL"}
 # Doors may ask for the version and the lazy public names of the package itself.

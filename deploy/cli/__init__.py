@@ -23,6 +23,7 @@ _COMMANDS = {
     "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
     "predict": ("predict", "Show class names and probabilities of images."),
+    "serve": ("serve", "Serve artifacts over the Open Inference Protocol, REST and gRPC."),
     "bench": ("bench", "Time artifacts and backends, paired with eager PyTorch."),
 }
 

@@ -10,6 +10,7 @@ in the session, the other hands out the last results and, as soon as the session
 """
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -179,10 +180,8 @@ class Batcher:
                 waiter.set_result(outputs)
 
         def finish(outputs: Outputs | None, error: Exception | None) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any longer
                 loop.call_soon_threadsafe(settle, outputs, error)
-            except RuntimeError:
-                pass  # the loop has ended, and nobody waits any longer
 
         request = self._request(feed, priority, timeout_s, lambda: not waiter.cancelled(), finish)
         self._put(request)

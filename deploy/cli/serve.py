@@ -1,0 +1,136 @@
+"""`deploy serve`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from deploy.cli.common import PATH, backend_option, debug_option, device_option, threads_option
+
+_TOKEN = "DEPLOY_TOKEN"  # noqa: S105  (the name of a variable)
+_ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
+
+
+@click.command("serve")
+@click.argument("models", nargs=-1, required=True, metavar="ARTIFACT|NAME=PATH[@VERSION]...")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
+@click.option(
+    "--http-port", type=int, default=8000, show_default=True, metavar="P", help="Port of the REST door; 0 takes a free one."
+)
+@click.option(
+    "--grpc-port", type=int, default=8001, show_default=True, metavar="P", help="Port of the gRPC door; 0 takes a free one."
+)
+@click.option("--no-http", is_flag=True, help="No REST door.")
+@click.option("--no-grpc", is_flag=True, help="No gRPC door.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows of a batch at most.  [default: what the profile takes, or 32]",
+)
+@click.option(
+    "--delay-ms", type=float, default=0.0, show_default=True, metavar="MS", help="How long a batch waits for more rows."
+)
+@click.option(
+    "--queue",
+    "queue_rows",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="Rows that may wait for each model; beyond: 503.",
+)
+@click.option(
+    "--instances",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Batches in a model at a time.  [default: what its backend has use for]",
+)
+@click.option("--token-file", type=PATH, metavar="FILE", help=f"Token that requests must bear.  [default: ${_TOKEN}, else none]")
+@click.option(
+    "--admin-token-file", type=PATH, metavar="FILE", help=f"Token of load, unload and index.  [default: ${_ADMIN_TOKEN}]"
+)
+@click.option("--tls-cert", type=PATH, metavar="FILE", help="Certificate chain in PEM; with --tls-key.")
+@click.option("--tls-key", type=PATH, metavar="FILE", help="Private key in PEM.")
+@click.option("--insecure", is_flag=True, help="Allow a --host that other machines reach without a token and TLS.")
+@click.option(
+    "--max-request-mb", type=click.IntRange(min=1), default=64, show_default=True, metavar="MB", help="Size of a request at most."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=50_000_000,
+    show_default=True,
+    metavar="N",
+    help="Pixels of an image at most.",
+)
+@click.option(
+    "--body-timeout", type=float, default=30.0, show_default=True, metavar="S", help="Time for a request to come whole."
+)
+@click.option(
+    "--stop-delay",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="On SIGTERM: time to be not ready before closing.",
+)
+@click.option("--drain-timeout", type=float, default=30.0, show_default=True, metavar="S", help="Time for requests under way.")
+@click.option("--log-requests", is_flag=True, help="Log every request, not only errors.")
+@backend_option
+@device_option
+@threads_option
+@debug_option
+def command(
+    models: tuple[str, ...],
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    no_http: bool,
+    no_grpc: bool,
+    max_batch: int | None,
+    delay_ms: float,
+    queue_rows: int,
+    instances: int | None,
+    token_file: Path | None,
+    admin_token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    insecure: bool,
+    max_request_mb: int,
+    max_pixels: int,
+    body_timeout: float,
+    stop_delay: float,
+    drain_timeout: float,
+    log_requests: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+) -> int:
+    """Serve artifacts over the Open Inference Protocol v2, REST and gRPC, with dynamic batching.
+
+    A model is called like its artifact unless NAME= says otherwise. Logs go to standard error, a line of JSON each.
+    """
+    from deploy.runtime.batcher import BatcherOptions
+    from deploy.serving.guard import Limits, read_token
+    from deploy.serving.models import ModelOptions, ModelSource
+    from deploy.serving.server import ServerOptions, log_as_json, serve
+
+    batching = BatcherOptions(max_rows=max_batch, delay_ms=delay_ms, queue_rows=queue_rows, instances=instances)
+    options = ServerOptions(
+        host=host,
+        http_port=None if no_http else http_port,
+        grpc_port=None if no_grpc else grpc_port,
+        token=read_token(token_file) if token_file else os.environ.get(_TOKEN) or None,
+        admin_token=read_token(admin_token_file) if admin_token_file else os.environ.get(_ADMIN_TOKEN) or None,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        limits=Limits(request_bytes=max_request_mb << 20, image_pixels=max_pixels, body_s=body_timeout),
+        stop_delay_s=stop_delay,
+        drain_s=drain_timeout,
+        log_requests=log_requests,
+    )
+    sources = [ModelSource.parse(text) for text in models]
+    log_as_json()
+    return serve(sources, ModelOptions(backend=backend, device=device, threads=threads, batching=batching), options)

@@ -1,0 +1,352 @@
+"""The gRPC door: Open Inference Protocol v2, Triton's extensions, and gRPC's health checks.
+
+The messages live in a descriptor pool of their own: many packages register a protocol buffer package `inference` in the default one,
+and the second to do so in a process fails.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import resources
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+
+from deploy import __version__
+from deploy.errors import DeadlineError, DeployError, InputError, ModelNotFoundError, UnavailableError
+from deploy.serving.guard import RefusedError
+from deploy.serving.models import Models, Served
+from deploy.serving.protocol import DATATYPES, InferRequest, check_datatype, elements, from_bytes, priority_of, timeout_of
+from deploy.serving.rest import EXTENSIONS, status_of
+from deploy.tensors import TensorSpec
+
+logger = logging.getLogger("deploy.serving")
+
+SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
+
+_ADMIN = {"RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"}
+_OPEN = {"ServerLive", "ServerReady", "Check", "Watch"}
+_CONTENTS = {
+    "bool": "bool_contents", "int8": "int_contents", "int16": "int_contents", "int32": "int_contents", "int64": "int64_contents",
+    "uint8": "uint_contents", "uint16": "uint_contents", "uint32": "uint_contents", "uint64": "uint64_contents",
+    "float32": "fp32_contents", "float64": "fp64_contents",
+}  # fmt: skip
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+_WATCH_S = 0.2
+
+_pool = descriptor_pool.DescriptorPool()
+for _file in descriptor_pb2.FileDescriptorSet.FromString(
+    resources.files("deploy.serving").joinpath("protocols.binpb").read_bytes()
+).file:
+    _pool.AddSerializedFile(_file.SerializeToString())
+
+
+@functools.cache
+def message(name: str) -> Any:
+    """The class of a message, such as `inference.ModelInferRequest`."""
+    return message_factory.GetMessageClass(_pool.FindMessageTypeByName(name))
+
+
+class GrpcDoor:
+    name = "grpc"
+
+    def __init__(self, server: Any, address: str, drain_s: float) -> None:
+        self._server = server
+        self.address = address
+        self._drain_s = drain_s
+
+    @classmethod
+    async def open(cls, models: Models, options: Any) -> "GrpcDoor":
+        """Start the server of `options`, a `ServerOptions`. Raises OSError where the port is taken."""
+        most = options.limits.request_bytes
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", most),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+            ]
+        )
+        door = _Door(models, options.access, log_requests=options.log_requests)
+        server.add_generic_rpc_handlers((door.handlers(SERVICE), door.handlers(HEALTH)))
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"{host}:{options.grpc_port}"
+        try:
+            if options.tls_cert is not None:
+                pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
+                port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            else:
+                port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(98, "Address already in use", address) from error
+        await server.start()
+        return cls(server, f"{host}:{port}", options.drain_s)
+
+    async def close(self) -> None:
+        """Take no more requests, and wait for those under way."""
+        await self._server.stop(self._drain_s)
+
+
+class _Door:
+    """The methods of both services, each named like its method."""
+
+    def __init__(self, models: Models, access: Any, *, log_requests: bool) -> None:
+        self._models = models
+        self._access = access
+        self._log_requests = log_requests
+
+    def handlers(self, service: str) -> Any:
+        methods = {}
+        for method in _pool.FindServiceByName(service).methods:
+            reads = message(method.input_type.full_name).FromString
+            writes = message(method.output_type.full_name).SerializeToString
+            call = getattr(self, method.name)
+            if method.server_streaming:
+                kind = grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_stream_rpc_method_handler
+                handler = kind(self._guarded_stream(method.name, call), reads, writes)
+            else:
+                handler = grpc.unary_unary_rpc_method_handler(self._guarded(method.name, call), reads, writes)
+            methods[method.name] = handler
+        return grpc.method_handlers_generic_handler(service, methods)
+
+    def _check(self, name: str, context: Any) -> None:
+        if name not in _OPEN:
+            headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+            self._access.check({"authorization": headers.get("authorization", "")}, admin=name in _ADMIN)
+
+    def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+        async def guarded(request: Any, context: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                self._check(name, context)
+                answer = await call(request, context)
+            except Exception as error:
+                code, text = _code_of(error)
+                self._log(name, start, code, error)
+                await context.abort(code, text)
+            if self._log_requests:
+                self._log(name, start, grpc.StatusCode.OK, None)
+            return answer
+
+        return guarded
+
+    def _guarded_stream(self, name: str, call: Callable[[Any, Any], AsyncIterator[Any]]) -> Any:
+        async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._check(name, context)
+                async for answer in call(request, context):
+                    yield answer
+            except Exception as error:
+                await context.abort(*_code_of(error))
+
+        return guarded
+
+    def _log(self, name: str, start: float, code: Any, error: Exception | None) -> None:
+        unexpected = error is not None and not isinstance(error, DeployError)
+        if not (self._log_requests or unexpected or code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAUTHENTICATED)):
+            return
+        took_ms = round((time.perf_counter() - start) * 1e3, 3)
+        level = logging.ERROR if code == grpc.StatusCode.INTERNAL else logging.INFO
+        extra = {"method": name, "status": code.name, "ms": took_ms, **({"error": str(error)} if error else {})}
+        logger.log(level, "rpc", extra=extra, exc_info=error if unexpected else None)
+
+    # What the server is and how it is.
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return message("inference.ServerLiveResponse")(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return message("inference.ServerReadyResponse")(ready=self._models.ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        ready = True
+        try:
+            self._models.get(request.name, request.version)
+        except UnavailableError:
+            ready = False
+        return message("inference.ModelReadyResponse")(ready=ready)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return message("inference.ServerMetadataResponse")(name="deploy", version=__version__, extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        served = self._models.get(request.name, request.version)
+        return message("inference.ModelMetadataResponse")(**served.metadata(self._models.versions(request.name)))
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        served = self._models.get(request.name, request.version)
+        return json_format.ParseDict({"config": served.config()}, message("inference.ModelConfigResponse")())
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        names = [request.name] if request.name else self._models.names
+        found = [
+            self._models.get(name, version)
+            for name in names
+            for version in ([request.version] if request.version else self._models.versions(name) or [""])
+        ]
+        stats = [served.statistics() for served in found]
+        return json_format.ParseDict({"model_stats": stats}, message("inference.ModelStatisticsResponse")())
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        status = self._status(request.service)
+        if status == "SERVICE_UNKNOWN":
+            raise ModelNotFoundError(f"unknown service {request.service!r}")
+        return message("grpc.health.v1.HealthCheckResponse")(status=status)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        last = None
+        while True:
+            status = self._status(request.service)
+            if status != last:
+                yield message("grpc.health.v1.HealthCheckResponse")(status=status)
+                last = status
+            await asyncio.sleep(_WATCH_S)
+
+    def _status(self, service: str) -> str:
+        if service in ("", SERVICE):
+            return "SERVING" if self._models.ready else "NOT_SERVING"
+        try:
+            self._models.get(service)
+        except ModelNotFoundError:
+            return "SERVICE_UNKNOWN"
+        except UnavailableError:
+            return "NOT_SERVING"
+        return "SERVING"
+
+    # Admin.
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        entries = [entry for entry in self._models.index() if not request.ready or entry["state"] == "READY"]
+        return message("inference.RepositoryIndexResponse")(models=entries)
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        if request.parameters:
+            raise RefusedError(403, "a model is loaded from the path that the server was started with; nothing is uploaded")
+        await asyncio.to_thread(self._models.load, request.model_name)
+        return message("inference.RepositoryModelLoadResponse")()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await asyncio.to_thread(self._models.unload, request.model_name)
+        return message("inference.RepositoryModelUnloadResponse")()
+
+    # Inference.
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        served = self._models.get(request.model_name, request.model_version)
+        asked = _parse(request, served)
+        timeout_s = asked.timeout_s
+        left = context.time_remaining() if context is not None else None
+        if left is not None:  # what comes later nobody waits for
+            timeout_s = left if timeout_s is None else min(left, timeout_s)
+        used, results = await self._models.infer(
+            served, asked.feed, pinned=bool(request.model_version), priority=asked.priority, timeout_s=timeout_s
+        )
+        return _build(used, asked, results)
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        answer = message("inference.ModelStreamInferResponse")
+        async for request in requests:
+            try:
+                yield answer(infer_response=await self.ModelInfer(request, None))
+            except DeployError as error:
+                failed = answer(error_message=str(error))
+                failed.infer_response.id = request.id
+                yield failed
+
+
+def _code_of(error: Exception) -> tuple[Any, str]:
+    if isinstance(error, DeadlineError):
+        return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
+    text = str(error) if isinstance(error, DeployError) else "an error in the server; its log says more"
+    return _STATUS.get(status_of(error), grpc.StatusCode.INTERNAL), text
+
+
+def _parse(request: Any, served: Served) -> InferRequest:
+    """Raises InputError."""
+    specs = {spec.name: spec for spec in served.inputs}
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InputError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs")
+    feed: dict[str, np.ndarray] = {}
+    for index, tensor in enumerate(request.inputs):
+        spec = specs.get(tensor.name)
+        if spec is None:
+            raise InputError(f"unknown input {tensor.name!r}; expected {', '.join(map(str, served.inputs))}")
+        if spec.name in feed:
+            raise InputError(f"input {spec.name!r} is given twice")
+        if raw and tensor.HasField("contents"):
+            raise InputError(f"{spec.name!r} has both contents and raw_input_contents")
+        check_datatype(tensor.datatype, spec)
+        shape = list(tensor.shape)
+        elements(shape, spec.name)
+        spec.check(spec.dtype, shape, {})
+        feed[spec.name] = from_bytes(raw[index], spec, shape) if raw else _from_contents(tensor.contents, spec, shape)
+    if missing := [str(spec) for spec in served.inputs if spec.name not in feed]:
+        raise InputError(f"missing {', '.join(missing)}")
+    known = [spec.name for spec in served.outputs]
+    asked = [output.name for output in request.outputs] or known
+    for name in asked:
+        if name not in known:
+            raise InputError(f"unknown output {name!r}; expected {', '.join(map(str, served.outputs))}")
+    if len(set(asked)) < len(asked):
+        raise InputError("an output is asked for twice")
+    parameters = {key: _value(value) for key, value in request.parameters.items()}
+    return InferRequest(
+        id=request.id,
+        feed=feed,
+        outputs=tuple((name, bool(raw)) for name in asked),
+        priority=priority_of(parameters.get("priority")),
+        timeout_s=timeout_of(parameters.get("timeout")),
+    )
+
+
+def _value(parameter: Any) -> Any:
+    chosen = parameter.WhichOneof("parameter_choice")
+    return None if chosen is None else getattr(parameter, chosen)
+
+
+def _from_contents(contents: Any, spec: TensorSpec, shape: list[int]) -> np.ndarray:
+    field = _CONTENTS.get(spec.dtype)
+    if field is None:
+        raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}, which has no contents: send raw_input_contents")
+    filled = [each.name for each, _ in contents.ListFields()]
+    if any(name != field for name in filled):
+        raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}: its data belong into {field}, not {', '.join(filled)}")
+    values = getattr(contents, field)
+    wanted = elements(shape, spec.name)
+    if len(values) != wanted:
+        raise InputError(f"{spec.name!r} has {len(values)} values; its shape takes {wanted}")
+    array = np.array(values)
+    target = np.dtype(spec.dtype)
+    if target.kind in "iu" and array.size:
+        info = np.iinfo(target)
+        if int(array.min()) < info.min or int(array.max()) > info.max:
+            raise InputError(f"the data of {spec.name!r} go beyond {DATATYPES[spec.dtype]}")
+    return array.astype(target).reshape(shape)
+
+
+def _build(served: Served, request: InferRequest, results: dict[str, np.ndarray]) -> Any:
+    arrays = [np.ascontiguousarray(results[name]) for name, _ in request.outputs]
+    raw = any(is_raw for _, is_raw in request.outputs) or any(str(array.dtype) not in _CONTENTS for array in arrays)
+    answer = message("inference.ModelInferResponse")(
+        model_name=served.source.name, model_version=served.source.version, id=request.id
+    )
+    for (name, _), array in zip(request.outputs, arrays, strict=True):
+        tensor = answer.outputs.add(name=name, datatype=DATATYPES[str(array.dtype)], shape=array.shape)
+        if raw:
+            answer.raw_output_contents.append(array.tobytes())
+        else:
+            getattr(tensor.contents, _CONTENTS[str(array.dtype)]).extend(array.reshape(-1).tolist())
+    return answer

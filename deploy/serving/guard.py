@@ -1,0 +1,181 @@
+"""What stands between a client and the models: who may call what, and how much of a request is read."""
+
+import hmac
+import ipaddress
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.errors import DataError, DeployError, UsageError
+
+
+class RefusedError(DeployError):
+    """A request that is refused before anything is done with it. `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """request_bytes: of a body, before and after decompression. image_pixels: of an image to classify. body_s: in which a body must
+    have come whole."""
+
+    request_bytes: int = 64 << 20
+    image_pixels: int = 50_000_000
+    body_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("request_bytes", "image_pixels", "body_s"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may call. token: for everything but health. admin_token: for load, unload and the list of models.
+
+    Without an admin token, admin calls are let through where the server is open to this machine alone and has no token either.
+    """
+
+    loopback: bool = True
+    token: str | None = None
+    admin_token: str | None = None
+
+    def check(self, headers: Mapping[str, str], *, admin: bool) -> None:
+        """Raise RefusedError unless a request with these headers (names in lower case) may go on."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        if admin:
+            if self.admin_token is not None:
+                if not _same(given, self.admin_token):
+                    raise RefusedError(401, "admin calls need the admin token: Authorization: Bearer TOKEN")
+                return
+            if not self.loopback or self.token is not None:
+                raise RefusedError(403, "admin calls are off: start the server with --admin-token-file")
+        if self.token is not None and not (
+            _same(given, self.token) or (self.admin_token is not None and _same(given, self.admin_token))
+        ):
+            raise RefusedError(401, "a token is needed: Authorization: Bearer TOKEN")
+        if self.loopback and self.token is None:
+            # A page in a browser of this machine can send requests here, by a name that leads to it; it cannot hide these.
+            if not is_loopback(host_of(headers.get("host", "localhost"))):
+                raise RefusedError(403, "the server is open to this machine alone: Host must be localhost")
+            if "origin" in headers:
+                raise RefusedError(403, "requests of web pages are refused: the server has no token")
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
+
+
+def host_of(header: str) -> str:
+    """`[::1]:8000` -> `::1`."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address leads to this machine alone."""
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(path: Path) -> str:
+    """The token in a file. Raises UsageError for one that is missing, short, or open to others."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UsageError(f"cannot read the token file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"the token in {path} must be ASCII") from None
+    if len(text) < 16 or any(char.isspace() for char in text):
+        raise UsageError(f"the token in {path} must be 16 characters or more, without spaces: try `openssl rand -hex 24`")
+    if mode & 0o007:
+        raise UsageError(f"{path} can be read by everybody: chmod 600 {path}")
+    return text
+
+
+async def read_body(stream: AsyncIterator[bytes], declared: str | None, encoding: str, limit: int) -> bytes:
+    """The body of a request, decompressed. Raises RefusedError as soon as it goes beyond `limit` bytes."""
+    if declared is not None and declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
+    expand = _Expander(encoding, limit)
+    parts: list[bytes] = []
+    taken = size = 0
+    async for chunk in stream:
+        taken += len(chunk)
+        part = expand(chunk)
+        size += len(part)
+        if taken > limit or size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+    expand.end()
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Expander:
+    """Decompresses a stream, never more than a little beyond the limit at a time."""
+
+    def __init__(self, encoding: str, limit: int) -> None:
+        self._limit = limit
+        encoding = encoding.strip().lower()
+        if encoding in ("", "identity"):
+            self._zlib = None
+        elif encoding in ("gzip", "x-gzip"):
+            self._zlib = zlib.decompressobj(31)
+        elif encoding == "deflate":
+            self._zlib = zlib.decompressobj()
+        else:
+            raise RefusedError(415, f"Content-Encoding {encoding!r} is not known; expected gzip or deflate")
+        self._any = False
+
+    def __call__(self, chunk: bytes) -> bytes:
+        if self._zlib is None:
+            return chunk
+        self._any = self._any or bool(chunk)
+        try:
+            part = self._zlib.decompress(chunk, self._limit + 1)
+        except zlib.error as error:
+            raise RefusedError(400, f"the body cannot be decompressed: {error}") from None
+        if self._zlib.unused_data:
+            raise RefusedError(400, "there is more behind the end of the compressed body")
+        return part
+
+    def end(self) -> None:
+        if self._zlib is not None and self._any and not self._zlib.eof:
+            raise RefusedError(400, "the compressed body is cut off")
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError(413, f"the request is larger than {limit} bytes, which is all that is taken")
+
+
+def check_image(data: bytes, most_pixels: int) -> None:
+    """Raise DataError for what is no JPEG or PNG, and for one of more pixels than `most_pixels`; nothing is decoded for that."""
+    import io
+    import warnings
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        raise DataError(f"the image has too many pixels; {most_pixels:,} are the most that is taken") from None
+    except UnidentifiedImageError:
+        raise DataError("the body is neither a JPEG nor a PNG") from None
+    except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged files
+        raise DataError(f"the image cannot be read: {error}") from error
+    if width * height > most_pixels:
+        raise DataError(f"the image has {width} x {height} pixels; {most_pixels:,} are the most that is taken")

@@ -1,0 +1,350 @@
+"""The models of a server: artifacts that are loaded, swapped and unloaded while requests go on."""
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.artifact import Artifact
+from deploy.errors import DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
+from deploy.loading import load
+from deploy.opening import open_artifact
+from deploy.runtime.batcher import NORMAL_PRIORITY, Batcher, BatcherOptions, Outputs
+from deploy.runtime.session import Session
+from deploy.serving.metrics import Meter
+from deploy.serving.protocol import DATATYPES
+from deploy.tensors import TensorSpec, batch_dim
+
+logger = logging.getLogger("deploy.serving")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What to serve: `NAME=PATH@VERSION`, of which the path must be there."""
+
+    name: str
+    path: Path
+    version: str = "1"
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelSource":
+        """`resnet=build/resnet34-int8@2`; the name is the artifact's own where none is given. Raises UsageError, ArtifactError."""
+        name, equals, rest = text.partition("=")
+        if not equals or "/" in name:
+            name, rest = "", text
+        path, at, version = rest.rpartition("@")
+        if not at or not version.isdecimal():
+            path, version = rest, "1"
+        if not version.isdecimal() or int(version) < 1:
+            raise UsageError(f"{text}: the version must be a number from 1, not {version!r}")
+        if not name:
+            name = open_artifact(path).manifest.name
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be the name of a model: use letters, digits, dots, dashes and underscores")
+        return cls(name=name, path=Path(path), version=str(int(version)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How models are opened and batched; see `deploy.load` and `BatcherOptions`. warmup: whether each batch size is run first."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    batching: BatcherOptions = field(default_factory=BatcherOptions)
+    warmup: bool = True
+
+
+@dataclass(eq=False)
+class Served:
+    """One version of a model that is loaded: what its artifact says, its session and its batcher."""
+
+    source: ModelSource
+    artifact: Artifact
+    session: Session
+    batcher: Batcher
+    meter: Meter
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.session.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.session.outputs
+
+    def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
+        """The answer of `GET /v2/models/M`."""
+        return {
+            "name": self.source.name,
+            "versions": list(versions),
+            "platform": self.platform,
+            "inputs": [_described(spec) for spec in self.inputs],
+            "outputs": [_described(spec) for spec in self.outputs],
+        }
+
+    @property
+    def platform(self) -> str:
+        return f"deploy_{self.session.backend.replace('-', '_')}"
+
+    def config(self) -> dict[str, Any]:
+        """The answer of `GET /v2/models/M/config`, Triton's model configuration as far as it says something here."""
+        most = self.batcher.max_rows
+        batch = batch_dim(self.inputs) if most is not None else None
+
+        def listed(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "name": spec.name,
+                    "data_type": f"TYPE_{DATATYPES[spec.dtype]}",
+                    "dims": [-1 if isinstance(dim, str) else dim for dim in (spec.shape[1:] if batch else spec.shape)],
+                }
+                for spec in specs
+            ]
+
+        options = self.batcher.options
+        found = {
+            "name": self.source.name,
+            "platform": self.platform,
+            "backend": self.session.backend,
+            "version_policy": {"specific": {"versions": [int(self.source.version)]}},
+            "max_batch_size": most or 0,
+            "input": listed(self.inputs),
+            "output": listed(self.outputs),
+            "instance_group": [
+                {
+                    "kind": "KIND_CPU" if self.session.device == "cpu" else "KIND_GPU",
+                    "count": options.instances or self.session.concurrency,
+                }
+            ],
+            "parameters": {"precision": {"string_value": self.artifact.manifest.precision}},
+        }
+        if most is not None:
+            found["dynamic_batching"] = {
+                "preferred_batch_size": [],
+                "max_queue_delay_microseconds": round(options.delay_ms * 1e3),
+                "default_queue_policy": {"max_queue_size": options.queue_rows},
+            }
+        return found
+
+    def statistics(self) -> dict[str, Any]:
+        """One entry of `GET /v2/models/M/stats`."""
+        counts = self.meter.counts()
+
+        def told(count: int, step: str) -> dict[str, int]:
+            return {"count": count, "ns": counts.duration_ns[step]}
+
+        return {
+            "name": self.source.name,
+            "version": self.source.version,
+            "inference_count": counts.inferences,
+            "execution_count": counts.executions,
+            "inference_stats": {
+                "success": told(counts.success, "request"),
+                "fail": {"count": sum(counts.failures.values()), "ns": 0},
+                "queue": told(counts.success, "queue"),
+                "compute_input": told(counts.success, "compute_input"),
+                "compute_infer": told(counts.success, "compute_infer"),
+                "compute_output": told(counts.success, "compute_output"),
+            },
+        }
+
+
+def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Served:
+    """Open, check by hash and warm up what `source` names. Raises ArtifactError, BackendError or UsageError."""
+    artifact = open_artifact(source.path)
+    artifact.verify()  # everything, weights too: what is served is what was proven
+    session = load(artifact, options.backend, options.device, threads=options.threads)
+    try:
+        batcher = Batcher(session, options.batching, observe=meter.batch)
+        try:
+            if options.warmup:
+                _warm_up(session, batcher)
+        except BaseException:
+            batcher.close(drain=False)
+            raise
+    except BaseException:
+        session.close()
+        raise
+    return Served(source=source, artifact=artifact, session=session, batcher=batcher, meter=meter)
+
+
+def _warm_up(session: Session, batcher: Batcher) -> None:
+    """Run batches of 1, 2, 4 and so on, so that no request meets a shape for the first time. Not through the batcher: not counted."""
+    from deploy.tensors import random_feed
+
+    try:
+        dims = session.dims()
+    except UsageError as error:
+        logger.warning("%s is not warmed up: %s", session.name, error)
+        return
+    batch = batch_dim(session.inputs)
+    rows, most = 1, batcher.max_rows or 1
+    while True:
+        session.run(random_feed(session.inputs, {**dims, batch: rows} if batch and batcher.max_rows else dims))
+        if rows == most:
+            return
+        rows = min(2 * rows, most)
+
+
+class Models:
+    """All models of a server by name and version. Safe to use from the server's event loop and from other threads.
+
+    Requests hold on to the version that they found: a swap or an unload answers what it has accepted before it lets go.
+    """
+
+    def __init__(self, sources: Sequence[ModelSource], options: ModelOptions) -> None:
+        seen: set[tuple[str, str]] = set()
+        for source in sources:
+            if (source.name, source.version) in seen:
+                raise UsageError(f"{source.name} version {source.version} is named twice: NAME=PATH@VERSION tells them apart")
+            seen.add((source.name, source.version))
+        self._sources = {(source.name, source.version): source for source in sources}
+        self._options = options
+        self._meters = {key: Meter(*key) for key in self._sources}
+        self._served: dict[str, dict[str, Served]] = {}
+        self._reasons: dict[tuple[str, str], str] = dict.fromkeys(self._sources, "not loaded yet")
+        self._lock = threading.Lock()
+        self._changing: dict[str, threading.Lock] = {source.name: threading.Lock() for source in sources}
+        self.ready = False
+        """Whether the server takes requests: all models were loaded once, and it is not on its way down."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name, _ in self._sources))
+
+    @property
+    def meters(self) -> tuple[Meter, ...]:
+        return tuple(self._meters.values())
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """Versions that are loaded, in order."""
+        return tuple(self._served.get(name, {}))
+
+    def get(self, name: str, version: str = "") -> Served:
+        """The version that is asked for, or the highest. Raises ModelNotFoundError, UnavailableError where it is not loaded."""
+        found = self._served.get(name)
+        if found:
+            if not version:
+                return next(reversed(found.values()))
+            if (served := found.get(version)) is not None:
+                return served
+        if name not in self.names:
+            raise ModelNotFoundError(f"unknown model {name!r}; expected one of {', '.join(self.names)}")
+        known = [each for known, each in self._sources if known == name]
+        if version and version not in known:
+            raise ModelNotFoundError(f"{name!r} has no version {version!r}; expected one of {', '.join(known)}")
+        why = self._reasons.get((name, version or known[-1]), "not loaded")
+        raise UnavailableError(f"{name!r} is not ready: {why}")
+
+    def index(self) -> list[dict[str, str]]:
+        """The answer of `POST /v2/repository/index`."""
+        listed = []
+        for name, version in sorted(self._sources, key=lambda key: (key[0], int(key[1]))):
+            ready = version in self._served.get(name, {})
+            reason = "" if ready else self._reasons.get((name, version), "")
+            listed.append({"name": name, "version": version, "state": "READY" if ready else "UNAVAILABLE", "reason": reason})
+        return listed
+
+    async def infer(
+        self,
+        served: Served,
+        feed: Mapping[str, np.ndarray],
+        *,
+        pinned: bool,
+        priority: int = NORMAL_PRIORITY,
+        timeout_s: float | None = None,
+    ) -> tuple[Served, Outputs]:
+        """The outputs, and what computed them: another than `served` where that was swapped before it took the request.
+
+        pinned: the version was asked for. Raises what `Batcher.submit` raises, and UnavailableError where it was unloaded.
+        """
+        while True:
+            try:
+                return served, await served.batcher.run_async(feed, priority=priority, timeout_s=timeout_s)
+            except SessionClosedError:
+                now = self.get(served.source.name, served.source.version if pinned else "")
+                if now is served:
+                    raise UnavailableError(f"{served.source.name!r} is closing") from None
+                served = now
+            except (DeployError, asyncio.CancelledError) as error:
+                if not isinstance(error, DeployError) or not _observed(error):
+                    served.meter.failed(error)
+                raise
+
+    def load_all(self) -> None:
+        """Load every model; raises at the first that fails."""
+        for name in self.names:
+            self.load(name)
+        self.ready = True
+
+    def load(self, name: str) -> None:
+        """Load the model, or load it anew from its path: what is there now is warmed up, takes the requests, and the old is drained.
+
+        Raises ModelNotFoundError, and what opening raises; the old one then goes on.
+        """
+        with self._changing_of(name):
+            for source in [source for (known, _), source in self._sources.items() if known == name]:
+                key = (source.name, source.version)
+                try:
+                    new = open_served(source, self._options, self._meters[key])
+                except DeployError as error:
+                    self._reasons[key] = str(error)
+                    raise
+                with self._lock:
+                    versions = dict(self._served.get(name, {}))
+                    old = versions.get(source.version)
+                    versions[source.version] = new
+                    self._served[name] = dict(sorted(versions.items(), key=lambda item: int(item[0])))
+                    self._meters[key].waiting = lambda batcher=new.batcher: batcher.waiting  # type: ignore[misc]
+                    self._reasons.pop(key, None)
+                logger.info("%s", "loaded" if old is None else "swapped", extra={"model": name, "version": source.version})
+                if old is not None:
+                    _retire(old)
+
+    def unload(self, name: str) -> None:
+        """Take the model out, and wait until what it has accepted is answered. Raises ModelNotFoundError."""
+        with self._changing_of(name):
+            with self._lock:
+                gone = self._served.pop(name, {})
+                for version in gone:
+                    self._reasons[name, version] = "unloaded"
+            for served in gone.values():
+                _retire(served)
+                logger.info("unloaded", extra={"model": name, "version": served.source.version})
+
+    def close(self) -> None:
+        """Answer what was accepted, and let go of all."""
+        self.ready = False
+        for name in list(self._served):
+            self.unload(name)
+
+    def _changing_of(self, name: str) -> threading.Lock:
+        if name not in self._changing:
+            raise ModelNotFoundError(f"unknown model {name!r}; expected one of {', '.join(self.names)}")
+        return self._changing[name]
+
+
+def _observed(error: DeployError) -> bool:
+    """Whether the batcher has told the meter of this error: it failed in a batch."""
+    from deploy.errors import BackendError
+
+    return isinstance(error, BackendError)
+
+
+def _retire(served: Served) -> None:
+    served.batcher.close()
+    served.session.close()
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    shape = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}

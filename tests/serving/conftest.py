@@ -1,0 +1,114 @@
+"""`deploy serve` as its users start it: a process of its own, on free ports, with real artifacts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deploy
+from deploy.artifact import Artifact
+
+START_S = 60
+
+
+class Server:
+    """A running `deploy serve`; `log` are its lines on standard error."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "deploy", "serve", "--http-port", "0", "--grpc-port", "0", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+        self.log: list[dict[str, Any]] = []
+        self.other: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.http = self._address("http").rpartition("//")[2]
+        self.grpc = self._address("grpc")
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                self.log.append(json.loads(line))
+            except ValueError:
+                self.other.append(line)
+
+    def _address(self, door: str) -> str:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            for line in list(self.log):
+                if line.get("message") == "serving" and line.get("door") == door:
+                    return str(line["address"])
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"the server did not come up: {self.other} {self.log}")
+
+    @property
+    def resident_bytes(self) -> int:
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(60)
+        self._reader.join(10)
+        return status
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """`serve("build/net", "--max-batch", 4)` starts a server, which ends with the test."""
+    started: list[Server] = []
+
+    def start(*arguments: object, env: dict[str, str] | None = None) -> Server:
+        started.append(Server([str(argument) for argument in arguments], env))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Two inputs of different dtypes, two outputs: scaled = image * factor summed, and the factor back."""
+    folder = tmp_path_factory.mktemp("pair")
+    text = """
+        import torch
+
+        class Pair(torch.nn.Module):
+            def forward(self, image, factor):
+                return {"total": (image * factor.float()).sum(dim=1, keepdim=True), "factor_back": factor * 2}
+    """
+    (folder / "pair_net.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    inputs = ["image=1x4", "factor=1x4:int64"]
+    return deploy.export(folder / "pair", model=f"{folder / 'pair_net.py'}:Pair", inputs=inputs, outputs=["total", "factor_back"])
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small PNG files."""
+    folder = tmp_path_factory.mktemp("digits")
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (28, 28), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    return folder
