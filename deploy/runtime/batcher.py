@@ -6,7 +6,7 @@
         outputs = await batcher.run_async({"input": x})        # asyncio; cancelling the task cancels the request
 
 Only requests whose shapes are alike but for the rows go into one batch. Two threads serve each instance: while one is
-in the session, the other hands out the last results and, as soon as the session is free, takes the next batch.
+in the session, the other hands out the last results; as soon as the session is free, it takes the next batch.
 """
 
 import asyncio
@@ -31,6 +31,9 @@ DEFAULT_ROWS = 32
 """Rows of a batch at most where neither the options nor a profile say."""
 
 NORMAL_PRIORITY = 100
+
+INLINE_S = 2e-4
+"""A run that takes no longer is made in an event loop itself."""
 
 Outputs = dict[str, np.ndarray]
 
@@ -125,11 +128,13 @@ class Batcher:
         self._waiting_rows = 0
         self._condition = threading.Condition()
         self._closed = False
-        instances = options.instances or session.concurrency
-        self._free = threading.Semaphore(instances)
+        self._instances = options.instances or session.concurrency
+        self._running = 0
+        self._alone_s = 1.0
+        """About what a request takes that is run alone."""
         self._threads = [
             threading.Thread(target=self._work, name=f"deploy batch {session.name} {index}", daemon=True)
-            for index in range(2 * instances)
+            for index in range(2 * self._instances)
         ]
         for thread in self._threads:
             thread.start()
@@ -167,6 +172,11 @@ class Batcher:
         self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
     ) -> Outputs:
         """`run` for asyncio: other tasks go on meanwhile. Where the task is cancelled, the request leaves the queue."""
+        # Two changes of threads take longer than a small model: it is run here then, and holds the loop up for no longer.
+        if self._alone_s <= INLINE_S:
+            small = self._request(feed, priority, timeout_s, _always, _nothing)
+            if small.rows == 1 and self._enter():
+                return self._run_here(small)
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Outputs] = loop.create_future()
 
@@ -190,6 +200,25 @@ class Batcher:
         except asyncio.CancelledError:
             self._discard(request)
             raise
+
+    def _enter(self) -> bool:
+        """Take the session for a run in the caller's thread, if nothing runs or waits and nothing is waited for."""
+        with self._condition:
+            if self._running or self._queues or self._closed or self.options.delay_ms:
+                return False
+            self._running += 1
+            return True
+
+    def _run_here(self, request: _Request) -> Outputs:
+        try:
+            done = self._run([request], {})
+        finally:
+            self._leave()
+        self._report(done, time.perf_counter())
+        if done.outputs is None:
+            assert done.error is not None
+            raise _ours(done.error, self.session.name)
+        return done.outputs
 
     @property
     def waiting(self) -> int:
@@ -259,7 +288,8 @@ class Batcher:
                 self._queues = dict(sorted(self._queues.items()))
             queue[request.number] = request
             self._waiting_rows += request.rows
-            self._condition.notify()
+            if self._running < self._instances:
+                self._condition.notify()
 
     def _discard(self, request: _Request) -> None:
         """Take a cancelled request out of the queue, if it is still there."""
@@ -278,36 +308,26 @@ class Batcher:
 
     def _work(self) -> None:
         staging: dict[tuple[Any, ...], np.ndarray] = {}
-        while True:
-            with self._free:  # the session has room: what waits now is the batch
-                batch = self._take()
-                if batch is None:
-                    return
+        while (batch := self._take()) is not None:
+            try:
                 done = self._execute(batch, staging) if batch else []
+            finally:
+                self._leave()
             for each in done:
                 self._hand_out(each)
 
     def _take(self) -> list[_Request] | None:
-        """The next batch; an empty one where all that waited was cancelled or too late; None when there are no more."""
+        """The next batch, once the session is free; an empty one where all of it was cancelled or too late; None at the end."""
         with self._condition:
-            while not self._queues:
-                if self._closed:
+            while not self._due():
+                if self._closed and not self._queues:
                     return None
-                self._condition.wait()
-            first = self._first()
-            if self.options.delay_ms and self.max_rows is not None:
-                until = first.came + self.options.delay_ms / 1e3
-                while self._queues and not self._closed and self._rows_like(self._first()) < self.max_rows:
-                    left = until - time.perf_counter()
-                    if left <= 0 or not self._condition.wait(left):
-                        break
-                if not self._queues:
-                    return []
-                first = self._first()
-            taken = self._gather(first)
+                self._condition.wait(self._time_left())
+            taken = self._gather(self._first())
             for request in taken:
                 self._remove(request)
-            if self._queues:
+            self._running += 1
+            if self._queues and self._running < self._instances:
                 self._condition.notify()
         now = time.perf_counter()
         batch = []
@@ -319,6 +339,29 @@ class Batcher:
             else:
                 batch.append(request)
         return batch
+
+    def _leave(self) -> None:
+        """The session is free for another batch."""
+        with self._condition:
+            self._running -= 1
+            if self._closed:
+                self._condition.notify_all()
+            elif self._queues:
+                self._condition.notify()
+
+    def _due(self) -> bool:
+        """Whether a batch is to be taken now."""
+        if not self._queues or self._running >= self._instances:
+            return False
+        if not self.options.delay_ms or self.max_rows is None or self._closed:
+            return True
+        return self._rows_like(self._first()) >= self.max_rows or (self._time_left() or 0) <= 0
+
+    def _time_left(self) -> float | None:
+        """Seconds that the first request may still wait for others; None where nothing waits, or not for that."""
+        if not self._queues or self._running >= self._instances or not self.options.delay_ms:
+            return None
+        return self._first().came + self.options.delay_ms / 1e3 - time.perf_counter()
 
     def _first(self) -> _Request:
         return next(iter(next(iter(self._queues.values())).values()))
@@ -403,8 +446,13 @@ class Batcher:
                 own = {name: array[at : at + request.rows].copy() for name, array in outputs.items()}
                 at += request.rows
                 request.finish(own, None)
+        self._report(done, time.perf_counter())
+
+    def _report(self, done: "_Done", end: float) -> None:
+        batch = done.batch
+        if len(batch) == 1 and done.error is None:
+            self._alone_s += 0.1 * (done.ran - done.joined - self._alone_s)
         if self._observe is not None:
-            end = time.perf_counter()
             self._observe(
                 BatchRecord(
                     rows=sum(request.rows for request in batch),
@@ -428,6 +476,14 @@ class _Done:
     began: float
     joined: float
     ran: float
+
+
+def _always() -> bool:
+    return True
+
+
+def _nothing(outputs: Outputs | None, error: Exception | None) -> None:
+    pass
 
 
 def _ours(error: Exception, name: str) -> Exception:

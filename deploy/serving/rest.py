@@ -3,9 +3,9 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -55,7 +55,9 @@ def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bo
     """The ASGI application over `models`."""
     door = _Door(models, limits)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
-    routes = [
+    # Routes are tried in their order: first what is asked for most.
+    routes = [Route(f"{base}/infer", door.infer, methods=["POST"]) for base in (model, version)]
+    routes += [
         Route("/v2", door.server, methods=["GET"]),
         Route("/v2/health/live", door.live, methods=["GET"]),
         Route("/v2/health/ready", door.ready, methods=["GET"]),
@@ -67,7 +69,6 @@ def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bo
     ]
     for base in (model, version):
         routes += [
-            Route(f"{base}/infer", door.infer, methods=["POST"]),
             Route(f"{base}/classify", door.classify, methods=["POST"]),
             Route(base, door.metadata, methods=["GET"]),
             Route(f"{base}/ready", door.model_ready, methods=["GET"]),
@@ -94,7 +95,7 @@ class _Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+            request_id = os.urandom(16).hex()
         status = 0
 
         async def named(message: Message) -> None:

@@ -55,6 +55,8 @@ def images(rows: int, seed: int) -> dict[str, np.ndarray]:
 def hold(session: Any, batcher: Batcher) -> Future[Any]:
     """A request that stays in the session until the gate opens, so that what follows waits."""
     session.gate.clear()
+    while session.inside.acquire(blocking=False):
+        pass  # of runs before
     future = batcher.submit(images(1, 1000))
     assert session.inside.acquire(timeout=WAIT_S)
     return future
@@ -246,6 +248,57 @@ def test_several_instances_run_at_a_time(session: Any) -> None:
         assert not session.inside.acquire(timeout=0.05)
         session.gate.set()
         assert all(future.result(WAIT_S) for future in futures)
+
+
+def test_closing_ends_all_threads_of_many_instances(session: Any) -> None:
+    batcher = Batcher(session, BatcherOptions(max_rows=1, instances=4))
+    session.gate.clear()
+    futures = [batcher.submit(images(1, seed)) for seed in range(7)]
+    threading.Timer(0.1, session.gate.set).start()
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+    assert all(future.done() for future in futures)
+
+
+def test_a_small_model_is_run_in_the_event_loop_and_a_large_one_is_not(session: Any) -> None:
+    where: list[str] = []
+    run = session.run
+
+    def noted(feed: Any) -> Any:
+        where.append(threading.current_thread().name)
+        return run(feed)
+
+    session.run = noted
+    seen: list[BatchRecord] = []
+
+    async def main(batcher: Batcher) -> None:
+        feeds = [images(1, seed) for seed in range(200)]
+        for feed in feeds:
+            assert same(session, feed, await batcher.run_async(feed))
+        assert where[0] != "MainThread"
+        assert where[-1] == "MainThread"  # by now it is known to be small
+        bad = images(1, 1)
+        bad["input"][0, 0, 0, 0] = 666
+        with pytest.raises(BackendError, match="a cosmic ray"):
+            await batcher.run_async(bad)
+        hold(session, batcher)  # the session is not free: nothing runs in the loop
+        waiting = asyncio.create_task(batcher.run_async(feeds[0]))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        session.gate.set()
+        await waiting
+        assert where[-1] != "MainThread"
+
+    with Batcher(session, observe=seen.append) as batcher:
+        asyncio.run(main(batcher))
+    assert len(seen) == 203
+    slow = Batcher(session)
+    slow._alone_s = 1.0
+    with slow:
+        asyncio.run(slow.run_async(images(1, 1)))
+    assert where[-1] != "MainThread"
 
 
 def test_every_batch_is_observed_with_its_times(session: Any) -> None:
