@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu gpu-report peers lock proto clean
+.PHONY: demo test soak test-gpu gpu-report peers lock proto clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
+
+# The tests of the server at full length: 10,000 malformed requests, 100,000 while the model is swapped, 100,000 for its memory.
+soak: $(INSTALLED)
+	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving -o timeout=3600
 
 # The whole acceptance on a GPU, in parts that are kept: what was cut off goes on. Writes benchmarks/results/<date>-<gpu>.json and .md.
 gpu-report: $(INSTALLED)

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.message import DecodeError
 
 from deploy import __version__
 from deploy.errors import DeadlineError, DeployError, InputError, ModelNotFoundError, UnavailableError
@@ -108,16 +109,20 @@ class _Door:
         self._log_requests = log_requests
 
     def handlers(self, service: str) -> Any:
+        # Requests come as bytes, for what gRPC itself answers to bytes that are no message is UNKNOWN.
         methods = {}
         for method in _pool.FindServiceByName(service).methods:
-            reads = message(method.input_type.full_name).FromString
+            read = functools.partial(_read, message(method.input_type.full_name))
             writes = message(method.output_type.full_name).SerializeToString
             call = getattr(self, method.name)
-            if method.server_streaming:
-                kind = grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_stream_rpc_method_handler
-                handler = kind(self._guarded_stream(method.name, call), reads, writes)
+            if method.client_streaming:
+                handler = grpc.stream_stream_rpc_method_handler(
+                    self._guarded_stream(method.name, call, functools.partial(_each, read)), None, writes
+                )
+            elif method.server_streaming:
+                handler = grpc.unary_stream_rpc_method_handler(self._guarded_stream(method.name, call, read), None, writes)
             else:
-                handler = grpc.unary_unary_rpc_method_handler(self._guarded(method.name, call), reads, writes)
+                handler = grpc.unary_unary_rpc_method_handler(self._guarded(method.name, call, read), None, writes)
             methods[method.name] = handler
         return grpc.method_handlers_generic_handler(service, methods)
 
@@ -126,12 +131,12 @@ class _Door:
             headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
             self._access.check({"authorization": headers.get("authorization", "")}, admin=name in _ADMIN)
 
-    def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]], read: Callable[[bytes], Any]) -> Any:
         async def guarded(request: Any, context: Any) -> Any:
             start = time.perf_counter()
             try:
                 self._check(name, context)
-                answer = await call(request, context)
+                answer = await call(read(request), context)
             except Exception as error:
                 code, text = _code_of(error)
                 self._log(name, start, code, error)
@@ -142,11 +147,11 @@ class _Door:
 
         return guarded
 
-    def _guarded_stream(self, name: str, call: Callable[[Any, Any], AsyncIterator[Any]]) -> Any:
+    def _guarded_stream(self, name: str, call: Callable[[Any, Any], AsyncIterator[Any]], read: Callable[[Any], Any]) -> Any:
         async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
                 self._check(name, context)
-                async for answer in call(request, context):
+                async for answer in call(read(request), context):
                     yield answer
             except Exception as error:
                 await context.abort(*_code_of(error))
@@ -264,6 +269,19 @@ class _Door:
                 failed = answer(error_message=str(error))
                 failed.infer_response.id = request.id
                 yield failed
+
+
+def _read(kind: Any, data: bytes) -> Any:
+    """Raises InputError."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InputError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from None
+
+
+async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for data in requests:
+        yield read(data)
 
 
 def _code_of(error: Exception) -> tuple[Any, str]:

@@ -21,6 +21,9 @@ from deploy.artifact import Artifact
 
 START_S = 60
 
+SOAK = bool(os.environ.get("DEPLOY_SOAK"))
+"""`make soak`: as many requests as it takes to trust a server, in place of a few."""
+
 
 class Server:
     """A running `deploy serve`; `log` are its lines on standard error."""
