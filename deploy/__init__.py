@@ -26,11 +26,17 @@ if TYPE_CHECKING:
     from deploy.loading import load as load
     from deploy.opening import open_artifact as open_artifact
     from deploy.preprocess import Preprocess as Preprocess
+    from deploy.runtime.batcher import Batcher as Batcher
+    from deploy.runtime.batcher import BatcherOptions as BatcherOptions
+    from deploy.runtime.batcher import Pipeline as Pipeline
     from deploy.runtime.session import Session as Session
 
 _NAMES = {
     "Artifact": "deploy.artifact",
+    "Batcher": "deploy.runtime.batcher",
+    "BatcherOptions": "deploy.runtime.batcher",
     "DeployError": "deploy.errors",
+    "Pipeline": "deploy.runtime.batcher",
     "Preprocess": "deploy.preprocess",
     "Session": "deploy.runtime.session",
     "build_trt": "deploy.api",
@@ -46,7 +52,10 @@ _NAMES = {
 
 __all__ = [
     "Artifact",
+    "Batcher",
+    "BatcherOptions",
     "DeployError",
+    "Pipeline",
     "Preprocess",
     "Session",
     "__version__",

@@ -239,3 +239,24 @@ def test_embedding_the_runtime_prints_a_class(data, tmp_path):
     (expected,) = deploy.predict(artifact, [image], top=1)
     assert done.stdout == f"{expected.classes[0][0]}\n"
     assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 20
+
+
+def test_the_service_of_ones_own_classifies_and_says_what_is_wrong(tmp_path: Path) -> None:
+    assert len((EXAMPLES / "fastapi_service.py").read_text().splitlines()) < 40
+    made = deploy.export(tmp_path / "net", arch="lenet5")
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "digit.png")
+    (expected,) = deploy.predict(made, tmp_path / "digit.png", top=1)
+    service = load_service(made.path)
+    from starlette.testclient import TestClient
+
+    with TestClient(service.app) as client:
+        answers = [client.post("/classify", content=(tmp_path / "digit.png").read_bytes()) for _ in range(3)]
+        assert [answer.json()["class"] for answer in answers] == [int(expected.classes[0][0])] * 3
+        assert client.post("/classify", content=b"no image").status_code == 400
+
+
+def load_service(model: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL", str(model))
+        return load("fastapi_service")

@@ -24,6 +24,7 @@ _COMMANDS = {
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
     "predict": ("predict", "Show class names and probabilities of images."),
     "serve": ("serve", "Serve artifacts over the Open Inference Protocol, REST and gRPC."),
+    "export-triton": ("export_triton", "Write artifacts as a model repository of Triton."),
     "bench": ("bench", "Time artifacts and backends, paired with eager PyTorch."),
 }
 
