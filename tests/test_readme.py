@@ -1,7 +1,10 @@
 """What the README shows, works."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,48 @@ def test_the_command_for_ones_own_model_runs(folder: Path, run: Callable[..., An
     assert finished.status == 0, finished.err
     assert finished.out.startswith("build/net: ONNX, fp32")
     assert "scores: float32 batchx3" in finished.out
+
+
+def test_the_commands_on_serving_run(folder: Path, run: Callable[..., Any]) -> None:
+    import deploy
+
+    serve, export = commands(blocks("console")[5])
+    for name in ("build/resnet34-int8", "build/resnet34-fp16"):  # a small net in their stead
+        deploy.export(name, arch="lenet5", name=Path(name).name)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", *serve, "--http-port", "0", "--grpc-port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        lines = [json.loads(next(process.stderr)) for _ in range(3)]
+        assert [line["message"] for line in lines] == ["loaded", "serving", "serving"]
+    finally:
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 0
+    finished = run(*export)
+    assert finished.status == 0, finished.err
+    assert finished.out.splitlines() == ["triton/resnet34-fp16/1", "triton/inferenceservice.yaml"]
+
+
+def test_the_code_on_the_batcher_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import deploy
+
+    deploy.export("build/digits", arch="lenet5")
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    exec(compile(code, "serving.md", "exec"), {})
+    assert capsys.readouterr().out == "(2, 10) (1, 10)\n"
+
+
+def test_every_option_and_call_of_the_server_is_documented() -> None:
+    from deploy.cli.serve import command
+
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+    usual = {"--backend", "--device", "--threads", "--debug", "--host", "--http-port", "--grpc-port", "--no-http", "--no-grpc"}
+    assert [name for name in options if name not in usual and f"`{name}`" not in text] == []
 
 
 def test_every_file_and_picture_that_is_linked_is_there() -> None:
