@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak test-gpu gpu-report peers lock proto clean
+.PHONY: demo test soak test-gpu gpu-report peers serving-peers lock proto clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -34,6 +34,14 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-peers/nets \
 	    --requirement benchmarks/peers/nets.txt
+	touch $@
+
+# What benchmarks/serving.py compares with.
+serving-peers: .venv-serving-peers/.installed
+
+.venv-serving-peers/.installed: benchmarks/peers/serving.txt
+	test -x .venv-serving-peers/bin/python || $(PYTHON) -m venv .venv-serving-peers
+	.venv-serving-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
 # Reinstalls only when the lock file or pyproject.toml changed.

@@ -1,5 +1,6 @@
 """What stands between a client and the models: who may call what, and how much of a request is read."""
 
+import functools
 import hmac
 import ipaddress
 import zlib
@@ -78,6 +79,7 @@ def host_of(header: str) -> str:
     return header.partition(":")[0]
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a name or address leads to this machine alone."""
     if host.rstrip(".").lower() == "localhost":

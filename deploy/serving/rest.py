@@ -44,6 +44,7 @@ EXTENSIONS = (
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ADMIN = re.compile(r"/v2/repository/")
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 _OPEN = re.compile(r"/v2/health/(live|ready)")
 _MOST_TOP = 1000
 _RETRY_AFTER_S = "1"
@@ -55,9 +56,7 @@ def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bo
     """The ASGI application over `models`."""
     door = _Door(models, limits)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
-    # Routes are tried in their order: first what is asked for most.
-    routes = [Route(f"{base}/infer", door.infer, methods=["POST"]) for base in (model, version)]
-    routes += [
+    routes = [
         Route("/v2", door.server, methods=["GET"]),
         Route("/v2/health/live", door.live, methods=["GET"]),
         Route("/v2/health/ready", door.ready, methods=["GET"]),
@@ -69,20 +68,25 @@ def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bo
     ]
     for base in (model, version):
         routes += [
+            Route(f"{base}/infer", door.infer, methods=["POST"]),
             Route(f"{base}/classify", door.classify, methods=["POST"]),
             Route(base, door.metadata, methods=["GET"]),
             Route(f"{base}/ready", door.model_ready, methods=["GET"]),
             Route(f"{base}/config", door.config, methods=["GET"]),
             Route(f"{base}/stats", door.statistics, methods=["GET"]),
         ]
-    return _Guard(Router(routes, redirect_slashes=False), access, log_requests=log_requests)
+    return _Guard(Router(routes, redirect_slashes=False), door.infer, access, log_requests=log_requests)
 
 
 class _Guard:
-    """Around all: who may call, the request's id, errors as the protocol wants them, and the log."""
+    """Around all: who may call, the request's id, errors as the protocol wants them, and the log.
 
-    def __init__(self, app: ASGIApp, access: Access, *, log_requests: bool) -> None:
+    `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
+    """
+
+    def __init__(self, app: ASGIApp, infer: Handler, access: Access, *, log_requests: bool) -> None:
         self._app = app
+        self._infer = infer
         self._access = access
         self._log_requests = log_requests
 
@@ -110,8 +114,13 @@ class _Guard:
         try:
             if not _OPEN.fullmatch(path):
                 self._access.check(headers, admin=_ADMIN.match(path) is not None)
-            scope["app"] = self  # the router then raises what it has to say
-            await self._app(scope, receive, named)
+            if scope["method"] == "POST" and (found := _INFER.fullmatch(path)):
+                scope["path_params"] = {key: value for key, value in found.groupdict().items() if value is not None}
+                response = await self._infer(Request(scope, receive))
+                await response(scope, receive, named)
+            else:
+                scope["app"] = self  # the router then raises what it has to say
+                await self._app(scope, receive, named)
         except ClientDisconnect:
             error = "the client left"
         except Exception as caught:
@@ -125,8 +134,8 @@ class _Guard:
         if self._log_requests or status >= 500 or status in (401, 403):
             level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
             took_ms = round((time.perf_counter() - start) * 1e3, 3)
-            found = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
-            logger.log(level, "request", extra={**found, **({"error": error} if error else {})})
+            told = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
+            logger.log(level, "request", extra={**told, **({"error": error} if error else {})})
 
 
 class _Door:

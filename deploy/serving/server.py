@@ -148,6 +148,7 @@ class _HttpDoor:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             limit_concurrency=options.connections,

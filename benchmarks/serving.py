@@ -1,0 +1,277 @@
+"""What `deploy serve` costs, and what it gives beside LitServe and MLServer: one run, one machine, one client.
+
+    make serving-peers
+    python benchmarks/serving.py
+
+- `resnet34` in INT8 on OpenVINO, single images from 8 callers in a closed loop: images a second over those of the bare session at its best
+  batch (goal: at least 0.9). The server's batches hold 4 at most, so that one half of the callers is answered while the other is computed.
+- `lenet5`: p50 of REST with binary tensors and one caller, less p50 of the bare session (goal: under 0.5 ms).
+- `lenet5`, 32 callers: requests a second over those of LitServe and of MLServer, all with JSON (goal: at least 2). With binary tensors too.
+
+The sides take turns in rounds; the others stand idle. The client is one thread on raw sockets, and shares the machine with the server.
+"""
+
+import argparse
+import json
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import HERE, verdict, write_results
+from PIL import Image
+
+import deploy
+from deploy.artifact import Artifact
+from deploy.bench.process import WorkerProcess
+from deploy.machine import cpu_model, usable_cores
+from deploy.runtime.session import SessionOptions
+
+PEERS = HERE.parent / ".venv-serving-peers" / "bin" / "python"
+START_S = 90
+
+
+class Caller:
+    """One connection, one request at a time."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._request = request
+        self._answer = b""
+        self._wanted: int | None = None
+        self.began = 0.0
+
+    def ask(self) -> None:
+        self._answer, self._wanted = b"", None
+        self.began = time.perf_counter()
+        self.socket.sendall(self._request)
+
+    def hear(self) -> bool:
+        """Whether the answer is whole now."""
+        part = self.socket.recv(1 << 16)
+        if not part:
+            sys.exit("a server closed its connection")
+        self._answer += part
+        if self._wanted is None and (end := self._answer.find(b"\r\n\r\n")) >= 0:
+            head = self._answer[:end].lower()
+            if b" 200 " not in head.split(b"\r\n")[0] + b" ":
+                sys.exit(f"a server answered {self._answer[:300]!r}")
+            self._wanted = end + 4 + int(head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0])
+        return self._wanted is not None and len(self._answer) >= self._wanted
+
+
+def closed_loop(port: int, request: bytes, callers: int, seconds: float) -> tuple[float, list[float]]:
+    """Requests a second, and milliseconds of each, of so many callers that wait for their answers."""
+    with selectors.DefaultSelector() as selector, ExitStack() as stack:
+        for _ in range(callers):
+            caller = Caller(port, request)
+            stack.callback(caller.socket.close)
+            selector.register(caller.socket, selectors.EVENT_READ, caller)
+            caller.ask()
+        found: list[float] = []
+        start = now = time.perf_counter()
+        while now - start < seconds:
+            for key, _ in selector.select():
+                if key.data.hear():
+                    now = time.perf_counter()
+                    found.append((now - key.data.began) * 1e3)
+                    key.data.ask()
+        return len(found) / (now - start), found
+
+
+def post(path: str, body: bytes, header_length: int | None = None) -> bytes:
+    kind = "application/json" if header_length is None else "application/octet-stream"
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
+    if header_length is not None:
+        lines.append(f"Inference-Header-Content-Length: {header_length}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def binary(name: str, x: np.ndarray) -> bytes:
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape, "parameters": {"binary_data_size": x.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return post(f"/v2/models/{name}/infer", head + x.tobytes(), len(head))
+
+
+def as_json(name: str, x: np.ndarray) -> bytes:
+    tensor = {"name": "input", "datatype": "FP32", "shape": x.shape, "data": x.reshape(-1).tolist()}
+    return post(f"/v2/models/{name}/infer", json.dumps({"inputs": [tensor]}).encode())
+
+
+@contextmanager
+def server(command: list[str], port: int, ready: str) -> Iterator[int]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=2).close()
+                break
+            except OSError:
+                if time.monotonic() > end or process.poll() is not None:
+                    sys.exit(f"{' '.join(command)} did not come up")
+                time.sleep(0.2)
+        yield port
+    finally:
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def ours(artifact: Artifact, backend: str, *options: str) -> Any:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "deploy",
+        "serve",
+        f"net={artifact.path}",
+        "--backend",
+        backend,
+        "--http-port",
+        str(port),
+        "--no-grpc",
+        *options,
+    ]
+    return server(command, port, "/v2/health/ready")
+
+
+def theirs(python: Path, tool: str, artifact: Artifact) -> Any:
+    port = free_port()
+    ready = {"litserve": "/health", "mlserver": "/v2/health/ready"}[tool]
+    return server([str(python), str(HERE / "peers" / "serve.py"), tool, str(artifact.onnx_path), str(port)], port, ready)
+
+
+def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each side says in each round; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        names = list(sides)[turn % len(sides) :] + list(sides)[: turn % len(sides)]
+        for name in names:
+            value = sides[name]()
+            if turn:
+                found[name].append(value)
+    return found
+
+
+def resnet34(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    for index in range(32):
+        path = folder / "images" / str(index % 4) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).save(path)
+    fp32 = deploy.export(folder / "resnet34", arch="resnet34")
+    int8 = deploy.quantize(fp32, folder / "resnet34-int8", calib=folder / "images", images=32)
+    x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)
+    with WorkerProcess(int8, "openvino", SessionOptions()) as bare, ours(int8, "openvino", "--max-batch", "4") as port:
+        bare.wait_open()
+        rates = {}
+        for batch in (1, 2, 4, 8, 16, 32):
+            bare.prepare({"batch": batch})
+            samples = bare.round(seconds / 2, 10_000)
+            rates[batch] = batch * len(samples) / sum(samples)
+        best = max(rates, key=lambda batch: rates[batch])
+        bare.prepare({"batch": best})
+
+        def session() -> float:
+            samples = bare.round(seconds, 10_000)
+            return best * len(samples) / sum(samples)
+
+        request = binary("net", x)
+        found = in_turns({"session": session, "server": lambda: closed_loop(port, request, 8, seconds)[0]}, rounds)
+    ratios = [server / session for server, session in zip(found["server"], found["session"], strict=True)]
+    return {"best_batch": best, "by_batch": rates, **found, "ratio": statistics.median(ratios)}
+
+
+def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    artifact = deploy.export(folder / "lenet5", arch="lenet5")
+    x = np.random.default_rng(0).standard_normal((1, 1, 28, 28), dtype=np.float32)
+    with ExitStack() as stack:
+        bare = stack.enter_context(WorkerProcess(artifact, "onnxruntime", SessionOptions()))
+        port = stack.enter_context(ours(artifact, "onnxruntime"))
+        bare.wait_open()
+        bare.prepare({"batch": 1})
+        sides = {
+            "session": lambda: statistics.median(bare.round(seconds / 2, 10_000)) * 1e3,
+            "rest": lambda: statistics.median(closed_loop(port, binary("net", x), 1, seconds)[1]),
+        }
+        p50 = in_turns(sides, rounds)
+        loads: dict[str, Callable[[], float]] = {
+            "deploy": lambda: closed_loop(port, as_json("net", x), 32, seconds)[0],
+            "deploy, binary": lambda: closed_loop(port, binary("net", x), 32, seconds)[0],
+        }
+        for tool in ("litserve", "mlserver"):
+            there = stack.enter_context(theirs(peers, tool, artifact))
+            request = as_json("net", x)
+            if tool == "litserve":
+                request = post("/predict", json.dumps({"input": x.reshape(-1).tolist()}).encode())
+            loads[tool] = lambda there=there, request=request: closed_loop(there, request, 32, seconds)[0]  # type: ignore[misc]
+        per_s = in_turns(loads, rounds)
+    overheads = [rest - session for rest, session in zip(p50["rest"], p50["session"], strict=True)]
+    ratios = {
+        tool: statistics.median(mine / other for mine, other in zip(per_s["deploy"], per_s[tool], strict=True))
+        for tool in ("litserve", "mlserver")
+    }
+    return {"p50_ms": p50, "overhead_ms": statistics.median(overheads), "requests_per_s": per_s, "ratios": ratios}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peers", type=Path, default=PEERS, metavar="PYTHON", help="of `make serving-peers` (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in each round")
+    options = parser.parse_args()
+    if not options.peers.exists():
+        sys.exit(f"no Python at {options.peers}: run `make serving-peers`, or name another with --peers")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = lenet5(folder, options.peers.absolute(), options.rounds, options.seconds)
+        large = resnet34(folder, options.rounds, options.seconds)
+    rates = small["requests_per_s"]
+    checks = [
+        (
+            f"resnet34 INT8, OpenVINO, 8 callers: {large['ratio']:.2f} of the bare session at its best batch, {large['best_batch']}"
+            f" ({statistics.median(large['server']):.0f} of {statistics.median(large['session']):.0f} images/s; goal: at least 0.9)",
+            large["ratio"] >= 0.9,
+        ),
+        (
+            f"lenet5, one caller, REST binary: {small['overhead_ms']:.2f} ms over the bare session at p50 (goal: under 0.5)",
+            small["overhead_ms"] < 0.5,
+        ),
+        *(
+            (
+                f"lenet5, 32 callers, JSON: {ratio:.1f} times the requests of {tool} ({statistics.median(rates['deploy']):,.0f} and"
+                f" {statistics.median(rates[tool]):,.0f} a second; goal: at least 2)",
+                ratio >= 2,
+            )
+            for tool, ratio in small["ratios"].items()
+        ),
+    ]
+    lines = [verdict(text, met) for text, met in checks]
+    lines.append(f"lenet5, 32 callers, binary: {statistics.median(rates['deploy, binary']):,.0f} a second")
+    print("\n".join(lines))
+    conditions = {"cpu": cpu_model(), "cores": usable_cores(), "rounds": options.rounds, "seconds": options.seconds}
+    write_results(
+        "serving", {"conditions": conditions, "resnet34": large, "lenet5": small}, "".join(f"- {line}\n" for line in lines)
+    )
+    return 0 if all(met for _, met in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
