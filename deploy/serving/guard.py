@@ -4,9 +4,12 @@ import functools
 import hmac
 import ipaddress
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from deploy.errors import DataError, DeployError, UsageError
 
@@ -106,14 +109,20 @@ def read_token(path: Path) -> str:
     return text
 
 
-async def read_body(stream: AsyncIterator[bytes], declared: str | None, encoding: str, limit: int) -> bytes:
-    """The body of a request, decompressed. Raises RefusedError as soon as it goes beyond `limit` bytes."""
+async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> bytes:
+    """The body of a request, decompressed. Raises RefusedError as soon as it goes beyond `limit` bytes, ClientDisconnect."""
     if declared is not None and declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     expand = _Expander(encoding, limit)
     parts: list[bytes] = []
     taken = size = 0
-    async for chunk in stream:
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
         taken += len(chunk)
         part = expand(chunk)
         size += len(part)

@@ -41,7 +41,7 @@ EXTENSIONS = (
     "parameters", "schedule_policy", "statistics",
 )  # fmt: skip
 
-_HEADER_LENGTH = "Inference-Header-Content-Length"
+_HEADER_LENGTH = "inference-header-content-length"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ADMIN = re.compile(r"/v2/repository/")
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
@@ -49,7 +49,7 @@ _OPEN = re.compile(r"/v2/health/(live|ready)")
 _MOST_TOP = 1000
 _RETRY_AFTER_S = "1"
 
-Handler = Callable[[Request], Awaitable[Response]]
+Infer = Callable[[str, str | None, Mapping[str, str], Receive], Awaitable[Response]]
 
 
 def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bool = False) -> ASGIApp:
@@ -68,7 +68,6 @@ def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bo
     ]
     for base in (model, version):
         routes += [
-            Route(f"{base}/infer", door.infer, methods=["POST"]),
             Route(f"{base}/classify", door.classify, methods=["POST"]),
             Route(base, door.metadata, methods=["GET"]),
             Route(f"{base}/ready", door.model_ready, methods=["GET"]),
@@ -84,7 +83,7 @@ class _Guard:
     `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
     """
 
-    def __init__(self, app: ASGIApp, infer: Handler, access: Access, *, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool) -> None:
         self._app = app
         self._infer = infer
         self._access = access
@@ -114,9 +113,10 @@ class _Guard:
         try:
             if not _OPEN.fullmatch(path):
                 self._access.check(headers, admin=_ADMIN.match(path) is not None)
-            if scope["method"] == "POST" and (found := _INFER.fullmatch(path)):
-                scope["path_params"] = {key: value for key, value in found.groupdict().items() if value is not None}
-                response = await self._infer(Request(scope, receive))
+            if found := _INFER.fullmatch(path):
+                if scope["method"] != "POST":
+                    raise HTTPException(405, headers={"Allow": "POST"})
+                response = await self._infer(found["model"], found["version"], headers, receive)
                 await response(scope, receive, named)
             else:
                 scope["app"] = self  # the router then raises what it has to say
@@ -196,24 +196,26 @@ class _Door:
 
     # Inference.
 
-    async def infer(self, request: Request) -> Response:
-        served = self._served(request)
-        length = request.headers.get(_HEADER_LENGTH)
+    async def infer(self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive) -> Response:
+        served = self._models.get(model, version or "")
+        length = headers.get(_HEADER_LENGTH)
         if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 20):
-            raise InputError(f"{_HEADER_LENGTH} must be a number, not {length!r}")
-        body = await self._body(request)
+            raise InputError(f"Inference-Header-Content-Length must be a number, not {length!r}")
+        body = await self._read(headers, receive)
         asked = parse_request(body, None if length is None else int(length), served.inputs, served.outputs)
         used, results = await self._models.infer(
             served,
             asked.feed,
-            pinned="version" in request.path_params,
+            pinned=version is not None,
             priority=asked.priority,
             timeout_s=asked.timeout_s,
         )
         content, header_length = build_response(used.source.name, used.source.version, asked, results)
         if header_length is None:
             return Response(content, media_type="application/json")
-        return Response(content, media_type="application/octet-stream", headers={_HEADER_LENGTH: str(header_length)})
+        return Response(
+            content, media_type="application/octet-stream", headers={"Inference-Header-Content-Length": str(header_length)}
+        )
 
     async def classify(self, request: Request) -> Response:
         """An image in the body; the likeliest classes, as many as `?top=` says."""
@@ -249,9 +251,11 @@ class _Door:
         return self._models.get(request.path_params["model"], request.path_params.get("version", ""))
 
     async def _body(self, request: Request) -> bytes:
-        headers = request.headers
+        return await self._read(request.headers, request.receive)
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         reading = read_body(
-            request.stream(), headers.get("content-length"), headers.get("content-encoding", ""), self._limits.request_bytes
+            receive, headers.get("content-length"), headers.get("content-encoding", ""), self._limits.request_bytes
         )
         try:
             async with asyncio.timeout(self._limits.body_s):

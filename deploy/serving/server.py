@@ -1,6 +1,7 @@
 """A server as a whole: its doors, the order in which it comes up, and how it goes down without losing a request."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -82,6 +83,8 @@ def serve(sources: list[ModelSource], models: ModelOptions, options: ServerOptio
     served = Models(sources, models)
     try:
         served.load_all()
+        gc.collect()
+        gc.freeze()  # what is there now stays: not to be gone through again and again while requests wait
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(served, options))
     finally:
