@@ -20,8 +20,8 @@ from common import verdict
 
 import deploy
 from deploy.bench.inputs import make_feeds
-from deploy.bench.measure import ROUNDS
 from deploy.bench.rows import verdict_of
+from deploy.bench.run import ROUNDS
 from deploy.timing import paired_ratio, sample
 
 GOAL_US = 1.0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.preprocess import Preprocess as Preprocess
     from deploy.runtime.batcher import Batcher as Batcher
     from deploy.runtime.batcher import BatcherOptions as BatcherOptions
-    from deploy.runtime.batcher import Pipeline as Pipeline
+    from deploy.runtime.pipeline import Pipeline as Pipeline
     from deploy.runtime.session import Session as Session
 
 _NAMES = {
@@ -36,7 +36,7 @@ _NAMES = {
     "Batcher": "deploy.runtime.batcher",
     "BatcherOptions": "deploy.runtime.batcher",
     "DeployError": "deploy.errors",
-    "Pipeline": "deploy.runtime.batcher",
+    "Pipeline": "deploy.runtime.pipeline",
     "Preprocess": "deploy.preprocess",
     "Session": "deploy.runtime.session",
     "build_trt": "deploy.api",

@@ -106,6 +106,12 @@ def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
     return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
 
 
+def rows_join(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether feeds can be put together row by row, and their results taken apart: all tensors begin with the symbolic batch."""
+    batch = batch_dim(inputs)
+    return batch is not None and all(spec.shape and spec.shape[0] == batch for spec in (*inputs, *outputs))
+
+
 def default_profile(specs: Sequence[TensorSpec]) -> Profile | None:
     """The profile with batch sizes `DEFAULT_BATCH`; None when a dimension other than the batch is symbolic."""
     batch = batch_dim(specs)

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,19 @@ class _System:
                 self.error = error
         self._lg.QuerySamplesComplete([self._lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
 
-    def working(self) -> "_Working":
-        return _Working([threading.Thread(target=self._work) for _ in range(self._session.concurrency)], self._queue)
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Threads at work on what is enqueued; None in the queue ends them."""
+        threads = [threading.Thread(target=self._work) for _ in range(self._session.concurrency)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            for _ in threads:
+                self._queue.put(None)
+            for thread in threads:
+                thread.join()
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
@@ -208,24 +220,6 @@ class _System:
                 self._queue.put(None)
                 return
             yield sample
-
-
-class _Working:
-    """Threads at work on a queue; the end of it is None."""
-
-    def __init__(self, threads: Sequence[threading.Thread], queue: "queue.SimpleQueue[Any]") -> None:
-        self._threads = threads
-        self._queue = queue
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        for _thread in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
 
 
 def read_logs(folder: Path, scenario: str) -> Judged:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from deploy.artifact import Artifact
 from deploy.bench.load import Load
@@ -85,6 +86,14 @@ class BenchOptions:
             raise UsageError(f"threads must be 1 or more, not {self.threads}")
 
 
+class Named(TypedDict):
+    """How the results name a candidate."""
+
+    artifact: str
+    precision: str
+    backend: str
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
     """One artifact on one backend, the batch sizes it is to run at, and the sizes of all other symbolic dimensions.
@@ -102,6 +111,11 @@ class Candidate:
         """Sizes of all symbolic dimensions of the inputs."""
         name = batch_dim(self.artifact.manifest.inputs)
         return {**self.dims, name: batch} if name is not None else dict(self.dims)
+
+    @property
+    def named(self) -> Named:
+        """The fields by which a row of the results says what it is of."""
+        return Named(artifact=self.artifact.shown, precision=self.precision, backend=self.backend)
 
     @property
     def precision(self) -> str:

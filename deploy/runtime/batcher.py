@@ -11,31 +11,29 @@ in the session, the other hands out the last results; as soon as the session is 
 
 import asyncio
 import contextlib
-import itertools
+import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from deploy.errors import BackendError, DeadlineError, DeployError, InputError, QueueFullError, SessionClosedError, UsageError
+from deploy.runtime.requests import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue, apart
 from deploy.runtime.session import Session
-from deploy.tensors import batch_dim
+from deploy.tensors import rows_join
+
+logger = logging.getLogger("deploy.runtime")
 
 DEFAULT_ROWS = 32
 """Rows of a batch at most where neither the options nor a profile say."""
 
-NORMAL_PRIORITY = 100
-
 INLINE_S = 2e-4
 """A run that takes no longer is made in an event loop itself."""
-
-Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,46 +61,6 @@ class BatcherOptions:
             raise UsageError(f"delay_ms must be 0 or more, not {self.delay_ms:g}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRecord:
-    """What became of one batch. queue_s: of each request, from its coming to its being taken. The other seconds are of the batch:
-    putting the inputs together, the session's run, and taking the outputs apart. error: what failed all of them, if anything."""
-
-    rows: int
-    queue_s: Sequence[float]
-    total_s: Sequence[float]
-    input_s: float
-    infer_s: float
-    output_s: float
-    error: Exception | None = None
-
-
-class _Request:
-    """One request in the queue. `finish` is called once, with the outputs or an error, from a thread of the batcher."""
-
-    __slots__ = ("came", "deadline", "feed", "finish", "key", "number", "priority", "rows", "start")
-
-    def __init__(
-        self,
-        feed: Mapping[str, np.ndarray],
-        rows: int,
-        key: Any,
-        priority: int,
-        deadline: float | None,
-        start: Callable[[], bool],
-        finish: Callable[[Outputs | None, Exception | None], None],
-    ) -> None:
-        self.feed = feed
-        self.rows = rows
-        self.key = key
-        self.priority = priority
-        self.deadline = deadline
-        self.start = start
-        self.finish = finish
-        self.came = time.perf_counter()
-        self.number = 0
-
-
 class Batcher:
     """Batches of a session, which stays the caller's to close. Safe to use from many threads and event loops at once.
 
@@ -120,12 +78,9 @@ class Batcher:
         self.session = session
         self.options = options
         self._observe = observe
-        self._names = tuple(spec.name for spec in session.inputs)
         self.max_rows = _most_rows(session, options)
         """Rows of a batch at most; None where each request goes alone."""
-        self._queues: dict[int, OrderedDict[int, _Request]] = {}
-        self._numbers = itertools.count()
-        self._waiting_rows = 0
+        self._queue = RequestQueue()
         self._condition = threading.Condition()
         self._closed = False
         self._instances = options.instances or session.concurrency
@@ -172,11 +127,6 @@ class Batcher:
         self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
     ) -> Outputs:
         """`run` for asyncio: other tasks go on meanwhile. Where the task is cancelled, the request leaves the queue."""
-        # Two changes of threads take longer than a small model: it is run here then, and holds the loop up for no longer.
-        if self._alone_s <= INLINE_S:
-            small = self._request(feed, priority, timeout_s, _always, _nothing)
-            if small.rows == 1 and self._enter():
-                return self._run_here(small)
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Outputs] = loop.create_future()
 
@@ -194,6 +144,9 @@ class Batcher:
                 loop.call_soon_threadsafe(settle, outputs, error)
 
         request = self._request(feed, priority, timeout_s, lambda: not waiter.cancelled(), finish)
+        # Two changes of threads take longer than a small model: it is run here then, and holds the loop up for no longer.
+        if self._alone_s <= INLINE_S and request.rows == 1 and self._enter():
+            return self._run_here(request)
         self._put(request)
         try:
             return await waiter
@@ -204,14 +157,14 @@ class Batcher:
     def _enter(self) -> bool:
         """Take the session for a run in the caller's thread, if nothing runs or waits and nothing is waited for."""
         with self._condition:
-            if self._running or self._queues or self._closed or self.options.delay_ms:
+            if self._running or self._queue or self._closed or self.options.delay_ms:
                 return False
             self._running += 1
             return True
 
-    def _run_here(self, request: _Request) -> Outputs:
+    def _run_here(self, request: Request) -> Outputs:
         try:
-            done = self._run([request], {})
+            done = self._run([request], None)
         finally:
             self._leave()
         self._report(done, time.perf_counter())
@@ -224,15 +177,15 @@ class Batcher:
     def waiting(self) -> int:
         """Requests in the queue."""
         with self._condition:
-            return sum(map(len, self._queues.values()))
+            return len(self._queue)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, and wait until those queued are answered, or without `drain` fail them with SessionClosedError."""
         with self._condition:
             self._closed = True
-            left = [] if drain else [request for queue in self._queues.values() for request in queue.values()]
+            left = [] if drain else list(self._queue)
             for request in left:
-                self._remove(request)
+                self._queue.remove(request)
             self._condition.notify_all()
         for request in left:
             if request.start():
@@ -257,7 +210,7 @@ class Batcher:
         timeout_s: float | None,
         start: Callable[[], bool],
         finish: Callable[[Outputs | None, Exception | None], None],
-    ) -> _Request:
+    ) -> Request:
         if priority < 1:
             raise UsageError(f"priority must be 1 (the highest) or more, not {priority}")
         self.session.check(feed)
@@ -266,68 +219,54 @@ class Batcher:
         if self.max_rows is None:
             rows, key = 1, None
         else:
-            rows = len(feed[self._names[0]])
-            key = tuple([feed[name].shape[1:] for name in self._names])
+            rows = len(feed[self.session.inputs[0].name])
+            key = tuple([feed[spec.name].shape[1:] for spec in self.session.inputs])
             if rows > self.max_rows:
                 raise InputError(f"{rows} rows in one request; a batch of {self.session.name!r} has {self.max_rows} at most")
         deadline = None if timeout_s is None else time.perf_counter() + timeout_s
-        return _Request(feed, rows, key, priority, deadline, start, finish)
+        return Request(feed, rows=rows, key=key, priority=priority, deadline=deadline, start=start, finish=finish)
 
-    def _put(self, request: _Request) -> None:
+    def _put(self, request: Request) -> None:
         with self._condition:
             if self._closed:
                 raise self._closed_error()
-            if self._waiting_rows + request.rows > self.options.queue_rows:
+            if self._queue.rows + request.rows > self.options.queue_rows:
                 raise QueueFullError(
-                    f"the queue of {self.session.name!r} is full: {self._waiting_rows} rows wait, {self.options.queue_rows} may"
+                    f"the queue of {self.session.name!r} is full: {self._queue.rows} rows wait, {self.options.queue_rows} may;"
+                    " try again later, or allow more (queue_rows)"
                 )
-            request.number = next(self._numbers)
-            queue = self._queues.get(request.priority)
-            if queue is None:
-                queue = self._queues[request.priority] = OrderedDict()
-                self._queues = dict(sorted(self._queues.items()))
-            queue[request.number] = request
-            self._waiting_rows += request.rows
+            self._queue.put(request)
             if self._running < self._instances:
                 self._condition.notify()
 
-    def _discard(self, request: _Request) -> None:
+    def _discard(self, request: Request) -> None:
         """Take a cancelled request out of the queue, if it is still there."""
         with self._condition:
-            if request.number in self._queues.get(request.priority, ()):
-                self._remove(request)
-
-    def _remove(self, request: _Request) -> None:
-        queue = self._queues[request.priority]
-        del queue[request.number]
-        self._waiting_rows -= request.rows
-        if not queue:
-            del self._queues[request.priority]
+            if request in self._queue:
+                self._queue.remove(request)
 
     # Batches.
 
     def _work(self) -> None:
-        staging: dict[tuple[Any, ...], np.ndarray] = {}
+        joiner = Joiner(self.max_rows or 1)
         while (batch := self._take()) is not None:
             try:
-                done = self._execute(batch, staging) if batch else []
+                done = self._execute(batch, joiner) if batch else []
             finally:
                 self._leave()
             for each in done:
                 self._hand_out(each)
 
-    def _take(self) -> list[_Request] | None:
+    def _take(self) -> list[Request] | None:
         """The next batch, once the session is free; an empty one where all of it was cancelled or too late; None at the end."""
         with self._condition:
             while not self._due():
-                if self._closed and not self._queues:
+                if self._closed and not self._queue:
                     return None
                 self._condition.wait(self._time_left())
-            taken = self._gather(self._first())
-            for request in taken:
-                self._remove(request)
+            taken = self._queue.take(self.max_rows)
             self._running += 1
-            if self._queues and self._running < self._instances:
+            if self._queue and self._running < self._instances:
                 self._condition.notify()
         now = time.perf_counter()
         batch = []
@@ -346,144 +285,96 @@ class Batcher:
             self._running -= 1
             if self._closed:
                 self._condition.notify_all()
-            elif self._queues:
+            elif self._queue:
                 self._condition.notify()
 
     def _due(self) -> bool:
         """Whether a batch is to be taken now."""
-        if not self._queues or self._running >= self._instances:
+        if not self._queue or self._running >= self._instances:
             return False
         if not self.options.delay_ms or self.max_rows is None or self._closed:
             return True
-        return self._rows_like(self._first()) >= self.max_rows or (self._time_left() or 0) <= 0
+        return self._queue.holds(self.max_rows) or (self._time_left() or 0) <= 0
 
     def _time_left(self) -> float | None:
         """Seconds that the first request may still wait for others; None where nothing waits, or not for that."""
-        if not self._queues or self._running >= self._instances or not self.options.delay_ms:
+        if not self._queue or self._running >= self._instances or not self.options.delay_ms:
             return None
-        return self._first().came + self.options.delay_ms / 1e3 - time.perf_counter()
+        return self._queue.first.came + self.options.delay_ms / 1e3 - time.perf_counter()
 
-    def _first(self) -> _Request:
-        return next(iter(next(iter(self._queues.values())).values()))
-
-    def _all(self) -> Iterable[_Request]:
-        return itertools.chain.from_iterable(queue.values() for queue in self._queues.values())
-
-    def _rows_like(self, first: _Request) -> int:
-        """Rows that wait and could go with `first`, as far as they go into one batch."""
-        assert self.max_rows is not None
-        rows = 0
-        for request in self._all():
-            if request.key == first.key:
-                rows += request.rows
-                if rows >= self.max_rows:
-                    break
-        return rows
-
-    def _gather(self, first: _Request) -> list[_Request]:
-        """`first` and what fits into a batch with it, in order; it stops at the first of its shape that does not fit."""
-        if self.max_rows is None:
-            return [first]
-        taken = []
-        rows = 0
-        for request in self._all():
-            if request.key != first.key:
-                continue
-            if rows + request.rows > self.max_rows:
-                break
-            taken.append(request)
-            rows += request.rows
-            if rows == self.max_rows:
-                break
-        return taken
-
-    def _execute(self, batch: Sequence[_Request], staging: dict[tuple[Any, ...], np.ndarray]) -> "list[_Done]":
+    def _execute(self, batch: Sequence[Request], joiner: Joiner) -> "list[_Done]":
         """Run the batch; where it fails, each request alone, for one of them may be to blame."""
-        done = self._run(batch, staging)
+        done = self._run(batch, joiner)
         if done.error is None or len(batch) == 1:
             return [done]
-        return [self._run([request], staging) for request in batch]
+        return [self._run([request], joiner) for request in batch]
 
-    def _run(self, batch: Sequence[_Request], staging: dict[tuple[Any, ...], np.ndarray]) -> "_Done":
+    def _run(self, batch: Sequence[Request], joiner: Joiner | None) -> "_Done":
         began = joined = time.perf_counter()
         outputs: Outputs | None = None
         error: Exception | None = None
         try:
-            feed = batch[0].feed if len(batch) == 1 else self._join(batch, staging)
+            feed = batch[0].feed if joiner is None or len(batch) == 1 else joiner.join(batch)
             joined = time.perf_counter()
             outputs = self.session.run(feed)
         except Exception as caught:
             error = caught
         return _Done(batch=batch, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter())
 
-    def _join(self, batch: Sequence[_Request], staging: dict[tuple[Any, ...], np.ndarray]) -> dict[str, np.ndarray]:
-        """One feed of all, in memory that is used again."""
-        assert self.max_rows is not None
-        rows = sum(request.rows for request in batch)
-        feed = {}
-        for name in self._names:
-            first = batch[0].feed[name]
-            key = (name, first.shape[1:])
-            whole = staging.get(key)
-            if whole is None:
-                if len(staging) >= 4 * len(self._names):
-                    staging.clear()  # of shapes that come once there may be any number
-                whole = staging[key] = np.empty((self.max_rows, *first.shape[1:]), dtype=first.dtype)
-            feed[name] = np.concatenate([request.feed[name] for request in batch], out=whole[:rows])
-        return feed
-
     def _hand_out(self, done: "_Done") -> None:
+        error = done.error
+        for request, own in zip(done.batch, self._apart(done), strict=True):
+            if isinstance(own, Exception):
+                error = own
+                request.finish(None, _ours(own, self.session.name))
+            else:
+                request.finish(own, None)
+        self._report(replace(done, error=error), time.perf_counter())
+
+    def _apart(self, done: "_Done") -> Sequence[Outputs | Exception]:
+        """What each request of the batch gets: its own rows, or the error."""
         batch, outputs = done.batch, done.outputs
         if outputs is None:
             assert done.error is not None
-            batch[0].finish(None, _ours(done.error, self.session.name))
-        elif len(batch) == 1:
-            batch[0].finish(outputs, None)
-        else:
-            at = 0
-            for request in batch:
-                # Copies: a caller that keeps its rows must not keep those of all others, nor see them.
-                own = {name: array[at : at + request.rows].copy() for name, array in outputs.items()}
-                at += request.rows
-                request.finish(own, None)
-        self._report(done, time.perf_counter())
+            return [done.error] * len(batch)
+        if len(batch) == 1:
+            return [outputs]
+        try:
+            return apart(outputs, [request.rows for request in batch])
+        except Exception as error:  # no memory for them, or fewer rows than were fed: an answer to all of them too
+            return [error] * len(batch)
 
     def _report(self, done: "_Done", end: float) -> None:
         batch = done.batch
         if len(batch) == 1 and done.error is None:
             self._alone_s += 0.1 * (done.ran - done.joined - self._alone_s)
-        if self._observe is not None:
-            self._observe(
-                BatchRecord(
-                    rows=sum(request.rows for request in batch),
-                    queue_s=[done.began - request.came for request in batch],
-                    total_s=[end - request.came for request in batch],
-                    input_s=done.joined - done.began,
-                    infer_s=done.ran - done.joined,
-                    output_s=end - done.ran,
-                    error=done.error,
-                )
-            )
+        if self._observe is None:
+            return
+        record = BatchRecord(
+            rows=sum(request.rows for request in batch),
+            queue_s=[done.began - request.came for request in batch],
+            total_s=[end - request.came for request in batch],
+            input_s=done.joined - done.began,
+            infer_s=done.ran - done.joined,
+            output_s=end - done.ran,
+            error=done.error,
+        )
+        try:
+            self._observe(record)
+        except Exception:  # the observer's own fault: the requests have their answers, and the batcher goes on
+            logger.exception("what observes the batches of %r failed", self.session.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
     """A batch that was run: its outputs or the error, and when it was begun, put together and run."""
 
-    batch: Sequence[_Request]
+    batch: Sequence[Request]
     outputs: Outputs | None
     error: Exception | None
     began: float
     joined: float
     ran: float
-
-
-def _always() -> bool:
-    return True
-
-
-def _nothing(outputs: Outputs | None, error: Exception | None) -> None:
-    pass
 
 
 def _ours(error: Exception, name: str) -> Exception:
@@ -496,8 +387,7 @@ def _ours(error: Exception, name: str) -> Exception:
 
 def _most_rows(session: Session, options: BatcherOptions) -> int | None:
     """Rows of a batch; None where rows of requests cannot be put together, or their results not be taken apart."""
-    batch = batch_dim(session.inputs)
-    if batch is None or any(not spec.shape or spec.shape[0] != batch for spec in (*session.inputs, *session.outputs)):
+    if not rows_join(session.inputs, session.outputs):
         return None
     names = [spec.name for spec in session.inputs]
     allowed = max((profile[names[0]].max[0] for profile in session.profiles), default=None)
@@ -505,76 +395,3 @@ def _most_rows(session: Session, options: BatcherOptions) -> int | None:
     if allowed is not None and wanted > allowed:
         raise UsageError(f"max_rows is {wanted}; the profiles of {session.name!r} take {allowed} rows at most")
     return min(wanted, options.queue_rows)
-
-
-class Pipeline:
-    """What comes before and after a batcher, in threads of its own, so that all three overlap.
-
-    before: makes a feed of an item. after: makes a result of the outputs. Either may raise, which fails its item alone.
-    """
-
-    def __init__(
-        self,
-        batcher: Batcher,
-        before: Callable[[Any], Mapping[str, np.ndarray]],
-        after: Callable[[Outputs], Any],
-        *,
-        workers: int = 2,
-    ) -> None:
-        if workers < 1:
-            raise UsageError(f"workers must be 1 or more, not {workers}")
-        self.batcher = batcher
-        self._before = before
-        self._after = after
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"deploy pipeline {batcher.session.name}")
-
-    def submit(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Future[Any]:
-        """The result of one item. Errors of all steps come with the future."""
-        result: Future[Any] = Future()
-        result.set_running_or_notify_cancel()
-
-        def fail(error: BaseException) -> None:
-            result.set_exception(error)
-
-        def begin() -> None:
-            try:
-                inner = self.batcher.submit(self._before(item), priority=priority, timeout_s=timeout_s)
-            except Exception as error:
-                fail(error)
-            else:
-                inner.add_done_callback(hand_on)
-
-        def hand_on(inner: Future[Outputs]) -> None:
-            try:
-                self._pool.submit(end, inner)
-            except RuntimeError:  # the pool is closed: here, then
-                end(inner)
-
-        def end(inner: Future[Outputs]) -> None:
-            try:
-                result.set_result(self._after(inner.result()))
-            except Exception as error:
-                fail(error)
-
-        try:
-            self._pool.submit(begin)
-        except RuntimeError:
-            raise SessionClosedError(f"the pipeline of {self.batcher.session.name!r} is closed") from None
-        return result
-
-    async def run_async(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Any:
-        """`submit` for asyncio. Where the task is cancelled, the request leaves the batcher's queue."""
-        loop = asyncio.get_running_loop()
-        feed = await loop.run_in_executor(self._pool, self._before, item)
-        outputs = await self.batcher.run_async(feed, priority=priority, timeout_s=timeout_s)
-        return await loop.run_in_executor(self._pool, self._after, outputs)
-
-    def close(self) -> None:
-        """Wait for what was submitted to its first step; the batcher stays the caller's to close, after this."""
-        self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

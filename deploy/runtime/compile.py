@@ -52,7 +52,10 @@ class CompileSession(EagerSession):
         return result
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """By torch's profiler: the time of each operator and compiled kernel, which belong to no module any longer."""
+        """By torch's profiler: the time of each operator and compiled kernel, which belong to no module any longer.
+
+        Those of one name are one layer; its time is the mean over the runs and not the median.
+        """
         on_gpu = self.device != "cpu"
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
         for _ in range(WARMUPS):

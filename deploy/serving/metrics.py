@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deploy.errors import DeadlineError, InputError, QueueFullError
-from deploy.runtime.batcher import BatchRecord
+from deploy.runtime.requests import BatchRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -34,7 +34,6 @@ class Counts:
     executions: int = 0
     duration_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STEPS, 0))
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_MS) + 1))
-    last_ms: int = 0
 
 
 class Meter:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from deploy.artifact import Artifact
-from deploy.errors import DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
+from deploy.errors import BackendError, DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
 from deploy.loading import load
 from deploy.opening import open_artifact
-from deploy.runtime.batcher import NORMAL_PRIORITY, Batcher, BatcherOptions, Outputs
+from deploy.runtime.batcher import Batcher, BatcherOptions
+from deploy.runtime.requests import NORMAL_PRIORITY, Outputs
 from deploy.runtime.session import Session
 from deploy.serving.metrics import Meter
 from deploy.serving.protocol import DATATYPES
-from deploy.tensors import TensorSpec, batch_dim
+from deploy.tensors import TensorSpec, batch_dim, random_feed
 
 logger = logging.getLogger("deploy.serving")
 
@@ -179,8 +180,6 @@ def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Ser
 
 def _warm_up(session: Session, batcher: Batcher) -> None:
     """Run batches of 1, 2, 4 and so on, so that no request meets a shape for the first time. Not through the batcher: not counted."""
-    from deploy.tensors import random_feed
-
     try:
         dims = session.dims()
     except UsageError as error:
@@ -306,7 +305,7 @@ class Models:
                     self._served[name] = dict(sorted(versions.items(), key=lambda item: int(item[0])))
                     self._meters[key].waiting = lambda batcher=new.batcher: batcher.waiting  # type: ignore[misc]
                     self._reasons.pop(key, None)
-                logger.info("%s", "loaded" if old is None else "swapped", extra={"model": name, "version": source.version})
+                logger.info("loaded" if old is None else "swapped", extra={"model": name, "version": source.version})
                 if old is not None:
                     _retire(old)
 
@@ -317,6 +316,7 @@ class Models:
                 gone = self._served.pop(name, {})
                 for version in gone:
                     self._reasons[name, version] = "unloaded"
+                    self._meters[name, version].waiting = lambda: 0  # and hold on to the batcher no longer
             for served in gone.values():
                 _retire(served)
                 logger.info("unloaded", extra={"model": name, "version": served.source.version})
@@ -335,8 +335,6 @@ class Models:
 
 def _observed(error: DeployError) -> bool:
     """Whether the batcher has told the meter of this error: it failed in a batch."""
-    from deploy.errors import BackendError
-
     return isinstance(error, BackendError)
 
 

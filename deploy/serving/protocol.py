@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from deploy.errors import InputError
-from deploy.runtime.batcher import NORMAL_PRIORITY
+from deploy.runtime.requests import NORMAL_PRIORITY
 from deploy.tensors import TensorSpec
 
 DATATYPES = {

@@ -18,7 +18,7 @@ from deploy.onnxfile import external_files, load_graph
 from deploy.opening import open_artifact
 from deploy.serving.models import ModelSource
 from deploy.serving.protocol import DATATYPES
-from deploy.tensors import TensorSpec, batch_dim, default_dims
+from deploy.tensors import TensorSpec, batch_dim, default_dims, rows_join
 
 KSERVE = "inferenceservice.yaml"
 LABELS = "labels.txt"
@@ -89,8 +89,7 @@ def config_pbtxt(name: str, artifact: Artifact, options: TritonOptions) -> str:
     manifest = artifact.manifest
     engine = manifest.target is not None
     batch = batch_dim(manifest.inputs)
-    specs = (*manifest.inputs, *manifest.outputs)
-    batched = batch is not None and all(spec.shape and spec.shape[0] == batch for spec in specs)
+    batched = rows_join(manifest.inputs, manifest.outputs)
     first = manifest.inputs[0].name
     allowed = max((profile[first].max[0] for profile in manifest.profiles), default=None) if batched else None
     most = min(options.max_batch or allowed or 32, allowed or 1 << 30) if batched else 0

@@ -10,10 +10,11 @@ from PIL import Image
 
 import deploy
 from deploy.artifact import Artifact
-from deploy.bench.measure import MIN_ROUNDS, bench
+from deploy.bench.measure import bench
 from deploy.bench.plan import BenchOptions
 from deploy.bench.process import WorkerProcess
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow
+from deploy.bench.run import MIN_ROUNDS
 from deploy.errors import ArtifactError, BackendError, UsageError
 
 QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)

@@ -13,7 +13,9 @@ import pytest
 import deploy
 from deploy.artifact import Artifact
 from deploy.errors import BackendError, DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
-from deploy.runtime.batcher import Batcher, BatcherOptions, BatchRecord, Pipeline
+from deploy.runtime.batcher import Batcher, BatcherOptions
+from deploy.runtime.pipeline import Pipeline
+from deploy.runtime.requests import BatchRecord, Request, RequestQueue
 from deploy.runtime.session import Session, open_session
 
 WAIT_S = 20
@@ -314,6 +316,50 @@ def test_every_batch_is_observed_with_its_times(session: Any) -> None:
     assert all(0.04 < waited < 5 for waited in seen[1].queue_s)
     assert all(total >= waited for total, waited in zip(seen[1].total_s, seen[1].queue_s, strict=True))
     assert seen[1].error is None
+
+
+def test_an_observer_that_fails_stops_nothing(session: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def observe(record: BatchRecord) -> None:
+        raise ValueError("no room for figures")
+
+    with Batcher(session, observe=observe) as batcher:
+        assert [same(session, images(2, seed), batcher.run(images(2, seed), timeout_s=WAIT_S)) for seed in range(5)] == [True] * 5
+    assert "what observes the batches of 'lenet5' failed" in caplog.text
+
+
+def test_outputs_with_fewer_rows_than_were_fed_fail_all_and_nobody_waits_for_ever(session: Any) -> None:
+    run = session.run
+    session.run = lambda feed: {name: array[:0].sum(axis=0) for name, array in run(feed).items()}  # no rows at all
+    with Batcher(session, BatcherOptions(max_rows=8)) as batcher:
+        hold(session, batcher)
+        futures = [batcher.submit(images(2, seed)) for seed in range(3)]
+        session.gate.set()
+        for future in futures:
+            with pytest.raises(BackendError, match="gave 10 rows for 6"):
+                future.result(WAIT_S)
+
+
+def test_the_queue_keeps_priorities_orders_and_rows() -> None:
+    def request(rows: int, key: str = "a", priority: int = 5) -> Request:
+        return Request(
+            {}, rows=rows, key=key, priority=priority, deadline=None, start=lambda: True, finish=lambda outputs, error: None
+        )
+
+    queue = RequestQueue()
+    assert not queue
+    asked = [request(2), request(3, "b"), request(2), request(4), request(1, priority=1), request(1)]
+    for each in asked:
+        queue.put(each)
+    assert (len(queue), queue.rows) == (6, 13)
+    assert queue.first is asked[4]
+    assert queue.holds(9)
+    assert not queue.holds(11)  # "b" is not counted
+    assert queue.take(5) == [asked[4], asked[0], asked[2]]  # the next of its sort does not fit: the one behind it waits too
+    queue.remove(asked[3])
+    assert asked[3] not in queue
+    assert queue.take(None) == [asked[1]]
+    assert queue.take(8) == [asked[5]]
+    assert (len(queue), queue.rows, bool(queue)) == (0, 0, False)
 
 
 @pytest.fixture(scope="module")
