@@ -2,17 +2,20 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from deploy.cli.common import PATH, backend_option, debug_option, device_option, threads_option
+from deploy.errors import UsageError
 
 _TOKEN = "DEPLOY_TOKEN"  # noqa: S105  (the name of a variable)
 _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
 
 
 @click.command("serve")
-@click.argument("models", nargs=-1, required=True, metavar="ARTIFACT|NAME=PATH[@VERSION]...")
+@click.argument("models", nargs=-1, metavar="ARTIFACT|NAME=PATH[@VERSION]...")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
 @click.option(
     "--http-port", type=int, default=8000, show_default=True, metavar="P", help="Port of the REST door; 0 takes a free one."
@@ -77,6 +80,31 @@ _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
 )
 @click.option("--drain-timeout", type=float, default=30.0, show_default=True, metavar="S", help="Time for requests under way.")
 @click.option("--log-requests", is_flag=True, help="Log every request, not only errors.")
+@click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Serve over REST on the Ray cluster at ADDRESS; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
+)
+@click.option("--replicas", type=int, metavar="N", help="With --ray: replicas at least.  [default: 1]")
+@click.option("--max-replicas", type=int, metavar="N", help="With --ray: replicas at most; Ray scales.  [default: as --replicas]")
+@click.option("--replicas-per-node", type=int, metavar="N", help="With --ray: replicas on one node at most.")
+@click.option(
+    "--target-requests",
+    type=float,
+    metavar="N",
+    help="With --max-replicas: requests under way for each replica that Ray scales to.  [default: 16]",
+)
+@click.option(
+    "--replica-cpus",
+    type=float,
+    metavar="N",
+    help="With --ray: CPUs of a replica, and its threads unless --threads.  [default: 1]",
+)
+@click.option("--replica-gpus", type=float, metavar="N", help="With --ray: GPUs of a replica.  [default: 0]")
+@click.option("--detach", is_flag=True, help="With --ray ADDRESS: leave once it is deployed; it goes on.")
 @backend_option
 @device_option
 @threads_option
@@ -103,6 +131,14 @@ def command(
     stop_delay: float,
     drain_timeout: float,
     log_requests: bool,
+    ray_address: str | None,
+    replicas: int | None,
+    max_replicas: int | None,
+    replicas_per_node: int | None,
+    target_requests: float | None,
+    replica_cpus: float | None,
+    replica_gpus: float | None,
+    detach: bool,
     backend: str,
     device: str,
     threads: int | None,
@@ -131,6 +167,29 @@ def command(
         drain_s=drain_timeout,
         log_requests=log_requests,
     )
+    placed = {
+        "replicas": replicas,
+        "max_replicas": max_replicas,
+        "replicas_per_node": replicas_per_node,
+        "target_requests": target_requests,
+        "replica_cpus": replica_cpus,
+        "replica_gpus": replica_gpus,
+        "detach": detach or None,
+    }
+    given: dict[str, Any] = {name: value for name, value in placed.items() if value is not None}
+    if ray_address is None and given:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} goes with --ray")
+    if ray_address is not None:
+        if click.get_current_context().get_parameter_source("grpc_port") is ParameterSource.COMMANDLINE:
+            raise UsageError("--ray serves over REST alone: leave --grpc-port out")
+        from deploy.serving.ray_serve import RayOptions, serve_on_ray
+
+        on = RayOptions(address=ray_address or None, **given)
+    if not models:
+        raise UsageError("Missing argument 'ARTIFACT|NAME=PATH[@VERSION]...'.")
     sources = [ModelSource.parse(text) for text in models]
+    model_options = ModelOptions(backend=backend, device=device, threads=threads, batching=batching)
     log_as_json()
-    return serve(sources, ModelOptions(backend=backend, device=device, threads=threads, batching=batching), options)
+    if ray_address is not None:
+        return serve_on_ray(sources, model_options, options, on)
+    return serve(sources, model_options, options)

@@ -102,22 +102,26 @@ def reason_of(error: BaseException) -> str:
     return "CANCELED"
 
 
-def render(meters: Sequence[Meter]) -> str:
-    """The text of `/metrics`."""
+def render(meters: Sequence[Meter], replica: str | None = None) -> str:
+    """The text of `/metrics`; with the label `replica` where there is more than one server behind an address."""
     told = [(meter, meter.counts()) for meter in meters]
     lines: list[str] = []
+
+    def labels(meter: Meter, **more: str) -> str:
+        pairs = {"model": meter.model, "version": meter.version, **({"replica": replica} if replica else {}), **more}
+        return "{" + ",".join(f'{key}="{_escaped(value)}"' for key, value in pairs.items()) + "}"
 
     def series(name: str, kind: str, text: str, values: Iterator[tuple[str, float]]) -> None:
         lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
         lines.extend(f"{name}{labels} {value}" for labels, value in values)
 
     def plain(value: Callable[[Meter, Counts], float]) -> Iterator[tuple[str, float]]:
-        return ((_labels(meter), value(meter, counts)) for meter, counts in told)
+        return ((labels(meter), value(meter, counts)) for meter, counts in told)
 
     series("nv_inference_request_success", "counter", "Requests that were answered", plain(lambda _, c: c.success))
     series(
         "nv_inference_request_failure", "counter", "Requests that failed, by reason",
-        ((_labels(meter, reason=reason), count) for meter, counts in told for reason, count in counts.failures.items()),
+        ((labels(meter, reason=reason), count) for meter, counts in told for reason, count in counts.failures.items()),
     )  # fmt: skip
     series("nv_inference_count", "counter", "Rows that were computed", plain(lambda _, c: c.inferences))
     series("nv_inference_exec_count", "counter", "Batches that were run", plain(lambda _, c: c.executions))
@@ -131,15 +135,10 @@ def render(meters: Sequence[Meter]) -> str:
         total = 0
         for end, count in zip((*map(str, BUCKETS_MS), "+Inf"), counts.buckets, strict=True):
             total += count
-            lines.append(f"{name}_bucket{_labels(meter, le=end)} {total}")
-        lines.append(f"{name}_sum{_labels(meter)} {counts.duration_ns['request'] / 1e6}")
-        lines.append(f"{name}_count{_labels(meter)} {total}")
+            lines.append(f"{name}_bucket{labels(meter, le=end)} {total}")
+        lines.append(f"{name}_sum{labels(meter)} {counts.duration_ns['request'] / 1e6}")
+        lines.append(f"{name}_count{labels(meter)} {total}")
     return "\n".join(lines) + "\n"
-
-
-def _labels(meter: Meter, **more: str) -> str:
-    pairs = {"model": meter.model, "version": meter.version, **more}
-    return "{" + ",".join(f'{key}="{_escaped(value)}"' for key, value in pairs.items()) + "}"
 
 
 def _escaped(value: str) -> str:

@@ -52,9 +52,15 @@ _RETRY_AFTER_S = "1"
 Infer = Callable[[str, str | None, Mapping[str, str], Receive], Awaitable[Response]]
 
 
-def make_app(models: Models, *, access: Access, limits: Limits, log_requests: bool = False) -> ASGIApp:
-    """The ASGI application over `models`."""
-    door = _Door(models, limits)
+def make_app(
+    models: Models, *, access: Access, limits: Limits, log_requests: bool = False, replica: str | None = None
+) -> ASGIApp:
+    """The ASGI application over `models`.
+
+    replica: what this one is called, where it is one of several behind one address: its metrics bear the name, and models are
+    neither loaded nor unloaded in it alone.
+    """
+    door = _Door(models, limits, replica)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
     routes = [
         Route("/v2", door.server, methods=["GET"]),
@@ -139,9 +145,10 @@ class _Guard:
 
 
 class _Door:
-    def __init__(self, models: Models, limits: Limits) -> None:
+    def __init__(self, models: Models, limits: Limits, replica: str | None) -> None:
         self._models = models
         self._limits = limits
+        self._replica = replica
 
     # What the server is and how it is.
 
@@ -155,7 +162,7 @@ class _Door:
         return _json({"ready": self._models.ready}, 200 if self._models.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(metrics.render(self._models.meters), media_type=metrics.CONTENT_TYPE)
+        return Response(metrics.render(self._models.meters, self._replica), media_type=metrics.CONTENT_TYPE)
 
     async def all_statistics(self, request: Request) -> Response:
         found = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
@@ -185,14 +192,20 @@ class _Door:
         return _json([entry for entry in self._models.index() if not only_ready or entry["state"] == "READY"])
 
     async def load(self, request: Request) -> Response:
+        self._check_alone()
         _refuse_upload(_document(await self._body(request)))
         await asyncio.to_thread(self._models.load, request.path_params["model"])
         return _json({})
 
     async def unload(self, request: Request) -> Response:
+        self._check_alone()
         _document(await self._body(request))
         await asyncio.to_thread(self._models.unload, request.path_params["model"])
         return _json({})
+
+    def _check_alone(self) -> None:
+        if self._replica is not None:
+            raise RefusedError(403, "this is one replica of several: to load models anew, deploy again")
 
     # Inference.
 
@@ -328,7 +341,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        found |= {key: value for key, value in vars(record).items() if key not in self._plain}
+        found |= {key: value for key, value in vars(record).items() if key not in self._plain and not key.startswith("_")}
         if record.exc_info:
             found["traceback"] = self.formatException(record.exc_info)
         return json.dumps(found, default=str)

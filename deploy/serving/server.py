@@ -186,12 +186,13 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(error.errno, os.strerror(error.errno or 0), f"{host}:{port}") from error
 
 
-def log_as_json() -> None:
-    """Have what the server logs go to standard error as lines of JSON."""
+def log_as_json(*more: str) -> None:
+    """Have what the server logs, and the loggers of `more`, go to standard error as lines of JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("deploy", "uvicorn"):
+    for name in ("deploy", "uvicorn", *more):
         logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).propagate = False
     logging.getLogger("deploy").setLevel(logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for name in ("uvicorn", *more):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """`deploy serve` as its users start it: a process of its own, on free ports, with real artifacts."""
 
+import http.client
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 import deploy
 from deploy.artifact import Artifact
+from deploy.models.registry import create
 
 START_S = 60
 
@@ -28,15 +30,17 @@ SOAK = bool(os.environ.get("DEPLOY_SOAK"))
 class Server:
     """A running `deploy serve`; `log` are its lines on standard error."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "deploy", "serve", "--http-port", "0", "--grpc-port", "0", *arguments]
+    def __init__(self, arguments: list[str], env: dict[str, str] | None = None, doors: Sequence[str] = ("http", "grpc")) -> None:
+        ports = [] if "--ray" in arguments else ["--http-port", "0", "--grpc-port", "0"]
+        command = [sys.executable, "-m", "deploy", "serve", *ports, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
         self.log: list[dict[str, Any]] = []
         self.other: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.http = self._address("http").rpartition("//")[2]
-        self.grpc = self._address("grpc")
+        found = {door: self._address(door).rpartition("//")[2] for door in doors}
+        self.http = found.get("http", "")
+        self.grpc = found.get("grpc", "")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -77,6 +81,32 @@ class Server:
         self.process.stderr.close()
 
 
+class Caller:
+    """A client of the REST door, binary, on a connection that it keeps."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        host, _, port = server.http.partition(":")
+        self._connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        self._path = f"/v2/models/{model}/infer"
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        head = json.dumps(
+            {
+                "inputs": [{"name": "input", "datatype": "FP32", "shape": x.shape, "parameters": {"binary_data_size": x.nbytes}}],
+                "parameters": {"binary_data_output": True},
+            }
+        ).encode()
+        self._connection.request("POST", self._path, head + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))})
+        answer = self._connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise AssertionError(f"{answer.status}: {content!r}")
+        return np.frombuffer(content[int(answer.headers["Inference-Header-Content-Length"]) :], np.float32).reshape(len(x), -1)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
     """`serve("build/net", "--max-batch", 4)` starts a server, which ends with the test."""
@@ -115,3 +145,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(seed).integers(0, 256, (28, 28), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{seed}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    """Two nets of the same shape with different weights."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("versions")
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(create("lenet5").state_dict(), folder / f"{seed}.pth")
+        made.append(deploy.export(folder / f"net{seed}", arch="lenet5", weights=folder / f"{seed}.pth"))
+    return made

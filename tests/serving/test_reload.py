@@ -1,6 +1,5 @@
 """Requests while models are swapped, unloaded and loaded: none is lost, each is answered by one version alone."""
 
-import http.client
 import json
 import os
 import threading
@@ -18,39 +17,12 @@ import tritonclient.grpc as grpc_client
 
 import deploy
 from deploy.artifact import Artifact
-from deploy.models.registry import create
 
-from .conftest import SOAK, Server
+from .conftest import SOAK, Caller, Server
 
 CLIENTS = 64 if SOAK else 8
 REQUESTS = 100_000 if SOAK else 2_000
 EVERY_S = 1.0 if SOAK else 0.15
-
-
-class Caller:
-    """A client of the REST door, binary, on a connection that it keeps."""
-
-    def __init__(self, server: Server, model: str) -> None:
-        host, _, port = server.http.partition(":")
-        self._connection = http.client.HTTPConnection(host, int(port), timeout=60)
-        self._path = f"/v2/models/{model}/infer"
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        head = json.dumps(
-            {
-                "inputs": [{"name": "input", "datatype": "FP32", "shape": x.shape, "parameters": {"binary_data_size": x.nbytes}}],
-                "parameters": {"binary_data_output": True},
-            }
-        ).encode()
-        self._connection.request("POST", self._path, head + x.tobytes(), {"Inference-Header-Content-Length": str(len(head))})
-        answer = self._connection.getresponse()
-        content = answer.read()
-        if answer.status != 200:
-            raise AssertionError(f"{answer.status}: {content!r}")
-        return np.frombuffer(content[int(answer.headers["Inference-Header-Content-Length"]) :], np.float32).reshape(len(x), -1)
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 class GrpcCaller:
@@ -71,20 +43,6 @@ class GrpcCaller:
 def admin(server: Server, path: str) -> Any:
     with urllib.request.urlopen(f"http://{server.http}/v2/repository/{path}", data=b"", timeout=60) as answer:
         return json.loads(answer.read())
-
-
-@pytest.fixture(scope="module")
-def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
-    """Two nets of the same shape with different weights."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("versions")
-    made = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        torch.save(create("lenet5").state_dict(), folder / f"{seed}.pth")
-        made.append(deploy.export(folder / f"net{seed}", arch="lenet5", weights=folder / f"{seed}.pth"))
-    return made
 
 
 def test_nothing_is_lost_or_mixed_while_the_model_is_swapped(

@@ -1,0 +1,227 @@
+"""The REST door on a Ray cluster: the application of `deploy serve` as one ingress deployment of Ray Serve.
+
+Ray places the replicas, routes the requests, restarts what dies and scales; each replica opens the artifacts, from the same paths on
+every node, and batches on its own.
+"""
+
+import logging
+import signal
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from deploy.errors import BackendError, UsageError
+from deploy.opening import open_artifact
+from deploy.serving.models import ModelOptions, Models, ModelSource
+from deploy.serving.rest import make_app
+from deploy.serving.server import ServerOptions, log_as_json
+
+try:
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+except ImportError as error:
+    raise BackendError(
+        f"deploy serve --ray needs packages that are missing ({error}); install them with: pip install 'deploy[ray]'"
+    ) from error
+
+logger = logging.getLogger("deploy.serving")
+
+APP = "deploy"
+"""The name of the application on the cluster; one that is there is replaced, replica by replica."""
+
+LOCAL = "local"
+"""The address that means: no cluster, but Ray on this machine, for as long as the server runs."""
+
+_START_ATTEMPTS = 3
+_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """Where the replicas go and how many.
+
+    address: of the cluster, as `ray.init` takes it; "local" starts Ray on this machine; None is the cluster of this machine, or
+    "local" where there is none.
+    replicas: at least, and max_replicas at most; between them Ray keeps the requests under way near `target_requests` for each
+    replica. replicas_per_node: at most. replica_cpus and replica_gpus: what Ray sets aside for a replica, which computes with as many threads
+    unless told otherwise. detach: leave the application running on the cluster.
+    """
+
+    address: str | None = None
+    replicas: int = 1
+    max_replicas: int | None = None
+    replicas_per_node: int | None = None
+    target_requests: float = 16.0
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
+    detach: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or (self.replicas_per_node is not None and self.replicas_per_node < 1):
+            raise UsageError("--replicas and --replicas-per-node must be 1 or more")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UsageError(f"--max-replicas {self.max_replicas} must not be less than --replicas {self.replicas}")
+        if not self.target_requests > 0 or not self.replica_cpus >= 0 or not self.replica_gpus >= 0:
+            raise UsageError("--target-requests must be more than 0, --replica-cpus and --replica-gpus 0 or more")
+        if self.detach and self.address in (None, LOCAL):
+            raise UsageError("--detach needs the address of a cluster: Ray that is started here ends with this process")
+        if self.address is not None and Path(self.address).exists():
+            raise UsageError(
+                f"--ray {self.address}: this is a path, and no address of a cluster; put --ray behind the artifacts, or say"
+                f" --ray={LOCAL}"
+            )
+
+
+def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> int:
+    """Deploy, wait until the replicas are ready, and stay until SIGTERM or SIGINT unless detached; the exit status.
+
+    Raises ArtifactError for an artifact that is damaged here, UsageError, and BackendError where the cluster cannot be reached or
+    no replica starts.
+    """
+    sources = [replace(source, path=source.path.resolve()) for source in sources]
+    app = application(sources, models, options, on)
+    for source in sources:
+        open_artifact(source.path).verify()
+    log_as_json("ray", "ray.serve")
+    _connect(on)
+    stop = threading.Event()
+    # Only now: Ray puts its own handlers in the place of others.
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        address = _open_door(options)
+        ready = _deploy(app, stop)
+        if ready:
+            told = {"door": "http", "address": address, "models": list(dict.fromkeys(source.name for source in sources))}
+            logger.info("serving", extra={**told})
+        if not (ready and on.detach):
+            stop.wait()
+            logger.info("stopping")
+            ray_serve.delete(APP)
+            logger.info("stopped")
+    finally:
+        ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def application(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> Any:
+    """What `ray.serve.run` takes: one deployment, an ingress, of which each replica serves all of `sources`.
+
+    Raises UsageError for what cannot be had on a cluster.
+    """
+    if options.http_port is None:
+        raise UsageError("--ray serves over REST: leave --no-http out")
+    if options.http_port == 0:
+        raise UsageError("--ray opens the same port on every node: --http-port cannot be 0")
+    if options.admin_token is not None:
+        raise UsageError("--ray has no admin calls: deploy again to load models anew, and no request is lost")
+    Models(sources, models)  # says which names and versions are wrong
+    if models.threads is None and on.replica_cpus >= 1:
+        models = replace(models, threads=int(on.replica_cpus))
+
+    def app() -> ASGIApp:
+        log_as_json()
+        served = Models(sources, models)
+        served.load_all()
+        return make_app(
+            served, access=options.access, limits=options.limits, log_requests=options.log_requests, replica=_replica_name()
+        )
+
+    if on.max_replicas is None or on.max_replicas == on.replicas:
+        scale: dict[str, Any] = {"num_replicas": on.replicas}
+    else:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": on.replicas,
+                "max_replicas": on.max_replicas,
+                "target_ongoing_requests": on.target_requests,
+            }
+        }
+    if on.replicas_per_node is not None:
+        scale["max_replicas_per_node"] = on.replicas_per_node
+    deployment = ray_serve.deployment(
+        name="models",
+        ray_actor_options={"num_cpus": on.replica_cpus, "num_gpus": on.replica_gpus},
+        max_ongoing_requests=models.batching.queue_rows,  # the batcher says when there are too many
+        graceful_shutdown_timeout_s=options.drain_s,
+        graceful_shutdown_wait_loop_s=max(options.stop_delay_s, 0.1),
+        max_constructor_retry_count=_START_ATTEMPTS,
+        # Several replicas are replaced one by one. One alone stays until the new one is ready, which needs room for both.
+        max_surge_percent=100 if on.replicas == 1 and on.replicas_per_node is None else 0,
+        **scale,
+    )
+    return deployment(ray_serve.ingress(app)()).bind()
+
+
+def _replica_name() -> str:
+    return str(ray_serve.get_replica_context().replica_tag)
+
+
+def _connect(on: RayOptions) -> None:
+    try:
+        ray.init(address=on.address, configure_logging=False, log_to_driver=False)
+    except Exception as error:  # ConnectionError, RuntimeError, ValueError: each of its ways to fail has its own
+        raise BackendError(f"cannot reach the Ray cluster {on.address or 'of this machine'}: {error}") from error
+
+
+def _open_door(options: ServerOptions) -> str:
+    """Start Ray Serve where it does not run yet; the address of its proxies."""
+    wanted = {
+        "host": options.host,
+        "port": options.http_port,
+        "ssl_certfile": None if options.tls_cert is None else str(options.tls_cert.resolve()),
+        "ssl_keyfile": None if options.tls_key is None else str(options.tls_key.resolve()),
+    }
+    # Ray serves at the address that it was first started with and ignores another: then who may call would be decided for one
+    # that is not the real one.
+    ray_serve.start(proxy_location="EveryNode", http_options=wanted)
+    client = _get_global_client()
+    assert client is not None
+    found = client.http_config
+    for name, value in wanted.items():
+        if getattr(found, name) != value:
+            raise UsageError(
+                f"Ray Serve runs on this cluster with {name} {getattr(found, name)}, not {value}, and cannot change it: say the same"
+                " --host, --http-port, --tls-cert and --tls-key, or `serve shutdown` first"
+            )
+    scheme = "https" if options.tls_cert else "http"
+    return f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"
+
+
+def _deploy(app: Any, stop: threading.Event) -> bool:
+    """Whether the replicas are ready; False where `stop` came first. Tells meanwhile what Ray waits for."""
+    failed: list[Exception] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            ray_serve.run(app, name=APP)
+        except Exception as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True, name="deploy-ray").start()
+    told = ""
+    while not done.wait(_LOOK_S) and not stop.is_set():
+        if (now := _state()) and now != told:
+            logger.info("deploying", extra={"state": now})
+            told = now
+    if failed:
+        raise BackendError(f"the models did not start on Ray: {_state() or failed[0]}") from failed[0]
+    return done.is_set()
+
+
+def _state() -> str:
+    """What Ray says of the deployment; of a traceback the first line and the last, which names the error."""
+    status = ray_serve.status().applications.get(APP)
+    told = []
+    for message in [deployment.message for deployment in status.deployments.values()] if status else []:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        told.append(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else "")
+    return " ".join(told)
