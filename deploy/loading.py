@@ -30,7 +30,7 @@ def load(
     *,
     threads: int | None = None,
     compute: Literal["fp32", "bf16", "fp16"] = "fp32",
-    contexts: int = 2,
+    contexts: int | None = None,
     rebuild: bool = False,
 ) -> Session:
     """Open an artifact or an `.onnx` file.

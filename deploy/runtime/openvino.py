@@ -57,10 +57,12 @@ class OpenVinoSession(Session):
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         super().__init__(artifact, options)
         hint = _HINTS[options.compute]
+        streams = self.concurrency = options.contexts or 1
         config = {
-            "PERFORMANCE_HINT": "LATENCY",
+            **({"PERFORMANCE_HINT": "LATENCY"} if streams == 1 else {"NUM_STREAMS": streams}),
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": options.threads or usable_cores(),
+            # Of all streams together.
+            "INFERENCE_NUM_THREADS": options.threads * streams if options.threads else max(usable_cores(), streams),
             # It would tie its threads to cores, in every process to the same: two services would share one core.
             "ENABLE_CPU_PINNING": False,
         }

@@ -63,7 +63,9 @@ class SessionOptions:
         process, and leave torch's own choice where it is None.
     compute: precision of the arithmetic of what the file holds in FP32. `fp32` means FP32; OpenVINO can be asked for
         `bf16` or `fp16`, which is faster and off by about 1e-2.
-    contexts: execution contexts of an engine at most: so many runs are under way at a time, and each takes memory.
+    contexts: so many runs are under way at a time: execution contexts of an engine at most (None: 2; each takes memory), streams of
+        OpenVINO (None: 1), which share its threads: more images a second under load, and each alone takes longer. The other
+        backends have one.
     rebuild: where an engine does not fit this machine, build one that does from the typed ONNX file beside it.
     variant: what follows the name of the backend: `("cuda",)` for `onnxruntime:cuda`. See `VARIANTS`.
     """
@@ -71,7 +73,7 @@ class SessionOptions:
     device: str = "auto"
     threads: int | None = None
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
-    contexts: int = 2
+    contexts: int | None = None
     rebuild: bool = False
     variant: tuple[str, ...] = ()
 
@@ -83,7 +85,7 @@ class SessionOptions:
             raise UsageError(f"threads must be 1 or more, not {self.threads}")
         if self.compute not in ("fp32", "bf16", "fp16"):
             raise UsageError(f"unknown compute precision {self.compute!r}; expected fp32, bf16 or fp16")
-        if self.contexts < 1:
+        if self.contexts is not None and self.contexts < 1:
             raise UsageError(f"contexts must be 1 or more, not {self.contexts}")
 
 

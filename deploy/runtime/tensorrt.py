@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _KNOWN_SHAPES = 4096
+_CONTEXTS = 2  # one is fed while the other computes
 
 
 class TensorRTSession(Session):
@@ -64,7 +65,7 @@ class TensorRTSession(Session):
         self._dtypes = [np.dtype(spec.dtype) for spec in self.outputs]
         self._config, self._cache = self._runtime_config(artifact)
         self._cache_file = artifact.path / RUNTIME_CACHE
-        self.concurrency = options.contexts
+        self.concurrency = options.contexts or _CONTEXTS
         self._contexts: list[EngineContext] = []
         self._idle: list[EngineContext] = []
         self._free = threading.Condition()

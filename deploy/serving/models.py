@@ -163,7 +163,7 @@ def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Ser
     """Open, check by hash and warm up what `source` names. Raises ArtifactError, BackendError or UsageError."""
     artifact = open_artifact(source.path)
     artifact.verify()  # everything, weights too: what is served is what was proven
-    session = load(artifact, options.backend, options.device, threads=options.threads)
+    session = load(artifact, options.backend, options.device, threads=options.threads, contexts=options.batching.instances)
     try:
         batcher = Batcher(session, options.batching, observe=meter.batch)
         try:

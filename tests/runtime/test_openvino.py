@@ -1,13 +1,15 @@
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+import deploy
 from deploy.artifact import Artifact
 from deploy.errors import BackendError
-from deploy.runtime.openvino import openvino  # not by itself: imported so, it sends its usage statistics
+from deploy.runtime.openvino import OpenVinoSession, openvino  # not by itself: imported so, it sends its usage statistics
 from deploy.runtime.session import SessionOptions, open_session
 
 
@@ -68,3 +70,18 @@ def test_several_inputs_and_outputs_keep_their_names(pair: Artifact) -> None:
     assert list(results) == ["y", "total", "same", "anchors"]
     for name, result in results.items():
         np.testing.assert_allclose(result, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_streams_run_side_by_side_and_agree(shared_lenet5: Artifact) -> None:
+    feeds = [np.random.default_rng(seed).standard_normal((2, 1, 28, 28), dtype=np.float32) for seed in range(8)]
+    with deploy.load(shared_lenet5, "openvino", contexts=2, threads=1) as session:
+        assert session.concurrency == 2
+        assert isinstance(session, OpenVinoSession)
+        assert session._compiled.get_property("NUM_STREAMS") == 2
+        assert session._compiled.get_property("INFERENCE_NUM_THREADS") == 2
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(session, feeds))
+    with deploy.load(shared_lenet5, "openvino") as session:
+        assert session.concurrency == 1
+        for x, result in zip(feeds, together, strict=True):
+            np.testing.assert_allclose(result, session(x), rtol=1e-4, atol=1e-5)
