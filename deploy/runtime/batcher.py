@@ -319,7 +319,9 @@ class Batcher:
             outputs = self.session.run(feed)
         except Exception as caught:
             error = caught
-        return _Done(batch=batch, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter())
+        return _Done(
+            batch=batch, here=joiner is None, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter()
+        )
 
     def _hand_out(self, done: "_Done") -> None:
         error = done.error
@@ -347,7 +349,9 @@ class Batcher:
     def _report(self, done: "_Done", end: float) -> None:
         batch = done.batch
         if len(batch) == 1 and done.error is None:
-            self._alone_s += 0.1 * (done.ran - done.joined - self._alone_s)
+            # What it takes by itself: of times in a thread, which hold waits for the interpreter, the least count most.
+            off = done.ran - done.joined - self._alone_s
+            self._alone_s += off * (1.0 if off < 0 else 0.1 if done.here else 0.01)
         if self._observe is None:
             return
         record = BatchRecord(
@@ -367,9 +371,10 @@ class Batcher:
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
-    """A batch that was run: its outputs or the error, and when it was begun, put together and run."""
+    """A batch that was run: its outputs or the error, when it was begun, put together and run, and whether in the caller's thread."""
 
     batch: Sequence[Request]
+    here: bool
     outputs: Outputs | None
     error: Exception | None
     began: float
