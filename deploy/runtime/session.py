@@ -161,19 +161,7 @@ class Session(ABC):
         """
         if self._closed:
             raise closed_error(self.name)
-        key: list[Any] = []
-        sort = None
-        try:
-            for name in self._input_names:
-                x = feed[name]
-                key += (x.__class__, x.dtype, x.shape)
-            if len(feed) == len(self._input_names):
-                sort = self._seen.get(tuple(key))
-        except (KeyError, AttributeError, TypeError, IndexError):
-            pass  # whatever is wrong is named by _check
-        if sort is None:
-            sort = self._check(feed)
-            self._remember(tuple(key), sort)
+        sort = self._sort(feed)
         try:
             if sort == "torch":
                 results = self._run_torch(feed)
@@ -197,7 +185,24 @@ class Session(ABC):
         """Raise what `run` would raise of this feed before it computes anything: InputError, SessionClosedError."""
         if self._closed:
             raise closed_error(self.name)
-        self._check(feed)
+        self._sort(feed)
+
+    def _sort(self, feed: Mapping[str, Any]) -> Sort:
+        """What a feed is made of: looked up where one like it has passed the checks, else checked in full. Raises InputError."""
+        key: list[Any] = []
+        sort = None
+        try:
+            for name in self._input_names:
+                x = feed[name]
+                key += (x.__class__, x.dtype, x.shape)
+            if len(feed) == len(self._input_names):
+                sort = self._seen.get(tuple(key))
+        except (KeyError, AttributeError, TypeError, IndexError):
+            pass  # whatever is wrong is named by _check
+        if sort is None:
+            sort = self._check(feed)
+            self._remember(tuple(key), sort)
+        return sort
 
     def _check(self, feed: Mapping[str, Any]) -> Sort:
         """Check a feed in full and say what it is made of. Raises InputError."""

