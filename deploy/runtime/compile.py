@@ -32,24 +32,19 @@ class CompileSession(EagerSession):
 
     def _prepare(self, module: torch.nn.Module) -> Any:
         self._lock = threading.Lock()
-        self._compiled: set[tuple[torch.Size, ...]] = set()
         mode = next((name for name in self._variant if name in _MODES), None)
         self._replays = mode in _GRAPH_MODES
         # With fullgraph, what cannot be compiled is an error; without, it would run as eager in silence.
         return torch.compile(_own_function(module), fullgraph=True, mode=mode)
 
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        if self._replays:
-            with self._lock:
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                return [x.clone() for x in flatten(module(*inputs))]
-        shapes = tuple(x.shape for x in inputs)
-        if shapes in self._compiled:
-            return module(*inputs)
-        with self._lock:  # threads that meet a new shape together compile it once
-            result = module(*inputs)
-            self._compiled.add(shapes)
-        return result
+        # One call at a time. Guards that threads check at once fail at random, and each failure compiles anew until torch
+        # refuses: pytorch/pytorch issues 118260 and 136833.
+        with self._lock:
+            if not self._replays:
+                return module(*inputs)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return [x.clone() for x in flatten(module(*inputs))]
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
         """By torch's profiler: the time of each operator and compiled kernel, which belong to no module any longer.

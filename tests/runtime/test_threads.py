@@ -33,7 +33,7 @@ def in_threads(work: Callable[[int], None]) -> None:
             future.result()
 
 
-@pytest.mark.parametrize(("backend", "runs"), [("onnxruntime", 40), ("openvino", 40), ("eager", 20), ("compile", 10)])
+@pytest.mark.parametrize(("backend", "runs"), [("onnxruntime", 40), ("openvino", 40), ("eager", 20), ("compile", 100)])
 def test_sixteen_threads_each_get_their_own_results(shared_lenet5: Artifact, backend: str, runs: int) -> None:
     with open_session(shared_lenet5, "onnxruntime") as reference:
         expected = [reference(images(thread, 1 + thread % 3)) for thread in range(THREADS)]
