@@ -20,10 +20,10 @@ from typing import Any
 from common import verdict
 
 import deploy
+from deploy.artifact.tensors import random_feed
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
 from deploy.models.registry import ARCHITECTURES
-from deploy.tensors import random_feed
 
 GOAL_S, CACHED_GOAL_S = 5.0, 0.5
 PRECISIONS: dict[str, dict[str, Any]] = {

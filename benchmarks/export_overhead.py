@@ -18,8 +18,8 @@ import onnxruntime
 import torch
 
 import deploy
+from deploy.evidence.parity import PARITY_BATCHES
 from deploy.models.registry import ARCHITECTURES
-from deploy.parity import PARITY_BATCHES
 
 GOAL = 1.2
 

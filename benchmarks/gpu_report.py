@@ -26,8 +26,8 @@ from common import markdown, verdict, write_results
 from gpu_parts import CONTEXTS, MODELS, PRECISIONS, Setting, parts
 
 from deploy.bench.conditions import conditions, versions
-from deploy.machine import usable_cores
-from deploy.runtime.cuda.driver import driver_version
+from deploy.engine.cuda.driver import driver_version
+from deploy.host.cpu import usable_cores
 
 BUILD = Path("build/gpu-report")
 LONGEST_S = 480.0

@@ -19,10 +19,10 @@ import numpy as np
 from common import verdict
 
 import deploy
-from deploy.bench.inputs import make_feeds
+from deploy.bench.candidate.inputs import make_feeds
 from deploy.bench.rows import verdict_of
 from deploy.bench.run import ROUNDS
-from deploy.timing import paired_ratio, sample
+from deploy.evidence.timing import paired_ratio, sample
 
 GOAL_US = 1.0
 GOAL_SHARE = 0.95

@@ -21,7 +21,7 @@ from common import add_peers, check_peers, make_photos, markdown, our_command, p
 import deploy
 from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import scan
-from deploy.machine import usable_cores
+from deploy.host.cpu import usable_cores
 
 IMAGES, MANY = 128, 1024
 TOOLS = ("onnxruntime-minmax", "onnxruntime-entropy", "modelopt-max", "modelopt-entropy", "nncf")

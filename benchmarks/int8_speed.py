@@ -15,9 +15,9 @@ from pathlib import Path
 from common import make_photos, markdown, verdict, write_results
 
 import deploy
-from deploy.bench.measure import bench
+from deploy.bench.bench import bench
 from deploy.bench.plan import BenchOptions
-from deploy.bench.table import print_table
+from deploy.bench.report.table import print_table
 
 GOAL = 4.0
 BATCHES = (1, 8)

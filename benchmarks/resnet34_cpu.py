@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import deploy
-from deploy.bench.measure import bench
+from deploy.bench.bench import bench
 from deploy.bench.plan import BenchOptions
-from deploy.bench.table import print_table
+from deploy.bench.report.table import print_table
 
 GOAL = 1.5
 BATCHES = (1, 8)

@@ -33,10 +33,10 @@ from common import HERE, verdict, write_results
 from PIL import Image
 
 import deploy
-from deploy.artifact import Artifact
-from deploy.bench.process import WorkerProcess
-from deploy.machine import cpu_model, usable_cores
+from deploy.artifact.manifest import Artifact
+from deploy.host.cpu import cpu_model, usable_cores
 from deploy.runtime.session import SessionOptions
+from deploy.runtime.worker.process import WorkerProcess
 
 PEERS = HERE.parent / ".venv-serving-peers" / "bin" / "python"
 START_S = 90

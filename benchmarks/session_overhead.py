@@ -18,8 +18,8 @@ import onnxruntime
 
 import deploy
 from deploy.bench.conditions import conditions
-from deploy.machine import usable_cores
-from deploy.timing import latency, paired_ratio, sample
+from deploy.evidence.timing import latency, paired_ratio, sample
+from deploy.host.cpu import usable_cores
 
 GOAL = 1.25
 ROUNDS = 40

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deploy.artifact.preprocess import Preprocess
 from deploy.models import registry
-from deploy.preprocess import Preprocess
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CALIBRATION = 2000

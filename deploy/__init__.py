@@ -14,40 +14,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deploy.api import build_trt as build_trt
-    from deploy.api import convert as convert
-    from deploy.api import preflight as preflight
-    from deploy.api import quantize as quantize
-    from deploy.api_export import export as export
-    from deploy.artifact import Artifact as Artifact
+    from deploy.artifact.find import open_artifact as open_artifact
+    from deploy.artifact.manifest import Artifact as Artifact
+    from deploy.artifact.preprocess import Preprocess as Preprocess
     from deploy.errors import DeployError as DeployError
-    from deploy.evaluation import evaluate as evaluate
-    from deploy.evaluation import predict as predict
-    from deploy.loading import load as load
-    from deploy.opening import open_artifact as open_artifact
-    from deploy.preprocess import Preprocess as Preprocess
-    from deploy.runtime.batcher import Batcher as Batcher
-    from deploy.runtime.batcher import BatcherOptions as BatcherOptions
-    from deploy.runtime.pipeline import Pipeline as Pipeline
+    from deploy.evaluation.evaluate import evaluate as evaluate
+    from deploy.evaluation.evaluate import predict as predict
+    from deploy.pipeline.api_export import export as export
+    from deploy.pipeline.stage import build_trt as build_trt
+    from deploy.pipeline.stage import convert as convert
+    from deploy.pipeline.stage import preflight as preflight
+    from deploy.pipeline.stage import quantize as quantize
+    from deploy.runtime.batching.batcher import Batcher as Batcher
+    from deploy.runtime.batching.batcher import BatcherOptions as BatcherOptions
+    from deploy.runtime.batching.pipeline import Pipeline as Pipeline
+    from deploy.runtime.fastest import load as load
     from deploy.runtime.session import Session as Session
 
 _NAMES = {
-    "Artifact": "deploy.artifact",
-    "Batcher": "deploy.runtime.batcher",
-    "BatcherOptions": "deploy.runtime.batcher",
+    "Artifact": "deploy.artifact.manifest",
+    "Batcher": "deploy.runtime.batching.batcher",
+    "BatcherOptions": "deploy.runtime.batching.batcher",
     "DeployError": "deploy.errors",
-    "Pipeline": "deploy.runtime.pipeline",
-    "Preprocess": "deploy.preprocess",
+    "Pipeline": "deploy.runtime.batching.pipeline",
+    "Preprocess": "deploy.artifact.preprocess",
     "Session": "deploy.runtime.session",
-    "build_trt": "deploy.api",
-    "convert": "deploy.api",
-    "evaluate": "deploy.evaluation",
-    "export": "deploy.api_export",
-    "load": "deploy.loading",
-    "open_artifact": "deploy.opening",
-    "predict": "deploy.evaluation",
-    "preflight": "deploy.api",
-    "quantize": "deploy.api",
+    "build_trt": "deploy.pipeline.stage",
+    "convert": "deploy.pipeline.stage",
+    "evaluate": "deploy.evaluation.evaluate",
+    "export": "deploy.pipeline.api_export",
+    "load": "deploy.runtime.fastest",
+    "open_artifact": "deploy.artifact.find",
+    "predict": "deploy.evaluation.evaluate",
+    "preflight": "deploy.pipeline.stage",
+    "quantize": "deploy.pipeline.stage",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
     python examples/train.py --arch lenet5 [--data build/digits] [--epochs N] [--output build/lenet5.pth] [--logs build/runs]
 
-The images come through `deploy.preprocess`, so that training sees the pixels that `deploy eval` sees. TensorBoard logs:
+The images come through `deploy.artifact.preprocess`, so that training sees the pixels that `deploy eval` sees. TensorBoard logs:
 loss, learning rate and accuracy, under LOGS/ARCH. The same seed on the same machine gives the same weights.
 """
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from deploy.artifact.preprocess import preset
 from deploy.calibration.imagefolder import ImageFolder, batches, scan
 from deploy.models import registry
-from deploy.preprocess import preset
 
 EPOCHS = {"lenet5": 20, "convnet": 12}
 BATCH = 64

@@ -3,7 +3,7 @@
     .venv-peers/bin/python benchmarks/peers/quantize.py TOOL MODEL.onnx IMAGES.txt OUT.onnx --preprocess FILE.json
 
 IMAGES.txt names the calibration images, one path a line: the same that our calibration draws. They go through
-`deploy.preprocess` and the threads of `deploy.calibration.imagefolder`, which need numpy and Pillow only. Each tool is
+`deploy.artifact.preprocess` and the threads of `deploy.calibration.imagefolder`, which need numpy and Pillow only. Each tool is
 used as its own documents advise for INT8 convolutional nets; ONNX Runtime's is told to be symmetric, with which
 TensorRT takes the result. The versions in use go to standard output as JSON.
 """
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def images(files: list[Path], preprocess: dict[str, object], batch_size: int) -> Iterator[np.ndarray]:
     """Batches (N, C, H, W), float32, of the images in order."""
     sys.path.insert(0, str(ROOT))
+    from deploy.artifact.preprocess import Preprocess
     from deploy.calibration.imagefolder import batches
-    from deploy.preprocess import Preprocess
 
     load = Preprocess.from_json(preprocess).open
     return (batch for batch, _ in batches([(path, 0) for path in files], load, batch_size))

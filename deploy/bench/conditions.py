@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from deploy.machine import cache_bytes, cpu_model, governor, usable_cores
+from deploy.host.cpu import cache_bytes, cpu_model, governor, usable_cores
 
 LIBRARIES = ("deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
+from deploy.artifact.tensors import TensorSpec
 from deploy.errors import PrecisionError
-from deploy.macs import count_macs
-from deploy.tensors import TensorSpec
+from deploy.precision.macs import count_macs
 
 _SIDES = (512, 768, 1536)
 """Rows and columns of the matrices that are multiplied: which of them is fastest depends on the caches."""

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.bench.plan import BASELINE, Skipped
+from deploy.evidence.timing import Ratio
 from deploy.runtime.profiling import LayerTime
-from deploy.timing import Ratio
 
 SCHEMA = 3
 

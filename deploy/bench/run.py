@@ -11,18 +11,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from deploy.bench.load import Load
-from deploy.bench.loadgen import Judged, Scenario
+from deploy.artifact.tensors import rows_join
+from deploy.bench.candidate.loadgen import Judged, Scenario
+from deploy.bench.candidate.traffic import Load
 from deploy.bench.plan import Candidate, Plan, Skipped
-from deploy.bench.process import Prepared, WorkerDiedError, WorkerProcess
 from deploy.bench.rows import BenchRow, LayersRow, LoadRow, ScenarioRow, verdict_of
 from deploy.errors import BackendError
-from deploy.parity import difference
+from deploy.evidence.parity import difference
+from deploy.evidence.timing import latency, paired_ratio
 from deploy.progress import Progress
 from deploy.runtime.profiling import DeviceTimes
 from deploy.runtime.session import SessionOptions
-from deploy.tensors import rows_join
-from deploy.timing import latency, paired_ratio
+from deploy.runtime.worker.process import Prepared, WorkerDiedError, WorkerProcess
 
 ROUNDS = 15
 MIN_ROUNDS = 5

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from deploy.artifact import Manifest
+from deploy.artifact.manifest import Manifest
+from deploy.artifact.tensors import batch_dim, default_dims, format_shape, parse_shape
 from deploy.errors import InputError, UsageError
-from deploy.tensors import batch_dim, default_dims, format_shape, parse_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 

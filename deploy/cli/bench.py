@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deploy.artifact.find import BUILD
 from deploy.cli.common import PATH, debug_option, device_option, progress_bar, threads_option
 from deploy.errors import OutputError, UsageError
-from deploy.opening import BUILD
 
 if TYPE_CHECKING:
-    from deploy.bench.load import Load
-    from deploy.bench.loadgen import Scenario
+    from deploy.bench.candidate.loadgen import Scenario
+    from deploy.bench.candidate.traffic import Load
 
 STDOUT = Path("-")
 
@@ -148,10 +148,10 @@ def command(
         return _compare(compare, tolerance, json_file, nothing_else=not (artifacts or backends or batches or shapes))
     if tolerance is not None:
         raise UsageError("--tolerance goes with --compare")
-    from deploy.bench.measure import bench  # loads numpy and onnx
+    from deploy.artifact.find import open_artifact
+    from deploy.bench.bench import bench  # loads numpy and onnx
     from deploy.bench.plan import BenchOptions, find_artifacts, parse_backends
-    from deploy.bench.table import print_table
-    from deploy.opening import open_artifact
+    from deploy.bench.report.table import print_table
 
     options = BenchOptions(
         backends=parse_backends(backends),
@@ -197,8 +197,8 @@ def command(
 def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path | None, *, nothing_else: bool) -> int:
     if not nothing_else or json_file not in (None, STDOUT):
         raise UsageError("--compare takes the two files alone, --tolerance and --json")
-    from deploy.bench.compare import TOLERANCE, compare_files
-    from deploy.bench.table import print_comparison
+    from deploy.bench.report.compare import TOLERANCE, compare_files
+    from deploy.bench.report.table import print_comparison
 
     found = compare_files(*files, TOLERANCE if tolerance is None else tolerance)
     if json_file == STDOUT:
@@ -209,7 +209,7 @@ def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path 
 
 
 def _loads(concurrency: str | None, rate: str | None) -> "tuple[Load, ...]":
-    from deploy.bench.load import Load
+    from deploy.bench.candidate.traffic import Load
 
     try:
         callers = [Load(concurrency=int(word)) for word in (concurrency or "").split(",") if word]
@@ -220,7 +220,7 @@ def _loads(concurrency: str | None, rate: str | None) -> "tuple[Load, ...]":
 
 
 def _scenarios(texts: tuple[str, ...], target_qps: float | None, target_ms: float | None) -> "tuple[Scenario, ...]":
-    from deploy.bench.loadgen import Scenario
+    from deploy.bench.candidate.loadgen import Scenario
 
     names = list(dict.fromkeys(word for text in texts for word in text.split(",")))
     if "server" not in names and (target_qps is not None or target_ms is not None):

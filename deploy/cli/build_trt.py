@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 import deploy
+from deploy.artifact.summary import share_text, summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.quantize import quantize_options
-from deploy.describe import share_text, summary
 from deploy.errors import UsageError
 
 
@@ -81,7 +81,7 @@ def command(
     """
     if fp16 and bf16:
         raise UsageError("--fp16 and --bf16 exclude one another")
-    from deploy.pipeline.quantizing import QuantizeOptions  # loads onnx
+    from deploy.pipeline.quantize import QuantizeOptions  # loads onnx
 
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     common: dict[str, Any] = {

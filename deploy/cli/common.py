@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from deploy.artifact import Artifact
+from deploy.artifact.find import BUILD, artifacts_under, open_artifact
+from deploy.artifact.manifest import Artifact
 from deploy.cli.log import logged_by
 from deploy.errors import UsageError
-from deploy.opening import BUILD, artifacts_under, open_artifact
 from deploy.progress import Progress, silent
 
 PATH = click.Path(path_type=Path)

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 import deploy
+from deploy.artifact.summary import summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
-from deploy.describe import summary
 from deploy.errors import UsageError
 
 

@@ -12,7 +12,7 @@ from deploy.cli.common import debug_option, json_option
 @debug_option
 def command(as_json: bool) -> None:
     """Show what this machine can do: GPUs, driver, CUDA, each backend with its version or what is missing."""
-    from deploy.doctor import examine  # loads every backend
+    from deploy.runtime.doctor import examine  # loads every backend
 
     report = examine()
     if as_json:

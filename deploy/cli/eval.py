@@ -5,7 +5,7 @@ import json
 import click
 
 import deploy
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
 from deploy.cli.common import (
     backend_option,
     debug_option,

@@ -6,8 +6,8 @@ from typing import Literal
 import click
 
 import deploy
+from deploy.artifact.summary import summary
 from deploy.cli.common import PATH, debug_option, output_option, progress_bar
-from deploy.describe import summary
 
 
 @click.command("export")

@@ -2,9 +2,9 @@
 
 import click
 
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
+from deploy.artifact.summary import megabytes, summary
 from deploy.cli.common import debug_option, json_option, open_or_newest
-from deploy.describe import megabytes, summary
 from deploy.errors import ArtifactError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 import deploy
-from deploy.artifact import MANIFEST, Artifact
+from deploy.artifact.manifest import MANIFEST, Artifact
 from deploy.cli.common import (
     backend_option,
     debug_option,

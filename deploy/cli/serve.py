@@ -147,7 +147,7 @@ def command(
 
     A model is called like its artifact unless NAME= says otherwise. Logs go to standard error, a line of JSON each.
     """
-    from deploy.runtime.batcher import BatcherOptions
+    from deploy.runtime.batching.batcher import BatcherOptions
     from deploy.serving.guard import Limits, read_token
     from deploy.serving.models import ModelOptions, ModelSource
     from deploy.serving.server import ServerOptions, log_as_json, serve

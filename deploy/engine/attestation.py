@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy.artifact import Exclusion, PrecisionShare
+from deploy.artifact.manifest import Exclusion, PrecisionShare
 from deploy.engine.bindings import Bindings
 from deploy.errors import EngineError
 

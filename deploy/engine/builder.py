@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deploy.artifact import Target
+from deploy.artifact.manifest import Target
+from deploy.artifact.tensors import Profile
 from deploy.engine.bindings import Bindings
 from deploy.engine.compatibility import targeted
+from deploy.engine.cuda import Gpu, open_device
 from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.engine.network import Network, parse_network
 from deploy.engine.timing_cache import save_timing_cache, use_timing_cache
 from deploy.errors import EngineError, UsageError
 from deploy.progress import Progress, silent
-from deploy.runtime.cuda import Gpu, open_device
-from deploy.tensors import Profile
 
 if TYPE_CHECKING:
     import tensorrt

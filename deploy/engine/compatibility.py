@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from deploy.artifact import Target
-from deploy.runtime.cuda import Gpu
+from deploy.artifact.manifest import Target
+from deploy.engine.cuda import Gpu
 
 _OPEN = "12.0"
 

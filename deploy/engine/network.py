@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.artifact.onnxfile import load_graph
 from deploy.engine.bindings import Bindings
 from deploy.engine.flavour import Flavour
 from deploy.engine.log import garbage_kept, make_logger
 from deploy.errors import EngineError
-from deploy.onnxfile import load_graph
 
 if TYPE_CHECKING:
     import tensorrt

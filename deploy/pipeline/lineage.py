@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deploy.artifact import Artifact, Parent, file_digest, request_digest
-from deploy.feeds import read_folder
-from deploy.parity import PARITY_BATCHES
+from deploy.artifact.manifest import Artifact, Parent, file_digest, request_digest
+from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
+from deploy.data.images import read_folder
+from deploy.evidence.parity import PARITY_BATCHES
 from deploy.precision.cpu import ONNXRUNTIME_VERSION
-from deploy.tensors import TensorSpec, batch_dim, random_feed
 
 
 def parent_record(artifact: Artifact, out: Path) -> Parent:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
 from deploy.errors import UsageError
-from deploy.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
 
 
 def parse_shapes(text: str) -> tuple[str, ShapeRange]:

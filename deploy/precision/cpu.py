@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto
 
 from deploy.errors import BackendError, PrecisionError
-from deploy.machine import usable_cores
+from deploy.host.cpu import usable_cores
 from deploy.precision.graph import first_line, unknown_nodes
 
 try:

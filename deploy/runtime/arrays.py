@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deploy.artifact.tensors import format_shape
 from deploy.errors import InputError
-from deploy.tensors import format_shape
 
 Sort = Literal["numpy", "torch", "device"]
 """What a feed is made of; `device`: arrays in device memory of any other library."""

@@ -23,11 +23,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from deploy.artifact import Artifact, Manifest
+from deploy.artifact.manifest import Artifact, Manifest
+from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
-from deploy.tensors import Profile, TensorSpec, default_dims, random_feed
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null")
 """Every backend, in the order in which they are listed and benchmarked. `onnxruntime:cuda` is one with a variant."""
@@ -399,7 +399,7 @@ def _check_variant(backend: str, variant: Sequence[str]) -> None:
 
 def import_backend(backend: str) -> Any:
     """The module of a backend, without a variant. Raises BackendError when its library is not installed."""
-    return importlib.import_module(f"deploy.runtime.{backend.replace('-', '_')}")
+    return importlib.import_module(f"deploy.runtime.backends.{backend.replace('-', '_')}")
 
 
 def refuse_engine(artifact: Artifact) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deploy.errors import DeadlineError, InputError, QueueFullError
-from deploy.runtime.requests import BatchRecord
+from deploy.runtime.batching.queue import BatchRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

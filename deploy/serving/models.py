@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact import Artifact
+from deploy.artifact.find import open_artifact
+from deploy.artifact.manifest import Artifact
+from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
 from deploy.errors import BackendError, DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
-from deploy.loading import load
-from deploy.opening import open_artifact
-from deploy.runtime.batcher import Batcher, BatcherOptions
-from deploy.runtime.requests import NORMAL_PRIORITY, Outputs
+from deploy.runtime.batching.batcher import Batcher, BatcherOptions
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
+from deploy.runtime.fastest import load
 from deploy.runtime.session import Session
 from deploy.serving.metrics import Meter
 from deploy.serving.protocol import DATATYPES
-from deploy.tensors import TensorSpec, batch_dim, random_feed
 
 logger = logging.getLogger("deploy.serving")
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
-from deploy.runtime.requests import NORMAL_PRIORITY
-from deploy.tensors import TensorSpec
+from deploy.runtime.batching.queue import NORMAL_PRIORITY
 
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8", "int16": "INT16",

@@ -13,10 +13,10 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError, UsageError
-from deploy.opening import open_artifact
 from deploy.serving.models import ModelOptions, Models, ModelSource
-from deploy.serving.rest import make_app
+from deploy.serving.rest_app import make_app
 from deploy.serving.server import ServerOptions, log_as_json
 
 try:

@@ -19,7 +19,7 @@ from deploy.serving.models import ModelOptions, Models, ModelSource
 try:
     import uvicorn
 
-    from deploy.serving.rest import JsonLines, make_app
+    from deploy.serving.rest_app import JsonLines, make_app
 except ImportError as error:
     raise BackendError(
         f"deploy serve needs packages that are missing ({error}); install them with: pip install 'deploy[serving]'"

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 import deploy
-from deploy.artifact import ENGINE, ONNX, Artifact, Parent, Target
-from deploy.writer import ArtifactWriter
+from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.artifact.writer import ArtifactWriter
 
 
 @pytest.fixture(scope="session")

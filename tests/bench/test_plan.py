@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
+from deploy.artifact.onnxfile import open_onnx
+from deploy.artifact.writer import ArtifactWriter
 from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan, parse_backends
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.onnxfile import open_onnx
-from deploy.writer import ArtifactWriter
 
 
 def remake(artifact: Artifact, out: Path, **changes: object) -> Artifact:

@@ -1,13 +1,13 @@
 import msgspec
 import pytest
 
-from deploy.artifact import Artifact, Manifest
-from deploy.bench.measure import bench
+from deploy.artifact.manifest import Artifact, Manifest
+from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.tensors import ShapeRange, TensorSpec
+from deploy.bench.bench import bench
 from deploy.bench.plan import BenchOptions, make_plan
 from deploy.bench.shapes import bench_dims, parse_shapes, shown_shapes
 from deploy.errors import UsageError
-from deploy.preprocess import Preprocess
-from deploy.tensors import ShapeRange, TensorSpec
 
 
 def dynamic(artifact: Artifact, **changes: object) -> Manifest:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import deploy
-from deploy.artifact import MANIFEST, Artifact
+from deploy.artifact.manifest import MANIFEST, Artifact
 from deploy.errors import InputError
 from deploy.models.registry import ARCHITECTURES
 

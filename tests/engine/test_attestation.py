@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
+from deploy.artifact.tensors import ShapeRange
 from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
 from deploy.errors import EngineError
-from deploy.macs import count_macs
-from deploy.tensors import ShapeRange
+from deploy.precision.macs import count_macs
 
 INITIALIZERS = "float s = {0.05}, int8 z = {0}, float ws = {0.02}"
 ACTIVATION = "a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z)"

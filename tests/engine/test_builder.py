@@ -12,15 +12,15 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.artifact import Exclusion
+from deploy.artifact.manifest import Exclusion
+from deploy.artifact.tensors import Profile, ShapeRange
 from deploy.engine.attestation import check_honoured, network_share
 from deploy.engine.builder import BuildOptions, BuiltEngine, _set_options, build_engine, options_of
+from deploy.engine.cuda import Gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour, load_flavour
 from deploy.engine.network import parse_network
 from deploy.errors import BackendError, EngineError, UsageError
-from deploy.macs import count_macs
-from deploy.runtime.cuda import Gpu
-from deploy.tensors import Profile, ShapeRange
+from deploy.precision.macs import count_macs
 
 SHAPES: Profile = {"x": ShapeRange(min=(1, 3, 8, 8), opt=(4, 3, 8, 8), max=(8, 3, 8, 8))}
 MACS = {"stem": 4 * 8 * 8 * 8 * 27, "head": 4 * 5 * 8}

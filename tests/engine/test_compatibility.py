@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from deploy.artifact import Target
+from deploy.artifact.manifest import Target
 from deploy.engine.compatibility import mismatches
-from deploy.runtime.cuda import Gpu
+from deploy.engine.cuda import Gpu
 
 L4 = Gpu(name="NVIDIA L4", compute_capability="8.9", driver="580.95.05")
 T4 = Gpu(name="Tesla T4", compute_capability="7.5", driver=None)

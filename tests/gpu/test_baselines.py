@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
 from deploy.errors import BackendError
-from deploy.runtime.eager import GRAPHS, CudaGraphs
+from deploy.runtime.backends.eager import GRAPHS, CudaGraphs
 from deploy.runtime.session import Session, SessionOptions, open_session
 
 needs_provider = pytest.mark.skipif(
@@ -119,7 +119,7 @@ def test_a_module_that_waits_for_the_gpu_cannot_be_captured() -> None:
 
 
 def test_bench_compares_on_the_gpu(lenet5: Artifact) -> None:
-    from deploy.bench.measure import bench
+    from deploy.bench.bench import bench
     from deploy.bench.plan import BenchOptions
 
     found = bench([lenet5], BenchOptions(backends=("eager:fp16,channels_last,cuda_graph",), batches=(8,), seconds=1.0))

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact import ENGINE, RUNTIME_CACHE, Artifact
+from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE, Artifact
+from deploy.engine import cuda
+from deploy.engine.cuda import DeviceMemoryError
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError
-from deploy.runtime import cuda
-from deploy.runtime.cuda import DeviceMemoryError
 from deploy.runtime.session import Session, SessionOptions, open_session
 
 VARIANTS = ("", ":cuda_graph")

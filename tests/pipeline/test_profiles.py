@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 import deploy
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
+from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.errors import UsageError
 from deploy.pipeline.profiles import make_profiles, parse_shapes
-from deploy.tensors import Profile, ShapeRange, TensorSpec
 
 
 def test_shapes_make_the_profile_of_a_dynamic_input(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from deploy.artifact.onnxfile import save_model
 from deploy.errors import BackendError, PrecisionError
-from deploy.onnxfile import save_model
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.half import to_half
+from deploy.precision.half.convert import to_half
 
 MODEL = "g (float[N, 2] x) => (float[N, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }"
 

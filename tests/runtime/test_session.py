@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.artifact import ONNX, Artifact
+from deploy.artifact.manifest import ONNX, Artifact
+from deploy.artifact.onnxfile import open_onnx
+from deploy.artifact.tensors import random_feed
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
-from deploy.onnxfile import open_onnx
 from deploy.runtime.session import AUTO, BACKENDS, ENGINES, Session, SessionOptions, open_session
-from deploy.tensors import random_feed
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from threading import Barrier, Event
 import numpy as np
 import pytest
 
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
 from deploy.errors import SessionClosedError
 from deploy.runtime.session import Session, open_session
 

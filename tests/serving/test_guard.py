@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
 from deploy.errors import DataError, UsageError
 from deploy.serving.guard import Access, Limits, RefusedError, check_image, is_loopback, read_token
 from deploy.serving.models import ModelSource

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import deploy
-from deploy.artifact import Artifact
+from deploy.artifact.manifest import Artifact
 from deploy.errors import UsageError
 from deploy.serving.models import ModelOptions, ModelSource
 from deploy.serving.server import ServerOptions

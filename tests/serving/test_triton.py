@@ -13,12 +13,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import deploy
-from deploy.artifact import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.artifact.tensors import ShapeRange
+from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import BackendError, OutputError, UsageError
 from deploy.serving.models import ModelSource
 from deploy.serving.triton import KSERVE, TritonOptions, export_triton
-from deploy.tensors import ShapeRange
-from deploy.writer import ArtifactWriter
 
 
 def source(artifact: Artifact, name: str = "digits", version: str = "1") -> ModelSource:

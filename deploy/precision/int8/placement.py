@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 import onnx
 import onnx_ir as ir
 
-from deploy.artifact import Exclusion
+from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
 from deploy.precision.graph import STANDARD
-from deploy.precision.plan import is_float
+from deploy.precision.half.plan import is_float
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and accumulate."""

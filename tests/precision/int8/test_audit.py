@@ -8,7 +8,7 @@ from onnx import numpy_helper
 
 from deploy.precision.graph import prepare
 from deploy.precision.int8.audit import Audit
-from deploy.precision.int8.calibrate import Activations
+from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import Selection, place
 
 RNG = np.random.default_rng(0)

@@ -8,18 +8,18 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 import deploy
+from deploy.artifact.tensors import ShapeRange
 from deploy.engine.attestation import network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
 from deploy.errors import PrecisionError
-from deploy.macs import count_macs
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.graph import prepare
-from deploy.precision.half import to_half
+from deploy.precision.half.convert import to_half
 from deploy.precision.int8.folding import fold_batchnorm
 from deploy.precision.int8.placement import Selection, place
 from deploy.precision.int8.rewrite import quantize_weight, to_int8
-from deploy.tensors import ShapeRange
+from deploy.precision.macs import count_macs
 
 RNG = np.random.default_rng(3)
 CONV = """g (float[2, 4, 8, 8] x) => (float[2, 6, 8, 8] y) <float[6, 4, 1, 1] w, float[6] b> {

@@ -1,0 +1,352 @@
+"""The artifact: a directory with a payload and a manifest that says what it is, whole or not there.
+
+The hashes find damage and editing by mistake. They do not find malice: whoever can write the directory can write
+fitting hashes, and an engine file is executable code.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+
+from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.tensors import Profile, TensorSpec
+from deploy.errors import ArtifactError, UsageError
+from deploy.evidence.parity import Parity
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ONNX = "model.onnx"
+WEIGHTS = "weights.safetensors"
+ENGINE = "engine.plan"
+RUNTIME_CACHE = "runtime.cache"
+"""Beside an engine, what tensorrt-rtx compiled at run time. It can be found again, so that no manifest lists it."""
+
+Kind = Literal["onnx", "engine"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 (hexadecimal) of one file of the payload."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the user's own Python files that the model was built from: absolute path and SHA-256."""
+
+    path: str
+    sha256: str
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the weights and the computation come from; the same in every artifact derived from one export.
+
+    factory: `lenet5`, `torchvision:resnet18`, `/path/net.py:Net`, `pkg.mod:Net`; None for a bare ONNX file.
+    args: the factory's keyword arguments.
+    files: the user's files that were imported to build the module, the factory's own first.
+    folder: the current folder then, from which the user's modules were importable; None where none was needed.
+    weights: name of the checkpoint file; None when the weights are random or came with an ONNX file.
+    state_dict: SHA-256 of the weights, which descendants share (of the whole file for a bare ONNX file).
+    random: the weights were never trained.
+    """
+
+    factory: str | None
+    args: dict[str, Any]
+    files: list[SourceFile]
+    weights: str | None
+    state_dict: str
+    random: bool
+    folder: str | None = None
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The artifact this one was made from: path relative to this artifact's directory, and digest."""
+
+    path: str
+    digest: str
+
+
+class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node that a precision pass left in FP32, and why."""
+
+    node: str
+    reason: str
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The stage that made the artifact, and the digest of all that went into it."""
+
+    name: str
+    request: str
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine was built with and for.
+
+    gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
+    engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
+    every GPU from compute capability 8.0 on. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
+    """
+
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    gpu: str | None
+    compute_capability: str | None
+    targets: list[str]
+    driver: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    opt_level: int | None = None
+    tf32: bool = False
+    workspace: int | None = None
+
+
+class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Share of the multiply-accumulates of Conv, Gemm and MatMul in each precision, 0 to 1.
+
+    `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made. Of an
+    engine, `layers` and `time` are the same for all its layers, by their number and by the GPU time of a run.
+    """
+
+    int8: float
+    fp16: float
+    bf16: float
+    fp32: float
+    origin: Literal["engine", "network"] = msgspec.field(name="from")
+    layers: dict[str, float] | None = None
+    time: dict[str, float] | None = None
+
+
+class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signal-to-quantization-noise ratio, in dB, of one node's output on FP32 inputs; None for no noise at all."""
+
+    node: str
+    sqnr_db: float | None
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an INT8 artifact came by its scales.
+
+    data: SHA-256 over the content of the calibration data; None for feeds that could be read only once.
+    rows: images, or rows of feeds, that were seen. skipped: files that could not be read.
+    equalized: ranges were equalized across layers first.
+    floats: the precision of what is not INT8.
+    layers: the noise of every quantized node by itself, the noisiest first.
+    """
+
+    data: str | None
+    kind: Literal["images", "npz", "feeds"]
+    rows: int
+    skipped: list[str]
+    method: str
+    per_tensor: bool
+    bias_correction: bool
+    equalized: bool
+    floats: Literal["fp32", "fp16"]
+    layers: list[LayerNoise]
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Accuracy in per cent on the same labelled images, of this artifact and of the FP32 artifact it was made from.
+
+    top1_drop: points of top-1 accuracy lost, with its 95 % interval: see `evaluation.gate.paired_drop`.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    parent_top1: float
+    parent_top5: float
+    top1_drop: float
+    top1_drop_low: float
+    top1_drop_high: float
+    backend: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON.
+
+    parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, where a GPU ran it.
+    """
+
+    format: int
+    kind: Kind
+    name: str
+    precision: Precision
+    source: Source
+    parent: Parent | None
+    files: dict[str, FileRecord]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    profiles: list[Profile]
+    preprocess: Preprocess | None
+    classes: list[str] | None
+    parity: Parity | None
+    accuracy: Accuracy | None
+    calibration: Calibration | None
+    exclusions: list[Exclusion]
+    tools: dict[str, str]
+    stage: Stage
+    created: str
+    target: Target | None = None
+    precision_share: PrecisionShare | None = None
+    engine_parity: Parity | None = None
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """A copy whose `digest` fits its content."""
+        return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": "", "created": ""}))
+
+    def to_json(self) -> str:
+        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def request_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-like value in canonical form: keys sorted, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory and its manifest. `payload` is the file that is run.
+
+    A bare ONNX file is an artifact too, made in memory: `path` is then the file's own directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    bare: str | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Artifact":
+        """Read the manifest of the artifact at `path`. Raises ArtifactError; hashes of the payload: `verify`."""
+        path = Path(path)
+        if not path.exists():
+            raise ArtifactError(f"no artifact at {path}")
+        if not path.is_dir():
+            raise ArtifactError(f"{path} is not an artifact: expected a directory with {MANIFEST}, or an .onnx file")
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+        try:
+            head = json.loads(text)
+            if isinstance(head, dict) and head.get("format", FORMAT) != FORMAT:
+                raise ArtifactError(
+                    f"{path / MANIFEST} has format {head['format']!r}; this version reads {FORMAT}: export it again"
+                )
+            manifest = msgspec.convert(head, Manifest)
+        except (ValueError, UsageError) as error:  # msgspec's errors, JSON's and Unicode's are ValueErrors
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}; make the artifact again") from error
+        if manifest.sealed().digest != manifest.digest:
+            raise ArtifactError(f"{path / MANIFEST} was edited: its content does not fit its digest; make the artifact again")
+        return cls(path, manifest)
+
+    @property
+    def onnx_path(self) -> Path:
+        """The ONNX graph: the payload itself, or the typed graph that an engine was built from."""
+        return self.path / (self.bare or ONNX)
+
+    @property
+    def payload(self) -> Path:
+        return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
+
+    @property
+    def location(self) -> Path:
+        """What the user would type to name it."""
+        return self.path / self.bare if self.bare else self.path
+
+    @property
+    def shown(self) -> str:
+        """The location as a message shows it: relative where it lies under the current folder."""
+        try:
+            return str(Path(os.path.abspath(self.location)).relative_to(Path.cwd()))
+        except ValueError:
+            return str(self.location)
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is run: the engine, or the ONNX file with its external data."""
+        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]
+        return sum(self.manifest.files[name].bytes for name in names)
+
+    def verify(self, *, weights: bool = True) -> None:
+        """Compare every file of the payload with its size and hash. Raises ArtifactError naming the file.
+
+        With `weights=False` the state_dict is left out, which only rebuilding the eager module reads.
+        """
+        for name, record in self.manifest.files.items():
+            if name == WEIGHTS and not weights:
+                continue
+            path = self.path / name
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing: the manifest lists it")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise ArtifactError(f"{path} has {size} bytes; the manifest says {record.bytes}: the file is damaged")
+            if file_digest(path) != record.sha256:
+                raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest; make the artifact again")
+
+    def parent(self) -> "Artifact | None":
+        """The artifact this one was made from. Raises ArtifactError when it is gone or replaced.
+
+        None for an export, and for what was made of a bare ONNX file, which is then only checked to be there unchanged.
+        """
+        record = self.manifest.parent
+        if record is None:
+            return None
+        path = Path(os.path.realpath(self.path / record.path))
+        if path.suffix == ".onnx" and not path.is_dir():
+            if not path.is_file():
+                raise ArtifactError(f"the parent of {self.location} cannot be used: no file at {path}")
+            if file_digest(path) != self.manifest.source.state_dict:
+                raise ArtifactError(f"the parent of {self.location} has changed: {path}; make {self.location} again")
+            return None
+        try:
+            found = Artifact.open(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"the parent of {self.location} cannot be used: {error}") from error
+        if found.manifest.digest != record.digest:
+            raise ArtifactError(
+                f"the parent of {self.location} has changed: {path} has digest {found.manifest.digest[:12]},"
+                f" and {record.digest[:12]} was used; make {self.location} again"
+            )
+        return found
+
+    def root(self) -> "Artifact":
+        """The export at the end of the line of parents, which holds the weights. Raises ArtifactError."""
+        artifact = self
+        while (parent := artifact.parent()) is not None:
+            artifact = parent
+        return artifact
+
+
+def standing(out: Path, stage: Stage) -> Artifact | None:
+    """The artifact at `out` when the same stage made it from the same inputs and it is undamaged, else None."""
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        artifact = Artifact.open(out)
+        if artifact.manifest.stage != stage:
+            return None
+        artifact.verify()
+        artifact.root()
+    except ArtifactError:
+        return None  # damaged or orphaned: it is made again
+    return artifact

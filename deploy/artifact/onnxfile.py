@@ -1,0 +1,138 @@
+"""Reading ONNX files: what goes in and out of a graph, and a bare `.onnx` file as an artifact."""
+
+import re
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from deploy.artifact.manifest import FORMAT, Artifact, FileRecord, Manifest, Source, Stage, file_digest
+from deploy.artifact.tensors import Dim, TensorSpec, default_profile
+from deploy.errors import ArtifactError
+
+EXTERNAL_DATA_BYTES = 1_900_000_000
+"""Weights over this go into a file of their own: a protobuf message cannot exceed 2 GiB."""
+
+_DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.DOUBLE: "float64",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT16: "int16",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.UINT16: "uint16",
+    onnx.TensorProto.UINT32: "uint32",
+    onnx.TensorProto.UINT64: "uint64",
+    onnx.TensorProto.BOOL: "bool",
+}
+
+
+def open_onnx(path: Path) -> Artifact:
+    """A bare ONNX file as an artifact in memory, its weights taken for trained. Raises ArtifactError."""
+    if not path.is_file():
+        raise ArtifactError(f"no file at {path}")
+    check_onnx(path)
+    model = load_graph(path)
+    inputs, outputs = graph_specs(model.graph)
+    names = [path.name, *sorted(external_files(model.graph))]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{path} keeps its weights in {missing[0]!r}, which is not beside it")
+    files = {
+        name: FileRecord(bytes=(path.parent / name).stat().st_size, sha256=file_digest(path.parent / name)) for name in names
+    }
+    profile = default_profile(inputs)
+    floats = {"float16": "fp16", "bfloat16": "bf16"}
+    weights = {_DTYPES.get(tensor.data_type, "") for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    precision = next((floats[dtype] for dtype in floats if dtype in weights), "fp32")
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        precision = "int8"
+    manifest = Manifest(
+        format=FORMAT,
+        kind="onnx",
+        name=path.stem,
+        precision=precision,  # type: ignore[arg-type]
+        source=Source(factory=None, args={}, files=[], weights=None, state_dict=files[path.name].sha256, random=False),
+        parent=None,
+        files=files,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=[profile] if profile else [],
+        preprocess=None,
+        classes=None,
+        parity=None,
+        accuracy=None,
+        calibration=None,
+        exclusions=[],
+        tools={},
+        stage=Stage(name="onnx", request=files[path.name].sha256),
+        created="",
+    ).sealed()
+    return Artifact(path.parent, manifest, bare=path.name)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph of an ONNX file, external data left on disk."""
+    return onnx.load(path, load_external_data=False)
+
+
+def save_model(model: ir.Model, path: Path, *, external_over: int | None = None) -> None:
+    """Write `path`, with the weights beside it in `<name>.data` when they exceed `external_over` bytes.
+
+    By default that is `EXTERNAL_DATA_BYTES`. Raises OSError.
+    """
+    limit = EXTERNAL_DATA_BYTES if external_over is None else external_over
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > limit else None)
+
+
+def check_onnx(path: Path) -> None:
+    """Raise ArtifactError when the file at `path` does not pass onnx.checker."""
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # protobuf and the checker raise errors of several families
+        found = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
+        node = f" (node {found[1]!r}, {found[2]})" if found else ""
+        raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}{node}") from error
+
+
+def external_files(graph: onnx.GraphProto) -> set[str]:
+    """Names of the files, relative to the ONNX file, that hold its external data."""
+    return {
+        entry.value
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a graph, initializers left out. Raises ArtifactError for one that is not a plain tensor."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = [_spec(value) for value in graph.input if value.name not in initializers]
+    return inputs, [_spec(value) for value in graph.output]
+
+
+def model_specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a graph in memory, as `graph_specs` gives them for one in a file."""
+    graph = onnx.GraphProto()
+    graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
+    graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
+    return graph_specs(graph)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or tensor.elem_type not in _DTYPES or not tensor.HasField("shape"):
+        raise ArtifactError(f"{value.name!r} of the ONNX file is not a tensor of a known dtype and rank")
+    shape: list[Dim] = []
+    for axis, dim in enumerate(tensor.shape.dim):
+        if dim.HasField("dim_value") and dim.dim_value > 0:
+            shape.append(dim.dim_value)
+        else:
+            shape.append(dim.dim_param or f"{value.name}_{axis}")
+    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(shape))

@@ -1,0 +1,137 @@
+"""Artifacts as text."""
+
+from collections.abc import Mapping
+
+from deploy.artifact.manifest import Accuracy, Artifact, Calibration, Manifest, PrecisionShare
+from deploy.evidence.parity import Parity
+
+_LISTED = 10
+_NOISIEST = 3
+_QUIET_DB = 60
+
+
+def summary(artifact: Artifact) -> str:
+    """What an artifact is and its evidence, a line each."""
+    manifest = artifact.manifest
+    kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
+    lines = [f"{artifact.shown}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
+    lines += [_row("input", str(spec)) for spec in manifest.inputs]
+    lines += [_row("output", str(spec)) for spec in manifest.outputs]
+    for profile in manifest.profiles:
+        if manifest.target:
+            lines += [_row("shapes", f"{name} {shapes}") for name, shapes in profile.items()]
+    if manifest.target:
+        built_for = manifest.target.gpu or f"compute capability {', '.join(manifest.target.targets)}"
+        lines.append(_row("built for", built_for))
+    if manifest.parity:
+        if manifest.target:
+            lines.append(_row("typed ONNX", parity_text(manifest.parity)))
+            if manifest.engine_parity is None:
+                lines.append(_row("", "that is the file which the engine was built from; the engine itself has not been run"))
+        else:
+            lines.append(_row("parity", parity_text(manifest.parity)))
+    elif manifest.parent is None and manifest.source.factory is None:
+        lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+    if manifest.engine_parity:
+        lines.append(_row("engine", parity_text(manifest.engine_parity, "the typed ONNX file")))
+    if manifest.calibration:
+        lines += calibration_text(manifest.calibration)
+    if manifest.accuracy:
+        lines.append(_row("accuracy", accuracy_text(manifest.accuracy)))
+    if manifest.precision_share is not None:
+        lines.append(_row("computes", share_text(manifest.precision_share)))
+        for kind, shares in (("layers", manifest.precision_share.layers), ("GPU time", manifest.precision_share.time)):
+            if shares is not None:
+                lines.append(_row("", f"{_parts(shares)} of the {kind}"))
+    lines += exclusions_text(manifest)
+    return "\n".join(lines)
+
+
+def evidence(manifest: Manifest) -> list[str]:
+    """What is known of an artifact, a line each: parity, accuracy, calibration, precision share."""
+    lines = []
+    if manifest.parity:
+        lines.append(f"parity: {parity_text(manifest.parity)}")
+    if manifest.engine_parity:
+        lines.append(f"engine: {parity_text(manifest.engine_parity, 'the typed ONNX file')}")
+    if manifest.calibration:
+        lines.append(" ".join(calibration_text(manifest.calibration)[0].split()))
+    if manifest.accuracy:
+        lines.append(f"accuracy: {accuracy_text(manifest.accuracy)}")
+    if manifest.precision_share:
+        lines.append(f"computes: {share_text(manifest.precision_share)}")
+    if manifest.exclusions:
+        kept = "floating point" if manifest.precision == "int8" else "FP32"
+        lines.append(f"{len(manifest.exclusions)} nodes left in {kept}")
+    return lines
+
+
+def parity_text(parity: Parity, against: str | None = None) -> str:
+    worst = parity.worst
+    random = [str(case.batch) for case in parity.cases if case.data == "random"]
+    seen = [f"random batches {', '.join(random)}"] * bool(random)
+    for kind, word in (("images", "images"), ("feeds", "rows")):
+        if rows := sum(case.batch for case in parity.cases if case.data == kind):
+            seen.append(f"{rows} {word}")
+    against = against or ("eager" if parity.against == "eager" else "its parent")
+    noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
+    return (
+        f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f}{noise} against {against}"
+        f" on {' and '.join(seen)} ({parity.by})"
+    )
+
+
+def share_text(share: PrecisionShare) -> str:
+    """The share of multiply-accumulates by precision."""
+    parts = _parts({name: getattr(share, name) for name in ("int8", "fp16", "bf16", "fp32")})
+    if not parts:
+        return f"no multiply-accumulates: no convolution and no matrix product (read from the {share.origin})"
+    return f"{parts} of the multiply-accumulates (read from the {share.origin})"
+
+
+def _parts(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.1%} {name}" for name, share in shares.items() if share > 0)
+
+
+def calibration_text(calibration: Calibration) -> list[str]:
+    """What the scales were made of, and the noisiest layers."""
+    extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
+    weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
+    rows = f"{calibration.rows} {'images' if calibration.kind == 'images' else 'rows'}"
+    skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
+    noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
+    return [
+        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}"),
+        _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
+    ]
+
+
+def accuracy_text(accuracy: Accuracy) -> str:
+    """Accuracy before and after, with the interval of the difference."""
+    return (
+        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images:,} images; FP32 {accuracy.parent_top1:.2f} %,"
+        f" {accuracy.parent_top5:.2f} %: {accuracy.top1_drop:.2f} points lost (95 % interval {accuracy.top1_drop_low:.2f} to"
+        f" {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
+    )
+
+
+def exclusions_text(manifest: Manifest) -> list[str]:
+    """The nodes that stayed in a higher precision, at most ten of them, a line each."""
+    exclusions = manifest.exclusions
+    label = "not INT8" if manifest.precision == "int8" else "in FP32"
+    lines = [_row(label, f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
+    if len(exclusions) > _LISTED:
+        lines.append(_row("", f"and {len(exclusions) - _LISTED} more nodes: deploy inspect --json lists all"))
+    return lines
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 10^3, 10^6 or 10^9, to three digits."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} B"
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<10} {text}"

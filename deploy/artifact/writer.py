@@ -1,0 +1,177 @@
+"""Writing artifacts: whole or not there."""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from deploy.artifact.manifest import MANIFEST, RUNTIME_CACHE, Artifact, FileRecord, Manifest, file_digest
+from deploy.errors import DeployError, OutputError
+
+
+def check_output(out: Path, source: Artifact | None = None) -> None:
+    """Raise OutputError, before any work, when `out` is something that is not ours to replace or cannot be written.
+
+    With `source`, what the output is made from: also when `out` is the source or one of those that it descends from, lies
+    inside one, or holds one.
+    """
+    if out.is_symlink():
+        raise OutputError(f"{out} is a symbolic link; give the directory that it points to, or choose another -o")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} exists and is not a directory; choose another -o")
+    if out.is_dir() and (entries := {path.name for path in out.iterdir()}):
+        try:
+            head = json.loads((out / MANIFEST).read_bytes())
+            ours = isinstance(head, dict) and isinstance(head["files"], dict) and "format" in head and "digest" in head
+        except (OSError, ValueError, KeyError):
+            ours = False
+        if not ours:
+            raise OutputError(
+                f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
+            )
+        if foreign := sorted(entries - {MANIFEST, RUNTIME_CACHE, *head["files"]}):
+            raise OutputError(
+                f"{out} holds {foreign[0]!r} beside the artifact; nothing was changed: choose another -o or move it"
+            )
+    _protect(out, source)
+    folder = next(parent for parent in Path(os.path.abspath(out)).parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {folder}: {'permission denied' if folder.is_dir() else 'it is not a directory'}")
+
+
+def _protect(out: Path, source: Artifact | None) -> None:
+    place = Path(os.path.realpath(out))
+    while source is not None:
+        home = Path(os.path.realpath(source.path))
+        inside = home in place.parents and source.bare is None  # beside a bare file is where its output goes
+        if place == home or place in home.parents or inside:
+            raise OutputError(f"{out} is, holds or lies in {source.shown}, which the output is made from; choose another -o")
+        source = source.parent()
+
+
+class ArtifactWriter:
+    """Writes an artifact beside `out` and puts it in place in one atomic step.
+
+        with ArtifactWriter(out) as writer:
+            ...  # write files into writer.path
+            artifact = writer.commit(manifest_without_files)
+
+    A process that dies at any point leaves the old artifact, the new one or none, each whole, and perhaps a hidden
+    `.NAME.*.partial` directory beside it, which the next writer of the same `out` removes. An OSError inside the
+    block (a full disk, say) becomes an OutputError, and an error that names the hidden directory names `out` instead.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.abspath(out))
+        check_output(self.out)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the directory {self.out.parent}: {error.strerror}") from error
+        self._remove_stale()
+        lock = None
+        while lock is None:  # another writer may take a directory for stale before it is locked
+            self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
+            try:
+                self.path.mkdir()
+            except OSError as error:
+                raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}") from error
+            lock = _lock(self.path)
+        self._lock = lock
+
+    def _remove_stale(self) -> None:
+        for path in self.out.parent.glob(f".{self.out.name}.*.partial"):
+            lock = _lock(path)
+            if lock is not None:  # nobody holds it: whoever wrote it is dead
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def describe(self, manifest: Manifest) -> Artifact:
+        """What has been written so far, hashed, as an artifact that can be opened before it is in place."""
+        files = {
+            path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path)) for path in sorted(self.path.iterdir())
+        }
+        return Artifact(self.path, msgspec.structs.replace(manifest, files=files))
+
+    def commit(self, manifest: Manifest) -> Artifact:
+        """Seal the manifest and put the directory in place. Returns the artifact at `out`.
+
+        Files are hashed unless `manifest` comes from `describe` and lists them.
+        """
+        files = manifest.files or self.describe(manifest).manifest.files
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        sealed = msgspec.structs.replace(manifest, files=files, created=created).sealed()
+        (self.path / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
+        for path in [*self.path.iterdir(), self.path]:
+            _sync(path)
+        _put_in_place(self.path, self.out)
+        _sync(self.out.parent)
+        return Artifact(self.out, sealed)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
+        os.close(self._lock)
+        if isinstance(error, DeployError):
+            error.args = (self._shown(str(error)),)
+        if isinstance(error, OSError) or (error is not None and "No space left on device" in str(error)):
+            reason = (error.strerror if isinstance(error, OSError) else None) or self._shown(str(error))
+            raise OutputError(f"cannot write {self.out}: {reason}; nothing that stood there was changed") from error
+
+    def _shown(self, message: str) -> str:
+        return message.replace(str(self.path), str(self.out))
+
+
+def _lock(path: Path) -> int | None:
+    """Take the lock of a directory: its descriptor, or None when another process holds it or it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(new: Path, out: Path) -> None:
+    """Make `out` be what `new` is. Where `out` stands, the two change places; `new` is then what was replaced."""
+    try:
+        os.rename(new, out)  # nothing there, or an empty directory
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_exchange = -100, 2  # <fcntl.h>, <linux/fs.h>
+    if libc.renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(out), rename_exchange) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(out))
+    # The file system cannot exchange: for a moment there is no artifact, but never half of one.
+    old = new.with_name(new.name.removesuffix(".partial") + ".old.partial")
+    os.rename(out, old)
+    os.rename(new, out)
+    os.rename(old, new)

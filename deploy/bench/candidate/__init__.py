@@ -1,0 +1,1 @@
+"""What is timed: one artifact on one backend in a process of its own."""

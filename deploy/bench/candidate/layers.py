@@ -1,0 +1,120 @@
+"""Which ONNX nodes and torch modules the layers of a backend are made of.
+
+Backends fuse nodes, and name what comes of it after one of them, or after a tensor. Nodes that no name leads to were
+fused into the layer that computes what they take.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+import onnx
+
+from deploy.artifact.manifest import Artifact
+from deploy.runtime.profiling import LayerTime
+
+_MARKS = ("fused ",)
+"""What ONNX Runtime puts before a name."""
+
+
+def named_layers(artifact: Artifact, found: Sequence[LayerTime]) -> list[LayerTime]:
+    """The layers of a run of `artifact`, or of the module that it descends from.
+
+    A torch module is known where `deploy export` made the ONNX file of one: it names every node `MODULE/OPERATOR`.
+    """
+    root = artifact.root()
+    exported = onnx.load(root.onnx_path, load_external_data=False).graph
+    modules = {module_of(node.name) for node in exported.node} if root.manifest.source.factory is not None else set()
+    if any(layer.modules for layer in found):
+        by_module = [tuple(node.name for node in exported.node if module_of(node.name) in layer.modules) for layer in found]
+        return [replace(layer, nodes=part) for layer, part in zip(found, by_module, strict=True)]
+    nodes = _nodes(onnx.load(artifact.onnx_path, load_external_data=False).graph, found)
+    return [replace(layer, nodes=part, modules=_modules(part, modules)) for layer, part in zip(found, nodes, strict=True)]
+
+
+def module_of(node: str) -> str:
+    """`layer1.0.conv1/Conv_2` -> `layer1.0.conv1`; empty for the module itself."""
+    return node.rpartition("/")[0]
+
+
+def _modules(nodes: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """The modules of the nodes; a pair of QuantizeLinear and DequantizeLinear belongs to the module whose weight it is of."""
+    found = [module_of(node) for node in nodes]
+    found = [name if name in known else name.removesuffix(".weight") for name in found]
+    return tuple(dict.fromkeys(name for name in found if name in known))
+
+
+def _nodes(graph: onnx.GraphProto, found: Sequence[LayerTime]) -> list[tuple[str, ...]]:
+    """The nodes of each layer."""
+    nodes = {node.name: node for node in graph.node if node.op_type != "Constant"}
+    producers = {name: node for node in nodes.values() for name in node.output}
+    order = {name: index for index, name in enumerate(nodes)}
+    owners: dict[str, int] = {}  # node -> layer
+    anchored: list[str | None] = []
+    for index, layer in enumerate(found):
+        for name in layer.nodes:
+            owners.setdefault(name, index)
+        anchor, exact = (None, False) if layer.nodes else _anchor(layer.name, nodes, producers)
+        anchored.append(anchor)
+        if anchor is not None and exact:
+            owners.setdefault(anchor, index)
+            if layer.name not in nodes:  # it bears the name of what comes out: back to what it computes with
+                for name in _chain(nodes[anchor], layer.operator, producers):
+                    owners.setdefault(name, index)
+    for name in sorted(nodes, key=order.__getitem__):
+        if name not in owners:
+            makers = [producers[value].name for value in nodes[name].input if value in producers]
+            known = [maker for maker in makers if maker in owners]
+            if known:
+                owners[name] = owners[max(known, key=order.__getitem__)]
+    members: list[list[str]] = [[] for _ in found]
+    for name in sorted(owners, key=lambda name: order.get(name, -1)):
+        members[owners[name]].append(name)
+    return [tuple(members[index]) or ((anchor,) if anchor is not None else ()) for index, anchor in enumerate(anchored)]
+
+
+def _anchor(name: str, nodes: dict[str, onnx.NodeProto], producers: dict[str, onnx.NodeProto]) -> tuple[str | None, bool]:
+    """The node that a layer's name leads to, and whether it is that node or its output and not something beside it."""
+    for mark in _MARKS:
+        name = name.removeprefix(mark)
+    if name in nodes:
+        return name, True
+    if (base := name.removesuffix("_nchwc")) in producers:
+        return producers[base].name, True
+    longest = max(_parts(name, (*nodes, *producers)), key=len, default=None)
+    if longest is None:
+        return None, False
+    anchor = longest if longest in nodes else producers[longest].name
+    return anchor, name.removeprefix(longest).startswith("/WithoutBiases")
+
+
+def _parts(name: str, known: Iterable[str]) -> Iterable[str]:
+    """The names in `known` that `name` begins or ends with, set off by `_` or `/`."""
+    return (
+        each for each in known if each and (name.startswith((f"{each}_", f"{each}/")) or name.endswith((f"_{each}", f"/{each}")))
+    )
+
+
+def _chain(last: onnx.NodeProto, operator: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """The nodes from `last` back to the nearest of that operator, along the first way there; none where there is no such."""
+    operator = operator.removeprefix("Fused")
+    ways = [[last]]
+    seen = {last.name}
+    while ways:
+        way = ways.pop(0)
+        if way[-1].op_type == operator:
+            return [node.name for node in way]
+        if len(way) > 4:
+            continue
+        # The operand made last comes first: of an Add behind a convolution, not the shortcut.
+        for value in way[-1].input:
+            node = producers.get(value)
+            if node is not None and node.name not in seen:
+                seen.add(node.name)
+                ways.append([*way, node])
+    return []
+
+
+def shares(layers: Sequence[LayerTime]) -> list[tuple[LayerTime, float]]:
+    """The layers with their shares of the time of all, the longest first."""
+    whole = sum(layer.ms for layer in layers)
+    return [(layer, layer.ms / whole if whole else 0.0) for layer in sorted(layers, key=lambda layer: -layer.ms)]

@@ -1,0 +1,188 @@
+"""The data that an artifact is calibrated on: images of an ImageFolder, a folder of `.npz` feeds, or feeds in memory."""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from deploy.artifact.manifest import Artifact, file_digest, request_digest
+from deploy.artifact.tensors import TensorSpec
+from deploy.calibration import npzfolder
+from deploy.calibration.imagefolder import Sample
+from deploy.calibration.npzfolder import NpzFolderError
+from deploy.data.images import Feed, image_input, read_folder
+from deploy.errors import DataError, InputError, UsageError
+
+logger = logging.getLogger(__name__)
+
+IMAGES = 512
+"""Images, or `.npz` files, that are used where no number is asked for and there are as many."""
+
+SKIPPED = 0.05
+"""Share of the images that may be unreadable; with more, something is wrong with the folder."""
+
+_NAMED = 5
+
+
+class CalibrationSet(ABC):
+    """Feeds for the inputs `specs`, in an order that is always the same.
+
+    count: how many images or files are to be read; None where only reading tells.
+    skipped: after reading, the files that could not be read and were left out.
+    """
+
+    kind: Literal["images", "npz", "feeds"]
+    count: int | None = None
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.skipped: list[str] = []
+
+    @abstractmethod
+    def digest(self) -> str | None:
+        """SHA-256 over the content that is read, in order; None where it can be read only once."""
+
+    @abstractmethod
+    def feeds(self, batch_size: int) -> Iterator[Feed]:
+        """The feeds, of `batch_size` rows at most where the batch is symbolic. Raises DataError or UsageError."""
+
+
+class _Images(CalibrationSet):
+    kind = "images"
+
+    def __init__(self, artifact: Artifact, folder: Path, count: int | None) -> None:
+        super().__init__(artifact.manifest.inputs)
+        self._source = image_input(artifact)
+        images = read_folder(folder)
+        self._folder = folder
+        self._samples: Sequence[Sample] = images.sample(count or IMAGES)
+        self.count = len(self._samples)
+        if count is not None and self.count < count:
+            logger.warning("%d images were asked for; %s holds %d: all of them are used", count, folder, self.count)
+        if len(images.classes) == 1:
+            logger.warning("%s holds one class only, %r: the scales will fit its images", folder, images.classes[0])
+
+    def digest(self) -> str:
+        return request_digest({"images": [[label, file_digest(path)] for path, label in self._samples]})
+
+    def feeds(self, batch_size: int) -> Iterator[Feed]:
+        self.skipped = []
+        size, _ = self._source.batch_size(batch_size)
+        for feed, _ in self._source.batches(self._samples, size, skip=self._skip):
+            yield feed
+        if self.skipped:
+            shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
+            logger.warning("%d of %d images cannot be read and were left out: %s", len(self.skipped), self.count, shown)
+
+    def _skip(self, path: Path, error: Exception) -> None:
+        if not isinstance(error, DataError):
+            raise error
+        self.skipped.append(str(path))
+        if len(self.skipped) > max(1, int(SKIPPED * len(self._samples))):
+            raise DataError(
+                f"{self._folder}: over {SKIPPED:.0%} of {self.count} images cannot be read, among them"
+                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them"
+            ) from error
+
+
+class _NpzFiles(CalibrationSet):
+    kind = "npz"
+
+    def __init__(self, artifact: Artifact, folder: Path, count: int | None) -> None:
+        super().__init__(artifact.manifest.inputs)
+        try:
+            files = npzfolder.scan(folder)
+        except NpzFolderError as error:
+            raise DataError(str(error)) from error
+        self._files = files[: count or IMAGES]
+        self.count = len(self._files)
+        if count is not None and self.count < count:
+            logger.warning("%d feeds were asked for; %s holds %d: all of them are used", count, folder, self.count)
+
+    def digest(self) -> str:
+        return request_digest({"npz": [file_digest(path) for path in self._files]})
+
+    def feeds(self, batch_size: int) -> Iterator[Feed]:
+        for path in self._files:
+            try:
+                arrays = npzfolder.read(path)
+            except NpzFolderError as error:
+                raise DataError(str(error)) from error
+            yield from _fit(arrays, self.specs, batch_size, str(path))
+
+
+class _Feeds(CalibrationSet):
+    kind = "feeds"
+
+    def __init__(self, artifact: Artifact, feeds: Iterable[Mapping[str, np.ndarray]], count: int | None) -> None:
+        super().__init__(artifact.manifest.inputs)
+        self._feeds = feeds
+        self._limit = count
+
+    def digest(self) -> str | None:
+        if not isinstance(self._feeds, Sequence):
+            return None
+        digest = hashlib.sha256()
+        for feed in self._feeds[: self._limit]:
+            for name in sorted(feed):
+                array = np.ascontiguousarray(feed[name])
+                digest.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()
+
+    def feeds(self, batch_size: int) -> Iterator[Feed]:
+        for index, feed in enumerate(self._feeds):
+            if index == self._limit:
+                return
+            yield from _fit(feed, self.specs, batch_size, f"calibration feed {index}")
+
+
+def calibration_set(
+    artifact: Artifact, data: Path | str | Iterable[Mapping[str, np.ndarray]], count: int | None = None
+) -> CalibrationSet:
+    """The first `count` feeds of `data` for `artifact`; of images, a sample drawn evenly over the classes.
+
+    A folder with `.npz` files right in it is one of feeds; any other folder must be an ImageFolder. None: `IMAGES`, or
+    all there are, and all of an iterable. Raises DataError for a folder that cannot be used, UsageError when the artifact
+    does not take images or `count` is not 1 or more.
+    """
+    if count is not None and count < 1:
+        raise UsageError(f"the number of images must be 1 or more, not {count}")
+    if not isinstance(data, (str, Path)):
+        return _Feeds(artifact, data, count)
+    folder = Path(data)
+    if folder.is_dir() and any(path.suffix == ".npz" for path in folder.iterdir()):
+        return _NpzFiles(artifact, folder, count)
+    try:
+        return _Images(artifact, folder, count)
+    except UsageError as error:
+        raise UsageError(f"{error}; or calibrate with a folder of .npz files, one array an input in each") from error
+
+
+def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:
+    """`feed` as the model takes it: a missing batch dimension added, cut to `batch_size` rows where the batch is symbolic."""
+    names = [spec.name for spec in specs]
+    if sorted(feed) != sorted(names):
+        raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {', '.join(map(str, specs))}")
+    arrays: Feed = {}
+    dims: dict[str, int] = {}
+    for spec in specs:
+        array = np.asarray(feed[spec.name])
+        if array.ndim == len(spec.shape) - 1:
+            array = array[None]
+        if array.dtype.kind == "f" and spec.dtype.startswith("float"):
+            array = array.astype(spec.dtype, copy=False)
+        try:
+            spec.check(str(array.dtype), array.shape, dims)
+        except InputError as error:
+            raise DataError(f"{what}: {error}") from error
+        arrays[spec.name] = array
+    batch = specs[0].shape[0] if specs[0].shape else None
+    if not isinstance(batch, str) or any(not spec.shape or spec.shape[0] != batch for spec in specs):
+        yield arrays
+        return
+    for start in range(0, dims[batch], batch_size):
+        yield {name: array[start : start + batch_size] for name, array in arrays.items()}

@@ -1,0 +1,1 @@
+"""Accuracy and predictions of an artifact, and the gate that compares two."""

@@ -1,0 +1,1 @@
+"""Pure measuring with numpy alone: parity and timing."""

@@ -1,0 +1,1 @@
+"""From a name and weights to a module, and to ONNX."""

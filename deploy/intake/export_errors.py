@@ -1,0 +1,162 @@
+"""Why a module cannot be exported, with the line of the user's own code that stands in the way."""
+
+import inspect
+import linecache
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from deploy.artifact.tensors import TensorSpec
+
+
+def explain(
+    error: Exception,
+    module: torch.nn.Module,
+    program: torch.export.ExportedProgram | None,
+    inputs: Sequence[TensorSpec],
+    user_files: Sequence[str],
+    fixed: str | None,
+) -> str:
+    """Two lines on why the export failed: where, in the user's own file if it is known, and why; and what to do.
+
+    program: what torch.export made; None when it is what failed. fixed: the line by `fixed_at`.
+    """
+    chain = list(_chain(error))
+    where = line_of(error, user_files) or (_line_of_node(chain, program, user_files) if program is not None else None)
+    root = chain[-1] if program is None else next((one for one in chain if type(one).__name__ == "DispatchError"), chain[-1])
+    reason = _first_line(str(root)) or type(root).__name__
+    text = " ".join(str(one) for one in chain)
+    if "data-dependent" in text:
+        reason = f"the control flow depends on the values of a tensor ({reason})"
+        remedy = "use torch.where or torch.cond in its place"
+    elif "specialized" in text or "Constraints violated" in text:
+        where = fixed or where
+        reason, remedy = fixed_reason(_fixed_dims(text, module, inputs))
+    elif "No ONNX function found" in text:
+        operator = re.search(r"op='([^']+)'", text)
+        reason = f"the operator {operator[1] if operator else ''} has no ONNX counterpart"
+        remedy = "replace it in the module by operators that have one"
+    else:
+        remedy = "run the module on the same input to see whether it works in eager mode; --debug shows the whole error"
+    return f"{type(module).__name__} cannot be exported{f': {where}' if where else ''}: {reason}\n{remedy}"
+
+
+def fixed_reason(dims: Sequence[str]) -> tuple[str, str]:
+    """What to say of a module that works with one size only of `dims`: the reason and the remedy."""
+    noun, names = ("dimension", "dimensions")[len(dims) > 1], ", ".join(f"`{dim}`" for dim in dims)
+    return (
+        f"the module's code fixes the {noun} {names} that should stay dynamic",
+        "compute with x.shape as it is (no int(), loop or fixed number), or export with --static-batch and numbers in --input",
+    )
+
+
+def line_of(error: BaseException, user_files: Sequence[str]) -> str | None:
+    """The innermost line of the user's own code in the tracebacks, innermost error first, and the module it is in."""
+    for one in reversed(list(_chain(error))):
+        for frame, line in reversed(list(traceback.walk_tb(one.__traceback__))):
+            if frame.f_code.co_filename in user_files:
+                return _place(frame, line)
+    return None
+
+
+def fixed_at(
+    module: torch.nn.Module, args: tuple[torch.Tensor, ...], shapes: tuple[Any, ...], user_files: Sequence[str]
+) -> str | None:
+    """The line of the user's code at which torch.export first takes a dynamic dimension for a number; None where there is none.
+
+    torch's own error names the dimension and not the line, so the export, which failed, is run again and watched.
+    """
+    found: list[str] = []
+    replace = ShapeEnv._set_replacement
+
+    def watched(self: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+        if target.is_number and str(symbol).startswith("s"):  # `u0` is a size that depends on data
+            frames = ((frame, line) for frame, line in traceback.walk_stack(None) if frame.f_code.co_filename in user_files)
+            found.extend(_place(frame, line) for frame, line in list(frames)[:1])
+        replace(self, symbol, target, message)
+
+    setattr(ShapeEnv, "_set_replacement", watched)  # noqa: B010  # mypy forbids to assign a method
+    try:
+        torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+    except Exception:  # noqa: S110  # the error that is being explained
+        pass
+    finally:
+        setattr(ShapeEnv, "_set_replacement", replace)  # noqa: B010  # as above
+    return next(iter(found), None)
+
+
+def size_branches(program: torch.export.ExportedProgram, inputs: Sequence[TensorSpec], user_files: Sequence[str]) -> list[str]:
+    """Where the user's own code branches on a size: the graph holds the branch that was taken, whatever the size."""
+    nodes = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = [nodes[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    names = {
+        str(size): dim
+        for value, spec in zip(values, inputs, strict=False)
+        if isinstance(value, torch.Tensor)
+        for size, dim in zip(value.shape, spec.shape, strict=True)
+        if isinstance(dim, str)
+    }
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+    found = []
+    for guard in mode.shape_env.guards if mode is not None and mode.shape_env is not None else ():
+        frame = guard.sloc.framework_loc  # where the size was asked for: in torch, unless the code itself compares it
+        if frame is not None and frame.filename in user_files:
+            rule = f"{guard.expr.lhs} {guard.expr.rel_op} {guard.expr.rhs}" if guard.expr.is_Relational else str(guard.expr)
+            rule = re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), rule)
+            found.append(
+                f"{frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').rstrip(':')}: the module branches on a size, and the graph holds"
+                f" one branch: it is right only where {rule}"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _place(frame: FrameType, line: int) -> str:
+    path, inside = frame.f_code.co_filename, frame.f_locals.get("self")
+    module = f" of {type(inside).__name__}" if isinstance(inside, torch.nn.Module) else ""
+    return f"{path}:{line} in {frame.f_code.co_name}{module}: {linecache.getline(path, line).strip().rstrip(':')}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those it was raised from, outermost first."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def _line_of_node(chain: Sequence[BaseException], program: torch.export.ExportedProgram, user_files: Sequence[str]) -> str | None:
+    """Where the node that an error speaks of was made: torch.export keeps a stack trace and the module path of each."""
+    text = " ".join(str(error) for error in chain)
+    # Compared without leading underscores: linalg_svd is _linalg_svd once decomposed.
+    named = {name.lstrip("_") for name in re.findall(r"node %(\w+)", text)}
+    named |= {name.lstrip("_") for name in re.findall(r"(?:op='|torch\.ops\.)aten\.(\w+)", text)}
+    for node in program.graph.nodes:
+        if named.isdisjoint((node.name, str(node.target).removeprefix("aten.").partition(".")[0])):
+            continue
+        frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', node.stack_trace or "")
+        frames = [frame for frame in frames if frame[0] in user_files] or frames
+        owners = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
+        if frames:
+            path, line, function, code = frames[-1]
+            inside = f", module {owners[-1]!r}" if owners else ""
+            return f"{path}:{line} in {function}{inside}: {code.strip()}"
+    return None
+
+
+def _fixed_dims(text: str, module: torch.nn.Module, inputs: Sequence[TensorSpec]) -> list[str]:
+    """The dimensions that torch complains of, by the names of the specs; all dynamic ones where it does not say."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    by_name = dict(zip(parameters, inputs, strict=False))
+    named = re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text)
+    dims = [str(by_name[name].shape[int(axis)]) for name, axis in named if name in by_name]
+    return list(dict.fromkeys(dims or (dim for spec in inputs for dim in spec.dynamic)))
+
+
+def _first_line(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)[:300]

@@ -1,0 +1,145 @@
+"""What a GPU says of a new engine: the precision of its layers, the time they take, what it computes, and whether INT8 pays."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from deploy.artifact.manifest import ONNX, Artifact, PrecisionShare
+from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
+from deploy.engine.attestation import engine_layers, engine_share
+from deploy.engine.cuda import open_device
+from deploy.engine.flavour import has_gpu
+from deploy.errors import BackendError, EngineError
+from deploy.evidence.parity import TOLERANCES, Parity, compare
+from deploy.evidence.timing import Ratio, paired_ratio, sample
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.half.emulate import emulate
+from deploy.runtime.backends.tensorrt import TensorRTSession
+from deploy.runtime.session import Session, SessionOptions, open_session
+
+logger = logging.getLogger(__name__)
+
+ROUNDS, SLICE_S, SAMPLES = 9, 0.1, 2000
+_WARMUP = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Share of the multiply-accumulates, the layers and the time in each precision, precision by node, and parity."""
+
+    share: PrecisionShare
+    by_node: dict[str, str]
+    parity: Parity
+
+
+def gpu_identity() -> list[str] | None:
+    """Name, compute capability and driver of the GPU that engines are built and tried on; None where there is none."""
+    if not has_gpu():
+        return None
+    try:
+        gpu = open_device().gpu()
+    except BackendError as error:
+        logger.warning("there is an NVIDIA driver, but its GPU cannot be used: %s", error)
+        return None
+    return [gpu.name, gpu.compute_capability, gpu.driver or "unknown"]
+
+
+def open_engine(engine: Artifact) -> TensorRTSession | None:
+    """A session on a new engine; None on a machine whose GPU tensorrt-rtx does not build for.
+
+    Raises BackendError where a `tensorrt` engine, which was built on this GPU, cannot be loaded.
+    """
+    target = engine.manifest.target
+    assert target is not None
+    try:
+        session = open_session(engine, target.flavour, SessionOptions(contexts=1))
+    except BackendError as error:
+        if target.flavour == "tensorrt":
+            raise
+        logger.warning("the engine cannot run on this machine, and is attested from the typed network: %s", error)
+        return None
+    assert isinstance(session, TensorRTSession)
+    return session
+
+
+def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], macs: Mapping[str, int], gpu: str) -> Proof:
+    """Attest the engine as it was built, and compare it with its typed ONNX file.
+
+    typed: precision by node of the typed network. macs: multiply-accumulates by node. gpu: its name. Raises EngineError and ParityError.
+    """
+    feed = random_feed(session.inputs, session.dims())
+    times = {layer.name: layer.ms for layer in session.layer_times(feed)}
+    share, by_node = engine_share(engine_layers(session.information()), typed, macs, times)
+    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine, gpu))
+
+
+def engine_parity(session: Session, engine: Artifact, gpu: str) -> Parity:
+    """Compare what `session` computes on `gpu` with the typed ONNX file of `engine`, on random input.
+
+    The batches are those of `_batches`. The ONNX file runs on ONNX Runtime, half precision emulated in FP32. Raises
+    ParityError beyond the tolerance of the precision.
+    """
+    manifest = engine.manifest
+    assert manifest.target is not None
+    tolerance = TOLERANCES[manifest.precision]
+    reference = CpuGraph(emulate(onnx.load(engine.onnx_path)))
+    dims = session.dims()
+    batch = batch_dim(session.inputs)
+    cases = []
+    for seed, size in enumerate(_batches(session, batch), start=1):
+        feed = random_feed(session.inputs, {**dims, batch: size} if batch else dims, seed=seed)
+        expected = reference({name: _as_fp32(array) for name, array in feed.items()})
+        cases.append(
+            compare(session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.shown}")
+        )
+    return Parity(
+        against=manifest.files[ONNX].sha256,
+        by=f"{manifest.target.flavour} {manifest.target.version} on {gpu}",
+        tolerance=tolerance,
+        cases=cases,
+    )
+
+
+def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
+    """How many times as fast as FP16 INT8 is, at the optimal shapes, on arrays in device memory, measured in turns.
+
+    Raises EngineError when it is slower, beyond the interval of the ratio.
+    """
+    feed = int8.to_device(random_feed(int8.inputs, int8.dims()))
+    sessions: tuple[Session, Session] = (fp16, int8)
+    for session in sessions:
+        session.warmup(feed, _WARMUP)
+    rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for _ in range(ROUNDS):
+        for session, samples in zip(sessions, rounds, strict=True):
+            samples.append(sample(lambda session=session: session.run(feed), SLICE_S, SAMPLES))  # type: ignore[misc]
+    ratio = paired_ratio(*rounds)
+    if ratio.high < 1:
+        raise EngineError(
+            f"{what}: INT8 is slower than FP16 here, {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f});"
+            " build --fp16, leave layers out with --exclude, or keep it with --allow-slower"
+        )
+    logger.info("INT8 is %.2f times as fast as FP16 (%.2f to %.2f)", ratio.value, ratio.low, ratio.high)
+    return ratio
+
+
+def _batches(session: Session, batch: str | None) -> list[int]:
+    """The smallest and the optimal batch of the first profile; the one there is where the batch is fixed."""
+    if batch is None or not session.profiles:
+        return [_fixed(session.inputs)]
+    spec = next(spec for spec in session.inputs if batch in spec.shape)
+    shapes = session.profiles[0][spec.name]
+    axis = spec.shape.index(batch)
+    return sorted({shapes.min[axis], shapes.opt[axis]})
+
+
+def _fixed(inputs: tuple[TensorSpec, ...]) -> int:
+    first = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    return first if isinstance(first, int) else 1
+
+
+def _as_fp32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array

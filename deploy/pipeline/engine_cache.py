@@ -1,0 +1,101 @@
+"""Engine artifacts kept between builds, by all that they depend on: the second build is a copy."""
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deploy.artifact.manifest import WEIGHTS, Artifact, Manifest, Stage, request_digest
+from deploy.artifact.writer import ArtifactWriter
+from deploy.errors import ArtifactError, OutputError
+from deploy.host.cache import ENGINES, cache_folder, trim
+from deploy.pipeline.lineage import parent_record
+
+logger = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    return cache_folder() / ENGINES
+
+
+def copy(source: Artifact, request: Mapping[str, Any], out: Path, stage: Stage) -> Artifact | None:
+    """The engine that was built from the same ONNX file as `source` with the same `request`, copied to `out`; None without one.
+
+    One that is damaged is removed: it can be built again. Raises OutputError.
+    """
+    kept = folder() / _key(source, request)
+    if not kept.is_dir():
+        return None
+    try:
+        found = Artifact.open(kept)
+        found.verify()
+    except ArtifactError as error:
+        logger.warning("a kept engine is damaged, and is built again: %s", error)
+        shutil.rmtree(kept, ignore_errors=True)
+        return None
+    os.utime(kept)
+    with ArtifactWriter(out) as writer:
+        for name in found.manifest.files:
+            _duplicate(found.path / name, writer.path / name)
+        return writer.commit(_addressed(found.manifest, source, out, stage))
+
+
+def put(source: Artifact, request: Mapping[str, Any], made: Artifact) -> None:
+    """Keep `made`. Where that cannot be done a warning says so: the build itself is done."""
+    kept = folder() / _key(source, request)
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with ArtifactWriter(kept) as writer:
+            for name in made.manifest.files:
+                _duplicate(made.path / name, writer.path / name)
+            writer.commit(made.manifest)
+        trim(folder())
+    except (OSError, OutputError) as error:
+        logger.warning("the engine cannot be kept in %s: %s", folder(), error)
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """A hard link where both are on one file system, else a copy. Nothing of ours writes to a file that is in place, and
+    what others do to one is found by its hash."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _key(source: Artifact, request: Mapping[str, Any]) -> str:
+    """The content of the ONNX file and what is said of it, but not where it lies or what it is called; and the request."""
+    manifest = source.manifest
+    content = {
+        "files": sorted(record.sha256 for name, record in manifest.files.items() if name != WEIGHTS),
+        "precision": manifest.precision,
+        "inputs": msgspec.to_builtins(manifest.inputs),
+        "outputs": msgspec.to_builtins(manifest.outputs),
+        "preprocess": msgspec.to_builtins(manifest.preprocess),
+        "exclusions": msgspec.to_builtins(manifest.exclusions),
+        "calibration": msgspec.to_builtins(manifest.calibration),
+    }
+    return request_digest({**request, "source": content})
+
+
+def _addressed(kept: Manifest, source: Artifact, out: Path, stage: Stage) -> Manifest:
+    """The manifest of a kept engine as that of one built now from `source`, whose ONNX file is the same."""
+    own = source.manifest
+    parity, accuracy = own.parity, own.accuracy
+    if kept.parity is not None and kept.parent is not None and kept.parity.against == kept.parent.digest:  # it was converted
+        parity, accuracy = dataclasses.replace(kept.parity, against=own.digest), kept.accuracy
+    return msgspec.structs.replace(
+        kept,
+        name=out.resolve().name,
+        parent=parent_record(source, out),
+        source=own.source,
+        classes=own.classes,
+        parity=parity,
+        accuracy=accuracy,
+        stage=stage,
+    )

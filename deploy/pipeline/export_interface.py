@@ -1,0 +1,127 @@
+"""What goes in and out of an export, by its options: inputs, outputs, preprocessing and class names, checked early."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shape
+from deploy.errors import UsageError
+from deploy.intake.build import BuiltModel
+
+logger = logging.getLogger(__name__)
+
+BATCH = "batch"
+
+
+def parse_input(text: str) -> TensorSpec:
+    """`"image=1x3x224x224:float32"` -> the spec; float32 when no dtype is given. Raises UsageError."""
+    name, equals, rest = text.partition("=")
+    shape, colon, dtype = rest.partition(":")
+    if not equals or not name or not shape or (colon and dtype not in DTYPES):
+        raise UsageError(f"cannot read the input {text!r}; expected NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}")
+    return TensorSpec(name=name, dtype=dtype or "float32", shape=parse_shape(shape))
+
+
+def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:
+    """Specs of the inputs: those of `texts`, else the architecture's own; the leading 1 made symbolic unless `static_batch`.
+
+    Raises UsageError.
+    """
+    if not texts and built.inputs is None:
+        raise UsageError(f"say what {built.factory} takes: --input NAME=1x3x224x224[:dtype], once for each input")
+    if texts and built.inputs is not None and len(texts) != len(built.inputs):
+        raise UsageError(
+            f"{built.factory} takes {len(built.inputs)} inputs ({', '.join(map(str, built.inputs))}), not {len(texts)}"
+        )
+    specs = tuple(parse_input(text) for text in texts) or built.inputs or ()
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise UsageError(f"two inputs have the same name: {', '.join(names)}")
+    if static_batch:
+        return specs
+    return tuple(dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) else spec for spec in specs)
+
+
+def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[TensorSpec], found: Sequence[str]) -> list[str]:
+    """Names of the outputs: `texts`, else the architecture's own, else those that were `found`. Raises UsageError."""
+    names = list(texts or built.outputs or found)
+    taken = [spec.name for spec in inputs]
+    if twice := [name for name in names if names.count(name) + taken.count(name) > 1]:
+        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs")
+    if len(names) != len(found):
+        raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
+    return names
+
+
+def load_preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
+    """`--preprocess`, a preset or a JSON file, for the image input it is given to. Raises UsageError when it does not fit."""
+    if spec is None:
+        return None
+    if not _is_image(inputs):
+        raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
+    loaded = _for_size(spec, inputs[0])
+    if misfit := _misfit(loaded, inputs[0]):
+        raise UsageError(f"--preprocess {spec} does not fit the input: {misfit}")
+    return loaded
+
+
+def default_preprocess(built: BuiltModel, inputs: Sequence[TensorSpec]) -> Preprocess | None:
+    """The architecture's own preprocessing; none, with a warning, where another input than its own was given."""
+    if built.preprocess is None or not _is_image(inputs):
+        return None
+    own = built.preprocess if isinstance(built.preprocess, Preprocess) else _for_size(built.preprocess, inputs[0])
+    if misfit := _misfit(own, inputs[0]):
+        logger.warning("the preprocessing of %s is left out: %s; give one with --preprocess", built.factory, misfit)
+        return None
+    return own
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, one a line. Raises UsageError when the file is missing, empty or names a class twice."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the class names of {path}: {error}") from error
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        raise UsageError(f"{path} must hold one class name a line, and no empty line between them")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{path} names {twice[0]!r} twice")
+    return names
+
+
+def check_classes(classes: Sequence[str] | None, shapes: Sequence[Sequence[Dim]]) -> None:
+    """Raise UsageError when the only output, of one of `shapes`, is a row of scores and there are not as many `classes`."""
+    scores = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None
+    if classes is not None and isinstance(scores, int) and scores != len(classes):
+        raise UsageError(f"--classes has {len(classes)} names, and the model gives {scores} scores")
+
+
+def _is_image(inputs: Sequence[TensorSpec]) -> bool:
+    return len(inputs) == 1 and len(inputs[0].shape) == 4
+
+
+def _for_size(spec: str, image: TensorSpec) -> Preprocess:
+    height, width = image.shape[2:] if image.shape[1] in (1, 3) else image.shape[1:3]
+    return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
+
+
+def _misfit(preprocess: Preprocess, image: TensorSpec) -> str:
+    """How the array that `preprocess` makes differs from the input, as far as both are fixed; "" where it does not."""
+    size: tuple[Dim, Dim] = ("height", "width")
+    if preprocess.crop is not None:
+        size = (preprocess.crop, preprocess.crop) if isinstance(preprocess.crop, int) else preprocess.crop
+    elif isinstance(preprocess.resize, tuple):
+        size = preprocess.resize
+    made = (preprocess.channels, *size) if preprocess.layout == "chw" else (*size, preprocess.channels)
+    wanted = image.shape[1:]
+    if all(have == want or isinstance(have, str) or isinstance(want, str) for have, want in zip(made, wanted, strict=True)):
+        sides = [side for side, have in zip(wanted, made, strict=True) if isinstance(have, str)]
+        short = preprocess.resize
+        if isinstance(short, int) and sides and all(isinstance(side, int) and side < short for side in sides):
+            return f"it makes images of {short} pixels or more a side ({preprocess.layout}), and the model takes {image}"
+        return ""
+    return f"it makes {format_shape(made)} ({preprocess.layout}) of an image, and the model takes {image}"

@@ -1,0 +1,141 @@
+"""OpenVINO on the CPU.
+
+Left to itself it computes in bfloat16 where the CPU can, and logits are off by some hundredths; here FP32 means FP32
+unless `SessionOptions.compute` says otherwise.
+"""
+
+import statistics
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from deploy.artifact.manifest import Artifact
+from deploy.errors import BackendError
+from deploy.host.cpu import usable_cores
+from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
+from deploy.runtime.session import Session, SessionOptions, closed_error
+
+_TELEMETRY = "openvino_telemetry"
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Hides the package that importing OpenVINO reports to, if it is installed: OpenVINO then uses a stub of its own.
+
+    Its report goes to a web service, which a runtime must not do unasked, and comes from a process that a background
+    thread forks: the copy may dead-lock, and holds every pipe of its parent open while it does.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: importing it fails
+    hidden = _TELEMETRY not in modules
+    if hidden:
+        modules[_TELEMETRY] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules[_TELEMETRY]
+
+
+try:
+    with _without_telemetry():
+        import openvino
+except ImportError as error:
+    raise BackendError(f"openvino cannot be imported ({error}); install it with: pip install 'deploy[cpu]'") from error
+
+_HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
+
+
+class OpenVinoSession(Session):
+    backend = "openvino"
+    computes = ("fp32", "bf16", "fp16")
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        super().__init__(artifact, options)
+        hint = _HINTS[options.compute]
+        streams = self.concurrency = options.contexts or 1
+        config = {
+            **({"PERFORMANCE_HINT": "LATENCY"} if streams == 1 else {"NUM_STREAMS": streams}),
+            "INFERENCE_PRECISION_HINT": hint,
+            # Of all streams together.
+            "INFERENCE_NUM_THREADS": options.threads * streams if options.threads else max(usable_cores(), streams),
+            # It would tie its threads to cores, in every process to the same: two services would share one core.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._artifact = artifact
+        self._config = config
+        self._compiled: Any = self._compile(config)
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        if used != hint:
+            raise BackendError(f"openvino cannot compute in {options.compute} on this CPU: it would use {used.get_type_name()}")
+        self._positions = [self._position(name) for name in self._input_names]
+        # A request runs one feed at a time: each run takes one of these, or makes one more.
+        self._idle: deque[Any] = deque()
+
+    def _compile(self, config: Mapping[str, Any]) -> Any:
+        try:
+            core = openvino.Core()
+            return core.compile_model(core.read_model(self._artifact.onnx_path), "CPU", dict(config))
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot open {self._artifact.location}: {_reason(error)}") from error
+
+    def _position(self, name: str) -> int:
+        return next(i for i, port in enumerate(self._compiled.inputs) if name in port.names)
+
+    def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        compiled = self._compiled
+        if compiled is None:
+            raise closed_error(self.name)
+        try:
+            try:
+                request = self._idle.pop()
+            except IndexError:
+                request = compiled.create_infer_request()
+            # A tensor does not keep its array alive: `arrays` does, until the run is over. It takes no read-only ones.
+            arrays = [x if x.flags.writeable else x.copy() for x in map(feed.__getitem__, self._input_names)]
+            for position, x in zip(self._positions, arrays, strict=True):
+                request.set_input_tensor(position, openvino.Tensor(x, shared_memory=True))
+            request.infer()
+            # Copies: the next run with this request writes to the same memory.
+            results = [request.get_output_tensor(i).data.copy() for i in range(len(self._output_names))]
+        except RuntimeError as error:
+            raise BackendError(f"openvino failed to run {self.name!r}: {_reason(error)}") from error
+        self._idle.append(request)
+        if self._closed:
+            self._idle.clear()
+        return results
+
+    def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
+        """By its performance counts, in a compiled model of its own."""
+        request = self._compile({**self._config, "PERF_COUNT": True}).create_infer_request()
+        times: dict[str, list[float]] = {}
+        operators: dict[str, str] = {}
+        arrays = [np.array(feed[name]) for name in self._input_names]
+        for run in range(WARMUPS + runs):
+            request.infer(dict(zip(self._positions, arrays, strict=True)))
+            for told in request.get_profiling_info() if run >= WARMUPS else ():
+                if told.status == told.Status.EXECUTED:
+                    times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
+                    operators[told.node_name] = told.node_type
+        return [LayerTime(name=name, operator=operators[name], ms=statistics.median(found)) for name, found in times.items()]
+
+    def _release(self) -> None:
+        self._compiled = None
+        self._idle.clear()
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, less the places in OpenVINO's own source that it came through."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [
+        line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API failed", "Summary:"))
+    ]
+    return " ".join(told) or " ".join(lines)
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> Session:
+    return OpenVinoSession(artifact, options)

@@ -1,0 +1,402 @@
+"""Dynamic batching: requests of a few rows each become batches of a session, and every caller gets its own rows back.
+
+    with Batcher(session, BatcherOptions(max_rows=16, delay_ms=2)) as batcher:
+        outputs = batcher.run({"input": x})                    # waits
+        future = batcher.submit({"input": x}, priority=1)      # concurrent.futures.Future
+        outputs = await batcher.run_async({"input": x})        # asyncio; cancelling the task cancels the request
+
+Only requests whose shapes are alike but for the rows go into one batch. Two threads serve each instance: while one is
+in the session, the other hands out the last results; as soon as the session is free, it takes the next batch.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from deploy.artifact.tensors import rows_join
+from deploy.errors import BackendError, DeadlineError, DeployError, InputError, QueueFullError, SessionClosedError, UsageError
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue, apart
+from deploy.runtime.session import Session
+
+logger = logging.getLogger("deploy.runtime")
+
+DEFAULT_ROWS = 32
+"""Rows of a batch at most where neither the options nor a profile say."""
+
+INLINE_S = 2e-4
+"""A run that takes no longer is made in an event loop itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatcherOptions:
+    """How to batch.
+
+    max_rows: rows of a batch at most; None: the most that a profile of the session takes, else `DEFAULT_ROWS`. It is 1 request a
+        batch, of any size, where the model has no symbolic batch dimension in all inputs and outputs.
+    delay_ms: how long the first request of a batch waits for others. With 0 a batch is what waits when the session is free.
+    queue_rows: rows that may wait; beyond, a request is refused.
+    instances: batches in the session at a time; None: the session's `concurrency`.
+    """
+
+    max_rows: int | None = None
+    delay_ms: float = 0.0
+    queue_rows: int = 1024
+    instances: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "queue_rows", "instances"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be 1 or more, not {value}")
+        if not 0 <= self.delay_ms < 1e6:
+            raise UsageError(f"delay_ms must be 0 or more, not {self.delay_ms:g}")
+
+
+class Batcher:
+    """Batches of a session, which stays the caller's to close. Safe to use from many threads and event loops at once.
+
+    observe: is told of every batch, from the batcher's own threads.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        options: BatcherOptions | None = None,
+        *,
+        observe: Callable[[BatchRecord], None] | None = None,
+    ) -> None:
+        options = options or BatcherOptions()
+        self.session = session
+        self.options = options
+        self._observe = observe
+        self.max_rows = _most_rows(session, options)
+        """Rows of a batch at most; None where each request goes alone."""
+        self._queue = RequestQueue()
+        self._condition = threading.Condition()
+        self._closed = False
+        self._instances = options.instances or session.concurrency
+        self._running = 0
+        self._alone_s = 1.0
+        """About what a request takes that is run alone."""
+        self._threads = [
+            threading.Thread(target=self._work, name=f"deploy batch {session.name} {index}", daemon=True)
+            for index in range(2 * self._instances)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Requests.
+
+    def submit(
+        self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
+    ) -> Future[Outputs]:
+        """Queue a feed of numpy arrays, which must stay as they are until the future is done.
+
+        priority: 1 is the highest; requests of one priority are served in their order. timeout_s: a request that was not
+        taken by then fails with DeadlineError. Cancelling the future takes the request out of the queue. Raises InputError for
+        a feed that the session does not take or with more rows than a batch, QueueFullError, SessionClosedError.
+        """
+        future: Future[Outputs] = Future()
+
+        def finish(outputs: Outputs | None, error: Exception | None) -> None:
+            if error is not None:
+                future.set_exception(error)
+            else:
+                assert outputs is not None
+                future.set_result(outputs)
+
+        request = self._request(feed, priority, timeout_s, future.set_running_or_notify_cancel, finish)
+        self._put(request)
+        future.add_done_callback(lambda done: self._discard(request) if done.cancelled() else None)
+        return future
+
+    def run(self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Outputs:
+        """`submit`, and wait for the outputs."""
+        return self.submit(feed, priority=priority, timeout_s=timeout_s).result()
+
+    async def run_async(
+        self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
+    ) -> Outputs:
+        """`run` for asyncio: other tasks go on meanwhile. Where the task is cancelled, the request leaves the queue."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Outputs] = loop.create_future()
+
+        def settle(outputs: Outputs | None, error: Exception | None) -> None:
+            if waiter.done():
+                return  # cancelled in the meantime
+            if error is not None:
+                waiter.set_exception(error)
+            else:
+                assert outputs is not None
+                waiter.set_result(outputs)
+
+        def finish(outputs: Outputs | None, error: Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any longer
+                loop.call_soon_threadsafe(settle, outputs, error)
+
+        request = self._request(feed, priority, timeout_s, lambda: not waiter.cancelled(), finish)
+        # Two changes of threads take longer than a small model: it is run here then, and holds the loop up for no longer.
+        if self._alone_s <= INLINE_S and request.rows == 1 and self._enter():
+            return self._run_here(request)
+        self._put(request)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            self._discard(request)
+            raise
+
+    def _enter(self) -> bool:
+        """Take the session for a run in the caller's thread, if nothing runs or waits and nothing is waited for."""
+        with self._condition:
+            if self._running or self._queue or self._closed or self.options.delay_ms:
+                return False
+            self._running += 1
+            return True
+
+    def _run_here(self, request: Request) -> Outputs:
+        try:
+            done = self._run([request], None)
+        finally:
+            self._leave()
+        self._report(done, time.perf_counter())
+        if done.outputs is None:
+            assert done.error is not None
+            raise _ours(done.error, self.session.name)
+        return done.outputs
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        with self._condition:
+            return len(self._queue)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests, and wait until those queued are answered, or without `drain` fail them with SessionClosedError."""
+        with self._condition:
+            self._closed = True
+            left = [] if drain else list(self._queue)
+            for request in left:
+                self._queue.remove(request)
+            self._condition.notify_all()
+        for request in left:
+            if request.start():
+                request.finish(None, self._closed_error())
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _closed_error(self) -> SessionClosedError:
+        return SessionClosedError(f"the batcher of {self.session.name!r} is closed")
+
+    def _request(
+        self,
+        feed: Mapping[str, np.ndarray],
+        priority: int,
+        timeout_s: float | None,
+        start: Callable[[], bool],
+        finish: Callable[[Outputs | None, Exception | None], None],
+    ) -> Request:
+        if priority < 1:
+            raise UsageError(f"priority must be 1 (the highest) or more, not {priority}")
+        self.session.check(feed)
+        if not all(isinstance(x, np.ndarray) for x in feed.values()):
+            raise InputError("a batcher takes numpy arrays")
+        if self.max_rows is None:
+            rows, key = 1, None
+        else:
+            rows = len(feed[self.session.inputs[0].name])
+            key = tuple([feed[spec.name].shape[1:] for spec in self.session.inputs])
+            if rows > self.max_rows:
+                raise InputError(f"{rows} rows in one request; a batch of {self.session.name!r} has {self.max_rows} at most")
+        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
+        return Request(feed, rows=rows, key=key, priority=priority, deadline=deadline, start=start, finish=finish)
+
+    def _put(self, request: Request) -> None:
+        with self._condition:
+            if self._closed:
+                raise self._closed_error()
+            if self._queue.rows + request.rows > self.options.queue_rows:
+                raise QueueFullError(
+                    f"the queue of {self.session.name!r} is full: {self._queue.rows} rows wait, {self.options.queue_rows} may;"
+                    " try again later, or allow more (queue_rows)"
+                )
+            self._queue.put(request)
+            if self._running < self._instances:
+                self._condition.notify()
+
+    def _discard(self, request: Request) -> None:
+        """Take a cancelled request out of the queue, if it is still there."""
+        with self._condition:
+            if request in self._queue:
+                self._queue.remove(request)
+
+    # Batches.
+
+    def _work(self) -> None:
+        joiner = Joiner(self.max_rows or 1)
+        while (batch := self._take()) is not None:
+            try:
+                done = self._execute(batch, joiner) if batch else []
+            finally:
+                self._leave()
+            for each in done:
+                self._hand_out(each)
+
+    def _take(self) -> list[Request] | None:
+        """The next batch, once the session is free; an empty one where all of it was cancelled or too late; None at the end."""
+        with self._condition:
+            while not self._due():
+                if self._closed and not self._queue:
+                    return None
+                self._condition.wait(self._time_left())
+            taken = self._queue.take(self.max_rows)
+            self._running += 1
+            if self._queue and self._running < self._instances:
+                self._condition.notify()
+        now = time.perf_counter()
+        batch = []
+        for request in taken:
+            if not request.start():
+                continue
+            if request.deadline is not None and now > request.deadline:
+                request.finish(None, DeadlineError(f"not begun within its {request.deadline - request.came:.3g} s"))
+            else:
+                batch.append(request)
+        return batch
+
+    def _leave(self) -> None:
+        """The session is free for another batch."""
+        with self._condition:
+            self._running -= 1
+            if self._closed:
+                self._condition.notify_all()
+            elif self._queue:
+                self._condition.notify()
+
+    def _due(self) -> bool:
+        """Whether a batch is to be taken now."""
+        if not self._queue or self._running >= self._instances:
+            return False
+        if not self.options.delay_ms or self.max_rows is None or self._closed:
+            return True
+        return self._queue.holds(self.max_rows) or (self._time_left() or 0) <= 0
+
+    def _time_left(self) -> float | None:
+        """Seconds that the first request may still wait for others; None where nothing waits, or not for that."""
+        if not self._queue or self._running >= self._instances or not self.options.delay_ms:
+            return None
+        return self._queue.first.came + self.options.delay_ms / 1e3 - time.perf_counter()
+
+    def _execute(self, batch: Sequence[Request], joiner: Joiner) -> "list[_Done]":
+        """Run the batch; where it fails, each request alone, for one of them may be to blame."""
+        done = self._run(batch, joiner)
+        if done.error is None or len(batch) == 1:
+            return [done]
+        return [self._run([request], joiner) for request in batch]
+
+    def _run(self, batch: Sequence[Request], joiner: Joiner | None) -> "_Done":
+        began = joined = time.perf_counter()
+        outputs: Outputs | None = None
+        error: Exception | None = None
+        try:
+            feed = batch[0].feed if joiner is None or len(batch) == 1 else joiner.join(batch)
+            joined = time.perf_counter()
+            outputs = self.session.run(feed)
+        except Exception as caught:
+            error = caught
+        return _Done(
+            batch=batch, here=joiner is None, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter()
+        )
+
+    def _hand_out(self, done: "_Done") -> None:
+        error = done.error
+        for request, own in zip(done.batch, self._apart(done), strict=True):
+            if isinstance(own, Exception):
+                error = own
+                request.finish(None, _ours(own, self.session.name))
+            else:
+                request.finish(own, None)
+        self._report(replace(done, error=error), time.perf_counter())
+
+    def _apart(self, done: "_Done") -> Sequence[Outputs | Exception]:
+        """What each request of the batch gets: its own rows, or the error."""
+        batch, outputs = done.batch, done.outputs
+        if outputs is None:
+            assert done.error is not None
+            return [done.error] * len(batch)
+        if len(batch) == 1:
+            return [outputs]
+        try:
+            return apart(outputs, [request.rows for request in batch])
+        except Exception as error:  # no memory for them, or fewer rows than were fed: an answer to all of them too
+            return [error] * len(batch)
+
+    def _report(self, done: "_Done", end: float) -> None:
+        batch = done.batch
+        if len(batch) == 1 and done.error is None:
+            # What it takes by itself: of times in a thread, which hold waits for the interpreter, the least count most.
+            off = done.ran - done.joined - self._alone_s
+            self._alone_s += off * (1.0 if off < 0 else 0.1 if done.here else 0.01)
+        if self._observe is None:
+            return
+        record = BatchRecord(
+            rows=sum(request.rows for request in batch),
+            queue_s=[done.began - request.came for request in batch],
+            total_s=[end - request.came for request in batch],
+            input_s=done.joined - done.began,
+            infer_s=done.ran - done.joined,
+            output_s=end - done.ran,
+            error=done.error,
+        )
+        try:
+            self._observe(record)
+        except Exception:  # the observer's own fault: the requests have their answers, and the batcher goes on
+            logger.exception("what observes the batches of %r failed", self.session.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """A batch that was run: its outputs or the error, when it was begun, put together and run, and whether in the caller's thread."""
+
+    batch: Sequence[Request]
+    here: bool
+    outputs: Outputs | None
+    error: Exception | None
+    began: float
+    joined: float
+    ran: float
+
+
+def _ours(error: Exception, name: str) -> Exception:
+    if isinstance(error, DeployError):
+        return error
+    wrapped = BackendError(f"running {name!r} failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _most_rows(session: Session, options: BatcherOptions) -> int | None:
+    """Rows of a batch; None where rows of requests cannot be put together, or their results not be taken apart."""
+    if not rows_join(session.inputs, session.outputs):
+        return None
+    names = [spec.name for spec in session.inputs]
+    allowed = max((profile[names[0]].max[0] for profile in session.profiles), default=None)
+    wanted = options.max_rows or allowed or DEFAULT_ROWS
+    if allowed is not None and wanted > allowed:
+        raise UsageError(f"max_rows is {wanted}; the profiles of {session.name!r} take {allowed} rows at most")
+    return min(wanted, options.queue_rows)

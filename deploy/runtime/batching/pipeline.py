@@ -1,0 +1,86 @@
+"""What comes before and after a batcher, overlapped with it."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from deploy.errors import SessionClosedError, UsageError
+from deploy.runtime.batching.batcher import Batcher
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
+
+
+class Pipeline:
+    """What comes before and after a batcher, in threads of its own, so that all three overlap.
+
+    before: makes a feed of an item. after: makes a result of the outputs. Either may raise, which fails its item alone.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        before: Callable[[Any], Mapping[str, np.ndarray]],
+        after: Callable[[Outputs], Any],
+        *,
+        workers: int = 2,
+    ) -> None:
+        if workers < 1:
+            raise UsageError(f"workers must be 1 or more, not {workers}")
+        self.batcher = batcher
+        self._before = before
+        self._after = after
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"deploy pipeline {batcher.session.name}")
+
+    def submit(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Future[Any]:
+        """The result of one item. Errors of all steps come with the future."""
+        result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()
+
+        def fail(error: BaseException) -> None:
+            result.set_exception(error)
+
+        def begin() -> None:
+            try:
+                inner = self.batcher.submit(self._before(item), priority=priority, timeout_s=timeout_s)
+            except Exception as error:
+                fail(error)
+            else:
+                inner.add_done_callback(hand_on)
+
+        def hand_on(inner: Future[Outputs]) -> None:
+            try:
+                self._pool.submit(end, inner)
+            except RuntimeError:  # the pool is closed: here, then
+                end(inner)
+
+        def end(inner: Future[Outputs]) -> None:
+            try:
+                result.set_result(self._after(inner.result()))
+            except Exception as error:
+                fail(error)
+
+        try:
+            self._pool.submit(begin)
+        except RuntimeError:
+            raise SessionClosedError(f"the pipeline of {self.batcher.session.name!r} is closed") from None
+        return result
+
+    async def run_async(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Any:
+        """`submit` for asyncio. Where the task is cancelled, the request leaves the batcher's queue."""
+        loop = asyncio.get_running_loop()
+        feed = await loop.run_in_executor(self._pool, self._before, item)
+        outputs = await self.batcher.run_async(feed, priority=priority, timeout_s=timeout_s)
+        return await loop.run_in_executor(self._pool, self._after, outputs)
+
+    def close(self) -> None:
+        """Wait for what was submitted to its first step; the batcher stays the caller's to close, after this."""
+        self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,120 @@
+"""`deploy.load`: an artifact, or a bare ONNX file, as a session on a backend chosen by name, by a fixed order or by time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from deploy.artifact.find import open_artifact
+from deploy.artifact.manifest import Artifact, request_digest
+from deploy.artifact.tensors import default_dims
+from deploy.bench.conditions import versions
+from deploy.errors import BackendError
+from deploy.host.cache import cache_folder, keep
+from deploy.host.cpu import cpu_model, usable_cores
+from deploy.runtime.session import AUTO, Session, SessionOptions, open_session, refuse_engine
+from deploy.runtime.worker.process import WorkerProcess
+
+_ROUNDS = 5
+_SLICE_S = 0.1
+_SAMPLES = 500
+
+
+def load(
+    path: Artifact | Path | str,
+    backend: str = "auto",
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32",
+    contexts: int | None = None,
+    rebuild: bool = False,
+) -> Session:
+    """Open an artifact or an `.onnx` file.
+
+    backend: a name from `deploy.runtime.session.BACKENDS`, with a variant of `VARIANTS` if any (`onnxruntime:cuda`); `auto`,
+        the flavour of an engine, else the first of onnxruntime and openvino that can run the artifact; or `fastest`, which
+        times these two once, in processes of their own at the optimal shape of the first profile, and remembers the choice
+        by artifact and machine in `fastest_file()`.
+    device, threads, compute, contexts, rebuild: see `SessionOptions`.
+
+    Raises ArtifactError, BackendError or UsageError.
+    """
+    artifact = path if isinstance(path, Artifact) else open_artifact(path)
+    options = SessionOptions(device=device, threads=threads, compute=compute, contexts=contexts, rebuild=rebuild)
+    if backend == "fastest":
+        backend = _fastest(artifact, options)
+    return open_session(artifact, backend, options)
+
+
+def fastest_file() -> Path:
+    """Where the choices of `fastest` are kept: `deploy/fastest.json` in $XDG_CACHE_HOME, or in ~/.cache."""
+    return cache_folder() / "fastest.json"
+
+
+def _fastest(artifact: Artifact, options: SessionOptions) -> str:
+    """The backend remembered for this artifact on this machine, or the one that turns out fastest now."""
+    refuse_engine(artifact)
+    circumstances = {
+        "artifact": artifact.manifest.digest,
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "threads": options.threads,
+        "device": options.device,
+        "compute": options.compute,
+        "versions": versions(),
+    }
+    key = request_digest(circumstances)
+    entry = _read().get(key)
+    if isinstance(entry, dict) and entry.get("backend") in AUTO:
+        return str(entry["backend"])
+    manifest = artifact.manifest
+    image = manifest.preprocess.shape if manifest.preprocess else None
+    remedy = "name a backend in place of fastest"
+    dims = default_dims(manifest.inputs, manifest.profiles, image, known={}, remedy=remedy)
+    medians = _time(artifact, AUTO, options, dims)
+    best = min(medians, key=lambda name: medians[name])
+    _write({**_read(), key: {**circumstances, "backend": best, "p50_ms": medians}})
+    return best
+
+
+def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions, dims: Mapping[str, int]) -> dict[str, float]:
+    """Median milliseconds of a run on each backend that can run the artifact here, measured in turns.
+
+    `dims` are the sizes of the symbolic dimensions.
+
+    Raises BackendError when none can.
+    """
+    reasons = []
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(WorkerProcess(artifact, name, options)) for name in backends}
+        for name, worker in list(workers.items()):
+            try:
+                worker.wait_open()
+                worker.prepare(dims)
+            except BackendError as error:
+                reasons.append(f"{name}: {error}")
+                workers.pop(name).close()
+        if not workers:
+            raise BackendError(f"no backend can run {artifact.shown} here: " + "; ".join(reasons))
+        samples: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(_ROUNDS):
+            for name, worker in workers.items():
+                samples[name] += worker.round(_SLICE_S, _SAMPLES)
+    return {name: float(np.median(values)) * 1e3 for name, values in samples.items()}
+
+
+def _read() -> dict[str, Any]:
+    """The choices kept; none where the file is missing or damaged, for they can be measured again."""
+    try:
+        value = json.loads(fastest_file().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(choices: dict[str, Any]) -> None:
+    keep(fastest_file(), json.dumps(choices, indent=1).encode(), "the choice of the fastest backend")

@@ -1,0 +1,176 @@
+"""The parent's side of a worker process: start it, ask it, and say what became of it."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deploy import errors
+from deploy.artifact.manifest import Artifact
+from deploy.bench.candidate.loadgen import Judged, Scenario
+from deploy.bench.candidate.traffic import Answered, Load
+from deploy.errors import BackendError, DeployError
+from deploy.runtime.profiling import DeviceTimes, LayerTime
+from deploy.runtime.session import SessionOptions
+
+_CHILD = (
+    "import sys; sys.path[:] = sys.argv[3:]; from deploy.bench.candidate.worker import main; main(int(sys.argv[1]), sys.argv[2])"
+)
+_TAIL_LINES = 5
+_POLL_MS = 1000
+
+
+class WorkerDiedError(BackendError):
+    """A worker process that ended before it replied; the message ends with its last lines on standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Seconds of one run and of the first, and the inputs: how many, and their bytes together."""
+
+    run_s: float
+    first_s: float
+    inputs: int
+    input_bytes: int
+
+
+class WorkerProcess:
+    """One artifact on one backend in a process of its own, which blocks on its pipe while it is not asked.
+
+    Requests raise what the session in the worker raises, and WorkerDiedError when the process is gone.
+    """
+
+    def __init__(self, artifact: Artifact, backend: str, options: SessionOptions) -> None:
+        self.label = f"{artifact.shown} on {backend}"
+        opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
+        # The child finds modules where this process does, whatever is installed and wherever it stands.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(os.getpid()), json.dumps(opened), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            start_new_session=True,  # so that close ends what the libraries in it have forked too
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_open(self) -> float:
+        """Wait for the session to be open, and the seconds that it took: workers start side by side."""
+        return float(self._receive()["load_s"])
+
+    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None, data: Path | None = None) -> Prepared:
+        """Make feeds, `dims` being the sizes of the symbolic dimensions, and warm up.
+
+        The outputs on the first feed are saved to the .npz file `outputs`. data: an ImageFolder of what is fed.
+        """
+        self._send({"do": "prepare", "dims": dict(dims), "outputs": outputs and str(outputs), "data": data and str(data)})
+        return Prepared(**self._receive())
+
+    def memory(self) -> tuple[int, int | None]:
+        """Peak bytes of host memory, and bytes of GPU memory, None where there is none."""
+        self._send({"do": "memory"})
+        reply = self._receive()
+        return reply["peak_bytes"], reply["gpu_peak_bytes"]
+
+    def round(self, seconds: float, most: int) -> list[float]:
+        """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""
+        self._send({"do": "round", "seconds": seconds, "most": most})
+        return [float(value) for value in self._receive()["samples_s"]]
+
+    def load(self, load: Load, seconds: float) -> Answered:
+        """What comes of `load` for so many seconds, on the inputs that were prepared last."""
+        self._send({"do": "load", "load": asdict(load), "seconds": seconds})
+        return Answered(**self._receive())
+
+    def judge(self, scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path) -> Judged:
+        """What LoadGen says of the inputs that were prepared last, in batches of up to `rows`; see `loadgen.run_scenario`."""
+        asked = {"scenario": asdict(scenario), "rows": rows, "run_s": run_s, "seconds": seconds, "folder": str(folder)}
+        self._send({"do": "judge", **asked})
+        reply = self._receive()
+        return Judged(**{**reply, "reasons": tuple(reply["reasons"])})
+
+    def layers(self) -> tuple[LayerTime, ...]:
+        """The layers of a run on the inputs that were prepared last."""
+        self._send({"do": "layers"})
+        told = self._receive()["layers"]
+        return tuple(LayerTime(**{**each, "nodes": tuple(each["nodes"]), "modules": tuple(each["modules"])}) for each in told)
+
+    def device_times(self) -> DeviceTimes | None:
+        """Time on the GPU, and of the copies, of the inputs that were prepared last; None where there is none."""
+        self._send({"do": "device_times"})
+        told = self._receive()["times"]
+        return DeviceTimes(**told) if told is not None else None
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._died() from None
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._read_line()
+        if not line.endswith(b"\n"):
+            raise self._died()
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            kind = getattr(errors, reply["error"], BackendError)
+            assert issubclass(kind, DeployError)
+            raise kind(reply["message"])
+        return reply
+
+    def _read_line(self) -> bytes:
+        """A whole line, or what there is of it where the process has ended."""
+        assert self._process.stdout is not None
+        reader = self._process.stdout.fileno()
+        poller = select.poll()
+        poller.register(reader, select.POLLIN)
+        line = b""
+        while not line.endswith(b"\n"):
+            if poller.poll(_POLL_MS):
+                part = os.read(reader, 1 << 16)
+                if not part:
+                    break
+                line += part
+            elif self._process.poll() is not None:
+                break  # a process that it forked holds the pipe open, and would for as long as it lives
+        return line
+
+    def _died(self) -> WorkerDiedError:
+        status = self._process.wait()
+        self._stderr.seek(0)
+        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        if status == -9:
+            cause += " (out of memory?)"
+        last = "; ".join(lines[-_TAIL_LINES:]) or "nothing on standard error"
+        return WorkerDiedError(f"the process of {self.label} died ({cause}); its last lines: {last}")
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing of it is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # a request that the dead process never read
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,347 @@
+"""The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy import __version__
+from deploy.errors import (
+    DataError,
+    DeadlineError,
+    DeployError,
+    InputError,
+    ModelNotFoundError,
+    QueueFullError,
+    UnavailableError,
+    UsageError,
+)
+from deploy.evaluation.evaluate import classifier, likeliest
+from deploy.serving import metrics
+from deploy.serving.guard import Access, Limits, RefusedError, check_image, read_body
+from deploy.serving.models import Models, Served
+from deploy.serving.protocol import build_response, parse_request, priority_of, timeout_of
+
+logger = logging.getLogger("deploy.serving")
+
+EXTENSIONS = (
+    "binary_tensor_data", "classify_image", "metrics", "model_configuration", "model_repository", "model_repository(unload_dependents)",
+    "parameters", "schedule_policy", "statistics",
+)  # fmt: skip
+
+_HEADER_LENGTH = "inference-header-content-length"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ADMIN = re.compile(r"/v2/repository/")
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+_OPEN = re.compile(r"/v2/health/(live|ready)")
+_MOST_TOP = 1000
+_RETRY_AFTER_S = "1"
+
+Infer = Callable[[str, str | None, Mapping[str, str], Receive], Awaitable[Response]]
+
+
+def make_app(
+    models: Models, *, access: Access, limits: Limits, log_requests: bool = False, replica: str | None = None
+) -> ASGIApp:
+    """The ASGI application over `models`.
+
+    replica: what this one is called, where it is one of several behind one address: its metrics bear the name, and models are
+    neither loaded nor unloaded in it alone.
+    """
+    door = _Door(models, limits, replica)
+    model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+    routes = [
+        Route("/v2", door.server, methods=["GET"]),
+        Route("/v2/health/live", door.live, methods=["GET"]),
+        Route("/v2/health/ready", door.ready, methods=["GET"]),
+        Route("/v2/models/stats", door.all_statistics, methods=["GET"]),
+        Route("/metrics", door.metrics, methods=["GET"]),
+        Route("/v2/repository/index", door.index, methods=["POST"]),
+        Route("/v2/repository/models/{model}/load", door.load, methods=["POST"]),
+        Route("/v2/repository/models/{model}/unload", door.unload, methods=["POST"]),
+    ]
+    for base in (model, version):
+        routes += [
+            Route(f"{base}/classify", door.classify, methods=["POST"]),
+            Route(base, door.metadata, methods=["GET"]),
+            Route(f"{base}/ready", door.model_ready, methods=["GET"]),
+            Route(f"{base}/config", door.config, methods=["GET"]),
+            Route(f"{base}/stats", door.statistics, methods=["GET"]),
+        ]
+    return _Guard(Router(routes, redirect_slashes=False), door.infer, access, log_requests=log_requests)
+
+
+class _Guard:
+    """Around all: who may call, the request's id, errors as the protocol wants them, and the log.
+
+    `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
+    """
+
+    def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool) -> None:
+        self._app = app
+        self._infer = infer
+        self._access = access
+        self._log_requests = log_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            return
+        start = time.perf_counter()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = os.urandom(16).hex()
+        status = 0
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        path = scope["path"]
+        error: str | None = None
+        try:
+            if not _OPEN.fullmatch(path):
+                self._access.check(headers, admin=_ADMIN.match(path) is not None)
+            if found := _INFER.fullmatch(path):
+                if scope["method"] != "POST":
+                    raise HTTPException(405, headers={"Allow": "POST"})
+                response = await self._infer(found["model"], found["version"], headers, receive)
+                await response(scope, receive, named)
+            else:
+                scope["app"] = self  # the router then raises what it has to say
+                await self._app(scope, receive, named)
+        except ClientDisconnect:
+            error = "the client left"
+        except Exception as caught:
+            if status:
+                raise  # too late to answer anything else
+            response = error_response(caught)
+            error = str(getattr(caught, "detail", caught))
+            if response.status_code == 500 and not isinstance(caught, DeployError):
+                logger.exception("a bug in the server", extra={"request_id": request_id})
+            await response(scope, receive, named)
+        if self._log_requests or status >= 500 or status in (401, 403):
+            level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
+            took_ms = round((time.perf_counter() - start) * 1e3, 3)
+            told = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
+            logger.log(level, "request", extra={**told, **({"error": error} if error else {})})
+
+
+class _Door:
+    def __init__(self, models: Models, limits: Limits, replica: str | None) -> None:
+        self._models = models
+        self._limits = limits
+        self._replica = replica
+
+    # What the server is and how it is.
+
+    async def server(self, request: Request) -> Response:
+        return _json({"name": "deploy", "version": __version__, "extensions": EXTENSIONS})
+
+    async def live(self, request: Request) -> Response:
+        return _json({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        return _json({"ready": self._models.ready}, 200 if self._models.ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(metrics.render(self._models.meters, self._replica), media_type=metrics.CONTENT_TYPE)
+
+    async def all_statistics(self, request: Request) -> Response:
+        found = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
+        return _json({"model_stats": [served.statistics() for served in found]})
+
+    async def metadata(self, request: Request) -> Response:
+        served = self._served(request)
+        return _json(served.metadata(self._models.versions(served.source.name)))
+
+    async def model_ready(self, request: Request) -> Response:
+        try:
+            served = self._served(request)
+        except UnavailableError as error:
+            return _json({"error": str(error), "ready": False}, 503)
+        return _json({"name": served.source.name, "ready": True})
+
+    async def config(self, request: Request) -> Response:
+        return _json(self._served(request).config())
+
+    async def statistics(self, request: Request) -> Response:
+        return _json({"model_stats": [self._served(request).statistics()]})
+
+    # Admin.
+
+    async def index(self, request: Request) -> Response:
+        only_ready = _document(await self._body(request)).get("ready", False)
+        return _json([entry for entry in self._models.index() if not only_ready or entry["state"] == "READY"])
+
+    async def load(self, request: Request) -> Response:
+        self._check_alone()
+        _refuse_upload(_document(await self._body(request)))
+        await asyncio.to_thread(self._models.load, request.path_params["model"])
+        return _json({})
+
+    async def unload(self, request: Request) -> Response:
+        self._check_alone()
+        _document(await self._body(request))
+        await asyncio.to_thread(self._models.unload, request.path_params["model"])
+        return _json({})
+
+    def _check_alone(self) -> None:
+        if self._replica is not None:
+            raise RefusedError(403, "this is one replica of several: to load models anew, deploy again")
+
+    # Inference.
+
+    async def infer(self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive) -> Response:
+        served = self._models.get(model, version or "")
+        length = headers.get(_HEADER_LENGTH)
+        if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 20):
+            raise InputError(f"Inference-Header-Content-Length must be a number, not {length!r}")
+        body = await self._read(headers, receive)
+        asked = parse_request(body, None if length is None else int(length), served.inputs, served.outputs)
+        used, results = await self._models.infer(
+            served,
+            asked.feed,
+            pinned=version is not None,
+            priority=asked.priority,
+            timeout_s=asked.timeout_s,
+        )
+        content, header_length = build_response(used.source.name, used.source.version, asked, results)
+        if header_length is None:
+            return Response(content, media_type="application/json")
+        return Response(
+            content, media_type="application/octet-stream", headers={"Inference-Header-Content-Length": str(header_length)}
+        )
+
+    async def classify(self, request: Request) -> Response:
+        """An image in the body; the likeliest classes, as many as `?top=` says."""
+        served = self._served(request)
+        try:
+            source, logits = classifier(served.artifact)
+        except UsageError as error:
+            raise InputError(f"{served.source.name!r} classifies no images: {error}") from error
+        top = _number(request.query_params.get("top", "5"), "top", _MOST_TOP)
+        priority = priority_of(_number(request.query_params.get("priority", "0"), "priority", 2**32 - 1, least=0))
+        timeout_s = timeout_of(_number(request.query_params.get("timeout", "0"), "timeout", 2**62, least=0))
+        data = await self._body(request)
+        feed = await asyncio.to_thread(self._image, data, source)
+        used, results = await self._models.infer(
+            served, feed, pinned="version" in request.path_params, priority=priority, timeout_s=timeout_s
+        )
+        (classes,) = likeliest(results[logits.name][:1], used.artifact.manifest.classes, top)
+        return _json(
+            {
+                "model_name": used.source.name,
+                "model_version": used.source.version,
+                "classes": [{"class": name, "probability": share} for name, share in classes],
+            }
+        )
+
+    def _image(self, data: bytes, source: Any) -> dict[str, np.ndarray]:
+        check_image(data, self._limits.image_pixels)
+        image = source.preprocess.open(data)
+        rows = source.spec.shape[0] if isinstance(source.spec.shape[0], int) else 1
+        return {source.spec.name: np.repeat(image[None], rows, axis=0).astype(source.spec.dtype, copy=False)}
+
+    def _served(self, request: Request) -> Served:
+        return self._models.get(request.path_params["model"], request.path_params.get("version", ""))
+
+    async def _body(self, request: Request) -> bytes:
+        return await self._read(request.headers, request.receive)
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        reading = read_body(
+            receive, headers.get("content-length"), headers.get("content-encoding", ""), self._limits.request_bytes
+        )
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                return await reading
+        except TimeoutError:
+            raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s") from None
+
+
+def error_response(error: Exception) -> Response:
+    """`{"error": ...}` with the status that the error stands for."""
+    status = status_of(error)
+    text = str(error) if isinstance(error, DeployError) else "an error in the server; its log says more"
+    if isinstance(error, HTTPException):
+        return _json({"error": str(error.detail)}, error.status_code, error.headers)
+    headers = {"Retry-After": _RETRY_AFTER_S} if status == 503 else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json({"error": text}, status, headers)
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, RefusedError):
+        return error.status
+    if isinstance(error, ModelNotFoundError):
+        return 404
+    if isinstance(error, InputError | UsageError | DataError):
+        return 400
+    if isinstance(error, QueueFullError | UnavailableError | DeadlineError):
+        return 503
+    return 500
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        return {}
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"the request is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError("the request must be a JSON object")
+    return value
+
+
+def _refuse_upload(document: Mapping[str, Any]) -> None:
+    """Models come from the disk alone: no configuration and no file of a client's."""
+    if document.get("parameters"):
+        raise RefusedError(403, "a model is loaded from the path that the server was started with; nothing is uploaded")
+
+
+def _number(text: str, name: str, most: int, *, least: int = 1) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise InputError(f"{name} must be a number from {least} to {most}, not {text!r}")
+    return int(text)
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        found |= {key: value for key, value in vars(record).items() if key not in self._plain and not key.startswith("_")}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found, default=str)

@@ -1,0 +1,48 @@
+"""Artifacts as text."""
+
+import dataclasses
+
+import msgspec
+import pytest
+
+from deploy.artifact.manifest import Artifact, PrecisionShare, Target
+from deploy.artifact.summary import megabytes, share_text, summary
+
+
+@pytest.fixture
+def engine(shared_lenet5: Artifact) -> Artifact:
+    """An artifact that says it is an engine built from lenet5."""
+    target = Target(flavour="tensorrt-rtx", version="1.7", gpu=None, compute_capability=None, targets=["8.9"])
+    return Artifact(shared_lenet5.path, msgspec.structs.replace(shared_lenet5.manifest, target=target))
+
+
+def test_the_parity_of_an_engine_is_said_to_be_that_of_its_file(shared_lenet5: Artifact, engine: Artifact) -> None:
+    assert "\n  parity     max abs" in summary(shared_lenet5)
+    rows = summary(engine).splitlines()
+    found = next(index for index, row in enumerate(rows) if row.startswith("  typed ONNX max abs"))
+    assert rows[found + 1].strip() == "that is the file which the engine was built from; the engine itself has not been run"
+    assert not any(row.startswith(("  parity", "  graph")) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [
+        ({"fp16": 0.75, "fp32": 0.25}, "75.0% fp16, 25.0% fp32 of the multiply-accumulates (read from the network)"),
+        ({"int8": 1.0}, "100.0% int8 of the multiply-accumulates (read from the network)"),
+        ({}, "no multiply-accumulates: no convolution and no matrix product (read from the network)"),
+    ],
+)
+def test_the_share_of_each_precision_is_told(engine: Artifact, shares: dict[str, float], text: str) -> None:
+    share = PrecisionShare(**{"int8": 0.0, "fp16": 0.0, "bf16": 0.0, "fp32": 0.0} | shares, origin="network")
+    assert share_text(share) == text
+    assert f"computes   {text}" in summary(
+        dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, precision_share=share))
+    )
+    assert "computes" not in summary(engine)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(12, "12 B"), (12_345, "12.3 kB"), (87_100_000, "87.1 MB"), (2_500_000_000, "2.5 GB")]
+)
+def test_sizes_are_in_powers_of_ten(size: int, text: str) -> None:
+    assert megabytes(size) == text

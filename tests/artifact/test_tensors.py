@@ -1,0 +1,142 @@
+import json
+
+import msgspec
+import numpy as np
+import pytest
+
+from deploy.artifact.tensors import (
+    DTYPES,
+    ShapeRange,
+    TensorSpec,
+    batch_dim,
+    default_profile,
+    format_shape,
+    parse_shape,
+    random_feed,
+)
+from deploy.errors import InputError, UsageError
+
+
+def spec(name="x", shape=("N", 3, "H", "W"), dtype="float32"):
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("1x3x224x224", (1, 3, 224, 224)), ("Nx3xHxW", ("N", 3, "H", "W")), ("7", (7,)), ("1xbatch_2", (1, "batch_2"))],
+)
+def test_shapes_are_read_and_written(text, shape):
+    assert parse_shape(text) == shape
+    assert format_shape(shape) == text
+
+
+@pytest.mark.parametrize("text", ["", "1x", "0x3", "-1x3", "1x3.5", "1,3", "1x3x2N"])
+def test_a_shape_that_cannot_be_read_is_named(text):
+    with pytest.raises(UsageError, match="cannot read the shape"):
+        parse_shape(text)
+
+
+def test_a_scalar_has_a_shape_in_words():
+    assert str(spec(shape=())) == "x: float32 scalar"
+
+
+def test_a_spec_is_checked_when_made():
+    with pytest.raises(UsageError, match="'x' has dtype 'float33'; expected one of float32, float16"):
+        spec(dtype="float33")
+    with pytest.raises(UsageError, match="'x' has a dimension of 0 in Nx0"):
+        spec(shape=("N", 0))
+
+
+def test_symbolic_dimensions_are_named_once_in_order():
+    assert spec(shape=("N", "H", 3, "N")).dynamic == ("N", "H")
+
+
+def test_check_takes_what_fits_and_notes_sizes():
+    dims = {}
+    spec().check("float32", (2, 3, 10, 20), dims)
+    assert dims == {"N": 2, "H": 10, "W": 20}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "message"),
+    [
+        ("float64", (1, 3, 2, 2), "'x' is float64; expected x: float32 Nx3xHxW"),
+        ("float32", (3, 2, 2), "'x' has 3 dimensions 3x2x2; expected x: float32 Nx3xHxW"),
+        ("float32", (1, 4, 2, 2), "'x' has shape 1x4x2x2; expected x: float32 Nx3xHxW"),
+        ("float32", (0, 3, 2, 2), "'x' has shape 0x3x2x2: 'N' must be 1 or more"),
+        ("float32", (5, 3, 2, 2), "'x' has shape 5x3x2x2: 'N' is 5 here and 4 in another input"),
+    ],
+)
+def test_check_says_what_was_expected(dtype, shape, message):
+    with pytest.raises(InputError) as caught:
+        spec().check(dtype, shape, {"N": 4} if shape[0] == 5 else {})
+    assert str(caught.value) == message
+
+
+def test_a_dimension_must_agree_within_one_tensor_too():
+    with pytest.raises(InputError, match="'S' is 3 here and 2"):
+        spec(shape=("S", "S")).check("float32", (2, 3), {})
+
+
+def test_concrete_needs_every_dimension():
+    assert spec().concrete({"N": 2, "H": 4, "W": 5, "other": 1}) == (2, 3, 4, 5)
+    with pytest.raises(UsageError, match="x: float32 Nx3xHxW needs a size for 'H', 'W'"):
+        spec().concrete({"N": 2})
+
+
+def test_the_batch_is_the_first_symbolic_first_dimension():
+    assert batch_dim([spec(shape=(1, "H")), spec(shape=("B", 2))]) == "B"
+    assert batch_dim([spec(shape=(1, "H")), spec(shape=())]) is None
+
+
+def test_the_default_profile_ranges_over_the_batch():
+    profile = default_profile([spec("a", ("N", 3)), spec("b", (5,))])
+    assert profile == {
+        "a": ShapeRange(min=(1, 3), opt=(8, 3), max=(32, 3)),
+        "b": ShapeRange(min=(5,), opt=(5,), max=(5,)),
+    }
+    assert str(profile["a"]) == "1x3:8x3:32x3"
+
+
+def test_there_is_no_default_profile_for_other_symbolic_dimensions():
+    assert default_profile([spec()]) is None
+    assert default_profile([spec("a", ("N", 3)), spec("b", (1, "M"))]) is None
+
+
+def test_a_static_model_has_a_profile_of_one_shape():
+    assert default_profile([spec(shape=(2, 3))]) == {"x": ShapeRange(min=(2, 3), opt=(2, 3), max=(2, 3))}
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 3), (1, 3), (4, 3)), ((1, 3), (4, 3), (2, 3)), ((0, 3), (1, 3), (2, 3)), ((1,), (1, 2), (1, 2))]
+)
+def test_a_range_must_rise(shapes):
+    low, best, high = shapes
+    with pytest.raises(UsageError, match=format_shape(best)):
+        ShapeRange(min=low, opt=best, max=high)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_feeds_fit_their_spec_and_repeat(dtype):
+    one = spec("a", ("N", 50), dtype)
+    feed = random_feed([one], {"N": 4})
+    again, other = random_feed([one], {"N": 4}), random_feed([one], {"N": 4}, seed=1)
+    if dtype == "bfloat16":
+        assert feed["a"].dtype == np.float32
+    else:
+        one.check(str(feed["a"].dtype), feed["a"].shape, {})
+    assert len(np.unique(feed["a"])) > 1
+    np.testing.assert_array_equal(feed["a"], again["a"])
+    assert not np.array_equal(feed["a"], other["a"])
+
+
+def test_random_feeds_need_every_dimension():
+    with pytest.raises(UsageError, match="needs a size for 'N'"):
+        random_feed([spec(shape=("N", 2))], {})
+
+
+def test_specs_and_profiles_come_back_from_json_as_they_were():
+    profile = default_profile([spec(shape=("N", 2))])
+    assert profile is not None
+    for value, kind in ((spec(), TensorSpec), (profile["x"], ShapeRange)):
+        assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(value))), kind) == value

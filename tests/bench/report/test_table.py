@@ -1,0 +1,78 @@
+import io
+
+import pytest
+
+from deploy.bench.plan import Skipped
+from deploy.bench.report.table import WIDTH, print_table
+from deploy.bench.rows import BenchResult, BenchRow
+
+
+def row(artifact: str, backend: str, batch: int, speedup: float, error: float | None = 1.5e-6) -> BenchRow:
+    return BenchRow(
+        artifact=artifact, precision="fp32", backend=backend, batch=batch, p50_ms=1234.5, p90_ms=35.31, p99_ms=0.01234,
+        p999_ms=0.02, mean_ms=1.0, images_per_s=123456.7, speedup=speedup, speedup_low=speedup * 0.9,
+        speedup_high=speedup * 1.1, verdict="baseline" if backend == "eager" else "faster" if speedup > 1.2 else "no difference",
+        max_abs_error=error, first_ms=2.0, load_s=0.5, peak_bytes=10**8, gpu_bytes=None, size_bytes=10**6, top1=None, top5=None,
+        accuracy_from=None, gflops=None, roof_gflops=None, gpu_ms=None, h2d_ms=None, d2h_ms=None, samples_ms=(1.0,), rounds=(1,),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def result() -> BenchResult:
+    names = ("build/efficientnet-lite0-fp16-b32", "build/[net]")
+    results = [row(names[0], "eager", 1, 1.0, 0.0), row(names[0], "onnxruntime", 1, 12.34), row(names[1], "openvino", 8, 2, None)]
+    return BenchResult(
+        conditions={"cpu": "Some [CPU] @ 2 GHz", "threads": 2, "load_average": [0.5, 0.4, 0.3]},
+        results=tuple(results),
+        skipped=(Skipped(artifact="build/net-trt", backend="tensorrt-rtx", reason="no GPU"),),
+        failures=(Skipped(artifact="build/net", backend="openvino", reason="died"),),
+    )
+
+
+def text(result: BenchResult) -> str:
+    file = io.StringIO()
+    print_table(result, file)
+    return file.getvalue()
+
+
+def test_the_table_fits_and_has_no_colour_where_it_is_no_terminal(result: BenchResult) -> None:
+    lines = text(result).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert "\x1b" not in text(result)
+
+
+def test_figures_are_shown_whole(result: BenchResult) -> None:
+    shown = text(result)
+    for part in ("1,234", "35.3", "0.0123", "123,457", "12.34 (11.11-13.57)", "1.5e-06", "not finite", "onnxruntime"):
+        assert part in shown, part
+
+
+def test_artifacts_go_by_their_last_part_and_brackets_are_kept(result: BenchResult) -> None:
+    shown = text(result)
+    assert "[net]" in shown
+    assert "build/[net]" not in shown
+    assert "Some [CPU]" in shown
+
+
+def test_artifacts_of_one_name_go_by_their_path(result: BenchResult) -> None:
+    twins = [row("a/net", "eager", 1, 1.0), row("b/net", "null", 1, 1.0)]
+    shown = text(BenchResult(conditions=result.conditions, results=tuple(twins), skipped=()))
+    assert "a/net" in shown
+    assert "b/net" in shown
+
+
+def test_what_was_not_run_is_listed_with_the_reason(result: BenchResult) -> None:
+    shown = text(result)
+    assert "Not run: build/net-trt on tensorrt-rtx: no GPU" in shown
+    assert "Failed: build/net on openvino: died" in shown
+
+
+def test_a_long_backend_is_folded_and_not_cut(result: BenchResult) -> None:
+    backend = "compile:max-autotune-no-cudagraphs,fp16,channels_last"
+    shown = text(BenchResult(conditions=result.conditions, results=(row("a/net", backend, 1, 1.0),), skipped=()))
+    assert max(map(len, shown.splitlines())) <= WIDTH
+    assert "…" not in shown
+    lines = shown.splitlines()
+    start = lines[0].index("backend")
+    folded = [line[start : lines[0].index("batch")].strip() for line in lines[1:4]]
+    assert "".join(folded) == backend

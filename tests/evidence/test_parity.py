@@ -1,0 +1,116 @@
+import json
+import math
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import pytest
+
+from deploy.errors import ParityError, UsageError
+from deploy.evidence.parity import TOLERANCES, Difference, Parity, ParityCase, Tolerance, compare, difference
+
+INF, NAN = float("inf"), float("nan")
+LOOSE = Tolerance(rtol=0.1, atol=0.01)
+
+
+def check(actual, expected, tolerance=LOOSE):
+    return compare(
+        {"y": np.asarray(actual, dtype=np.float32)}, {"y": np.asarray(expected, dtype=np.float32)}, tolerance,
+        data="random", batch=2, what="build/net",
+    )  # fmt: skip
+
+
+def test_difference_gives_absolute_relative_and_cosine():
+    found = difference(np.array([1.0, 2.0, 2.0]), np.array([1.0, 2.0, 4.0]))
+    assert found.max_abs == 2
+    assert found.max_rel == 0.5
+    assert found.cosine == pytest.approx(13 / (3 * 21**0.5))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "bool", ml_dtypes.bfloat16])
+def test_equal_arrays_do_not_differ(dtype):
+    values = np.array([[0, 1], [1, 3]]).astype(dtype)
+    found = difference(values, values)
+    assert (found.max_abs, found.max_rel) == (0, 0)
+    assert found.cosine == pytest.approx(1)
+
+
+def test_large_halves_are_compared_without_overflow():
+    assert difference(np.float16([-60000]), np.float16([60000])).max_abs == 120000
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "result"),
+    [
+        ([0, 0], [0, 0], Difference(max_abs=0, max_rel=0, cosine=1)),
+        ([0, 1], [0, 0], Difference(max_abs=1, max_rel=1, cosine=0)),
+        ([0, 0], [0, 2], Difference(max_abs=2, max_rel=1, cosine=0, sqnr_db=0)),
+        ([], [], Difference(max_abs=0, max_rel=0, cosine=1)),
+        ([INF, NAN], [INF, NAN], Difference(max_abs=0, max_rel=0, cosine=1)),
+        ([INF, 1], [-INF, 1], Difference(max_abs=INF, max_rel=INF, cosine=0)),
+        ([1, 1], [NAN, 1], Difference(max_abs=INF, max_rel=INF, cosine=0)),
+        ([NAN, 1], [1, 1], Difference(max_abs=INF, max_rel=INF, cosine=0)),
+        ([INF, 3], [INF, 4], Difference(max_abs=1, max_rel=0.25, cosine=1, sqnr_db=20 * math.log10(4))),
+    ],
+)
+def test_zeros_and_what_is_not_finite_are_told_apart(actual, expected, result):
+    assert difference(np.array(actual, dtype=np.float32), np.array(expected, dtype=np.float32)) == result
+
+
+def test_the_limit_is_a_share_of_the_largest_magnitude_plus_the_absolute_tolerance():
+    check([0.5, 10.0], [0.0, 10.0])  # far off by its own element, within a tenth of the largest
+    check([1.0, -10.0], [0.0, -10.0])
+    with pytest.raises(ParityError) as caught:
+        check([1.0105, 10.0], [0.0, 10.0])
+    message = str(caught.value)
+    assert message.startswith("build/net: output 'y' is off by 1.01 at batch 2 on random input; at most 1.01 is allowed")
+    assert "rtol 0.1 of 10, atol 0.01; cosine 0.99" in message
+
+
+@pytest.mark.parametrize("broken", [INF, -INF, NAN])
+def test_what_is_not_finite_never_passes_for_a_finite_reference(broken):
+    with pytest.raises(ParityError, match="off by inf"):
+        check([broken, 1.0], [1e30, 1.0])
+
+
+def test_an_infinity_in_the_reference_does_not_widen_the_limit():
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        reference = np.array([INF, 1.0]).astype(dtype)
+        with pytest.raises(ParityError, match="off by 4"):
+            compare({"y": np.array([INF, 5.0]).astype(dtype)}, {"y": reference}, LOOSE, data="random", batch=1, what="net")
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ParityError, match=r"output 'y' has shape \(1, 2\) at batch 2; the reference has \(2,\)"):
+        check([[1, 2]], [1, 2])
+
+
+def test_other_outputs_are_refused():
+    x = np.zeros(1)
+    with pytest.raises(ParityError, match="net has the outputs a, b; the reference has a, c"):
+        compare({"a": x, "b": x}, {"a": x, "c": x}, LOOSE, data="random", batch=1, what="net")
+
+
+def test_a_case_holds_the_differences_of_all_outputs():
+    feed = {"a": np.ones(3), "b": np.zeros(2)}
+    case = compare(feed, feed, LOOSE, data="images", batch=3, what="net")
+    assert (case.data, case.batch, list(case.outputs)) == ("images", 3, ["a", "b"])
+
+
+def test_worst_is_over_all_cases_and_outputs():
+    first = {"a": Difference(max_abs=1, max_rel=0.1, cosine=0.5), "b": Difference(max_abs=0, max_rel=0, cosine=1)}
+    second = {"a": Difference(max_abs=0, max_rel=0.3, cosine=0.9)}
+    cases = [ParityCase(data="random", batch=1, outputs=first), ParityCase(data="random", batch=2, outputs=second)]
+    parity = Parity(against="eager", by="onnxruntime", tolerance=TOLERANCES["fp32"], cases=cases)
+    assert parity.worst == Difference(max_abs=1, max_rel=0.3, cosine=0.5)
+    assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(parity))), Parity) == parity
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(-1, 0), (0, -1e-9), (NAN, 0)])
+def test_negative_tolerances_are_refused(rtol, atol):
+    with pytest.raises(UsageError, match="0 or more"):
+        Tolerance(rtol=rtol, atol=atol)
+
+
+def test_tolerances_grow_with_the_loss_of_bits():
+    assert TOLERANCES["fp32"].rtol < TOLERANCES["fp16"].rtol < TOLERANCES["bf16"].rtol

@@ -1,0 +1,29 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.host import cpu
+from deploy.host.cpu import cpu_model, usable_cores
+
+
+def test_cores_are_those_that_the_process_may_use() -> None:
+    program = (
+        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        " from deploy.host.cpu import usable_cores; print(usable_cores())"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 2), ("max 100000\n", 64), ("50000 100000\n", 1)])
+def test_the_limit_of_a_control_group_counts(text: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **kw: text if self.name == "cpu.max" else read(self, **kw))
+    assert cpu._quota(64) == expected
+
+
+def test_the_processor_has_a_name() -> None:
+    assert cpu_model()

@@ -1,0 +1,300 @@
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+from deploy.artifact.find import open_artifact
+from deploy.artifact.manifest import Artifact, Stage
+from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.tensors import ShapeRange
+from deploy.artifact.writer import ArtifactWriter
+from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
+from deploy.pipeline import convert, lineage
+from deploy.pipeline.convert import ConvertOptions, convert_artifact, convert_onnx
+
+FP16 = ConvertOptions(precision="fp16")
+
+
+def write_graph(path: Path, body: str = "", height: int | str = 8, weights: dict[str, np.ndarray] | None = None) -> Path:
+    """A convolution, what `body` does to its result `c`, making `d`, and a linear layer on the mean of that."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "w": rng.standard_normal((4, 1, 3, 3), dtype=np.float32),
+        "v": rng.standard_normal((4, 3), dtype=np.float32),
+        "axes": np.array([2, 3]),
+    } | (weights or {})
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[batch, 1, {height}, 8] image) => (float[batch, 3] scores) {{
+        [conv] c = Conv(image, w) {body or "[relu] d = Relu(c)"} m = ReduceMean<keepdims = 0>(d, axes) [fc] scores = MatMul(m, v) }}"""
+    )
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+def make_artifact(out: Path, **changes) -> Artifact:
+    """An ONNX artifact in a directory, as an export would leave it."""
+    graph = {key: changes.pop(key) for key in ("body", "height", "weights") if key in changes}
+    bare = open_artifact(write_graph(out.with_suffix(".onnx"), **graph))
+    with ArtifactWriter(out) as writer:
+        (writer.path / "model.onnx").write_bytes(bare.payload.read_bytes())
+        manifest = msgspec.structs.replace(bare.manifest, files={}, name=out.name, stage=Stage(name="export", request="r"))
+        return writer.commit(msgspec.structs.replace(manifest, **changes))
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return make_artifact(tmp_path / "net")
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_an_operator_that_cannot_be_run_is_named_with_its_file(tmp_path):
+    path = tmp_path / "odd.onnx"
+    graph = '<ir_version: 10, opset_import: ["": 20, "acme": 1]> g (float[n, 4] x) => (float[n, 4] y) { a = Relu(x) [odd] y = acme.Odd(a) }'
+    onnx.save(onnx.parser.parse_model(graph), path)
+    with pytest.raises(PrecisionError, match=r"cannot convert .*odd\.onnx: .* node 'odd': it is operator Odd of domain acme"):
+        convert_artifact(open_artifact(path), tmp_path / "half", FP16)
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_artifact_says_what_it_is_and_where_it_comes_from(artifact, tmp_path, precision):
+    made = convert_artifact(artifact, tmp_path / "build" / "net-half", ConvertOptions(precision=precision))
+    manifest = Artifact.open(tmp_path / "build" / "net-half").manifest
+    made.verify()
+    assert manifest == made.manifest
+    assert (manifest.kind, manifest.precision, manifest.name, manifest.stage.name) == ("onnx", precision, "net-half", "convert")
+    assert (manifest.parent.path, manifest.parent.digest) == (os.path.join("..", "..", "net"), artifact.manifest.digest)
+    assert made.parent().manifest == made.root().manifest == artifact.manifest
+    assert manifest.inputs == artifact.manifest.inputs
+    assert manifest.outputs == artifact.manifest.outputs
+    assert manifest.profiles == artifact.manifest.profiles
+    assert manifest.source == artifact.manifest.source
+    assert list(manifest.files) == ["model.onnx"]
+    assert {"deploy", "onnx", "onnxruntime"} <= set(manifest.tools)
+    assert manifest.exclusions == []
+    weights = {tensor.name: tensor.data_type for tensor in onnx.load(made.payload).graph.initializer}
+    half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    assert (weights["w"], weights["v"]) == (half, half)
+
+
+def test_parity_is_with_the_parent_at_three_batch_sizes(artifact, tmp_path):
+    parity = convert_artifact(artifact, tmp_path / "half", FP16).manifest.parity
+    assert parity.against == artifact.manifest.digest
+    assert parity.by == f"emulation on onnxruntime {onnxruntime.__version__}"
+    assert [(case.data, case.batch) for case in parity.cases] == [("random", 1), ("random", 2), ("random", 5)]
+    assert 0 < parity.worst.max_rel < 2e-3
+    assert parity.worst.cosine > 0.99999
+
+
+def test_the_artifact_runs_in_onnxruntime(artifact, tmp_path):
+    made = convert_artifact(artifact, tmp_path / "half", FP16)
+    image = np.random.default_rng(5).standard_normal((3, 1, 8, 8), dtype=np.float32)
+    expected, found = (
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": image})[0]
+        for path in (artifact.payload, made.payload)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_the_accuracy_of_the_parent_is_not_claimed(tmp_path):
+    artifact = make_artifact(tmp_path / "net", accuracy={"top1": 99.0}, classes=["a", "b", "c"])
+    manifest = convert_artifact(artifact, tmp_path / "half", FP16).manifest
+    assert manifest.accuracy is None
+    assert manifest.classes == ["a", "b", "c"]
+
+
+def test_with_fp16_io_inputs_and_outputs_are_fp16(artifact, tmp_path):
+    manifest = convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", fp16_io=True)).manifest
+    assert [str(spec) for spec in manifest.inputs] == ["image: float16 batchx1x8x8"]
+    assert [str(spec) for spec in manifest.outputs] == ["scores: float16 batchx3"]
+
+
+def test_a_bare_onnx_file_converts_and_is_named_as_the_parent(tmp_path):
+    path = write_graph(tmp_path / "bare.onnx")
+    made = convert_artifact(open_artifact(path), tmp_path / "half", FP16)
+    assert made.manifest.parent.path == os.path.join("..", "bare.onnx")
+    assert made.parent() is None
+    assert convert_artifact(open_artifact(path), tmp_path / "half", FP16).manifest.created == made.manifest.created
+    write_graph(path, body="d = Neg(c)")
+    with pytest.raises(ArtifactError, match=r"has changed: .*bare\.onnx"):
+        made.parent()
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"no file at .*bare\.onnx"):
+        made.parent()
+
+
+def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact, tmp_path, monkeypatch):
+    first = convert_artifact(artifact, tmp_path / "half", FP16)
+    inode = first.payload.stat().st_ino
+    assert convert_artifact(artifact, tmp_path / "half", FP16).payload.stat().st_ino == inode
+    other = convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.5))
+    assert other.payload.stat().st_ino != inode
+    assert other.manifest.parity.tolerance.rtol == 0.5
+    convert_artifact(artifact, tmp_path / "half", FP16)
+    with monkeypatch.context() as patch:
+        patch.setattr(lineage, "ONNXRUNTIME_VERSION", "0.0.1")
+        assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.tools["onnxruntime"] == "0.0.1"
+    damaged = convert_artifact(artifact, tmp_path / "half", FP16)
+    damaged.payload.write_bytes(b"")
+    convert_artifact(artifact, tmp_path / "half", FP16).verify()
+
+
+def test_what_overflows_or_vanishes_stays_fp32_and_is_reported(tmp_path):
+    artifact = make_artifact(
+        tmp_path / "net",
+        body="[up] u = Mul(c, big) [root] r = Sqrt(u2) d = Mul(r, s)".replace("[root]", "[square] u2 = Mul(u, u) [root]"),
+        weights={"big": np.array(1e3, dtype=np.float32), "s": np.array(1e-9, dtype=np.float32)},
+    )
+    made = convert_artifact(artifact, tmp_path / "half", FP16).manifest
+    reasons = {exclusion.node: exclusion.reason for exclusion in made.exclusions}
+    assert "output 'u2' reaches" in reasons["square"]
+    assert "input 'u2' reaches" in reasons["root"]
+    assert any("weight 's' of at most 1e-09 vanishes" in reason for reason in reasons.values())
+    assert "conv" not in reasons
+    assert "up" not in reasons
+
+
+def test_a_planted_overflow_fails_and_nothing_is_written(tmp_path, monkeypatch):
+    artifact = make_artifact(
+        tmp_path / "net", body="s = Mul(c, big) [square] u = Mul(s, s) d = Sqrt(u)", weights={"big": np.float32([1e3])}
+    )
+    standing = convert_artifact(artifact, tmp_path / "half", FP16)  # protected by its ranges
+    monkeypatch.setattr(convert, "nodes_to_keep", lambda *_: {})
+    with pytest.raises(ParityError, match=r"'scores' is off by inf at batch 1 on random input.*--bf16"):
+        convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.9))
+    with pytest.raises(ParityError):
+        convert_artifact(artifact, tmp_path / "new", FP16)
+    assert Artifact.open(tmp_path / "half").manifest == standing.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "net", "net.onnx"]
+    convert_artifact(artifact, tmp_path / "new", ConvertOptions(precision="bf16"))  # has the range
+
+
+def test_more_error_than_the_tolerance_allows_fails(artifact, tmp_path):
+    with pytest.raises(ParityError, match="allowed"):
+        convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=1e-7, atol=0))
+    assert not (tmp_path / "half").exists()
+
+
+def test_real_images_give_ranges_and_parity(tmp_path, images):
+    preprocess = Preprocess(channels=1, scale=1.0)  # 0 to 255, where random input is about 0 to 4
+    artifact = make_artifact(tmp_path / "net", body="s = Mul(c, c) d = Neg(s)", preprocess=preprocess)
+    assert not convert_artifact(artifact, tmp_path / "random", FP16).manifest.exclusions
+    options = ConvertOptions(precision="fp16", data=images)
+    made = convert_artifact(artifact, tmp_path / "images-too", options)
+    assert made.manifest.exclusions
+    assert [(case.data, case.batch) for case in made.manifest.parity.cases] == [
+        *(("random", size) for size in (1, 2, 5)),
+        *(("images", size) for size in (1, 2, 5)),
+    ]
+    inode = made.payload.stat().st_ino
+    assert convert_artifact(artifact, tmp_path / "images-too", options).payload.stat().st_ino == inode
+    Image.new("L", (8, 8), 7).save(images / "one" / "0.png")
+    assert convert_artifact(artifact, tmp_path / "images-too", options).payload.stat().st_ino != inode
+
+
+def test_images_without_a_preprocessing_are_refused(artifact, tmp_path, images):
+    with pytest.raises(UsageError, match="--preprocess"):
+        convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", data=images))
+
+
+def test_a_fixed_batch_is_compared_at_that_batch(tmp_path, images):
+    path = tmp_path / "fixed.onnx"
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[3, 1, 8, 8] image) => (float[3, 1, 8, 8] y) { y = Neg(image) }'
+    )
+    onnx.save(model, path)
+    bare = open_artifact(path)
+    artifact = Artifact(bare.path, msgspec.structs.replace(bare.manifest, preprocess=Preprocess(channels=1)), bare.bare)
+    parity = convert_onnx(artifact, ConvertOptions(precision="fp16", data=images)).parity
+    assert [(case.data, case.batch) for case in parity.cases] == [("random", 3)] * 3 + [("images", 3)]
+
+
+def test_other_symbolic_dimensions_take_their_sizes_from_the_profile(tmp_path, monkeypatch):
+    artifact = make_artifact(tmp_path / "net", height="H")
+    assert artifact.manifest.profiles == []
+    shapes = []
+    original = lineage.random_feed
+    monkeypatch.setattr(
+        lineage, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
+    )  # fmt: skip
+    profile = {"image": ShapeRange(min=(1, 1, 5, 8), opt=(4, 1, 12, 8), max=(8, 1, 20, 8))}
+    made = convert_onnx(artifact, ConvertOptions(precision="fp16", profile=profile))
+    assert set(shapes) == {(1, 1, 12, 8), (2, 1, 12, 8), (5, 1, 12, 8)}
+    assert [str(spec) for spec in made.inputs] == ["image: float32 batchx1xHx8"]
+    assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.precision == "fp16"  # sizes as at the export
+
+
+def test_an_output_that_is_not_finite_in_fp32_is_an_error_with_the_node(tmp_path):
+    artifact = make_artifact(tmp_path / "net", body="[root] r = Sqrt(c) d = Neg(r)")
+    with pytest.raises(
+        PrecisionError, match=r"NaN or infinity in output 'scores' in FP32 already, first in node 'root' \(Sqrt\)"
+    ):
+        convert_artifact(artifact, tmp_path / "half", FP16)
+
+
+def test_only_undamaged_fp32_onnx_artifacts_are_taken(artifact, tmp_path):
+    half = convert_artifact(artifact, tmp_path / "half", FP16)
+    with pytest.raises(UsageError, match=r"half is fp16 already; give the FP32 artifact"):
+        convert_artifact(half, tmp_path / "again", FP16)
+    engine = Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, kind="engine"))
+    with pytest.raises(UsageError, match="is an engine"):
+        convert_artifact(engine, tmp_path / "again", FP16)
+    with pytest.raises(OutputError, match="choose another -o"):
+        convert_artifact(artifact, artifact.path, FP16)
+    data = bytearray(artifact.payload.read_bytes())
+    data[len(data) // 2] ^= 1
+    artifact.payload.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.onnx is damaged"):
+        convert_artifact(artifact, tmp_path / "again", FP16)
+
+
+def test_an_output_directory_of_somebody_else_is_refused_before_any_work(artifact, tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    monkeypatch.setattr(convert, "convert_onnx", lambda *_: pytest.fail("worked before looking"))
+    with pytest.raises(OutputError, match="not an artifact of deploy"):
+        convert_artifact(artifact, tmp_path / "notes", FP16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "fp16 or bf16"),
+        ({"precision": "bf16", "fp16_io": True}, "--fp16-io goes with --fp16"),
+        ({"precision": "fp16", "rtol": -1.0}, "0 or more"),
+    ],
+)
+def test_options_are_checked_at_once(options, message):
+    with pytest.raises(UsageError, match=message):
+        ConvertOptions(**options)
+
+
+def test_progress_is_told(artifact):
+    told = []
+    convert_onnx(artifact, FP16, lambda what, done=0, total=0: told.append((what, done, total)))
+    assert ("reading activation ranges", 2, 3) in told
+    assert ("comparing with FP32 on random input, batch 5", 0, 0) in told
+
+
+def test_the_graph_can_be_had_without_an_artifact(artifact, tmp_path):
+    made = convert_onnx(artifact, FP16)
+    made.save(tmp_path / "typed.onnx")
+    assert onnx.load(tmp_path / "typed.onnx") == made.model
+    assert [spec.name for spec in (*made.inputs, *made.outputs)] == ["image", "scores"]

@@ -1,0 +1,269 @@
+"""The stage `export`: what goes into the artifact, parity, lineage, and what is skipped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import deploy
+from deploy.artifact.manifest import MANIFEST, ONNX, WEIGHTS, Artifact
+from deploy.errors import ArtifactError, ExportError, ParityError, UsageError
+from deploy.intake.build import rebuild
+from deploy.models.registry import ARCHITECTURES
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of the user's with a module in `net.py`, the current folder."""
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, width=4, num_classes=3):\n"
+        "        super().__init__()\n"
+        "        self.body = torch.nn.Linear(6, width)\n"
+        "        self.head = torch.nn.Linear(width, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        hidden = torch.relu(self.body(x))\n"
+        "        return self.head(hidden), hidden\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_manifest_says_where_the_artifact_comes_from(tmp_path: Path) -> None:
+    weights = tmp_path / "trained.pth"
+    torch.save({"state_dict": ARCHITECTURES["lenet5"].create(num_classes=7).state_dict()}, weights)
+    artifact = deploy.export(tmp_path / "digits", arch="lenet5", weights=weights)
+    manifest = artifact.manifest
+    assert manifest.name == "digits"
+    assert (manifest.kind, manifest.precision, manifest.parent) == ("onnx", "fp32", None)
+    assert (manifest.source.factory, manifest.source.weights, manifest.source.random) == ("lenet5", "trained.pth", False)
+    assert manifest.source.args["num_classes"] == 7
+    assert [str(spec) for spec in manifest.inputs] == ["input: float32 batchx1x28x28"]
+    assert [str(spec) for spec in manifest.outputs] == ["logits: float32 batchx7"]
+    assert manifest.profiles[0]["input"].opt == (8, 1, 28, 28)
+    assert manifest.preprocess is not None
+    assert manifest.preprocess.channels == 1
+    assert set(manifest.files) == {ONNX, WEIGHTS}
+    assert manifest.source.state_dict == manifest.files[WEIGHTS].sha256
+    assert manifest.tools["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_parity_is_recorded_at_three_batch_sizes(shared_lenet5: Artifact) -> None:
+    parity = shared_lenet5.manifest.parity
+    assert parity is not None
+    assert parity.against == "eager"
+    assert [(case.data, case.batch) for case in parity.cases] == [("random", 1), ("random", 2), ("random", 5)]
+    for case in parity.cases:
+        assert 0 <= case.outputs["logits"].max_abs < 1e-5
+        assert case.outputs["logits"].cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_parity_is_checked_on_real_images_too(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 256, (30, 26), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    artifact = deploy.export(tmp_path / "out", arch="lenet5", data=tmp_path / "images")
+    assert artifact.manifest.parity is not None
+    assert ("images", 6) in [(case.data, case.batch) for case in artifact.manifest.parity.cases]
+
+
+def test_over_tolerance_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r"output 'logits' is off by .* at most 0 is allowed"):
+        deploy.export(tmp_path / "out", arch="lenet5", rtol=0, atol=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_the_artifact_that_stood_there(lenet5: Artifact) -> None:
+    with pytest.raises(ParityError):
+        deploy.export(lenet5.path, arch="lenet5", rtol=0, atol=0)
+    assert Artifact.open(lenet5.path) == lenet5
+    lenet5.verify()
+
+
+def test_eager_gives_nan_is_an_error_and_not_agreement(tmp_path: Path) -> None:
+    state = ARCHITECTURES["lenet5"].create().state_dict()
+    first = next(iter(state))
+    state[first] = torch.full_like(state[first], float("nan"))
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ExportError, match="eager module itself gives NaN"):
+        deploy.export(tmp_path / "out", arch="lenet5", weights=tmp_path / "nan.pth")
+
+
+def test_the_same_request_is_skipped_and_another_is_not(tmp_path: Path) -> None:
+    first = deploy.export(tmp_path / "out", arch="mlp")
+    inode = (tmp_path / "out").stat().st_ino
+    assert deploy.export(tmp_path / "out", arch="mlp") == first
+    assert (tmp_path / "out").stat().st_ino == inode
+    (tmp_path / "out" / WEIGHTS).write_bytes(b"damaged")
+    assert deploy.export(tmp_path / "out", arch="mlp").manifest.files == first.manifest.files
+    Artifact.open(tmp_path / "out").verify()
+    other = deploy.export(tmp_path / "out", arch="mlp", num_classes=4)
+    assert other.manifest.outputs[0].shape == ("batch", 4)
+
+
+def test_random_weights_are_the_same_each_time_and_said_to_be_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = deploy.export(tmp_path / "one", arch="mlp")
+    two = deploy.export(tmp_path / "two", arch="mlp")
+    assert one.manifest.source.state_dict == two.manifest.source.state_dict
+    assert one.manifest.source.random
+    assert "the weights of mlp are random" in caplog.text
+
+
+def test_a_module_of_the_users_own_with_arguments_and_names(project: Path) -> None:
+    artifact = deploy.export(
+        project / "out", model="net.py:Net", model_args=["width=5"], num_classes=2, inputs=["x=1x6"], outputs=["scores", "hidden"]
+    )
+    assert [str(spec) for spec in artifact.manifest.outputs] == ["scores: float32 batchx2", "hidden: float32 batchx5"]
+    assert [Path(file.path).name for file in artifact.manifest.source.files] == ["net.py"]
+    module = rebuild(artifact)
+    x = torch.randn(3, 6)
+    with deploy.load(artifact) as session, torch.inference_mode():
+        result = session.run({"x": x.numpy()})
+        np.testing.assert_allclose(result["scores"], module(x)[0].numpy(), atol=1e-5)
+
+
+def test_without_output_names_the_outputs_are_numbered(project: Path) -> None:
+    artifact = deploy.export(project / "out", model="net.py:Net", inputs=["x=1x6"])
+    assert [spec.name for spec in artifact.manifest.outputs] == ["output_0", "output_1"]
+
+
+def test_a_module_of_the_users_own_needs_inputs(project: Path) -> None:
+    with pytest.raises(UsageError, match="--input NAME=1x3x224x224"):
+        deploy.export(project / "out", model="net.py:Net")
+    with pytest.raises(ExportError, match=r"Net cannot run x \(1, 7\): .*net\.py:8 in forward of Net: .*: mat1"):
+        deploy.export(project / "out", model="net.py:Net", inputs=["x=1x7"])
+
+
+def test_a_static_batch_and_another_size(tmp_path: Path) -> None:
+    artifact = deploy.export(tmp_path / "out", arch="mobilenet_v1", inputs=["image=1x3x64x96"], static_batch=True)
+    assert str(artifact.manifest.inputs[0]) == "image: float32 1x3x64x96"
+    assert artifact.manifest.preprocess is not None
+    assert artifact.manifest.preprocess.crop == (64, 96)
+    assert artifact.manifest.parity is not None
+    assert [case.batch for case in artifact.manifest.parity.cases] == [1, 1, 1]
+
+
+def test_dynamic_height_and_width(tmp_path: Path) -> None:
+    artifact = deploy.export(tmp_path / "out", arch="mobilenet_v1", inputs=["input=1x3xHxW"])
+    assert artifact.manifest.inputs[0].shape == ("batch", 3, "H", "W")
+    assert artifact.manifest.profiles == []
+    with deploy.load(artifact) as session:
+        assert session(np.zeros((3, 3, 40, 56), np.float32)).shape == (3, 1000)
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"resnet34", "resnet50"}))
+def test_every_reference_architecture_is_exported_with_batchnorm_folded(name: str, tmp_path: Path) -> None:
+    small = {
+        "resnet18": ("input=1x3x64x64",),
+        "mobilenet_v1": ("input=1x3x64x64",),
+        "mobilenet_v1_features": ("input=1x3x64x64",),
+    }
+    artifact = deploy.export(tmp_path / name, arch=name, inputs=small.get(name, ()))
+    architecture = ARCHITECTURES[name]
+    assert [spec.name for spec in artifact.manifest.inputs] == list(architecture.inputs)
+    assert [spec.name for spec in artifact.manifest.outputs] == list(architecture.outputs)
+    assert all(spec.shape[0] == "batch" for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs))
+    graph = onnx.load(artifact.onnx_path).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+
+
+def test_a_bare_onnx_file_becomes_an_artifact(tiny_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    artifact = deploy.export(tmp_path / "out", onnx=tiny_onnx, classes=tmp_path / "classes.txt")
+    assert artifact.manifest.classes == ["cat", "dog", "bird"]
+    assert artifact.manifest.source.factory is None
+    assert artifact.onnx_path.read_bytes() == tiny_onnx.read_bytes()
+    Artifact.open(tmp_path / "out").verify()
+    with pytest.raises(UsageError, match="2 names, and the model gives 3"):
+        (tmp_path / "classes.txt").write_text("cat\ndog\n")
+        deploy.export(tmp_path / "out", onnx=tiny_onnx, classes=tmp_path / "classes.txt")
+
+
+def test_a_bare_onnx_file_keeps_its_external_data(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[n, 64] x) => (float[n, 64] y) { y = Add(x, w) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(64, dtype=np.float32), "w"))
+    onnx.save(model, tmp_path / "big.onnx", save_as_external_data=True, location="big.weights", size_threshold=0)
+    artifact = deploy.export(tmp_path / "out", onnx=tmp_path / "big.onnx")
+    (tmp_path / "big.weights").unlink()
+    with deploy.load(artifact) as session:
+        np.testing.assert_array_equal(session(np.zeros((1, 64), np.float32))[0], np.arange(64))
+    with pytest.raises(ArtifactError, match="big"):
+        deploy.open_artifact(tmp_path / "big.onnx")
+
+
+def test_a_users_file_that_changed_is_named_with_both_digests(project: Path) -> None:
+    artifact = deploy.export(project / "out", model="net.py:Net", inputs=["x=1x6"])
+    recorded = json.loads((artifact.path / MANIFEST).read_text())["source"]["files"][0]["sha256"]
+    (project / "net.py").write_text((project / "net.py").read_text() + "# changed\n")
+    with pytest.raises(deploy.DeployError, match=rf"net\.py .*{recorded[:12]}"):
+        deploy.load(artifact, backend="eager")
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when the ONNX export, the slow part, begins."""
+    monkeypatch.setattr("deploy.pipeline.export.export_graph", lambda *args, **options: pytest.fail("the export began"))
+
+
+@pytest.mark.usefixtures("untouched")
+def test_another_number_of_class_names_than_scores_is_found_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UsageError, match="--classes has 2 names, and the model gives 10 scores"):
+        deploy.export(tmp_path / "out", arch="lenet5", classes=tmp_path / "classes.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("untouched")
+def test_preprocessing_that_does_not_fit_the_input_is_found_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"resize": 32, "crop": 30, "channels": 1}')
+    with pytest.raises(
+        UsageError, match=r"p\.json does not fit the input: it makes 1x30x30 \(chw\).* takes input: .*batchx1x28x28"
+    ):
+        deploy.export(tmp_path / "out", arch="lenet5", preprocess=str(tmp_path / "p.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_preprocessing_that_does_not_fit_a_bare_onnx_file_is_refused(lenet5: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--preprocess imagenet does not fit the input: it makes 3x28x28"):
+        deploy.export(tmp_path / "out", onnx=lenet5.onnx_path, preprocess="imagenet")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_batch_that_the_module_itself_refuses_is_named_with_its_line(project: Path) -> None:
+    (project / "one.py").write_text(
+        "import torch\nclass One(torch.nn.Module):\n    def forward(self, x):\n        return x.reshape(1, 784)\n"
+    )
+    message = (
+        rf"One cannot be exported: {project}/one\.py:4 in forward of One: return x\.reshape\(1, 784\): .*the dimension `batch`"
+        r".*it runs x \(1, 784\), and not x \(2, 784\): .*\n.*--static-batch"
+    )
+    with pytest.raises(ExportError, match=message):
+        deploy.export(project / "out", model="one.py:One", inputs=["x=1x784"])
+    with pytest.raises(ExportError, match=rf"One cannot run x \(1, 3\): {project}/one\.py:4 in forward of One: .*\n.*--input"):
+        deploy.export(project / "out", model="one.py:One", inputs=["x=1x3"])
+
+
+def test_where_random_input_gives_nan_parity_is_checked_on_images_alone(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (project / "root.py").write_text(
+        "import torch\nclass Root(torch.nn.Module):\n    def forward(self, x):\n        return torch.sqrt(x).mean((2, 3))\n"
+    )
+    with pytest.raises(ExportError, match="give some with --data IMAGEFOLDER"):
+        deploy.export(project / "out", model="root.py:Root", inputs=["x=1x3x4x4"])
+    (project / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 99, 199)).save(project / "images" / "a" / "1.png")
+    artifact = deploy.export(
+        project / "out", model="root.py:Root", inputs=["x=1x3x4x4"], preprocess="none", data=project / "images"
+    )
+    assert artifact.manifest.parity is not None
+    assert [case.data for case in artifact.manifest.parity.cases] == ["images"]
+    assert "parity is checked on images alone" in caplog.text

@@ -1,0 +1,110 @@
+"""Inputs, outputs, preprocessing and class names are checked against one another before an export."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.tensors import TensorSpec
+from deploy.errors import UsageError
+from deploy.intake.build import BuiltModel
+from deploy.pipeline.export_interface import check_classes, default_preprocess, load_preprocess, parse_input, read_classes
+
+
+def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
+    assert parse_input("ids=1xN:int64") == TensorSpec(name="ids", dtype="int64", shape=(1, "N"))
+    assert parse_input("x=1x3").dtype == "float32"
+    for bad in ("x", "x=", "=1x3", "x=1x3:float99"):
+        with pytest.raises(UsageError, match="cannot read the input"):
+            parse_input(bad)
+    path = tmp_path / "classes.txt"
+    path.write_text("a\nb c\n\n")
+    assert read_classes(path) == ["a", "b c"]
+    for content, message in (("", "one class name a line"), ("a\n\nb", "no empty line"), ("a\na\n", "'a' twice")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            read_classes(path)
+
+
+def image(*shape: int | str) -> TensorSpec:
+    return TensorSpec(name="image", dtype="float32", shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "shape", "message"),
+    [
+        (
+            {"crop": 224},
+            ("batch", 3, 256, 256),
+            "it makes 3x224x224 (chw) of an image, and the model takes image: float32 batchx3x256x256",
+        ),
+        ({"crop": [64, 48]}, ("batch", 3, 48, 64), "it makes 3x64x48 (chw)"),
+        ({"resize": [64, 48]}, ("batch", 3, "H", 64), "it makes 3x64x48 (chw)"),
+        ({"channels": 1, "crop": 8}, ("batch", 3, 8, 8), "it makes 1x8x8 (chw)"),
+        ({"channels": 1}, ("batch", 3, "H", "W"), "it makes 1xheightxwidth (chw)"),
+        ({"crop": 8}, ("batch", 8, 8, 3), "it makes 3x8x8 (chw)"),
+        ({"crop": 8, "layout": "hwc"}, ("batch", 3, 8, 8), "it makes 8x8x3 (hwc)"),
+        ({"resize": 256}, ("batch", 3, 224, 224), "it makes images of 256 pixels or more a side"),
+    ],
+)
+def test_preprocessing_that_makes_another_array_than_the_input_is_refused(
+    preprocess: dict[str, object], shape: tuple[int | str, ...], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(preprocess))
+    with pytest.raises(UsageError) as caught:
+        load_preprocess(str(path), [image(*shape)])
+    assert str(caught.value).startswith(f"--preprocess {path} does not fit the input: {message}")
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "shape"),
+    [
+        ({"crop": 224}, ("batch", 3, 224, 224)),
+        ({"crop": 224}, ("batch", 3, "H", "W")),
+        ({"crop": 8, "layout": "hwc"}, ("batch", 8, 8, 3)),
+        ({"resize": 28}, ("batch", 3, 28, 28)),
+        ({"resize": 28}, ("batch", 3, 28, 40)),
+        ({}, ("batch", 3, 224, 224)),
+    ],
+)
+def test_preprocessing_that_may_fit_is_taken(preprocess: dict[str, object], shape: tuple[int | str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(preprocess))
+    assert load_preprocess(str(path), [image(*shape)]) == Preprocess.from_json(preprocess)
+
+
+def test_a_preset_follows_the_input_and_is_refused_where_the_channels_differ() -> None:
+    loaded = load_preprocess("imagenet", [image("batch", 3, 64, 64)])
+    assert loaded is not None
+    assert loaded.crop == 64
+    with pytest.raises(UsageError, match="--preprocess imagenet does not fit the input: it makes 3x64x64"):
+        load_preprocess("imagenet", [image("batch", 1, 64, 64)])
+
+
+def test_preprocessing_of_the_architecture_is_left_out_with_a_warning_where_another_input_was_given(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    built = BuiltModel(
+        module=nn.Identity(), factory="timm:x", args={}, source_files=(), folder=None, inputs=None, outputs=None,
+        preprocess=Preprocess(resize=256, crop=224), num_classes=None,
+    )  # fmt: skip
+    assert default_preprocess(built, [image("batch", 3, 224, 224)]) == built.preprocess
+    assert caplog.text == ""
+    assert default_preprocess(built, [image("batch", 3, 64, 64)]) is None
+    assert "the preprocessing of timm:x is left out: it makes 3x224x224" in caplog.text
+    preset = dataclasses.replace(built, preprocess="imagenet")
+    found = default_preprocess(preset, [image("batch", 3, 64, 64)])
+    assert found is not None
+    assert found.crop == 64
+
+
+def test_class_names_must_be_as_many_as_the_scores() -> None:
+    check_classes(["a", "b"], [("batch", 2)])
+    check_classes(None, [("batch", 2)])
+    check_classes(["a", "b"], [("batch", 3, 8, 8)])  # one name a score is for classifiers alone
+    with pytest.raises(UsageError, match="--classes has 2 names, and the model gives 3 scores"):
+        check_classes(["a", "b"], [("batch", 3)])
