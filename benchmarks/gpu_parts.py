@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import random_feed
 from deploy.engine.flavour import load_flavour
 from deploy.errors import BackendError
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import Rounds, latency, paired_ratio, sample
-from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session, SessionOptions
 
 MODELS = ("lenet5", "resnet34", "resnet50", "mobilenet_v1")
 PRECISIONS = ("fp32", "fp16", "int8")

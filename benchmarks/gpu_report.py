@@ -25,9 +25,10 @@ import torch
 from common import markdown, verdict, write_results
 from gpu_parts import CONTEXTS, MODELS, PRECISIONS, Setting, parts
 
-from deploy.bench.conditions import conditions, versions
+from deploy.bench.conditions import conditions
 from deploy.engine.cuda.driver import driver_version
 from deploy.host.cpu import usable_cores
+from deploy.host.versions import versions
 
 BUILD = Path("build/gpu-report")
 LONGEST_S = 480.0

@@ -31,12 +31,12 @@ from torch import nn
 from train_fashion import NETS, Net
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import Sample, batches, scan
 from deploy.host.cpu import usable_cores
 from deploy.models import registry
-from deploy.pipeline.quantize import METHOD
+from deploy.precision.int8.quantize import METHOD
 
 IMAGES = 512
 PHOTOS_CALIB = 200

@@ -33,7 +33,7 @@ from common import HERE, verdict, write_results
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess

@@ -11,43 +11,43 @@ Names are loaded when they are first used: `import deploy` loads neither torch n
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from deploy.version import __version__
 
 if TYPE_CHECKING:
+    from deploy.artifact.artifact import Artifact as Artifact
     from deploy.artifact.find import open_artifact as open_artifact
-    from deploy.artifact.manifest import Artifact as Artifact
     from deploy.artifact.preprocess import Preprocess as Preprocess
     from deploy.errors import DeployError as DeployError
     from deploy.evaluation.evaluate import evaluate as evaluate
-    from deploy.evaluation.evaluate import predict as predict
-    from deploy.pipeline.api_export import export as export
-    from deploy.pipeline.stage import build_trt as build_trt
-    from deploy.pipeline.stage import convert as convert
-    from deploy.pipeline.stage import preflight as preflight
-    from deploy.pipeline.stage import quantize as quantize
+    from deploy.evaluation.predict import predict as predict
+    from deploy.pipeline.build_trt import build_trt as build_trt
+    from deploy.pipeline.build_trt import preflight as preflight
+    from deploy.pipeline.convert import convert as convert
+    from deploy.pipeline.export import export as export
+    from deploy.pipeline.quantize import quantize as quantize
     from deploy.runtime.batching.batcher import Batcher as Batcher
     from deploy.runtime.batching.batcher import BatcherOptions as BatcherOptions
     from deploy.runtime.batching.pipeline import Pipeline as Pipeline
-    from deploy.runtime.fastest import load as load
+    from deploy.runtime.load import load as load
     from deploy.runtime.session import Session as Session
 
 _NAMES = {
-    "Artifact": "deploy.artifact.manifest",
+    "Artifact": "deploy.artifact.artifact",
     "Batcher": "deploy.runtime.batching.batcher",
     "BatcherOptions": "deploy.runtime.batching.batcher",
     "DeployError": "deploy.errors",
     "Pipeline": "deploy.runtime.batching.pipeline",
     "Preprocess": "deploy.artifact.preprocess",
     "Session": "deploy.runtime.session",
-    "build_trt": "deploy.pipeline.stage",
-    "convert": "deploy.pipeline.stage",
+    "build_trt": "deploy.pipeline.build_trt",
+    "convert": "deploy.pipeline.convert",
     "evaluate": "deploy.evaluation.evaluate",
-    "export": "deploy.pipeline.api_export",
-    "load": "deploy.runtime.fastest",
+    "export": "deploy.pipeline.export",
+    "load": "deploy.runtime.load",
     "open_artifact": "deploy.artifact.find",
-    "predict": "deploy.evaluation.evaluate",
-    "preflight": "deploy.pipeline.stage",
-    "quantize": "deploy.pipeline.stage",
+    "predict": "deploy.evaluation.predict",
+    "preflight": "deploy.pipeline.build_trt",
+    "quantize": "deploy.pipeline.quantize",
 }
 
 __all__ = [

@@ -108,3 +108,15 @@ class DeadlineError(SessionError):
 
 class SessionClosedError(SessionError):
     """A session used after `close()`."""
+
+
+class WorkerDiedError(BackendError):
+    """A worker process that ended before it replied; the message ends with its last lines on standard error."""
+
+
+class RefusedError(DeployError):
+    """A request that is refused before anything is done with it. `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.cli import main
 
 

@@ -1,104 +1,33 @@
-"""Imports go down only, and heavy libraries are loaded where they are needed and nowhere else."""
+"""Imports go down only, room by room, without circles; heavy libraries are loaded where they are needed and nowhere else."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 
 ROOT = Path(__file__).parents[1]
 
-# Lowest first. A module belongs to the layer whose longest entry is its name or a package above it.
-LAYERS = (
-    (
-        "ground",
-        {
-            "host",
-            "evidence",
-            "host.cache",
-            "errors",
-            "host.cpu",
-            "artifact.tensors",
-            "artifact.preprocess",
-            "evidence.parity",
-            "evidence.timing",
-            "progress",
-        },
-    ),
-    (
-        "contracts",
-        {
-            "artifact",
-            "artifact.manifest",
-            "artifact.writer",
-            "artifact.summary",
-            "runtime.arrays",
-            "runtime.profiling",
-            "engine.cuda",
-            "runtime.session",
-            "runtime.batching.queue",
-            "runtime.batching.batcher",
-            "runtime.batching.pipeline",
-            "runtime",
-        },
-    ),
-    (
-        "intake",
-        {
-            "artifact.find",
-            "artifact.onnxfile",
-            "precision.macs",
-            "intake.checkpoint",
-            "intake.fit",
-            "intake.build",
-            "intake.recipe",
-            "intake.userfile",
-            "intake.timm",
-            "intake.torchvision",
-        },
-    ),
-    (
-        "workers",
-        {
-            "intake.export_errors",
-            "intake.exporter",
-            "precision",
-            "engine",
-            "intake",
-            "runtime.backends",
-            "runtime.backends.onnxruntime",
-            "engine.context",
-            "runtime.backends.tensorrt",
-            "runtime.backends.tensorrt_rtx",
-            "runtime.backends.openvino",
-            "runtime.backends.eager",
-            "runtime.backends.compile",
-            "runtime.backends.null",
-        },
-    ),
-    (
-        "compositions",
-        {
-            "data.images",
-            "data.calibration_set",
-            "runtime.fastest",
-            "evaluation.evaluate",
-            "pipeline",
-            "data",
-            "evaluation",
-            "bench",
-            "runtime.doctor",
-            "runtime.worker",
-        },
-    ),
-    ("doors", {"pipeline.stage", "serving", "pipeline.api_export", "cli", "", "__main__"}),
+# Lowest first: a file imports from its own room and from the floors below, never from a room beside it.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "progress", "version", "host"),
+    ("evidence",),
+    ("artifact",),
+    ("data", "intake", "engine"),
+    ("precision", "runtime"),
+    ("evaluation",),
+    ("pipeline", "bench", "serving"),
+    ("cli", "", "__main__"),
 )
+FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
 GROUND_LIBRARIES = {"numpy", "PIL"}
-# Doors may ask for the version and the lazy public names of the package itself.
-PACKAGE_ITSELF = {"pipeline.stage", "pipeline.api_export", "cli", "", "__main__"}
+NO_DEPLOY = ("models", "calibration")
+BESIDE = {"": {"version"}, "__main__": {"cli"}, "host": {"version"}}
+"""Of rooms on one floor, who may import whom."""
 
 
 def module_name(path: Path) -> str:
@@ -106,20 +35,15 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def layer(name: str) -> int:
-    def length(index: int) -> int:
-        return max(
-            (len(entry) for entry in LAYERS[index][1] if name == entry or (entry and name.startswith(entry + "."))), default=-1
-        )
-
-    best = max(range(len(LAYERS)), key=length)
-    assert length(best) >= 0, f"deploy.{name} has no layer: give it one in LAYERS"
-    return best
+def room_of(name: str) -> str:
+    room = name.partition(".")[0]
+    assert room in FLOOR, f"deploy.{name} is in no room: give its folder a place in FLOORS"
+    return room
 
 
 def sources() -> list[Path]:
-    files = [path for path in sorted((ROOT / "deploy").rglob("*.py")) if not {"models", "calibration"} & set(path.parts)]
-    assert len(files) > 30
+    files = [path for path in sorted((ROOT / "deploy").rglob("*.py")) if not set(NO_DEPLOY) & set(path.parts)]
+    assert len(files) > 100
     return files
 
 
@@ -129,7 +53,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or {"models", "calibration"} & set(path.parts), f"{path}: relative import"
+            assert node.level == 0 or set(NO_DEPLOY) & set(path.parts), f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.level == 0 else set()
     return found
 
@@ -150,34 +74,68 @@ def ours(name: str) -> str | None:
 @pytest.mark.parametrize("path", sources(), ids=module_name)
 def test_imports_go_down_only(path: Path) -> None:
     name = module_name(path)
+    room = room_of(name)
     for imported in imports(path):
         target = ours(imported)
-        if target is None or (target == "" and name.partition(".")[0] in PACKAGE_ITSELF):
+        if target is None:
             continue
-        if target.partition(".")[0] == "models":
-            assert layer(name) == 2, f"{name} imports {imported}: only the intake builds modules"
-        elif target.partition(".")[0] == "calibration":
+        other = target.partition(".")[0]
+        if other == "models":
+            assert room == "intake", f"{name} imports {imported}: only the intake builds modules"
+        elif other == "calibration":
             statistics = name.startswith("precision.int8.") and "imagefolder" not in imported
-            assert statistics or layer(name) == 4, f"{name} imports {imported}: only compositions read images"
-        else:
-            assert layer(target) <= layer(name), (
-                f"{name} ({LAYERS[layer(name)][0]}) imports {imported} ({LAYERS[layer(target)][0]})"
-            )
+            reads_folders = room in ("data", "evaluation")
+            assert statistics or reads_folders, f"{name} imports {imported}: only data and evaluation read images"
+        elif other != room and other not in BESIDE.get(room, set()):
+            assert FLOOR[room_of(target)] < FLOOR[room], f"{name} (floor {FLOOR[room]}) imports {imported} (floor {FLOOR[other]})"
 
 
-@pytest.mark.parametrize("path", sources(), ids=module_name)
-def test_ground_uses_the_standard_library_numpy_and_pillow_only(path: Path) -> None:
-    if layer(module_name(path)) == 0:
-        others = {name.partition(".")[0] for name in imports(path)} - sys.stdlib_module_names - GROUND_LIBRARIES - {"deploy"}
-        assert not others
+def test_no_file_imports_itself_in_a_circle() -> None:
+    arrows = {
+        module_name(path): {
+            target for name in imports(path) if (target := ours(name)) and target.partition(".")[0] not in NO_DEPLOY
+        }
+        for path in sources()
+    }
+    assert list(circles(arrows)) == []
 
 
-@pytest.mark.parametrize("folder", ["models", "calibration"])
+def circles(arrows: Mapping[str, set[str]]) -> Iterator[tuple[str, ...]]:
+    """A path from a module back to itself, for the first module of each circle."""
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if name in path:
+            yield (*path[path.index(name) :], name)
+            return
+        if name in done:
+            return
+        for target in sorted(arrows.get(name, ())):
+            yield from walk(target, (*path, name))
+        done.add(name)
+
+    for name in sorted(arrows):
+        yield from walk(name, ())
+
+
+def test_a_circle_is_found() -> None:
+    assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == [("b", "c", "b")]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sources() if FLOOR[room_of(module_name(path))] <= FLOOR["evidence"]], ids=module_name
+)
+def test_the_ground_uses_the_standard_library_numpy_and_pillow_only(path: Path) -> None:
+    others = {name.partition(".")[0] for name in imports(path)} - sys.stdlib_module_names - GROUND_LIBRARIES - {"deploy"}
+    assert not others
+
+
+@pytest.mark.parametrize("folder", NO_DEPLOY)
 def test_models_and_calibration_import_neither_deploy_nor_one_another(folder: str) -> None:
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        assert not {name.partition(".")[0] for name in imports(path)} & {"deploy", "models", "calibration"}
+        assert not {name.partition(".")[0] for name in imports(path)} & {"deploy", *NO_DEPLOY}
 
 
 @pytest.mark.parametrize("statement", ["import deploy", "from deploy.cli import cli"])

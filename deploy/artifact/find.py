@@ -4,7 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from deploy.artifact.manifest import MANIFEST, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import MANIFEST
 from deploy.errors import ArtifactError, UsageError
 
 BUILD = Path("build")

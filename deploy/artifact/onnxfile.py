@@ -6,7 +6,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from deploy.artifact.manifest import FORMAT, Artifact, FileRecord, Manifest, Source, Stage, file_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import FORMAT, FileRecord, Manifest, Source, Stage, file_digest
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
 

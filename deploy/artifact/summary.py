@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from deploy.artifact.manifest import Accuracy, Artifact, Calibration, Manifest, PrecisionShare
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
 from deploy.evidence.parity import Parity
 
 _LISTED = 10

@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from deploy.errors import InputError, UsageError
+from deploy.evidence.parity import PARITY_BATCHES
+
+Feed = dict[str, np.ndarray]
+
 
 Dim = int | str
 
@@ -198,3 +203,15 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
         else:
             feed[spec.name] = rng.integers(0, 10, shape).astype(dtype)
     return feed
+
+
+def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Random feeds at the batch sizes of `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed.
+
+    `dims` gives the size of every other symbolic dimension.
+    """
+    batch = batch_dim(specs)
+    return [
+        random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed)
+        for seed, size in enumerate(PARITY_BATCHES, start=1)
+    ]

@@ -14,7 +14,8 @@ from typing import Self
 
 import msgspec
 
-from deploy.artifact.manifest import MANIFEST, RUNTIME_CACHE, Artifact, FileRecord, Manifest, file_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import MANIFEST, RUNTIME_CACHE, FileRecord, Manifest, file_digest
 from deploy.errors import DeployError, OutputError
 
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import evidence, megabytes
 from deploy.bench.candidate.loadgen import check_installed
-from deploy.bench.conditions import conditions, gpu_state
+from deploy.bench.conditions import conditions
 from deploy.bench.plan import BenchOptions, Candidate, make_plan
 from deploy.bench.roofline import Peak, Work, attainable, count_work, measure_peak
 from deploy.bench.rows import BenchResult, BenchRow
@@ -25,6 +25,7 @@ from deploy.bench.shapes import shown_shapes
 from deploy.errors import ArtifactError
 from deploy.evaluation.evaluate import evaluate
 from deploy.host.cpu import usable_cores
+from deploy.host.nvidia_smi import gpu_state
 from deploy.progress import Progress, silent
 from deploy.runtime.session import SessionOptions
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import artifacts_under
-from deploy.artifact.manifest import Artifact
 from deploy.artifact.tensors import batch_dim
 from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.shapes import bench_dims, parse_shapes
-from deploy.engine.flavour import has_gpu
+from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.session import AUTO, BACKENDS, ENGINES, import_backend, refuse_engine, split_backend
+from deploy.runtime.catalog import AUTO, BACKENDS, ENGINES, refuse_engine, split_backend
+from deploy.runtime.load import import_backend
 
 BATCHES = (1, 8, 32)
 """Batch sizes where none are asked for and the artifact does not fix its own."""

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import onnx
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import PrecisionError
 from deploy.precision.macs import count_macs

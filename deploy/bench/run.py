@@ -13,16 +13,17 @@ import numpy as np
 
 from deploy.artifact.tensors import rows_join
 from deploy.bench.candidate.loadgen import Judged, Scenario
+from deploy.bench.candidate.process import CandidateProcess
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.plan import Candidate, Plan, Skipped
 from deploy.bench.rows import BenchRow, LayersRow, LoadRow, ScenarioRow, verdict_of
-from deploy.errors import BackendError
+from deploy.errors import BackendError, WorkerDiedError
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency, paired_ratio
 from deploy.progress import Progress
 from deploy.runtime.profiling import DeviceTimes
 from deploy.runtime.session import SessionOptions
-from deploy.runtime.worker.process import Prepared, WorkerDiedError, WorkerProcess
+from deploy.runtime.worker.process import Prepared
 
 ROUNDS = 15
 MIN_ROUNDS = 5
@@ -56,7 +57,7 @@ class Run:
         progress("start", 0, len(everyone))
         self._workers = {
             candidate: stack.enter_context(
-                WorkerProcess(candidate.artifact, candidate.backend, replace(options, device=candidate.device))
+                CandidateProcess(candidate.artifact, candidate.backend, replace(options, device=candidate.device))
             )
             for candidate in everyone
         }
@@ -219,10 +220,10 @@ class Run:
                 )
             )
 
-    def _prepare(self, sizes: dict[str, int], worker: WorkerProcess) -> Prepared:
+    def _prepare(self, sizes: dict[str, int], worker: CandidateProcess) -> Prepared:
         return worker.prepare(sizes, self._folder / f"{id(worker)}.npz", self._data)
 
-    def _ask(self, candidate: Candidate, request: Callable[[WorkerProcess], T]) -> T | None:
+    def _ask(self, candidate: Candidate, request: Callable[[CandidateProcess], T]) -> T | None:
         """What the candidate's worker replies; None when it failed, which ends its part. Raises for the baseline."""
         try:
             return request(self._workers[candidate])
@@ -254,7 +255,7 @@ class Run:
         return errors
 
 
-def _judge(scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path, worker: WorkerProcess) -> Judged:
+def _judge(scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path, worker: CandidateProcess) -> Judged:
     return worker.judge(scenario, rows, run_s, seconds, folder)
 
 

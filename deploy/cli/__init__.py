@@ -10,8 +10,8 @@ import sys
 
 import click
 
-from deploy import __version__
 from deploy.errors import DeployError
+from deploy.version import __version__
 
 # Name -> module of deploy.cli and what --help says; the module's `command` is the click command.
 _COMMANDS = {

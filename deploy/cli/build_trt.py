@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-import deploy
 from deploy.artifact.summary import share_text, summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.quantize import quantize_options
@@ -81,7 +80,9 @@ def command(
     """
     if fp16 and bf16:
         raise UsageError("--fp16 and --bf16 exclude one another")
-    from deploy.pipeline.quantize import QuantizeOptions  # loads onnx
+    from deploy.pipeline.build_trt import build_trt  # loads heavy libraries
+    from deploy.pipeline.build_trt import preflight as check
+    from deploy.precision.int8.quantize import QuantizeOptions
 
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     common: dict[str, Any] = {
@@ -97,11 +98,11 @@ def command(
     }
     if preflight:
         with progress_bar() as progress:
-            found = deploy.preflight(source, **common, progress=progress)
+            found = check(source, **common, progress=progress)
         click.echo(f"{source.shown}: {found.flavour} {found.version} takes all {found.nodes} nodes; {share_text(found.share)}")
         return
     with progress_bar() as progress:
-        made = deploy.build_trt(
+        made = build_trt(
             source,
             out,
             **common,

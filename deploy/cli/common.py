@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD, artifacts_under, open_artifact
-from deploy.artifact.manifest import Artifact
 from deploy.cli.log import logged_by
 from deploy.errors import UsageError
 from deploy.progress import Progress, silent

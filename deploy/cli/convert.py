@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-import deploy
 from deploy.artifact.summary import summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.errors import UsageError
@@ -23,9 +22,11 @@ def command(artifact: str | None, fp16: bool, bf16: bool, fp16_io: bool, data: P
 
     Nodes whose weights or activations FP16 cannot hold stay in FP32 and are listed.
     """
+    from deploy.pipeline.convert import convert  # loads heavy libraries
+
     if fp16 == bf16:
         raise UsageError("say which precision: one of --fp16 and --bf16")
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     with progress_bar() as progress:
-        made = deploy.convert(source, out, precision="fp16" if fp16 else "bf16", fp16_io=fp16_io, data=data, progress=progress)
+        made = convert(source, out, precision="fp16" if fp16 else "bf16", fp16_io=fp16_io, data=data, progress=progress)
     click.echo(summary(made))

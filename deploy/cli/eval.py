@@ -4,8 +4,7 @@ import json
 
 import click
 
-import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.cli.common import (
     backend_option,
     debug_option,
@@ -31,11 +30,13 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
 
     Folder names are paired with the class names in the manifest, so a folder with some of the classes will do.
     """
+    from deploy.evaluation.evaluate import evaluate  # loads heavy libraries
+
     if len(paths) not in (1, 2):
         raise UsageError(f"expected [ARTIFACT] IMAGEFOLDER, not {len(paths)} arguments")
     artifact = open_or_newest(paths[0] if len(paths) == 2 else None, "classifier", _classifier)
     with progress_bar() as progress:
-        result = deploy.evaluate(
+        result = evaluate(
             artifact, paths[-1], backend=backend, batch_size=batch_size, device=device, threads=threads, progress=progress
         )
     if as_json:

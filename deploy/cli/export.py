@@ -5,7 +5,6 @@ from typing import Literal
 
 import click
 
-import deploy
 from deploy.artifact.summary import summary
 from deploy.cli.common import PATH, debug_option, output_option, progress_bar
 
@@ -62,8 +61,10 @@ def command(
 
     Without --weights the net is seeded and random, and the manifest says so; nothing is downloaded.
     """
+    from deploy.pipeline.export import export  # loads heavy libraries
+
     with progress_bar() as progress:
-        artifact = deploy.export(
+        artifact = export(
             out,
             arch=arch,
             model=model,

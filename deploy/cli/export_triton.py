@@ -51,7 +51,7 @@ def command(
     storage_uri: str,
 ) -> None:
     """Write artifacts as a model repository of Triton Inference Server, with a manifest for KServe."""
-    from deploy.serving.models import ModelSource
+    from deploy.serving.source import ModelSource
     from deploy.serving.triton import KSERVE, TritonOptions, export_triton
 
     options = TritonOptions(

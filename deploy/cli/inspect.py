@@ -2,7 +2,7 @@
 
 import click
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import megabytes, summary
 from deploy.cli.common import debug_option, json_option, open_or_newest
 from deploy.errors import ArtifactError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-import deploy
-from deploy.artifact.manifest import MANIFEST, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import MANIFEST
 from deploy.cli.common import (
     backend_option,
     debug_option,
@@ -31,15 +31,15 @@ SCHEMA = 1
 @debug_option
 def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads: int | None, as_json: bool) -> None:
     """Show the likeliest classes of images, with their probabilities."""
+    from deploy.evaluation.predict import predict  # loads heavy libraries
+
     named = bool(paths) and (paths[0].endswith(".onnx") or (Path(paths[0]) / MANIFEST).is_file())
     images = [Path(path) for path in paths[named:]]
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
     artifact = open_or_newest(paths[0] if named else None, "classifier", _classifier)
     with progress_bar() as progress:
-        predictions = deploy.predict(
-            artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress
-        )
+        predictions = predict(artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress)
     if as_json:
         document = {"schema": SCHEMA, "predictions": [prediction.to_json() for prediction in predictions]}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-import deploy
 from deploy.artifact.summary import summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.errors import UsageError
@@ -91,11 +90,13 @@ def command(
 
     The same file runs on TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO.
     """
+    from deploy.pipeline.quantize import quantize  # loads heavy libraries
+
     if calib is None:
         raise UsageError("say which images to calibrate on: --calib IMAGEFOLDER")
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     with progress_bar() as progress:
-        made = deploy.quantize(
+        made = quantize(
             source,
             out,
             calib=calib,

@@ -149,8 +149,11 @@ def command(
     """
     from deploy.runtime.batching.batcher import BatcherOptions
     from deploy.serving.guard import Limits, read_token
-    from deploy.serving.models import ModelOptions, ModelSource
-    from deploy.serving.server import ServerOptions, log_as_json, serve
+    from deploy.serving.log import log_as_json
+    from deploy.serving.models import ModelOptions
+    from deploy.serving.options import ServerOptions
+    from deploy.serving.server import serve
+    from deploy.serving.source import ModelSource
 
     batching = BatcherOptions(max_rows=max_batch, delay_ms=delay_ms, queue_rows=queue_rows, instances=instances)
     options = ServerOptions(

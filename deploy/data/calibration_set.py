@@ -9,12 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact, file_digest, request_digest
-from deploy.artifact.tensors import TensorSpec
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import file_digest, request_digest
+from deploy.artifact.tensors import Feed, TensorSpec
 from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
 from deploy.calibration.npzfolder import NpzFolderError
-from deploy.data.images import Feed, image_input, read_folder
+from deploy.data.images import image_input, read_folder
 from deploy.errors import DataError, InputError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import file_digest, request_digest
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import TensorSpec, format_shape
+from deploy.artifact.tensors import Feed, TensorSpec, format_shape
 from deploy.calibration import imagefolder
 from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
 from deploy.errors import DataError, UsageError
-
-Feed = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +114,9 @@ def _data_errors(
         yield from stream
     except ImageFolderError as error:
         raise DataError(str(error)) from error
+
+
+def data_digest(folder: Path, count: int) -> str:
+    """SHA-256 over the `count` images of a folder that a stage uses, by class and content. Raises DataError."""
+    samples = read_folder(folder).sample(count)
+    return request_digest({"images": [[label, file_digest(path)] for path, label in samples]})

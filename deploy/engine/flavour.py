@@ -2,10 +2,10 @@
 
 import importlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 from deploy.engine.bindings import Bindings
+from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import BackendError, UsageError
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
@@ -28,11 +28,6 @@ class Flavour:
     @property
     def builds_without_gpu(self) -> bool:
         return self.name == "tensorrt-rtx"
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded and offers a device (Linux), asked without loading CUDA."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # /dev/dxg: WSL
 
 
 def load_flavour(name: str = "auto") -> Flavour:

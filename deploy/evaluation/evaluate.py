@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Artifact
-from deploy.artifact.tensors import TensorSpec
-from deploy.calibration import imagefolder
-from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
-from deploy.data.images import Feed, ImageInput, image_input, read_folder
+from deploy.artifact.tensors import Feed, TensorSpec
+from deploy.calibration.imagefolder import ImageFolder
+from deploy.data.images import ImageInput, read_folder
 from deploy.errors import DataError, UsageError
+from deploy.evaluation.classifier import check_names, classifier
 from deploy.progress import Progress, silent
-from deploy.runtime.fastest import load
+from deploy.runtime.load import load
 from deploy.runtime.session import Session
 
 SCHEMA = 1
@@ -49,17 +49,6 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The document of `deploy eval --json`."""
         return {"schema": SCHEMA, **{name: value for name, value in asdict(self).items() if name != "ranks"}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The likeliest classes of one image, best first, each with its probability (0 to 1: softmax of the logits)."""
-
-    path: Path
-    classes: tuple[tuple[str, float], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": str(self.path), "classes": [{"class": name, "probability": p} for name, p in self.classes]}
 
 
 def evaluate(
@@ -98,7 +87,7 @@ def evaluate(
         progress(what, 0, len(samples))
         for feed, expected in _batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(expected)]
-            _check_names(artifact, scores.shape[1])
+            check_names(artifact, scores.shape[1])
             _check_folders(artifact, images, scores.shape[1])
             found.append(ranks(scores, expected))
             top = min(5, scores.shape[1])
@@ -115,64 +104,6 @@ def evaluate(
             backend=session.backend,
             ranks=rank,
         )
-
-
-def predict(
-    artifact: Artifact | Path | str,
-    paths: Sequence[Path | str] | Path | str,
-    *,
-    top: int = 5,
-    backend: str = "auto",
-    batch_size: int = 32,
-    device: str = "auto",
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> list[Prediction]:
-    """The `top` likeliest classes (all, where there are fewer) of every image, in the order given.
-
-    A directory stands for the images at any depth in it, sorted. A class without a name in the manifest is called by
-    its index. Raises as `evaluate` does.
-    """
-    if top < 1:
-        raise UsageError(f"top must be 1 or more, not {top}")
-    artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
-    source, logits = classifier(artifact)
-    paths = [paths] if isinstance(paths, str | Path) else paths
-    files = [file for path in paths for file in _expand(Path(path))]
-    if not files:
-        raise UsageError("no image to predict")
-    size, reason = source.batch_size(batch_size)
-    what = f"predicting with {artifact.manifest.name}" + (f" ({reason})" if reason else "")
-    samples = [(file, 0) for file in files]
-    found: list[Prediction] = []
-    with load(artifact, backend, device, threads=threads) as session:
-        _warn_of_zeros(session)
-        for feed, rows in _batches(source, samples, size):
-            scores = session.run(feed)[logits.name][: len(rows)]
-            _check_names(artifact, scores.shape[1])
-            for classes in likeliest(scores, artifact.manifest.classes, top):
-                found.append(Prediction(path=files[len(found)], classes=classes))
-            progress(what, len(found), len(files))
-    return found
-
-
-def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
-    """Of each row of logits (N, classes) the `top` likeliest classes, best first, with their probabilities.
-
-    A class is called by its index where there are no names.
-    """
-    found = []
-    for row in softmax(logits):
-        best = np.argsort(-row, kind="stable")[:top]
-        found.append(tuple((names[index] if names else str(index), float(row[index])) for index in best))
-    return found
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, (N, classes) float64, of logits of that shape."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    powers = np.exp(shifted)
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -194,26 +125,6 @@ def _batches(source: ImageInput, samples: Sequence[tuple[Path, int]], size: int)
 def _warn_of_zeros(session: Session) -> None:
     if session.backend == "null":
         logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
-
-
-def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
-    """The image input and the logits of an artifact. Raises UsageError when it is no image classifier."""
-    source, outputs = image_input(artifact), artifact.manifest.outputs
-    if len(outputs) != 1 or len(outputs[0].shape) != 2:
-        raise UsageError(
-            f"{artifact.location} gives {', '.join(map(str, outputs))}; expected one output of shape batch x classes"
-        )
-    count = outputs[0].shape[1]
-    if isinstance(count, int):
-        _check_names(artifact, count)
-    return source, outputs[0]
-
-
-def _check_names(artifact: Artifact, count: int) -> None:
-    """Raise UsageError when the manifest has class names, and not `count` of them."""
-    names = artifact.manifest.classes
-    if names is not None and len(names) != count:
-        raise UsageError(f"{artifact.location} has {count} classes and {len(names)} class names; export it with the right ones")
 
 
 def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list[int]:
@@ -247,19 +158,3 @@ def _check_folders(artifact: Artifact, images: ImageFolder, count: int) -> None:
             f"{images.root} has {len(images.classes)} class folders and {artifact.location} {count} classes, without names to"
             " pair them by; export it with --classes FILE"
         )
-
-
-def _expand(path: Path) -> Iterator[Path]:
-    """`path` itself, or the images in it. Raises DataError when it is a directory without images, or not there."""
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"no image at {path}")
-        yield path
-        return
-    try:
-        files = [file for file in imagefolder.walk(path) if imagefolder.is_image(file)]
-    except ImageFolderError as error:
-        raise DataError(str(error)) from error
-    if not files:
-        raise DataError(f"{path} holds no images")
-    yield from files

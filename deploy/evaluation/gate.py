@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact.manifest import Accuracy, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Accuracy
 from deploy.data.images import read_folder
 from deploy.errors import AccuracyError, UsageError
 from deploy.evaluation.evaluate import evaluate

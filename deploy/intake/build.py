@@ -10,14 +10,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from deploy.artifact.manifest import WEIGHTS, Artifact, Source, SourceFile, file_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import WEIGHTS, Source, SourceFile, file_digest
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ArtifactError, FactoryError, UsageError
 from deploy.intake.checkpoint import read_state_dict
-from deploy.intake.fit import LoadReport, StateDict, infer_num_classes, load_saved, load_weights, mismatches
-from deploy.intake.recipe import Recipe, ReferenceRecipe, parse_model_args, record_args, recorded_args
+from deploy.intake.fit import LoadReport, StateDict, infer_num_classes, load_weights, mismatches
+from deploy.intake.model_args import parse_model_args, record_args, recorded_args
+from deploy.intake.recipe import Recipe
+from deploy.intake.reference import ReferenceRecipe
 from deploy.intake.userfile import UserRecipe
+from deploy.intake.weightsfile import load_saved
 
 __all__ = ["BuiltModel", "build_model", "parse_model_args", "rebuild"]
 

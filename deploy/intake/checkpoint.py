@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 
 from deploy.errors import CheckpointError
-from deploy.intake.fit import LoadReport, Mismatch, StateDict, infer_num_classes, load_saved, load_weights, save_weights
+from deploy.intake.fit import LoadReport, Mismatch, StateDict, infer_num_classes, load_weights
+from deploy.intake.weightsfile import load_saved, save_weights
 
 __all__ = [
     "LoadReport",

@@ -1,14 +1,11 @@
 """Fitting a state_dict into a module: names, prefixes, order, shapes; and the weights file of an artifact."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,7 +22,6 @@ INFIXES = (".module.", "._orig_mod.")
 """What is left in the middle of names when a part of the net was wrapped."""
 
 _COUNTER = "num_batches_tracked"
-_ALIASES = "aliases"
 _LISTED = 10
 
 
@@ -190,56 +186,6 @@ def infer_num_classes(module: nn.Module, state: Mapping[str, Tensor], match: Mat
         return pair[1] if pair else None
     last = [key for name, key in pairs.items() if name in expected and state[key].dim()]
     return state[last[-1]].shape[0] if last else None
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the state_dict of `module` as safetensors, for `load_saved`; tensors that are one tensor are written once.
-
-    The file depends on the names and values alone. Raises CheckpointError for what safetensors cannot hold.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    storages = set()
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name!r} of {type(module).__name__} is a {type(value).__name__}: only tensors can be saved")
-        if is_lazy(value) or value.is_meta:
-            raise CheckpointError(f"{name!r} of {type(module).__name__} has no values yet: run the module once, or load weights")
-        tensor = value.detach().cpu().contiguous()
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            aliases[name] = seen[place]
-            continue
-        seen[place] = name
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # a view of another: safetensors wants its own
-        storages.add(storage)
-    # One entry, for safetensors writes several in an order of its own.
-    metadata = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else None
-    try:
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot save the weights of {type(module).__name__} as {path.name}: {error}") from error
-
-
-def load_saved(module: nn.Module, path: Path) -> None:
-    """Load what `save_weights` wrote, strictly. Raises CheckpointError when it is damaged or the module another."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
-        state = OrderedDict(safetensors.torch.load_file(path))
-        state.update({name: state[kept] for name, kept in aliases.items()})
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    state._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # the layout is today's
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path} does not fit the {type(module).__name__} that was rebuilt: {error}\n"
-            "Was the library that defines it upgraded since the export? Export again"
-        ) from error
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

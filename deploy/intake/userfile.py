@@ -11,13 +11,10 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,33 +23,31 @@ from torch import nn
 
 from deploy.artifact.manifest import SourceFile, file_digest
 from deploy.errors import FactoryError, UsageError
+from deploy.intake.isolation import (
+    INSTALLED,
+    Program,
+    existing,
+    file_of,
+    folder_module,
+    is_hidden,
+    is_installed,
+    is_protected,
+    is_user,
+    means,
+    package_of,
+    where,
+)
 from deploy.intake.recipe import Interface, Recipe
 from deploy.models.errors import near
-
-_INSTALLED = ("site-packages", "dist-packages")
-_STDLIB = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
-_OURS = str(Path(__file__).resolve().parent) + os.sep
 
 _APART = "_deploy_user_"
 """Before the name of a file whose own name means something else already."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Program:
-    """The user's modules by name, SHA-256 of their files by path, and what they themselves added to sys.path."""
-
-    modules: Mapping[str, ModuleType] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
-    path: tuple[str, ...] = ()
-
-    def is_unchanged(self) -> bool:
-        return all(os.path.isfile(file) and file_digest(Path(file)) == digest for file, digest in self.digests.items())
-
-
 _lock = threading.RLock()
 _imported: dict[str, ModuleType] = {}
 """The user's modules that stand in sys.modules because we imported them."""
-_programs: dict[tuple[str, tuple[str, ...]], _Program] = {}
+_programs: dict[tuple[str, tuple[str, ...]], Program] = {}
 """Every import so far, by the name of the factory's module and the folders it was imported from."""
 
 
@@ -67,17 +62,17 @@ class UserRecipe(Recipe):
         if not colon or not target or not name:
             raise UsageError(f"cannot read the model {spec!r}; expected FILE.py:FACTORY or pkg.mod:FACTORY")
         self.folder = folder
-        self._program: _Program | None = None
+        self._program: Program | None = None
         self._parents: dict[str, str] = {}
         self._file = Path(os.path.abspath(target)) if target.endswith(".py") or os.sep in target else None
         if self._file is None:
-            self._first, self._last = _existing(folder), []
+            self._first, self._last = existing(folder), []
             self._module = target
         else:
             if not self._file.is_file():
                 raise FactoryError(f"no file {self._file}, which {spec!r} names")
-            package, root = _package(self._file)
-            self._first = [*_existing(str(root)), *_existing(folder)]
+            package, root = package_of(self._file)
+            self._first = [*existing(str(root)), *existing(folder)]
             # In a package the folder itself comes after the standard library: a member may be called `types` or `queue`.
             self._last = [str(self._file.parent)] if package else []
             self._module = self._choose_name(package)
@@ -86,7 +81,7 @@ class UserRecipe(Recipe):
         with self._importing():
             self._callable = self._find(self._import())
         self._set_parameters()
-        if self._file is None and all(_is_installed(file.path) for file in self.source_files):
+        if self._file is None and all(is_installed(file.path) for file in self.source_files):
             self.folder = None  # an installed package needs none
 
     def build(self, args: Mapping[str, Any]) -> nn.Module:
@@ -96,7 +91,7 @@ class UserRecipe(Recipe):
                 module = self._callable(**args)
             except (Exception, SystemExit) as error:  # the user's code: any error may come
                 what = f"{type(error).__name__}: {error}"
-                raise FactoryError(f"{self.factory} failed: {what}{_where(error)}{self._shadow(error)}") from error
+                raise FactoryError(f"{self.factory} failed: {what}{where(error)}{self._shadow(error)}") from error
         if not isinstance(module, nn.Module):
             raise FactoryError(f"{self.factory} returned a {type(module).__name__}; expected a torch.nn.Module")
         return module
@@ -109,11 +104,11 @@ class UserRecipe(Recipe):
         assert self._file is not None
         importlib.invalidate_caches()
         path = self._path(sys.path)
-        if package and not _is_protected(package.partition(".")[0]) and _means(package, self._file, path):
+        if package and not is_protected(package.partition(".")[0]) and means(package, self._file, path):
             return package
         if not package and (name := self._name_in_folder(path)):
             return name
-        if not _is_protected(self._file.stem) and _means(self._file.stem, self._file, path):
+        if not is_protected(self._file.stem) and means(self._file.stem, self._file, path):
             return self._file.stem
         return f"{_APART}{self._file.stem}"
 
@@ -128,14 +123,14 @@ class UserRecipe(Recipe):
             return None
         parts = self._file.relative_to(self.folder).with_suffix("").parts
         reached = PathFinder.find_spec(parts[0], path)
-        installed = _is_protected(parts[0]) or (reached is not None and _is_installed(reached.origin or ""))
-        if installed or not _means(".".join(parts), self._file, self._first):
+        installed = is_protected(parts[0]) or (reached is not None and is_installed(reached.origin or ""))
+        if installed or not means(".".join(parts), self._file, self._first):
             return None
         self._parents = {".".join(parts[:count]): str(Path(self.folder, *parts[:count])) for count in range(1, len(parts))}
         return ".".join(parts)
 
     def _path(self, path: list[str]) -> list[str]:
-        installed = next((index for index, entry in enumerate(path) if Path(entry).name in _INSTALLED), len(path))
+        installed = next((index for index, entry in enumerate(path) if Path(entry).name in INSTALLED), len(path))
         return [*self._first, *path[:installed], *self._last, *path[installed:]]
 
     def _import(self) -> ModuleType:
@@ -143,7 +138,7 @@ class UserRecipe(Recipe):
             if self._module in sys.modules:
                 return sys.modules[self._module]
             for name, folder in self._parents.items():
-                sys.modules[name] = _folder_module(name, folder)
+                sys.modules[name] = folder_module(name, folder)
             if self._file is None or not self._module.startswith(_APART):
                 return importlib.import_module(self._module)
             spec = importlib.util.spec_from_file_location(self._module, self._file)
@@ -159,13 +154,11 @@ class UserRecipe(Recipe):
         except SyntaxError as error:
             raise FactoryError(f"{error.filename or self._module}:{error.lineno}: {error.msg}") from error
         except ImportError as error:
-            raise FactoryError(
-                f"cannot import {self._file or self._module}: {error}{_where(error)}{self._hint(error)}"
-            ) from error
+            raise FactoryError(f"cannot import {self._file or self._module}: {error}{where(error)}{self._hint(error)}") from error
         except (Exception, SystemExit) as error:  # the user's code: any error may come
             what = f"{type(error).__name__}: {error}"
             raise FactoryError(
-                f"{self._file or self._module} fails when it is imported: {what}{_where(error)}{self._shadow(error)}"
+                f"{self._file or self._module} fails when it is imported: {what}{where(error)}{self._shadow(error)}"
             ) from error
 
     def _hint(self, error: ImportError) -> str:
@@ -237,12 +230,12 @@ class UserRecipe(Recipe):
         key = (self._module, folders)
         with _lock:
             path = list(sys.path)
-            hidden = {name: module for name, module in sys.modules.items() if name in _imported or _is_hidden(name, folders)}
+            hidden = {name: module for name, module in sys.modules.items() if name in _imported or is_hidden(name, folders)}
             for name in hidden:
                 del sys.modules[name]
             if self._program is None:
-                known = _programs.get(key, _Program())
-                self._program = known if known.is_unchanged() else _Program()
+                known = _programs.get(key, Program())
+                self._program = known if known.is_unchanged() else Program()
             sys.modules.update(self._program.modules)
             before = set(sys.modules) - set(self._program.modules)
             sys.path[:] = [*self._program.path, *self._path(path)]
@@ -265,101 +258,11 @@ class UserRecipe(Recipe):
     def _note(self, modules: Mapping[str, ModuleType], added: tuple[str, ...]) -> None:
         """Keep what was imported for the next time, with the digests of the files, and list those files."""
         assert self._program is not None
-        user = {name: module for name, module in modules.items() if _is_user(module)}
+        user = {name: module for name, module in modules.items() if is_user(module)}
         digests = dict(self._program.digests)
-        for file in filter(None, map(_file_of, user.values())):
+        for file in filter(None, map(file_of, user.values())):
             digests.setdefault(file, file_digest(Path(file)))
-        self._program = _Program(modules=user, digests=digests, path=(*added, *self._program.path))
-        own = _file_of(sys.modules[self._module]) if self._module in sys.modules else None
+        self._program = Program(modules=user, digests=digests, path=(*added, *self._program.path))
+        own = file_of(sys.modules[self._module]) if self._module in sys.modules else None
         files = ({own: digests.get(own) or file_digest(Path(own))} if own else {}) | digests
         self.source_files = tuple(SourceFile(path=path, sha256=digest) for path, digest in files.items())
-
-
-def _existing(folder: str | None) -> list[str]:
-    return [folder] if folder else []
-
-
-def _package(file: Path) -> tuple[str | None, Path]:
-    """Dotted name of a file in a package and the folder that holds the package; None and its own folder otherwise."""
-    parts = [] if file.stem == "__init__" else [file.stem]
-    folder = file.parent
-    while (folder / "__init__.py").is_file():
-        parts.insert(0, folder.name)
-        folder = folder.parent
-    return (".".join(parts) if folder != file.parent else None), folder
-
-
-def _means(name: str, file: Path, path: list[str]) -> bool:
-    """Whether `import name` would run `file`; found without running anything."""
-    top, *rest = name.split(".")
-    spec = PathFinder.find_spec(top, path)
-    if spec is None:
-        return False
-    if not rest:
-        return spec.origin is not None and Path(spec.origin).resolve() == file.resolve()
-    folder = next(iter(spec.submodule_search_locations or ()), None)
-    if folder is None:
-        return False
-    expected = Path(folder, *rest)
-    return file.resolve() in (expected.with_name(expected.name + ".py").resolve(), (expected / "__init__.py").resolve())
-
-
-def _folder_module(name: str, folder: str) -> ModuleType:
-    """A namespace package of one folder."""
-    spec = ModuleSpec(name, None, is_package=True)
-    spec.submodule_search_locations = [folder]
-    module = importlib.util.module_from_spec(spec)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-    return module
-
-
-def _is_protected(top: str) -> bool:
-    """Whether a top-level name belongs to the standard library, to us or to what is installed and loaded."""
-    if top in sys.stdlib_module_names or top in ("deploy", "__main__"):
-        return True
-    module = sys.modules.get(top)
-    return module is not None and _is_installed(_place(module))
-
-
-def _is_hidden(name: str, folders: tuple[str, ...]) -> bool:
-    """Whether the process's own module `name` would stand in the way of one of the user's."""
-    top = name.partition(".")[0]
-    if _is_protected(top):
-        return False
-    return any(
-        os.path.isfile(os.path.join(folder, top + ".py")) or os.path.isdir(os.path.join(folder, top)) for folder in folders
-    )
-
-
-def _place(module: ModuleType) -> str:
-    """The file of a module, or the first folder of a namespace package."""
-    file = getattr(module, "__file__", None)
-    if file:
-        return str(file)
-    return str(next(iter(getattr(module, "__path__", ())), "")) + os.sep
-
-
-def _is_installed(place: str) -> bool:
-    real = os.path.realpath(place) + (os.sep if place.endswith(os.sep) else "")
-    return any(f"{os.sep}{part}{os.sep}" in real for part in _INSTALLED) or real.startswith(_STDLIB)
-
-
-def _is_user(module: ModuleType) -> bool:
-    place = _place(module)
-    if place == os.sep:
-        return False  # built in
-    return not _is_installed(place) and not os.path.realpath(place).startswith(_OURS)
-
-
-def _file_of(module: ModuleType) -> str | None:
-    file = getattr(module, "__file__", None)
-    return os.path.abspath(file) if file and os.path.isfile(file) else None
-
-
-def _where(error: BaseException) -> str:
-    """` (FILE:LINE)`, the innermost line of the user's own code in the traceback of `error`; nothing where there is none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if os.path.isfile(f.filename) and not _is_installed(f.filename) and not f.filename.startswith(_OURS)]
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

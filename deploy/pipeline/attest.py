@@ -1,24 +1,35 @@
 """What a GPU says of a new engine: the precision of its layers, the time they take, what it computes, and whether INT8 pays."""
 
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 
-from deploy.artifact.manifest import ONNX, Artifact, PrecisionShare
-from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
-from deploy.engine.attestation import engine_layers, engine_share
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare
+from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, random_feed
+from deploy.artifact.writer import ArtifactWriter
+from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
+from deploy.engine.builder import BuildOptions, BuiltEngine, build_engine
 from deploy.engine.cuda import open_device
-from deploy.engine.flavour import has_gpu
-from deploy.errors import BackendError, EngineError
+from deploy.engine.cuda.driver import has_gpu
+from deploy.engine.flavour import Flavour
+from deploy.errors import ArtifactError, BackendError, EngineError
 from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.evidence.timing import Ratio, paired_ratio, sample
+from deploy.pipeline.convert import ConvertOptions, convert_onnx
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import emulate
+from deploy.precision.macs import count_macs
+from deploy.progress import Progress
 from deploy.runtime.backends.tensorrt import TensorRTSession
-from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session, SessionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -143,3 +154,71 @@ def _fixed(inputs: tuple[TensorSpec, ...]) -> int:
 
 def _as_fp32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def optimum(profiles: list[Profile]) -> dict[str, tuple[int, ...]]:
+    return {name: shapes.opt for name, shapes in profiles[0].items()}
+
+
+def attested(
+    engine: Artifact,
+    source: Artifact,
+    built: BuiltEngine,
+    flavour: Flavour,
+    options: BuildOptions,
+    *,
+    gpu: list[str] | None,
+    faster_than_fp16: bool,
+    progress: Progress,
+) -> Manifest:
+    """The manifest of a new engine with its precision share, and what `gpu`, by its name, says of it.
+
+    Raises EngineError when the precision is not honoured, or the engine must be `faster_than_fp16` and is not.
+    """
+    manifest = engine.manifest
+    macs = count_macs(engine.onnx_path, optimum(manifest.profiles))
+    share, by_node = network_share(built.network.definition, flavour.trt, macs)
+    what = f"{source.shown} with {flavour.name}"
+    parity = None
+    session = open_engine(engine) if gpu else None
+    if gpu and session is not None:
+        with session:
+            progress("attesting the engine")
+            proof = prove(session, engine, by_node, macs, gpu[0])
+            share, by_node, parity = proof.share, proof.by_node, proof.parity
+            check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
+            if faster_than_fp16:
+                _check_worth(session, engine, source, flavour, options, what, progress)
+    else:
+        check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
+    return msgspec.structs.replace(manifest, precision_share=share, engine_parity=parity)
+
+
+def _check_worth(
+    session: TensorRTSession,
+    engine: Artifact,
+    source: Artifact,
+    flavour: Flavour,
+    options: BuildOptions,
+    what: str,
+    progress: Progress,
+) -> None:
+    """Build the FP32 model that the INT8 engine comes from in FP16, and time the two. Raises EngineError."""
+    floating = source if source.manifest.precision == "fp32" else source.parent()
+    if floating is None or floating.manifest.precision != "fp32":
+        raise ArtifactError(
+            f"{source.shown} has no FP32 artifact that it was made from, so that INT8 cannot be timed against FP16: quantize an"
+            " artifact, or say --allow-slower"
+        )
+    progress("timing INT8 against FP16")
+    profiles = engine.manifest.profiles
+    converted = convert_onnx(floating, ConvertOptions(precision="fp16", profile=profiles[0]))
+    with tempfile.TemporaryDirectory(prefix="deploy-") as folder, ArtifactWriter(Path(folder, "fp16")) as writer:
+        converted.save(writer.path / ONNX)
+        built = build_engine(flavour, writer.path / ONNX, profiles, options, progress, shown=f"{what} in FP16")
+        (writer.path / ENGINE).write_bytes(built.plan)
+        manifest = msgspec.structs.replace(
+            engine.manifest, precision="fp16", target=built.target, inputs=converted.inputs, outputs=converted.outputs
+        )
+        with open_session(writer.describe(manifest), flavour.name, SessionOptions(contexts=1)) as fp16:
+            check_faster(session, fp16, what)

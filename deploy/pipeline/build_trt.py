@@ -4,35 +4,38 @@ import dataclasses
 import logging
 import secrets
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Manifest, PrecisionShare, Stage, request_digest, standing
+from deploy.artifact.artifact import Artifact, parent_record, standing
+from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare, Stage, request_digest
 from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.calibration_set import CalibrationSet
+from deploy.data.calibration_set import CalibrationSet, calibration_set
+from deploy.data.images import data_digest
 from deploy.engine.attestation import check_honoured, network_share
-from deploy.engine.builder import BuildOptions, BuiltEngine, build_engine
+from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.engine.network import parse_network
-from deploy.errors import ArtifactError, UsageError
+from deploy.errors import UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
+from deploy.host.versions import tool_versions
 from deploy.pipeline import engine_cache
-from deploy.pipeline.attest import check_faster, gpu_identity, open_engine, prove
+from deploy.pipeline.attest import attested, gpu_identity, optimum
 from deploy.pipeline.convert import IMAGES, ConvertOptions, convert_onnx
-from deploy.pipeline.lineage import data_digest, parent_record, tool_versions
 from deploy.pipeline.profiles import make_profiles
-from deploy.pipeline.quantize import QuantizeOptions, hint, quantize_onnx, quantize_settings
+from deploy.pipeline.stage import PathLike, as_path, default_out, make_gate, open_source
+from deploy.precision.int8.quantize import QuantizeOptions, hint, quantize_onnx, quantize_settings
 from deploy.precision.macs import count_macs
 from deploy.progress import Progress, silent
-from deploy.runtime.backends.tensorrt import TensorRTSession
-from deploy.runtime.session import SessionOptions, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +135,23 @@ def build_trt_artifact(
             stage=stage,
             target=built.target,
         )
-        manifest = _attested(writer.describe(manifest), artifact, built, flavour, options, gpu=gpu, progress=progress)
+        manifest = attested(
+            writer.describe(manifest),
+            artifact,
+            built,
+            flavour,
+            options.build,
+            gpu=gpu,
+            faster_than_fp16=options.int8 is not None and not options.allow_slower,
+            progress=progress,
+        )
         done = writer.commit(manifest)
     if cached:
         engine_cache.put(artifact, request, done)
     return done
 
 
-def preflight(
+def preflight_artifact(
     artifact: Artifact, options: BuildTrtOptions, data: CalibrationSet | None = None, progress: Progress = silent
 ) -> Preflight:
     """Convert as `build_trt_artifact` does and let the parser read the result; nothing is built or written.
@@ -156,7 +168,7 @@ def preflight(
         _save(typed, artifact, path)
         progress("parsing")
         network = parse_network(flavour, path, shown=artifact.shown)
-        macs = count_macs(path, _optimum(profiles))
+        macs = count_macs(path, optimum(profiles))
         share, by_node = network_share(network.definition, flavour.trt, macs)
         nodes = len(onnx.load(path, load_external_data=False).graph.node)
     manifest = typed.manifest
@@ -181,73 +193,6 @@ def _check_source(artifact: Artifact, options: BuildTrtOptions, data: Calibratio
 def _save(typed: "_Typed", artifact: Artifact, path: Path) -> None:
     # The file is written again even as it is: external data may have another name there.
     save_model(ir.load(artifact.onnx_path) if typed.model is None else ir.from_proto(typed.model), path)
-
-
-def _optimum(profiles: list[Profile]) -> dict[str, tuple[int, ...]]:
-    return {name: shapes.opt for name, shapes in profiles[0].items()}
-
-
-def _attested(
-    engine: Artifact,
-    source: Artifact,
-    built: BuiltEngine,
-    flavour: Flavour,
-    options: BuildTrtOptions,
-    *,
-    gpu: list[str] | None,
-    progress: Progress,
-) -> Manifest:
-    """The manifest of a new engine with its precision share, and what `gpu`, by its name, says of it.
-
-    Raises EngineError when the precision is not honoured, or INT8 is slower than FP16.
-    """
-    manifest = engine.manifest
-    macs = count_macs(engine.onnx_path, _optimum(manifest.profiles))
-    share, by_node = network_share(built.network.definition, flavour.trt, macs)
-    what = f"{source.shown} with {flavour.name}"
-    parity = None
-    session = open_engine(engine) if gpu else None
-    if gpu and session is not None:
-        with session:
-            progress("attesting the engine")
-            proof = prove(session, engine, by_node, macs, gpu[0])
-            share, by_node, parity = proof.share, proof.by_node, proof.parity
-            check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
-            if options.int8 is not None and not options.allow_slower:
-                _check_worth(session, engine, source, flavour, options, what, progress)
-    else:
-        check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
-    return msgspec.structs.replace(manifest, precision_share=share, engine_parity=parity)
-
-
-def _check_worth(
-    session: TensorRTSession,
-    engine: Artifact,
-    source: Artifact,
-    flavour: Flavour,
-    options: BuildTrtOptions,
-    what: str,
-    progress: Progress,
-) -> None:
-    """Build the FP32 model that the INT8 engine comes from in FP16, and time the two. Raises EngineError."""
-    floating = source if source.manifest.precision == "fp32" else source.parent()
-    if floating is None or floating.manifest.precision != "fp32":
-        raise ArtifactError(
-            f"{source.shown} has no FP32 artifact that it was made from, so that INT8 cannot be timed against FP16: quantize an"
-            " artifact, or say --allow-slower"
-        )
-    progress("timing INT8 against FP16")
-    profiles = engine.manifest.profiles
-    converted = convert_onnx(floating, ConvertOptions(precision="fp16", profile=profiles[0]))
-    with tempfile.TemporaryDirectory(prefix="deploy-") as folder, ArtifactWriter(Path(folder, "fp16")) as writer:
-        converted.save(writer.path / ONNX)
-        built = build_engine(flavour, writer.path / ONNX, profiles, options.build, progress, shown=f"{what} in FP16")
-        (writer.path / ENGINE).write_bytes(built.plan)
-        manifest = msgspec.structs.replace(
-            engine.manifest, precision="fp16", target=built.target, inputs=converted.inputs, outputs=converted.outputs
-        )
-        with open_session(writer.describe(manifest), flavour.name, SessionOptions(contexts=1)) as fp16:
-            check_faster(session, fp16, what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,3 +260,110 @@ def _request(
         "build": build,
         "tools": tool_versions(),
     }
+
+
+def build_trt(
+    artifact: Artifact | PathLike,
+    out: PathLike | None = None,
+    *,
+    precision: Literal["fp16", "bf16"] | None = None,
+    fp16_io: bool = False,
+    data: PathLike | None = None,
+    int8: bool = False,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
+    images: int | None = None,
+    eval_folder: PathLike | None = None,
+    max_drop: float | None = None,
+    quantization: QuantizeOptions | None = None,
+    flavour: str = "auto",
+    shapes: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    opt_level: int | None = None,
+    tf32: bool = False,
+    workspace: int | None = None,
+    timing_cache: PathLike | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    allow_slower: bool = False,
+    cache: bool = True,
+    progress: Progress = silent,
+) -> Artifact:
+    """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
+
+    `int8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop` and the
+    options in `quantization`. What the others mean: `deploy.pipeline.build_trt.BuildTrtOptions` and
+    `deploy.engine.builder.BuildOptions`. Raises a DeployError; nothing that stood at `out` is lost then.
+    """
+    source = open_source(artifact)
+    _check_int8(int8, calib, images, quantization)
+    if not int8 and (eval_folder is not None or max_drop is not None):
+        raise UsageError("--eval and --max-drop go with --int8")
+    options = BuildTrtOptions(
+        precision=precision,
+        fp16_io=fp16_io,
+        data=as_path(data),
+        int8=(quantization or QuantizeOptions()) if int8 else None,
+        flavour=flavour,
+        shapes=tuple(shapes),
+        allow_slower=allow_slower,
+        cache=cache,
+        build=BuildOptions(
+            opt_level=opt_level,
+            tf32=tf32,
+            workspace=workspace,
+            targets=tuple(targets),
+            timing_cache=as_path(timing_cache),
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+        ),
+    )
+    data_set = _calibration(source, calib, images)
+    suffixes = ["int8"] * int8 + ([precision] if precision else []) + ["trt"]
+    return build_trt_artifact(
+        source, default_out(out, source, *suffixes), options, data_set, make_gate(eval_folder, max_drop), progress
+    )
+
+
+def preflight(
+    artifact: Artifact | PathLike,
+    *,
+    precision: Literal["fp16", "bf16"] | None = None,
+    fp16_io: bool = False,
+    data: PathLike | None = None,
+    int8: bool = False,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
+    images: int | None = None,
+    quantization: QuantizeOptions | None = None,
+    flavour: str = "auto",
+    shapes: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Preflight:
+    """Whether TensorRT's parser takes the model as `build_trt` would give it to it; nothing is built, and no GPU is needed.
+
+    The options are those of `build_trt`. Raises EngineError listing every node that is refused, by its ONNX name, with the
+    reason and a remedy; and what the conversion raises.
+    """
+    source = open_source(artifact)
+    _check_int8(int8, calib, images, quantization)
+    options = BuildTrtOptions(
+        precision=precision,
+        fp16_io=fp16_io,
+        data=as_path(data),
+        int8=(quantization or QuantizeOptions()) if int8 else None,
+        flavour=flavour,
+        shapes=tuple(shapes),
+    )
+    return preflight_artifact(source, options, _calibration(source, calib, images), progress)
+
+
+def _check_int8(int8: bool, calib: object, images: int | None, quantization: QuantizeOptions | None) -> None:
+    if not int8 and (calib is not None or images is not None):
+        raise UsageError("--calib and --images go with --int8")
+    if not int8 and quantization not in (None, QuantizeOptions()):
+        raise UsageError("the options of quantization go with --int8")
+
+
+def _calibration(
+    source: Artifact, calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None, images: int | None
+) -> CalibrationSet | None:
+    return None if calib is None or source.manifest.precision == "int8" else calibration_set(source, calib, images)

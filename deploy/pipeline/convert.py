@@ -6,21 +6,23 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir
 
-from deploy.artifact.manifest import ONNX, Artifact, Exclusion, Stage, request_digest, standing
+from deploy.artifact.artifact import Artifact, parent_record, standing
+from deploy.artifact.manifest import ONNX, Exclusion, Stage, request_digest
 from deploy.artifact.onnxfile import graph_specs, save_model
-from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, example_dims
+from deploy.artifact.tensors import Feed, Profile, TensorSpec, batch_dim, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.images import Feed, image_feeds, image_input
+from deploy.data.images import data_digest, image_feeds, image_input
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
-from deploy.pipeline.lineage import data_digest, parent_record, random_feeds, tool_versions
+from deploy.host.versions import tool_versions
+from deploy.pipeline.stage import PathLike, as_path, default_out, open_source
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.graph import prepare
 from deploy.precision.half.convert import to_half
@@ -264,3 +266,22 @@ def _stage(artifact: Artifact, options: ConvertOptions) -> Stage:
         "tools": tool_versions(),
     }
     return Stage(name="convert", request=request_digest(request))
+
+
+def convert(
+    artifact: Artifact | PathLike,
+    out: PathLike | None = None,
+    *,
+    precision: Literal["fp16", "bf16"],
+    fp16_io: bool = False,
+    data: PathLike | None = None,
+    progress: Progress = silent,
+) -> Artifact:
+    """Convert an FP32 ONNX artifact to half precision, checked against it; `out` is `build/<name>-<precision>` by default.
+
+    Inputs and outputs stay FP32 unless `fp16_io`. `data` is an ImageFolder for activation ranges and parity. Raises a
+    DeployError; nothing that stood at `out` is lost then.
+    """
+    source = open_source(artifact)
+    options = ConvertOptions(precision=precision, fp16_io=fp16_io, data=as_path(data))
+    return convert_artifact(source, default_out(out, source, precision), options, progress)

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from deploy.artifact.manifest import WEIGHTS, Artifact, Manifest, Stage, request_digest
+from deploy.artifact.artifact import Artifact, parent_record
+from deploy.artifact.manifest import WEIGHTS, Manifest, Stage, request_digest
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, OutputError
 from deploy.host.cache import ENGINES, cache_folder, trim
-from deploy.pipeline.lineage import parent_record
 
 logger = logging.getLogger(__name__)
 

@@ -2,38 +2,29 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
-from deploy.artifact.manifest import (
-    FORMAT,
-    ONNX,
-    WEIGHTS,
-    Artifact,
-    Manifest,
-    Source,
-    Stage,
-    file_digest,
-    request_digest,
-    standing,
-)
+from deploy.artifact.artifact import Artifact, standing
+from deploy.artifact.find import BUILD
+from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Source, Stage, file_digest, request_digest
 from deploy.artifact.onnxfile import check_onnx, model_specs, open_onnx, save_model
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims
+from deploy.artifact.tensors import EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.images import image_feeds
-from deploy.errors import ExportError, UsageError
-from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
-from deploy.intake.build import BuiltModel, build_model
-from deploy.intake.export_errors import fixed_reason, line_of
-from deploy.intake.exporter import export_graph, flatten_outputs
-from deploy.intake.fit import Match, save_weights
+from deploy.data.images import data_digest
+from deploy.errors import ArtifactError, OutputError, UsageError
+from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Tolerance
+from deploy.host.versions import tool_versions
+from deploy.intake.build import BuiltModel, build_model, parse_model_args
+from deploy.intake.exporter import export_graph
+from deploy.intake.fit import Match
+from deploy.intake.weightsfile import save_weights
 from deploy.pipeline.export_interface import (
     check_classes,
     default_preprocess,
@@ -42,15 +33,13 @@ from deploy.pipeline.export_interface import (
     output_names,
     read_classes,
 )
-from deploy.pipeline.lineage import data_digest, random_feeds, tool_versions
-from deploy.precision.cpu import ONNXRUNTIME_VERSION
+from deploy.pipeline.export_parity import REAL_IMAGES, Case, check_parity, finite, image_cases, run_eager
+from deploy.pipeline.stage import PathLike, as_path
 from deploy.progress import Progress, silent
-from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
 
 logger = logging.getLogger(__name__)
-
-_REAL_IMAGES = 8
-"""Real images that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +117,17 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
     progress("running the eager module")
     files = [file.path for file in built.source_files]
     feeds = random_feeds(specs, example_dims(specs, batch_dim(specs)))
-    first = _eager(built.module, specs, feeds[0], files)
+    first = run_eager(built.module, specs, feeds[0], files)
     outputs = output_names(options.outputs, built, specs, list(first))
     check_classes(classes, [array.shape for array in first.values()])
     seen = [
-        _Case("random", feed, dict(zip(outputs, results.values(), strict=True)))
+        Case("random", feed, dict(zip(outputs, results.values(), strict=True)))
         for feed, results in [
             (feeds[0], first),
-            *((feed, _eager(built.module, specs, feed, files, ran=feeds[0])) for feed in feeds[1:]),
+            *((feed, run_eager(built.module, specs, feed, files, ran=feeds[0])) for feed in feeds[1:]),
         ]
     ]
-    if not all(_finite(case, fatal=options.data is None) for case in seen):
+    if not all(finite(case, fatal=options.data is None) for case in seen):
         seen = []
         logger.warning("the eager module gives NaN or infinity on random input: parity is checked on images alone")
     progress("exporting to ONNX")
@@ -182,9 +171,9 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
         written = writer.describe(manifest)
         progress("comparing with eager")
         if options.data is not None:
-            seen += _image_cases(written, built.module, options.data, files)
+            seen += image_cases(written, built.module, options.data, files)
         with open_session(written, "onnxruntime", SessionOptions(device="cpu")) as session:
-            parity = _parity(session, seen, _tolerance(options))
+            parity = check_parity(session, seen, _tolerance(options))
         source = msgspec.structs.replace(manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
         return writer.commit(msgspec.structs.replace(written.manifest, source=source, parity=parity))
 
@@ -244,87 +233,89 @@ def _stage(
         "opset": options.opset,
         "tolerance": [options.rtol, options.atol],
         "name": options.name,
-        "data": data_digest(options.data, _REAL_IMAGES) if options.data else None,
+        "data": data_digest(options.data, REAL_IMAGES) if options.data else None,
         "tools": tool_versions(),
     }
     return Stage(name="export", request=request_digest(request))
 
 
-class _Case(NamedTuple):
-    """One feed, and what the eager module makes of it, by output name. `data` is `random` or `images`."""
+def export(
+    out: PathLike | None = None,
+    *,
+    arch: str | None = None,
+    model: str | None = None,
+    onnx: PathLike | None = None,
+    model_args: Mapping[str, Any] | Sequence[str] = (),
+    weights: PathLike | None = None,
+    match: Match = "name",
+    allow_partial: bool = False,
+    num_classes: int | None = None,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    static_batch: bool = False,
+    preprocess: str | None = None,
+    classes: PathLike | None = None,
+    data: PathLike | None = None,
+    opset: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    name: str | None = None,
+    progress: Progress = silent,
+) -> Artifact:
+    """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
-    data: str
-    feed: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
-
-
-def _eager(
-    module: torch.nn.Module,
-    specs: Sequence[TensorSpec],
-    feed: Mapping[str, np.ndarray],
-    user_files: Sequence[str],
-    ran: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """The eager module's outputs, flattened. `ran` is a feed that it could run, of another batch size.
-
-    Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.
+    What the options mean: `deploy.pipeline.export.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
+    instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
     """
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise UsageError(f"--name must be a plain name, not {name!r}: it is also the name of the folder and of the served model")
+    if onnx is not None:
+        given = {
+            "--arch": arch, "--model": model, "--weights": weights, "--model-arg": model_args, "--input": inputs, "--output": outputs,
+            "--num-classes": num_classes, "--static-batch": static_batch, "--data": data, "--opset": opset, "--rtol": rtol,
+            "--atol": atol, "--allow-partial": allow_partial, "--match": None if match == "name" else match,
+        }  # fmt: skip
+        if unfit := [option for option, value in given.items() if value not in (None, False, (), [], {})]:
+            raise UsageError(f"--onnx takes the graph as it is; leave out {', '.join(unfit)}")
+        target = Path(out) if out is not None else _default_out(name or Path(onnx).stem, "a bare ONNX file", keep_bare=False)
+        return export_onnx_file(Path(onnx), target, preprocess=preprocess, classes=as_path(classes), name=name)
+    options = ExportOptions(
+        arch=arch,
+        model=model,
+        model_args=model_args if isinstance(model_args, Mapping) else parse_model_args(model_args),
+        weights=as_path(weights),
+        match=match,
+        allow_partial=allow_partial,
+        num_classes=num_classes,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        static_batch=static_batch,
+        preprocess=preprocess,
+        classes=as_path(classes),
+        opset=opset,
+        rtol=rtol,
+        atol=atol,
+        name=name,
+        data=as_path(data),
+    )
+    default = name or (arch or model or "").rpartition(":")[2].lower()
+    target = Path(out) if out is not None else BUILD / default if weights is not None else _default_out(default, "random weights")
+    return export_artifact(target, options, progress)
+
+
+def _default_out(name: str, less: str, *, keep_bare: bool = True) -> Path:
+    """`build/<name>`. Raises OutputError when an artifact of trained weights stands there, for `less` would replace it unasked.
+
+    Without `keep_bare` that is one that came from an eager module alone.
+    """
+    out = BUILD / name
     try:
-        with torch.inference_mode():
-            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name]) for spec in specs)))
-    except ExportError:
-        raise
-    except Exception as error:  # the user's own code: any error may come
-        shapes = _shapes(feed)
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        line = line_of(error, user_files)
-        name, where = type(module).__name__, f": {line}" if line else ""
-        batch = batch_dim(specs)
-        if ran is not None and batch is not None and _shapes(ran) != shapes:
-            fixed, remedy = fixed_reason([batch])
-            raise ExportError(
-                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
-            ) from error
-        raise ExportError(
-            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
-        ) from error
-    return {name: tensor.numpy() for name, tensor in results.items()}
-
-
-def _shapes(feed: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{name} {array.shape}" for name, array in feed.items())
-
-
-def _image_cases(artifact: Artifact, module: torch.nn.Module, folder: Path, user_files: Sequence[str]) -> Iterator[_Case]:
-    names = [spec.name for spec in artifact.manifest.outputs]
-    for feed in image_feeds(artifact, folder, batch_size=_REAL_IMAGES, count=_REAL_IMAGES):
-        results = _eager(module, artifact.manifest.inputs, feed, user_files)
-        case = _Case("images", feed, dict(zip(names, results.values(), strict=True)))
-        _finite(case, fatal=True)
-        yield case
-
-
-def _finite(case: _Case, *, fatal: bool) -> bool:
-    """Whether the eager outputs are finite; where not and it is `fatal`, ExportError naming the output."""
-    broken = [name for name, array in case.expected.items() if not np.isfinite(array).all()]
-    if broken and fatal:
-        raise ExportError(
-            f"the eager module itself gives NaN or infinity in output {broken[0]!r} on {case.data} input: parity cannot be checked"
-            "\ncheck the weights; if the model needs real input, give some with --data IMAGEFOLDER"
+        source = Artifact.open(out).manifest.source
+    except ArtifactError:
+        return out  # nothing there, or nothing that an export may not replace: the export itself looks
+    if not source.random and (keep_bare or source.factory is not None):
+        raise OutputError(
+            f"{out} holds trained weights{f' ({source.weights})' if source.weights else ''}, and this export is of {less}:"
+            " name another -o or --name, or delete it"
         )
-    return not broken
-
-
-def _parity(session: Session, seen: Sequence[_Case], tolerance: Tolerance) -> Parity:
-    cases = [
-        compare(
-            session.run(case.feed),
-            case.expected,
-            tolerance,
-            data=case.data,
-            batch=len(next(iter(case.feed.values()))),
-            what=session.name,
-        )
-        for case in seen
-    ]
-    return Parity(against="eager", by=f"onnxruntime {ONNXRUNTIME_VERSION}", tolerance=tolerance, cases=cases)
+    return out

@@ -1,15 +1,16 @@
 """What this machine can do: processor, GPUs, driver, and each library with its version or what is missing."""
 
 import platform
-import shutil
-import subprocess
 from importlib import metadata
 from typing import Any
 
-from deploy.engine.flavour import has_gpu, load_flavour
+from deploy.engine.cuda.driver import has_gpu
+from deploy.engine.flavour import load_flavour
 from deploy.errors import DeployError
 from deploy.host.cpu import cpu_model, usable_cores
-from deploy.runtime.session import BACKENDS, ENGINES, import_backend, split_backend
+from deploy.host.nvidia_smi import list_gpus
+from deploy.runtime.catalog import BACKENDS, ENGINES, split_backend
+from deploy.runtime.load import import_backend
 
 LISTED = ("onnxruntime", "onnxruntime:cuda", "onnxruntime:tensorrt", *BACKENDS[1:])
 """Backends, and the variants that need more than the backend does."""
@@ -23,7 +24,7 @@ def examine() -> dict[str, Any]:
     `backends` and `flavours` are lists of `name`, `available` and either `version` or `reason`; `gpus` a list of
     `name`, `compute_capability`, `memory_mib`, `driver`, with the reason in `gpus_missing` where it is empty.
     """
-    gpus, reason = _gpus()
+    gpus, reason = list_gpus()
     no_gpu = None if gpus or has_gpu() else f"runs on an NVIDIA GPU: {reason}"
     return {
         "schema": 1,
@@ -39,22 +40,6 @@ def examine() -> dict[str, Any]:
         "flavours": [_flavour(name) for name in ("tensorrt", "tensorrt-rtx")],
         "optional": [_optional(name, extra) for name, extra in (("timm", "timm"), ("torchvision", "torchvision"))],
     }
-
-
-def _gpus() -> tuple[list[dict[str, Any]], str | None]:
-    """GPUs as nvidia-smi lists them, and why there are none."""
-    if shutil.which("nvidia-smi") is None:
-        return [], "no NVIDIA driver here (nvidia-smi is not installed): engines can be built with tensorrt-rtx, not run"
-    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (subprocess.SubprocessError, OSError) as error:
-        return [], f"nvidia-smi failed: {error}"
-    gpus = []
-    for line in output.splitlines():
-        name, capability, memory, driver = [part.strip() for part in line.split(",")]
-        gpus.append({"name": name, "compute_capability": capability, "memory_mib": int(memory), "driver": driver})
-    return gpus, None if gpus else "nvidia-smi lists no GPU"
 
 
 def _torch() -> dict[str, Any]:

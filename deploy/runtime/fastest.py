@@ -1,21 +1,22 @@
-"""`deploy.load`: an artifact, or a bare ONNX file, as a session on a backend chosen by name, by a fixed order or by time."""
+"""The fastest backend of an artifact on this machine: timed once, in processes of their own, and remembered."""
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Artifact, request_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import request_digest
 from deploy.artifact.tensors import default_dims
-from deploy.bench.conditions import versions
 from deploy.errors import BackendError
 from deploy.host.cache import cache_folder, keep
 from deploy.host.cpu import cpu_model, usable_cores
-from deploy.runtime.session import AUTO, Session, SessionOptions, open_session, refuse_engine
+from deploy.host.versions import versions
+from deploy.runtime.catalog import AUTO, refuse_engine
+from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess
 
 _ROUNDS = 5
@@ -23,39 +24,12 @@ _SLICE_S = 0.1
 _SAMPLES = 500
 
 
-def load(
-    path: Artifact | Path | str,
-    backend: str = "auto",
-    device: str = "auto",
-    *,
-    threads: int | None = None,
-    compute: Literal["fp32", "bf16", "fp16"] = "fp32",
-    contexts: int | None = None,
-    rebuild: bool = False,
-) -> Session:
-    """Open an artifact or an `.onnx` file.
-
-    backend: a name from `deploy.runtime.session.BACKENDS`, with a variant of `VARIANTS` if any (`onnxruntime:cuda`); `auto`,
-        the flavour of an engine, else the first of onnxruntime and openvino that can run the artifact; or `fastest`, which
-        times these two once, in processes of their own at the optimal shape of the first profile, and remembers the choice
-        by artifact and machine in `fastest_file()`.
-    device, threads, compute, contexts, rebuild: see `SessionOptions`.
-
-    Raises ArtifactError, BackendError or UsageError.
-    """
-    artifact = path if isinstance(path, Artifact) else open_artifact(path)
-    options = SessionOptions(device=device, threads=threads, compute=compute, contexts=contexts, rebuild=rebuild)
-    if backend == "fastest":
-        backend = _fastest(artifact, options)
-    return open_session(artifact, backend, options)
-
-
 def fastest_file() -> Path:
     """Where the choices of `fastest` are kept: `deploy/fastest.json` in $XDG_CACHE_HOME, or in ~/.cache."""
     return cache_folder() / "fastest.json"
 
 
-def _fastest(artifact: Artifact, options: SessionOptions) -> str:
+def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
     """The backend remembered for this artifact on this machine, or the one that turns out fastest now."""
     refuse_engine(artifact)
     circumstances = {

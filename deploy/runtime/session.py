@@ -8,9 +8,6 @@ A backend is a module of `deploy.runtime` with
 Importing it raises BackendError, saying what is missing, where its library is not installed.
 """
 
-import dataclasses
-import importlib
-import os
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -23,33 +20,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact, Manifest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
+from deploy.runtime.catalog import ENGINES, check_variant, refuse_engine
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
-
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null")
-"""Every backend, in the order in which they are listed and benchmarked. `onnxruntime:cuda` is one with a variant."""
-
-ENGINES = ("tensorrt", "tensorrt-rtx")
-"""Backends that run engines, each those of its own flavour; the others run ONNX files or the module."""
-
-VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "onnxruntime": (("cuda", "tensorrt"), ("tf32",)),
-    "tensorrt": (("cuda_graph",),),
-    "tensorrt-rtx": (("cuda_graph",),),
-    "eager": (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",)),
-    "compile": (
-        ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        ("fp16", "bf16"),
-        ("channels_last",),
-    ),
-}
-"""What may follow the name of a backend behind a colon, with commas between: at most one of each group."""
-
-AUTO = ("onnxruntime", "openvino")
-"""What `auto` tries, in this order. Never eager or compile: they run the model factory's code."""
 
 _SEEN_SHAPES = 4096
 
@@ -121,7 +98,7 @@ class Session(ABC):
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         if self.backend not in ENGINES:
             refuse_engine(artifact)
-        _check_variant(self.backend, options.variant)
+        check_variant(self.backend, options.variant)
         if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
             asked = ":".join(filter(None, (self.backend, ",".join(options.variant))))
             raise BackendError(f"{asked} runs on {' or '.join(self.devices)} in this version, not on {options.device}")
@@ -349,66 +326,3 @@ def closed_error(name: str) -> SessionClosedError:
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
-    """Open `artifact` with a backend of `BACKENDS`, and a variant behind a colon; `auto` is the flavour of an engine, and
-    for any other artifact the first of `AUTO` that can run it here.
-
-    Raises UsageError for an unknown backend, BackendError when it is not installed or cannot run the artifact, ArtifactError when a
-    file of the artifact is damaged.
-    """
-    options = options or SessionOptions()
-    if backend == "auto" and artifact.manifest.target is not None:
-        backend = artifact.manifest.target.flavour
-    if backend != "auto":
-        name, variant = split_backend(backend)
-        return import_backend(name).open_session(artifact, dataclasses.replace(options, variant=variant))  # type: ignore[no-any-return]
-    reasons = []
-    for name in AUTO:
-        try:
-            return import_backend(name).open_session(artifact, options)  # type: ignore[no-any-return]
-        except BackendError as error:
-            reasons.append(f"{name}: {error}")
-    raise BackendError(f"no backend can run {artifact.location} here: " + "; ".join(reasons))
-
-
-def split_backend(backend: str) -> tuple[str, tuple[str, ...]]:
-    """`"eager:fp16,channels_last"` -> `("eager", ("fp16", "channels_last"))`.
-
-    Raises UsageError for an unknown backend or variant, and for variants that exclude one another.
-    """
-    name, colon, variant = backend.partition(":")
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
-    parts = tuple(variant.split(",")) if colon else ()
-    _check_variant(name, parts)
-    return name, parts
-
-
-def _check_variant(backend: str, variant: Sequence[str]) -> None:
-    groups = VARIANTS.get(backend, ())
-    for name in variant:
-        if not any(name in group for group in groups):
-            expected = f"one of {', '.join(name for group in groups for name in group)}" if groups else f"{backend} alone"
-            raise UsageError(f"{backend} has no variant {name!r}; expected {expected}")
-    for group in groups:
-        if len(found := [name for name in variant if name in group]) > 1:
-            raise UsageError(f"{backend}:{','.join(variant)}: {' and '.join(found)} exclude one another; name one of them")
-
-
-def import_backend(backend: str) -> Any:
-    """The module of a backend, without a variant. Raises BackendError when its library is not installed."""
-    return importlib.import_module(f"deploy.runtime.backends.{backend.replace('-', '_')}")
-
-
-def refuse_engine(artifact: Artifact) -> None:
-    """Raise BackendError when `artifact` is an engine."""
-    manifest = artifact.manifest
-    if manifest.kind == "engine":
-        flavour = manifest.target.flavour if manifest.target else "tensorrt"
-        parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
-        raise BackendError(
-            f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the backend {flavour}; run the ONNX"
-            f" artifact that it was built from{parent} on others"
-        )

@@ -17,13 +17,12 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 from google.protobuf.message import DecodeError
 
-from deploy import __version__
 from deploy.artifact.tensors import TensorSpec
-from deploy.errors import DeadlineError, DeployError, InputError, ModelNotFoundError, UnavailableError
-from deploy.serving.guard import RefusedError
+from deploy.errors import DeadlineError, DeployError, InputError, ModelNotFoundError, RefusedError, UnavailableError
+from deploy.serving.answers import EXTENSIONS, status_of
 from deploy.serving.models import Models, Served
 from deploy.serving.protocol import DATATYPES, InferRequest, check_datatype, elements, from_bytes, priority_of, timeout_of
-from deploy.serving.rest_app import EXTENSIONS, status_of
+from deploy.version import __version__
 
 logger = logging.getLogger("deploy.serving")
 

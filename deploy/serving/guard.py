@@ -11,15 +11,7 @@ from pathlib import Path
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from deploy.errors import DataError, DeployError, UsageError
-
-
-class RefusedError(DeployError):
-    """A request that is refused before anything is done with it. `status` is HTTP's."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+from deploy.errors import DataError, RefusedError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

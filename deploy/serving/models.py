@@ -2,55 +2,26 @@
 
 import asyncio
 import logging
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Artifact
 from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
 from deploy.errors import BackendError, DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
 from deploy.runtime.batching.batcher import Batcher, BatcherOptions
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
-from deploy.runtime.fastest import load
+from deploy.runtime.load import load
 from deploy.runtime.session import Session
 from deploy.serving.metrics import Meter
 from deploy.serving.protocol import DATATYPES
+from deploy.serving.source import ModelSource
 
 logger = logging.getLogger("deploy.serving")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """What to serve: `NAME=PATH@VERSION`, of which the path must be there."""
-
-    name: str
-    path: Path
-    version: str = "1"
-
-    @classmethod
-    def parse(cls, text: str) -> "ModelSource":
-        """`resnet=build/resnet34-int8@2`; the name is the artifact's own where none is given. Raises UsageError, ArtifactError."""
-        name, equals, rest = text.partition("=")
-        if not equals or "/" in name:
-            name, rest = "", text
-        path, at, version = rest.rpartition("@")
-        if not at or not version.isdecimal():
-            path, version = rest, "1"
-        if not version.isdecimal() or int(version) < 1:
-            raise UsageError(f"{text}: the version must be a number from 1, not {version!r}")
-        if not name:
-            name = open_artifact(path).manifest.name
-        if not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be the name of a model: use letters, digits, dots, dashes and underscores")
-        return cls(name=name, path=Path(path), version=str(int(version)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,11 @@ from starlette.types import ASGIApp
 
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError, UsageError
-from deploy.serving.models import ModelOptions, Models, ModelSource
+from deploy.serving.log import log_as_json
+from deploy.serving.models import ModelOptions, Models
+from deploy.serving.options import ServerOptions
 from deploy.serving.rest_app import make_app
-from deploy.serving.server import ServerOptions, log_as_json
+from deploy.serving.source import ModelSource
 
 try:
     import ray

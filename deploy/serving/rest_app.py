@@ -1,7 +1,6 @@
 """The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -17,29 +16,23 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy import __version__
 from deploy.errors import (
-    DataError,
-    DeadlineError,
     DeployError,
     InputError,
-    ModelNotFoundError,
-    QueueFullError,
+    RefusedError,
     UnavailableError,
     UsageError,
 )
-from deploy.evaluation.evaluate import classifier, likeliest
+from deploy.evaluation.classifier import classifier, likeliest
 from deploy.serving import metrics
-from deploy.serving.guard import Access, Limits, RefusedError, check_image, read_body
+from deploy.serving.answers import EXTENSIONS, status_of
+from deploy.serving.guard import Access, Limits, check_image, read_body
 from deploy.serving.models import Models, Served
 from deploy.serving.protocol import build_response, parse_request, priority_of, timeout_of
+from deploy.version import __version__
 
 logger = logging.getLogger("deploy.serving")
 
-EXTENSIONS = (
-    "binary_tensor_data", "classify_image", "metrics", "model_configuration", "model_repository", "model_repository(unload_dependents)",
-    "parameters", "schedule_policy", "statistics",
-)  # fmt: skip
 
 _HEADER_LENGTH = "inference-header-content-length"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -289,19 +282,6 @@ def error_response(error: Exception) -> Response:
     return _json({"error": text}, status, headers)
 
 
-def status_of(error: Exception) -> int:
-    """The HTTP status of an error."""
-    if isinstance(error, RefusedError):
-        return error.status
-    if isinstance(error, ModelNotFoundError):
-        return 404
-    if isinstance(error, InputError | UsageError | DataError):
-        return 400
-    if isinstance(error, QueueFullError | UnavailableError | DeadlineError):
-        return 503
-    return 500
-
-
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
@@ -328,20 +308,3 @@ def _number(text: str, name: str, most: int, *, least: int = 1) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
         raise InputError(f"{name} must be a number from {least} to {most}, not {text!r}")
     return int(text)
-
-
-class JsonLines(logging.Formatter):
-    """A log record as one line of JSON."""
-
-    _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        found: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        found |= {key: value for key, value in vars(record).items() if key not in self._plain and not key.startswith("_")}
-        if record.exc_info:
-            found["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(found, default=str)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import ENGINE, Artifact
+from deploy.artifact.manifest import ENGINE
 from deploy.artifact.onnxfile import external_files, load_graph
 from deploy.artifact.tensors import TensorSpec, batch_dim, default_dims, rows_join
 from deploy.errors import BackendError, OutputError, UsageError
-from deploy.serving.models import ModelSource
 from deploy.serving.protocol import DATATYPES
+from deploy.serving.source import ModelSource
 
 KSERVE = "inferenceservice.yaml"
 LABELS = "labels.txt"

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.artifact.manifest import ENGINE, MANIFEST, ONNX, Artifact, Parent, Stage, standing
+from deploy.artifact.artifact import Artifact, standing
+from deploy.artifact.manifest import ENGINE, MANIFEST, ONNX, Parent, Stage
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.errors import ArtifactError, EngineError, OutputError
@@ -23,7 +24,7 @@ VERSIONS = ("old", "new")
 WRITER = """
 import os, shutil, signal, sys
 import deploy.artifact.writer as artifact
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.writer import ArtifactWriter
 import msgspec
 

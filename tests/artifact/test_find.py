@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import artifacts_under, open_artifact
-from deploy.artifact.manifest import MANIFEST, Artifact
+from deploy.artifact.manifest import MANIFEST
 from deploy.errors import ArtifactError, UsageError
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import msgspec
 import pytest
 
-from deploy.artifact.manifest import Artifact, PrecisionShare, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import PrecisionShare, Target
 from deploy.artifact.summary import megabytes, share_text, summary
 
 

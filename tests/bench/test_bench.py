@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
+from deploy.bench.candidate.process import CandidateProcess
 from deploy.bench.plan import BenchOptions
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow
 from deploy.bench.run import MIN_ROUNDS
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.worker.process import WorkerProcess
 
 QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)
 
@@ -130,13 +130,13 @@ def test_candidates_take_turns_in_an_order_that_rotates_and_progress_is_told(
     shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    ask = WorkerProcess.round
+    ask = CandidateProcess.round
 
-    def spy(self: WorkerProcess, seconds: float, most: int) -> list[float]:
+    def spy(self: CandidateProcess, seconds: float, most: int) -> list[float]:
         order.append(self.label.rpartition(" ")[2])
         return ask(self, seconds, most)
 
-    monkeypatch.setattr(WorkerProcess, "round", spy)
+    monkeypatch.setattr(CandidateProcess, "round", spy)
     told: list[tuple[str, int, int]] = []
     options = BenchOptions(batches=(1,), backends=("onnxruntime", "null"), seconds=0.2)
     bench([shared_lenet5], options, progress=lambda what, done=0, total=0, /: told.append((what, done, total)))
@@ -147,14 +147,14 @@ def test_candidates_take_turns_in_an_order_that_rotates_and_progress_is_told(
 
 
 def kill_in_round(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    ask = WorkerProcess.round
+    ask = CandidateProcess.round
 
-    def fatal(self: WorkerProcess, seconds: float, most: int) -> list[float]:
+    def fatal(self: CandidateProcess, seconds: float, most: int) -> list[float]:
         if self.label.endswith(f" on {backend}"):
             os.kill(self.pid, signal.SIGKILL)
         return ask(self, seconds, most)
 
-    monkeypatch.setattr(WorkerProcess, "round", fatal)
+    monkeypatch.setattr(CandidateProcess, "round", fatal)
 
 
 def test_a_candidate_that_dies_is_reported_and_the_others_finish(

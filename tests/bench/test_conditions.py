@@ -1,7 +1,8 @@
 import json
 import sys
 
-from deploy.bench.conditions import conditions, versions
+from deploy.bench.conditions import conditions
+from deploy.host.versions import versions
 
 
 def test_a_library_that_is_missing_has_no_version() -> None:

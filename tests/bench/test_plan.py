@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.writer import ArtifactWriter
 from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan, parse_backends

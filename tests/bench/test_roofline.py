@@ -1,6 +1,6 @@
 """Operations, bytes and the roof."""
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.roofline import Peak, Work, attainable, count_work, measure_peak
 
 

@@ -1,7 +1,8 @@
 import msgspec
 import pytest
 
-from deploy.artifact.manifest import Artifact, Manifest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import ShapeRange, TensorSpec
 from deploy.bench.bench import bench

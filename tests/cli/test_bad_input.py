@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import MANIFEST, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import MANIFEST
 from deploy.errors import InputError
 from deploy.models.registry import ARCHITECTURES
 

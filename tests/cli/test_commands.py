@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.models.registry import ARCHITECTURES
 
 Run = Callable[..., Any]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 
 Run = Callable[..., Any]
 

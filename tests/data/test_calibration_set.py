@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
 from deploy.data.calibration_set import calibration_set

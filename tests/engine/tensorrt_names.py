@@ -24,8 +24,8 @@ OBJECTS = {
     "engine/log.py": set(),
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
-    "runtime/engine_context.py": {"_context"},
-    "runtime/tensorrt.py": {"_engine", "_runtime", "engine", "config", "cache", "_cache", "inspector"},
+    "engine/context.py": {"_context"},
+    "runtime/backends/tensorrt.py": {"_engine", "_runtime", "engine", "config", "cache", "_cache", "inspector"},
 }
 """By file, the variables and attributes that hold objects of TensorRT."""
 

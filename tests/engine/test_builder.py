@@ -222,13 +222,13 @@ def test_flavours_that_are_unknown_or_missing_are_named(monkeypatch: pytest.Monk
 
 
 def test_auto_is_tensorrt_rtx_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.engine.flavour.has_gpu", lambda: False)
+    monkeypatch.setattr("deploy.engine.cuda.driver.has_gpu", lambda: False)
     assert load_flavour("auto").name == "tensorrt-rtx"
 
 
 def test_stubs_alone_do_not_pass_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", type(os)("tensorrt"))
-    monkeypatch.setattr("deploy.engine.flavour.has_gpu", lambda: True)
+    monkeypatch.setattr("deploy.engine.cuda.driver.has_gpu", lambda: True)
     with pytest.raises(BackendError, match=r"tensorrt is not installed: .*without the library, as of stubs"):
         load_flavour("tensorrt")
     assert load_flavour("auto").name == "tensorrt-rtx"

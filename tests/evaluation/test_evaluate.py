@@ -8,12 +8,16 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from deploy.artifact.manifest import ONNX, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.writer import ArtifactWriter
+from deploy.calibration import imagefolder
 from deploy.errors import DataError, UsageError
-from deploy.evaluation.evaluate import evaluate, predict, ranks, softmax
+from deploy.evaluation.classifier import softmax
+from deploy.evaluation.evaluate import evaluate, ranks
+from deploy.evaluation.predict import predict
 
 NAMES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu"]
 GREY = Preprocess(channels=1, crop=8)
@@ -302,7 +306,7 @@ def test_a_batch_beyond_the_memory_is_an_error_with_its_size(model, tmp_path, mo
         raise MemoryError("Unable to allocate 4.47 TiB")
         yield
 
-    monkeypatch.setattr(evaluate.imagefolder, "batches", fail)
+    monkeypatch.setattr(imagefolder, "batches", fail)
     message = "a batch size of 100000000 takes more memory than there is: Unable to allocate 4.47 TiB"
     with pytest.raises(UsageError, match=message):
         evaluate(model, folder, batch_size=100_000_000)

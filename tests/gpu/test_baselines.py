@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.runtime.backends.eager import GRAPHS, CudaGraphs
-from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session, SessionOptions
 
 needs_provider = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is not installed"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.engine.flavour import load_flavour
 from deploy.errors import BackendError
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE
 from deploy.engine import cuda
 from deploy.engine.cuda import DeviceMemoryError
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError
-from deploy.runtime.session import Session, SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session, SessionOptions
 
 VARIANTS = ("", ":cuda_graph")
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.artifact.manifest import FORMAT, Artifact, Manifest, Source, Stage
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import FORMAT, Manifest, Source, Stage
 from deploy.artifact.tensors import TensorSpec
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, CheckpointError, FactoryError, UsageError
 from deploy.intake import userfile
 from deploy.intake.build import BuiltModel, build_model, rebuild
-from deploy.intake.fit import save_weights
+from deploy.intake.weightsfile import save_weights
 from deploy.models import create
 
 NET = """

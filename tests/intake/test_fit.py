@@ -7,7 +7,8 @@ import torchvision
 from torch import nn
 
 from deploy.errors import CheckpointError
-from deploy.intake.fit import StateDict, infer_num_classes, load_saved, load_weights, save_weights
+from deploy.intake.fit import StateDict, infer_num_classes, load_weights
+from deploy.intake.weightsfile import load_saved, save_weights
 from deploy.models import create
 
 

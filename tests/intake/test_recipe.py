@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from deploy.errors import UsageError
-from deploy.intake.recipe import ReferenceRecipe, parse_model_args, record_args, recorded_args
+from deploy.intake.model_args import parse_model_args, record_args, recorded_args
+from deploy.intake.reference import ReferenceRecipe
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,17 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, file_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, file_digest
 from deploy.artifact.summary import summary
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, EngineError, ParityError, UsageError
 from deploy.pipeline import attest, build_trt
 from deploy.pipeline.attest import check_faster, engine_parity
 from deploy.precision.macs import count_macs
+from deploy.runtime.load import open_session
 from deploy.runtime.profiling import LayerTime
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.session import Session
 
 FORMATS = {"fp32": "Float", "fp16": "Half", "int8": "Int8"}
 
@@ -84,8 +86,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
 
     def have(**options: Any) -> None:
         monkeypatch.setattr(build_trt, "gpu_identity", lambda: ["Fake GPU", "9.0", "580.95"])
-        monkeypatch.setattr(build_trt, "open_engine", lambda engine: OnTheCpu(engine, **options))
-        monkeypatch.setattr(build_trt, "open_session", lambda engine, backend, settings: OnTheCpu(engine))
+        monkeypatch.setattr(attest, "open_engine", lambda engine: OnTheCpu(engine, **options))
+        monkeypatch.setattr(attest, "open_session", lambda engine, backend, settings: OnTheCpu(engine))
 
     return have
 
@@ -167,7 +169,7 @@ def test_an_rtx_engine_that_this_gpu_cannot_run_is_attested_from_the_network(
     lenet5: Artifact, tmp_path: Path, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu()
-    monkeypatch.setattr(build_trt, "open_engine", lambda engine: None)
+    monkeypatch.setattr(attest, "open_engine", lambda engine: None)
     engine = deploy.build_trt(lenet5, tmp_path / "engine", precision="fp16")
     assert engine.manifest.precision_share is not None
     assert engine.manifest.precision_share.origin == "network"

@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX
 from deploy.errors import BackendError, EngineError, UsageError
 from deploy.models.registry import ARCHITECTURES
 

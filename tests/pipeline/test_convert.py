@@ -9,13 +9,16 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
+from deploy.artifact import tensors
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Artifact, Stage
+from deploy.artifact.manifest import Stage
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import ShapeRange
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
-from deploy.pipeline import convert, lineage
+from deploy.host.versions import tool_versions
+from deploy.pipeline import convert
 from deploy.pipeline.convert import ConvertOptions, convert_artifact, convert_onnx
 
 FP16 = ConvertOptions(precision="fp16")
@@ -149,7 +152,7 @@ def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact,
     assert other.manifest.parity.tolerance.rtol == 0.5
     convert_artifact(artifact, tmp_path / "half", FP16)
     with monkeypatch.context() as patch:
-        patch.setattr(lineage, "ONNXRUNTIME_VERSION", "0.0.1")
+        patch.setattr(convert, "tool_versions", lambda: {**tool_versions(), "onnxruntime": "0.0.1"})
         assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.tools["onnxruntime"] == "0.0.1"
     damaged = convert_artifact(artifact, tmp_path / "half", FP16)
     damaged.payload.write_bytes(b"")
@@ -230,9 +233,9 @@ def test_other_symbolic_dimensions_take_their_sizes_from_the_profile(tmp_path, m
     artifact = make_artifact(tmp_path / "net", height="H")
     assert artifact.manifest.profiles == []
     shapes = []
-    original = lineage.random_feed
+    original = tensors.random_feed
     monkeypatch.setattr(
-        lineage, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
+        tensors, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
     )  # fmt: skip
     profile = {"image": ShapeRange(min=(1, 1, 5, 8), opt=(4, 1, 12, 8), max=(8, 1, 20, 8))}
     made = convert_onnx(artifact, ConvertOptions(precision="fp16", profile=profile))

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ENGINE, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE
 from deploy.pipeline import build_trt
 
 

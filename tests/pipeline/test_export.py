@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import MANIFEST, ONNX, WEIGHTS, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import MANIFEST, ONNX, WEIGHTS
 from deploy.errors import ArtifactError, ExportError, ParityError, UsageError
 from deploy.intake.build import rebuild
 from deploy.models.registry import ARCHITECTURES

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.errors import UsageError
 from deploy.pipeline.profiles import make_profiles, parse_shapes

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.data.calibration_set import calibration_set
 from deploy.data.images import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
 from deploy.models.lenet5 import LeNet5
-from deploy.pipeline import quantize
-from deploy.pipeline.quantize import QuantizeOptions, quantize_onnx
 from deploy.precision.int8 import cache as calibration_cache
+from deploy.precision.int8 import quantize as int8
+from deploy.precision.int8.quantize import QuantizeOptions, quantize_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_the_artifact_says_how_it_was_calibrated_and_is_a_quarter_of_the_size(co
     assert manifest.parent.digest == convnet.manifest.digest
     record = manifest.calibration
     assert record is not None
-    assert (record.kind, record.rows, record.method, record.floats) == ("images", 40, quantize.METHOD, "fp32")
+    assert (record.kind, record.rows, record.method, record.floats) == ("images", 40, int8.METHOD, "fp32")
     assert [layer.node for layer in record.layers] != []
     assert record.layers == sorted(record.layers, key=lambda layer: layer.sqnr_db)
     assert manifest.parity is not None
@@ -195,8 +195,8 @@ def test_a_gate_that_is_not_met_names_the_layers_and_writes_nothing(convnet, ima
         return histogram.amax / 50
 
     trained = _trained(images, tmp_path)
-    monkeypatch.setattr(quantize, "threshold", ruined)
-    monkeypatch.setitem(quantize.TOLERANCES, "int8", quantize.TOLERANCES["int8"].__class__(rtol=100, atol=0))
+    monkeypatch.setattr(int8, "threshold", ruined)
+    monkeypatch.setitem(int8.TOLERANCES, "int8", int8.TOLERANCES["int8"].__class__(rtol=100, atol=0))
     with pytest.raises(AccuracyError, match=r"loses .* points of top-1 .*at most 1 are allowed") as caught:
         deploy.quantize(trained, tmp_path / "bad", calib=images, eval_folder=images)
     assert "dB" in str(caught.value)
@@ -221,7 +221,7 @@ def _trained(images: Path, tmp_path: Path) -> Artifact:
 
 
 def test_a_result_that_is_far_off_is_refused_with_the_noisiest_layers(convnet, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "threshold", lambda histogram, method, *, percentile: histogram.amax / 1000)
+    monkeypatch.setattr(int8, "threshold", lambda histogram, method, *, percentile: histogram.amax / 1000)
     with pytest.raises(ParityError, match=r"(?s)in INT8.*nothing was written.*most sensitive layers"):
         deploy.quantize(convnet, tmp_path / "bad", calib=images, images=16)
     assert not (tmp_path / "bad").exists()
@@ -282,7 +282,7 @@ def test_equalization_is_compared_with_the_graph_before_it(tmp_path, monkeypatch
     feeds = [{"input": rng.standard_normal((8, 3, 32, 32)).astype(np.float32)}]
     data = calibration_set(net, feeds)
     assert quantize_onnx(net, data, QuantizeOptions()).calibration.equalized
-    real = quantize.equalize
+    real = int8.equalize
 
     def wrong(model):
         changed, names = real(model)
@@ -290,6 +290,6 @@ def test_equalization_is_compared_with_the_graph_before_it(tmp_path, monkeypatch
         last.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(last), last.name))
         return changed, names
 
-    monkeypatch.setattr(quantize, "equalize", wrong)
+    monkeypatch.setattr(int8, "equalize", wrong)
     with pytest.raises(ParityError):
         quantize_onnx(net, data, dataclasses.replace(QuantizeOptions(), method="max"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import OutputError
 from deploy.models.registry import ARCHITECTURES
 

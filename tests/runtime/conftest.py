@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, Parent, Target
 from deploy.artifact.writer import ArtifactWriter
 
 PAIR = '''

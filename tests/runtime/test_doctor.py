@@ -17,7 +17,7 @@ def gpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu_wheel")
 def test_what_is_installed_still_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_gpus", lambda: ([], "no driver"))
+    monkeypatch.setattr(doctor, "list_gpus", lambda: ([], "no driver"))
     monkeypatch.setattr(doctor, "has_gpu", lambda: False)
     for name in ("onnxruntime:cuda", "onnxruntime:tensorrt", "tensorrt-rtx"):
         assert backends()[name] == {"name": name, "available": False, "reason": "runs on an NVIDIA GPU: no driver"}
@@ -27,7 +27,7 @@ def test_what_is_installed_still_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("gpu_wheel")
 def test_with_a_gpu_the_providers_of_the_wheel_are_available(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "a GPU", "compute_capability": "9.0", "memory_mib": 1, "driver": "580"}
-    monkeypatch.setattr(doctor, "_gpus", lambda: ([gpu], None))
+    monkeypatch.setattr(doctor, "list_gpus", lambda: ([gpu], None))
     for name in ("onnxruntime:cuda", "onnxruntime:tensorrt"):
         assert backends()[name] == {"name": name, "available": True, "version": onnxruntime.__version__}
 

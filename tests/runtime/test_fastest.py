@@ -9,13 +9,15 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, Target
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.runtime import fastest
-from deploy.runtime.fastest import fastest_file, load
+from deploy.runtime.fastest import fastest_file
+from deploy.runtime.load import load
 from deploy.runtime.worker.process import WorkerProcess
 
 

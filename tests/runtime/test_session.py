@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.artifact.manifest import ONNX, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.tensors import random_feed
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
-from deploy.runtime.session import AUTO, BACKENDS, ENGINES, Session, SessionOptions, open_session
+from deploy.runtime.catalog import AUTO, BACKENDS, ENGINES
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session, SessionOptions
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from threading import Barrier, Event
 import numpy as np
 import pytest
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import SessionClosedError
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session
 
 THREADS = 16
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.models.registry import create
 
 START_S = 60

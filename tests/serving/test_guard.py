@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.artifact.manifest import Artifact
-from deploy.errors import DataError, UsageError
-from deploy.serving.guard import Access, Limits, RefusedError, check_image, is_loopback, read_token
-from deploy.serving.models import ModelSource
-from deploy.serving.server import ServerOptions
+from deploy.artifact.artifact import Artifact
+from deploy.errors import DataError, RefusedError, UsageError
+from deploy.serving.guard import Access, Limits, check_image, is_loopback, read_token
+from deploy.serving.options import ServerOptions
+from deploy.serving.source import ModelSource
 
 from .conftest import Server
 

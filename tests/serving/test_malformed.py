@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 
 from .conftest import SOAK, Server
 

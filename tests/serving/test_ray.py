@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import UsageError
-from deploy.serving.models import ModelOptions, ModelSource
-from deploy.serving.server import ServerOptions
+from deploy.serving.models import ModelOptions
+from deploy.serving.options import ServerOptions
+from deploy.serving.source import ModelSource
 
 from .conftest import SOAK, Caller, Server
 

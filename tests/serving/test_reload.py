@@ -16,7 +16,7 @@ import pytest
 import tritonclient.grpc as grpc_client
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 
 from .conftest import SOAK, Caller, Server
 

@@ -13,11 +13,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import deploy
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Parent, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, Parent, Target
 from deploy.artifact.tensors import ShapeRange
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import BackendError, OutputError, UsageError
-from deploy.serving.models import ModelSource
+from deploy.serving.source import ModelSource
 from deploy.serving.triton import KSERVE, TritonOptions, export_triton
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import onnx
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.runtime.profiling import LayerTime
 
 _MARKS = ("fused ",)

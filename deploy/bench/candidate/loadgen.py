@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.data.images import Feed
+from deploy.artifact.tensors import Feed
 from deploy.errors import BackendError, UsageError
 from deploy.runtime.session import Session
 

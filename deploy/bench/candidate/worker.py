@@ -1,106 +1,39 @@
-"""The process that one candidate runs in: opens one session, and works only when told to.
+"""The process that one candidate runs in: what a benchmark asks of it beyond rounds."""
 
-Requests come as JSON lines on standard input, replies go as JSON lines to what was standard output; whatever libraries
-or the user's code print goes to standard error. Each reply waits until the process has come to rest, so that thread
-pools that spin after a run (ONNX Runtime's, OpenMP's and TBB's do, for up to tens of milliseconds) do not take time
-from the candidate whose turn is next. That needs no knowledge of the libraries and is therefore not left to settings
-such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is measured.
-"""
-
-import contextlib
-import ctypes
-import gc
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Artifact
-from deploy.bench.candidate.inputs import make_feeds, total_bytes
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.tensors import Feed
+from deploy.bench.candidate.inputs import make_feeds
 from deploy.bench.candidate.layers import named_layers
 from deploy.bench.candidate.loadgen import Scenario, run_scenario
 from deploy.bench.candidate.traffic import Load, put_on
-from deploy.data.images import Feed
-from deploy.errors import BackendError, DeployError
-from deploy.evidence.timing import sample, settle
-from deploy.runtime.session import Session, SessionOptions, open_session
-
-SETTLE_S = 1.0
-REST_STEP_S = 0.002
-REST_STEPS = 3
-REST_SHARE = 0.2
-REST_LIMIT_S = 3.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from deploy.runtime.session import Session
+from deploy.runtime.worker import child
 
 
-class Worker:
-    """One session, and the feeds that it is timed on in turns."""
+class CandidateWorker(child.Worker):
+    """A worker that also takes traffic, LoadGen's scenarios, and questions about its layers."""
 
-    def __init__(self) -> None:
-        self._session: Session | None = None
-        self._artifact: Artifact | None = None
-        self._samples: list[Feed] = []
-        self._feeds: Iterator[Feed] = iter(())
-        self._run_s = 0.0
-
-    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what one request asks; the reply."""
-        if self._session is None:  # the first request
-            options = SessionOptions(**request["options"])
-            start = time.perf_counter()
-            self._artifact = open_artifact(request["artifact"])
-            self._session = open_session(self._artifact, request["backend"], options)
-            return {"load_s": time.perf_counter() - start}
-        if request["do"] == "prepare":
-            return self._prepare(self._session, request["dims"], request["outputs"], request["data"])
-        if request["do"] == "memory":
-            return {"peak_bytes": peak_bytes(), "gpu_peak_bytes": gpu_peak_bytes()}
+    def _answer(self, artifact: Artifact, session: Session, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "load":
-            done = put_on(self._session, Load(**request["load"]), self._feeds.__next__, request["seconds"])
+            done = put_on(session, Load(**request["load"]), self._feeds.__next__, request["seconds"])
             return {"latencies_s": done.latencies_s, "elapsed_s": done.elapsed_s, "unanswered": done.unanswered}
         if request["do"] == "judge":
-            return self._judge(self._session, request)
+            return self._judge(session, request)
         if request["do"] == "layers":
-            assert self._artifact is not None
-            found = self._session.layer_times(next(self._feeds))
-            return {"layers": [asdict(layer) for layer in named_layers(self._artifact, found)]}
+            found = session.layer_times(next(self._feeds))
+            return {"layers": [asdict(layer) for layer in named_layers(artifact, found)]}
         if request["do"] == "device_times":
-            times = self._session.device_times(next(self._feeds))
+            times = session.device_times(next(self._feeds))
             return {"times": asdict(times) if times is not None else None}
-        assert request["do"] == "round"
-        return self._round(self._session, request["seconds"], request["most"])
+        return super()._answer(artifact, session, request)
 
-    def _prepare(self, session: Session, dims: dict[str, int], outputs: str | None, data: str | None) -> dict[str, Any]:
-        """Make feeds of these sizes, save what comes of the first, and warm up until the time settles."""
-        assert self._artifact is not None
-        feeds = make_feeds(self._artifact, session.inputs, dims, Path(data) if data else None)
-        self._samples = feeds
-        self._feeds = cycle(feeds)
-        start = time.perf_counter()
-        results = session.run(feeds[0])
-        first_s = time.perf_counter() - start
-        if outputs is not None:
-            with Path(outputs).open("wb") as file:
-                np.savez(file, *results.values())  # by position: a name may be anything
-        del results
-        step = self._feeds.__next__
-        self._run_s = settle(lambda: session.run(step()), limit_s=SETTLE_S, first_s=first_s)
-        gc.collect()
-        gc.freeze()
-        return {"run_s": self._run_s, "first_s": first_s, "input_bytes": total_bytes(feeds), "inputs": len(feeds)}
+    def _make_feeds(self, artifact: Artifact, session: Session, request: Mapping[str, Any]) -> list[Feed]:
+        return make_feeds(artifact, session.inputs, request["dims"], Path(request["data"]) if request["data"] else None)
 
     def _judge(self, session: Session, request: dict[str, Any]) -> dict[str, Any]:
         judged = run_scenario(
@@ -114,105 +47,7 @@ class Worker:
         )
         return asdict(judged)
 
-    def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
-        """Samples of one round, in seconds.
-
-        The first tenth of it is not timed, one run at least, for the caches are another candidate's; a model of which a
-        round holds but a single run is timed at once.
-        """
-        run, step = session.run, self._feeds.__next__
-        gc.disable()  # as timeit does
-        try:
-            if self._run_s < seconds:
-                sample(lambda: run(step()), seconds / 10)
-            return {"samples_s": sample(lambda: run(step()), seconds, most)}
-        finally:
-            gc.enable()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had in use: VmHWM in proc(5)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def gpu_peak_bytes() -> int | None:
-    """GPU memory that this process has in use, as the driver tells; None where there is none.
-
-    After its runs that is the peak: the allocators of torch, TensorRT and ONNX Runtime keep what they once had.
-    """
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [line.split(",") for line in done.stdout.splitlines()]
-    used = [
-        int(row[1]) << 20 for row in rows if len(row) == 2 and row[0].strip() == str(os.getpid()) and row[1].strip().isdecimal()
-    ]
-    return sum(used) or None
-
-
-def rest() -> None:
-    """Wait until no thread of this process runs or wants to. Raises BackendError when that never comes.
-
-    Neither sign is enough by itself: a thread that spins may be kept from the processor by other programs and use no
-    time, and one that waits for Python's lock is not seen as runnable.
-    """
-    start = time.perf_counter()
-    quiet = 0
-    while time.perf_counter() - start < REST_LIMIT_S:
-        before, used = time.perf_counter(), time.process_time()
-        time.sleep(REST_STEP_S)
-        share = (time.process_time() - used) / (time.perf_counter() - before)
-        quiet = quiet + 1 if share < REST_SHARE and not _runnable() else 0
-        if quiet == REST_STEPS:
-            return
-    raise BackendError(f"threads still spin {REST_LIMIT_S:g} s after a run: what is measured next would be slowed down")
-
-
-def _runnable() -> bool:
-    """Whether a thread other than this one is running or ready to run: state R in proc(5)."""
-    own = str(threading.get_native_id())
-    for task in Path("/proc/self/task").iterdir():
-        if task.name != own:
-            with contextlib.suppress(OSError):  # it has just ended
-                if (task / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"R":
-                    return True
-    return False
-
-
-def die_with(parent: int) -> None:
-    """Have this process killed when the process `parent`, which started it, ends in whatever way.
-
-    It would else live on: it reads the end of the pipe only when it is done, and a first run may take minutes.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
-
 
 def main(parent: int, opened: str) -> None:
-    """Open the session that the JSON text `opened` describes, then obey requests until standard input ends.
-
-    An error is a reply too. `parent`: the process to obey, and to die with.
-    """
-    die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in chain([opened], sys.stdin):
-        try:
-            reply = worker.handle(json.loads(line))
-            rest()
-        except Exception as error:
-            traceback.print_exc()
-            kind = type(error).__name__
-            message = str(error) if isinstance(error, DeployError) else f"{kind}: {error}"
-            reply = {"error": kind if isinstance(error, DeployError) else "BackendError", "message": message}
-        print(json.dumps(reply), file=replies, flush=True)
-    os._exit(0)  # libraries with threads of their own may hang while the interpreter ends
+    """As `deploy.runtime.worker.child.main`."""
+    child.main(parent, opened, CandidateWorker())

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.bench.candidate.layers import shares
-from deploy.bench.conditions import throttled
 from deploy.bench.report.compare import Comparison
 from deploy.bench.rows import BenchResult, BenchRow, LayersRow
+from deploy.host.nvidia_smi import throttled
 
 WIDTH = 100
 TOP = 10

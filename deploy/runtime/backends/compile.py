@@ -6,10 +6,11 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.runtime.catalog import VARIANTS
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
-from deploy.runtime.session import VARIANTS, Session, SessionOptions
+from deploy.runtime.session import Session, SessionOptions
 
 try:
     import torch

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.runtime.arrays import writable
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.runtime.session import Session, SessionOptions
 

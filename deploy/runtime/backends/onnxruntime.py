@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import usable_cores

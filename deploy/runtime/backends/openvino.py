@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.host.cpu import usable_cores
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime

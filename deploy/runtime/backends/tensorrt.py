@@ -4,24 +4,26 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE, Artifact, request_digest
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE
 from deploy.artifact.tensors import Profile, format_shape
 from deploy.engine.attestation import engine_layers
-from deploy.engine.compatibility import mismatches
 from deploy.engine.context import EngineContext, Shape, Tensor
-from deploy.engine.cuda import Device, DeviceMemoryError, Gpu, Memory, Stream, open_device
+from deploy.engine.cuda import Device, DeviceMemoryError, Memory, Stream, open_device
 from deploy.engine.cuda.arrays import DeviceArray, View, view
-from deploy.engine.flavour import Flavour, has_gpu, load_flavour
+from deploy.engine.cuda.driver import has_gpu
+from deploy.engine.flavour import load_flavour
 from deploy.engine.log import garbage_kept, make_logger
+from deploy.engine.rebuild import engine_plan
 from deploy.errors import BackendError, InputError
-from deploy.host.cache import ENGINES, cache_folder, keep, trim
+from deploy.host.cache import keep
+from deploy.runtime.catalog import refuse_engine
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error, refuse_engine
+from deploy.runtime.session import Session, SessionOptions, closed_error
 
 if TYPE_CHECKING:
     import tensorrt
@@ -52,7 +54,7 @@ class TensorRTSession(Session):
         self._trt = flavour.trt
         self._log = make_logger(flavour.trt)
         self._graphs = "cuda_graph" in options.variant
-        plan = engine_plan(artifact, flavour, self._gpu.gpu(), options)
+        plan = engine_plan(artifact, flavour, self._gpu.gpu(), rebuild=options.rebuild)
         with self._gpu.active():
             with garbage_kept():
                 self._runtime = self._trt.Runtime(self._log)
@@ -437,43 +439,6 @@ def _holds(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
 
 def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> int:
     return sum(abs(a - b) for name, sides in profile.items() for a, b in zip(sides.opt, shapes[name], strict=True))
-
-
-def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, options: SessionOptions) -> bytes:
-    """The engine file, or, where it does not fit this machine and that is wanted, one built now from the typed ONNX file.
-
-    Raises BackendError where it does not fit and `rebuild` is not set, EngineError where it cannot be built.
-    """
-    target = artifact.manifest.target
-    assert target is not None
-    problems = mismatches(target, flavour.version, gpu)
-    if not problems:
-        return (artifact.path / ENGINE).read_bytes()
-    if not options.rebuild:
-        raise BackendError(
-            f"{artifact.location} does not fit this machine: {'; '.join(problems)}; build it here, or open it with rebuild=True"
-        )
-    file = _rebuilt(artifact, flavour, gpu)
-    if not file.is_file():
-        from deploy.engine.builder import build_engine, options_of  # loads onnx
-
-        profiles = list(artifact.manifest.profiles)
-        built = build_engine(flavour, artifact.onnx_path, profiles, options_of(target, gpu), shown=artifact.shown)
-        keep(file, built.plan, "the rebuilt engine")
-        if file.is_file():
-            trim(file.parent)
-        return built.plan
-    return file.read_bytes()
-
-
-def _rebuilt(artifact: Artifact, flavour: Flavour, gpu: Gpu) -> Path:
-    """Where the engine is kept that was built for this machine."""
-    circumstances = {
-        "artifact": artifact.manifest.digest,
-        "flavour": [flavour.name, flavour.version],
-        "gpu": [gpu.name, gpu.compute_capability],
-    }
-    return cache_folder() / ENGINES / f"{request_digest(circumstances)}.plan"
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

@@ -1,6 +1,6 @@
 """TensorRT-RTX engines."""
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.runtime.backends.tensorrt import TensorRTSession
 from deploy.runtime.session import Session, SessionOptions
 

@@ -23,7 +23,8 @@ from typing import Self
 import numpy as np
 
 from deploy.artifact.tensors import rows_join
-from deploy.errors import BackendError, DeadlineError, DeployError, InputError, QueueFullError, SessionClosedError, UsageError
+from deploy.errors import DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
+from deploy.runtime.batching.execution import _Done, _ours
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue, apart
 from deploy.runtime.session import Session
 
@@ -367,27 +368,6 @@ class Batcher:
             self._observe(record)
         except Exception:  # the observer's own fault: the requests have their answers, and the batcher goes on
             logger.exception("what observes the batches of %r failed", self.session.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Done:
-    """A batch that was run: its outputs or the error, when it was begun, put together and run, and whether in the caller's thread."""
-
-    batch: Sequence[Request]
-    here: bool
-    outputs: Outputs | None
-    error: Exception | None
-    began: float
-    joined: float
-    ran: float
-
-
-def _ours(error: Exception, name: str) -> Exception:
-    if isinstance(error, DeployError):
-        return error
-    wrapped = BackendError(f"running {name!r} failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def _most_rows(session: Session, options: BatcherOptions) -> int | None:

@@ -12,25 +12,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from deploy import errors
-from deploy.artifact.manifest import Artifact
-from deploy.bench.candidate.loadgen import Judged, Scenario
-from deploy.bench.candidate.traffic import Answered, Load
-from deploy.errors import BackendError, DeployError
-from deploy.runtime.profiling import DeviceTimes, LayerTime
+from deploy.artifact.artifact import Artifact
+from deploy.errors import BackendError, DeployError, WorkerDiedError
 from deploy.runtime.session import SessionOptions
 
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[3:]; from deploy.bench.candidate.worker import main; main(int(sys.argv[1]), sys.argv[2])"
-)
+_CHILD = "import sys; sys.path[:] = sys.argv[3:]; from {module} import main; main(int(sys.argv[1]), sys.argv[2])"
 _TAIL_LINES = 5
 _POLL_MS = 1000
-
-
-class WorkerDiedError(BackendError):
-    """A worker process that ended before it replied; the message ends with its last lines on standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +40,16 @@ class WorkerProcess:
     Requests raise what the session in the worker raises, and WorkerDiedError when the process is gone.
     """
 
+    program: ClassVar[str] = "deploy.runtime.worker.child"
+    """The module whose `main` runs in the process."""
+
     def __init__(self, artifact: Artifact, backend: str, options: SessionOptions) -> None:
         self.label = f"{artifact.shown} on {backend}"
         opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
         # The child finds modules where this process does, whatever is installed and wherever it stands.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(os.getpid()), json.dumps(opened), *sys.path],
+            [sys.executable, "-c", _CHILD.format(module=self.program), str(os.getpid()), json.dumps(opened), *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -70,12 +64,15 @@ class WorkerProcess:
         """Wait for the session to be open, and the seconds that it took: workers start side by side."""
         return float(self._receive()["load_s"])
 
-    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None, data: Path | None = None) -> Prepared:
-        """Make feeds, `dims` being the sizes of the symbolic dimensions, and warm up.
+    def prepare(self, dims: Mapping[str, int], outputs: Path | None = None) -> Prepared:
+        """Make random feeds, `dims` being the sizes of the symbolic dimensions, and warm up.
 
-        The outputs on the first feed are saved to the .npz file `outputs`. data: an ImageFolder of what is fed.
+        The outputs on the first feed are saved to the .npz file `outputs`.
         """
-        self._send({"do": "prepare", "dims": dict(dims), "outputs": outputs and str(outputs), "data": data and str(data)})
+        return self._prepare({"dims": dict(dims), "outputs": outputs and str(outputs)})
+
+    def _prepare(self, asked: Mapping[str, Any]) -> Prepared:
+        self._send({"do": "prepare", **asked})
         return Prepared(**self._receive())
 
     def memory(self) -> tuple[int, int | None]:
@@ -88,30 +85,6 @@ class WorkerProcess:
         """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""
         self._send({"do": "round", "seconds": seconds, "most": most})
         return [float(value) for value in self._receive()["samples_s"]]
-
-    def load(self, load: Load, seconds: float) -> Answered:
-        """What comes of `load` for so many seconds, on the inputs that were prepared last."""
-        self._send({"do": "load", "load": asdict(load), "seconds": seconds})
-        return Answered(**self._receive())
-
-    def judge(self, scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path) -> Judged:
-        """What LoadGen says of the inputs that were prepared last, in batches of up to `rows`; see `loadgen.run_scenario`."""
-        asked = {"scenario": asdict(scenario), "rows": rows, "run_s": run_s, "seconds": seconds, "folder": str(folder)}
-        self._send({"do": "judge", **asked})
-        reply = self._receive()
-        return Judged(**{**reply, "reasons": tuple(reply["reasons"])})
-
-    def layers(self) -> tuple[LayerTime, ...]:
-        """The layers of a run on the inputs that were prepared last."""
-        self._send({"do": "layers"})
-        told = self._receive()["layers"]
-        return tuple(LayerTime(**{**each, "nodes": tuple(each["nodes"]), "modules": tuple(each["modules"])}) for each in told)
-
-    def device_times(self) -> DeviceTimes | None:
-        """Time on the GPU, and of the copies, of the inputs that were prepared last; None where there is none."""
-        self._send({"do": "device_times"})
-        told = self._receive()["times"]
-        return DeviceTimes(**told) if told is not None else None
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 
 import deploy
-from deploy.artifact.manifest import Artifact
-from deploy.bench.candidate import inputs
-from deploy.bench.candidate.inputs import make_feeds, total_bytes
+from deploy.artifact.artifact import Artifact
+from deploy.bench.candidate.inputs import make_feeds
 from deploy.errors import DataError
+from deploy.runtime.worker import feeds
+from deploy.runtime.worker.feeds import total_bytes
 
 
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(feeds, "cache_bytes", lambda: 1 << 20)
 
 
 def test_random_inputs_are_larger_than_the_cache_and_the_same_every_time(shared_lenet5: Artifact) -> None:
@@ -31,7 +32,7 @@ def test_random_inputs_are_larger_than_the_cache_and_the_same_every_time(shared_
 def test_there_are_two_at_least_and_not_too_many(shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = tuple(shared_lenet5.manifest.inputs)
     assert len(make_feeds(shared_lenet5, specs, {"batch": 4000}, None)) == 2
-    monkeypatch.setattr(inputs, "MOST", 5)
+    monkeypatch.setattr(feeds, "MOST", 5)
     assert len(make_feeds(shared_lenet5, specs, {"batch": 1}, None)) == 5
 
 

@@ -7,11 +7,11 @@ import onnx
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.candidate.layers import named_layers, shares
 from deploy.errors import BackendError
+from deploy.runtime.load import open_session
 from deploy.runtime.profiling import LayerTime
-from deploy.runtime.session import open_session
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.tensors import Feed
 from deploy.bench.candidate import loadgen
 from deploy.bench.candidate.loadgen import QUERIES, SCENARIOS, STREAMS, Judged, Scenario, run_scenario
-from deploy.data.images import Feed
 from deploy.errors import BackendError, UsageError
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session
 
 
 class Watched:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
 from deploy.bench.candidate.traffic import Load, put_on
 from deploy.bench.plan import BenchOptions

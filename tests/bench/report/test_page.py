@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
 from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.engine import cuda
 from deploy.engine.cuda import DeviceMemoryError
 from deploy.engine.cuda.arrays import view

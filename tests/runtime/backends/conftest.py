@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from deploy.artifact.manifest import ENGINE, ONNX, Artifact, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, ONNX, Target
 from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.artifact.writer import ArtifactWriter
 from deploy.engine.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream

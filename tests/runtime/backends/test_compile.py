@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError, UsageError
-from deploy.runtime.session import SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
 
 
 def test_a_model_that_cannot_be_compiled_whole_is_an_error_and_not_eager_in_silence(shared_lenet5: Artifact) -> None:

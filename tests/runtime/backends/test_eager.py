@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.artifact.manifest import WEIGHTS, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import WEIGHTS
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import ArtifactError, BackendError, DeployError, UsageError
 from deploy.runtime.backends.eager import _Tf32
-from deploy.runtime.session import SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
 
 
 def test_nested_outputs_come_in_the_order_of_the_manifest(pair: Artifact) -> None:

@@ -5,10 +5,10 @@ import onnx
 import pytest
 import torch
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import BackendError
-from deploy.runtime.session import open_session
+from deploy.runtime.load import open_session
 
 
 def test_zeros_come_in_the_shapes_and_dtypes_of_the_outputs(pair: Artifact, half: Artifact) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import BackendError, UsageError
 from deploy.runtime.backends.onnxruntime import count_nodes, refuse_cpu_nodes, run_bound
-from deploy.runtime.session import SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
 
 
 def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.runtime.backends.openvino import (
     OpenVinoSession,
     openvino,
 )  # not by itself: imported so, it sends its usage statistics
-from deploy.runtime.session import SessionOptions, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
 
 
 def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

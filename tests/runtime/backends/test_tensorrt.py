@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import deploy
-from deploy.artifact.manifest import ENGINE, Artifact, Target
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, Target
 from deploy.engine.cuda import DeviceMemoryError, Gpu
 from deploy.engine.flavour import load_flavour
+from deploy.engine.rebuild import engine_plan
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError
-from deploy.runtime.backends.tensorrt import engine_plan
-from deploy.runtime.session import SessionOptions
 
 Make = Callable[..., Artifact]
 
@@ -385,13 +385,13 @@ def test_an_engine_that_does_not_fit_is_rebuilt_from_its_typed_file_and_kept(
     stale = dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, target=old))
     flavour, gpu = load_flavour("tensorrt-rtx"), Gpu(name="Fake GPU", compute_capability="8.9", driver=None)
     with pytest.raises(BackendError, match=r"built with tensorrt-rtx 1.2.0, and 1.7\S* is installed; build it here"):
-        engine_plan(stale, flavour, gpu, SessionOptions())
-    plan = engine_plan(stale, flavour, gpu, SessionOptions(rebuild=True))
+        engine_plan(stale, flavour, gpu, rebuild=False)
+    plan = engine_plan(stale, flavour, gpu, rebuild=True)
     assert len(plan) == pytest.approx(len((engine.path / ENGINE).read_bytes()), rel=0.05)
     (kept,) = (tmp_path / "cache" / "deploy" / "engines").iterdir()
     assert kept.read_bytes() == plan
     kept.write_bytes(b"kept")
-    assert engine_plan(stale, flavour, gpu, SessionOptions(rebuild=True)) == b"kept"
+    assert engine_plan(stale, flavour, gpu, rebuild=True) == b"kept"
 
 
 def test_runs_that_meet_a_close_end_with_a_result_or_a_closed_session(trt: Any, make: Make) -> None:

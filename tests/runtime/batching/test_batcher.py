@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import deploy
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError, DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
 from deploy.runtime.batching.batcher import Batcher, BatcherOptions
 from deploy.runtime.batching.pipeline import Pipeline
 from deploy.runtime.batching.queue import BatchRecord, Request, RequestQueue
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.load import open_session
+from deploy.runtime.session import Session
 
 WAIT_S = 20
 

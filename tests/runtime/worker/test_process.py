@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import deploy
-from deploy.artifact.manifest import ONNX, Artifact
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ONNX
 from deploy.artifact.tensors import random_feed
-from deploy.errors import ArtifactError, BackendError
-from deploy.runtime.session import SessionOptions, open_session
-from deploy.runtime.worker.process import WorkerDiedError, WorkerProcess
+from deploy.errors import ArtifactError, BackendError, WorkerDiedError
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
+from deploy.runtime.worker.process import WorkerProcess
 
 OPTIONS = SessionOptions(device="cpu", threads=2)
 
@@ -177,7 +179,7 @@ def test_a_worker_that_ends_is_reported_though_a_copy_of_it_holds_the_pipe(
 
 PARENT = """
 import os, signal, sys
-from deploy.artifact.manifest import Artifact
+from deploy.artifact.artifact import Artifact
 from deploy.runtime.worker.process import WorkerProcess
 from deploy.runtime.session import SessionOptions
 process = WorkerProcess(Artifact.open(sys.argv[1]), "null", SessionOptions())
@@ -201,7 +203,7 @@ def test_a_worker_dies_with_a_parent_that_is_killed(shared_lenet5: Artifact) -> 
 
 
 def test_a_worker_whose_parent_is_gone_already_ends() -> None:
-    code = "import sys; from deploy.bench.candidate.worker import main; main(int(sys.argv[1]), '')"
+    code = "import sys; from deploy.runtime.worker.child import main; main(int(sys.argv[1]), '')"
     done = subprocess.run([sys.executable, "-c", code, str(os.getppid())], input="", timeout=60)
     assert done.returncode == 1
 

@@ -1,0 +1,149 @@
+"""An artifact on the disk: a directory and its manifest, opened, verified, and followed to its parents."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from deploy.artifact.manifest import ENGINE, FORMAT, MANIFEST, ONNX, WEIGHTS, Manifest, Parent, Stage, file_digest
+from deploy.errors import ArtifactError, UsageError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory and its manifest. `payload` is the file that is run.
+
+    A bare ONNX file is an artifact too, made in memory: `path` is then the file's own directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    bare: str | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Artifact":
+        """Read the manifest of the artifact at `path`. Raises ArtifactError; hashes of the payload: `verify`."""
+        path = Path(path)
+        if not path.exists():
+            raise ArtifactError(f"no artifact at {path}")
+        if not path.is_dir():
+            raise ArtifactError(f"{path} is not an artifact: expected a directory with {MANIFEST}, or an .onnx file")
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+        try:
+            head = json.loads(text)
+            if isinstance(head, dict) and head.get("format", FORMAT) != FORMAT:
+                raise ArtifactError(
+                    f"{path / MANIFEST} has format {head['format']!r}; this version reads {FORMAT}: export it again"
+                )
+            manifest = msgspec.convert(head, Manifest)
+        except (ValueError, UsageError) as error:  # msgspec's errors, JSON's and Unicode's are ValueErrors
+            raise ArtifactError(f"{path / MANIFEST} cannot be read: {error}; make the artifact again") from error
+        if manifest.sealed().digest != manifest.digest:
+            raise ArtifactError(f"{path / MANIFEST} was edited: its content does not fit its digest; make the artifact again")
+        return cls(path, manifest)
+
+    @property
+    def onnx_path(self) -> Path:
+        """The ONNX graph: the payload itself, or the typed graph that an engine was built from."""
+        return self.path / (self.bare or ONNX)
+
+    @property
+    def payload(self) -> Path:
+        return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
+
+    @property
+    def location(self) -> Path:
+        """What the user would type to name it."""
+        return self.path / self.bare if self.bare else self.path
+
+    @property
+    def shown(self) -> str:
+        """The location as a message shows it: relative where it lies under the current folder."""
+        try:
+            return str(Path(os.path.abspath(self.location)).relative_to(Path.cwd()))
+        except ValueError:
+            return str(self.location)
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is run: the engine, or the ONNX file with its external data."""
+        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]
+        return sum(self.manifest.files[name].bytes for name in names)
+
+    def verify(self, *, weights: bool = True) -> None:
+        """Compare every file of the payload with its size and hash. Raises ArtifactError naming the file.
+
+        With `weights=False` the state_dict is left out, which only rebuilding the eager module reads.
+        """
+        for name, record in self.manifest.files.items():
+            if name == WEIGHTS and not weights:
+                continue
+            path = self.path / name
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing: the manifest lists it")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise ArtifactError(f"{path} has {size} bytes; the manifest says {record.bytes}: the file is damaged")
+            if file_digest(path) != record.sha256:
+                raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest; make the artifact again")
+
+    def parent(self) -> "Artifact | None":
+        """The artifact this one was made from. Raises ArtifactError when it is gone or replaced.
+
+        None for an export, and for what was made of a bare ONNX file, which is then only checked to be there unchanged.
+        """
+        record = self.manifest.parent
+        if record is None:
+            return None
+        path = Path(os.path.realpath(self.path / record.path))
+        if path.suffix == ".onnx" and not path.is_dir():
+            if not path.is_file():
+                raise ArtifactError(f"the parent of {self.location} cannot be used: no file at {path}")
+            if file_digest(path) != self.manifest.source.state_dict:
+                raise ArtifactError(f"the parent of {self.location} has changed: {path}; make {self.location} again")
+            return None
+        try:
+            found = Artifact.open(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"the parent of {self.location} cannot be used: {error}") from error
+        if found.manifest.digest != record.digest:
+            raise ArtifactError(
+                f"the parent of {self.location} has changed: {path} has digest {found.manifest.digest[:12]},"
+                f" and {record.digest[:12]} was used; make {self.location} again"
+            )
+        return found
+
+    def root(self) -> "Artifact":
+        """The export at the end of the line of parents, which holds the weights. Raises ArtifactError."""
+        artifact = self
+        while (parent := artifact.parent()) is not None:
+            artifact = parent
+        return artifact
+
+
+def standing(out: Path, stage: Stage) -> Artifact | None:
+    """The artifact at `out` when the same stage made it from the same inputs and it is undamaged, else None."""
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        artifact = Artifact.open(out)
+        if artifact.manifest.stage != stage:
+            return None
+        artifact.verify()
+        artifact.root()
+    except ArtifactError:
+        return None  # damaged or orphaned: it is made again
+    return artifact
+
+
+def parent_record(artifact: Artifact, out: Path) -> Parent:
+    """`artifact` as the parent of what is written to `out`, by a path relative to it."""
+    path = os.path.relpath(os.path.realpath(artifact.location), os.path.realpath(out))
+    return Parent(path=path, digest=artifact.manifest.digest)

@@ -1,0 +1,48 @@
+"""An engine that fits this machine: the one in the artifact, or one built from the ONNX file beside it."""
+
+from pathlib import Path
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE, request_digest
+from deploy.engine.compatibility import mismatches
+from deploy.engine.cuda import Gpu
+from deploy.engine.flavour import Flavour
+from deploy.errors import BackendError
+from deploy.host.cache import ENGINES, cache_folder, keep, trim
+
+
+def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool) -> bytes:
+    """The engine file, or, where it does not fit this machine and that is wanted, one built now from the typed ONNX file.
+
+    Raises BackendError where it does not fit and `rebuild` is not set, EngineError where it cannot be built.
+    """
+    target = artifact.manifest.target
+    assert target is not None
+    problems = mismatches(target, flavour.version, gpu)
+    if not problems:
+        return (artifact.path / ENGINE).read_bytes()
+    if not rebuild:
+        raise BackendError(
+            f"{artifact.location} does not fit this machine: {'; '.join(problems)}; build it here, or open it with rebuild=True"
+        )
+    file = _rebuilt(artifact, flavour, gpu)
+    if not file.is_file():
+        from deploy.engine.builder import build_engine, options_of  # loads onnx
+
+        profiles = list(artifact.manifest.profiles)
+        built = build_engine(flavour, artifact.onnx_path, profiles, options_of(target, gpu), shown=artifact.shown)
+        keep(file, built.plan, "the rebuilt engine")
+        if file.is_file():
+            trim(file.parent)
+        return built.plan
+    return file.read_bytes()
+
+
+def _rebuilt(artifact: Artifact, flavour: Flavour, gpu: Gpu) -> Path:
+    """Where the engine is kept that was built for this machine."""
+    circumstances = {
+        "artifact": artifact.manifest.digest,
+        "flavour": [flavour.name, flavour.version],
+        "gpu": [gpu.name, gpu.compute_capability],
+    }
+    return cache_folder() / ENGINES / f"{request_digest(circumstances)}.plan"

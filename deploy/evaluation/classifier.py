@@ -1,0 +1,49 @@
+"""What makes an artifact an image classifier, and the likeliest classes of its logits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.tensors import TensorSpec
+from deploy.data.images import ImageInput, image_input
+from deploy.errors import UsageError
+
+
+def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
+    """Of each row of logits (N, classes) the `top` likeliest classes, best first, with their probabilities.
+
+    A class is called by its index where there are no names.
+    """
+    found = []
+    for row in softmax(logits):
+        best = np.argsort(-row, kind="stable")[:top]
+        found.append(tuple((names[index] if names else str(index), float(row[index])) for index in best))
+    return found
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, (N, classes) float64, of logits of that shape."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    powers = np.exp(shifted)
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
+    """The image input and the logits of an artifact. Raises UsageError when it is no image classifier."""
+    source, outputs = image_input(artifact), artifact.manifest.outputs
+    if len(outputs) != 1 or len(outputs[0].shape) != 2:
+        raise UsageError(
+            f"{artifact.location} gives {', '.join(map(str, outputs))}; expected one output of shape batch x classes"
+        )
+    count = outputs[0].shape[1]
+    if isinstance(count, int):
+        check_names(artifact, count)
+    return source, outputs[0]
+
+
+def check_names(artifact: Artifact, count: int) -> None:
+    """Raise UsageError when the manifest has class names, and not `count` of them."""
+    names = artifact.manifest.classes
+    if names is not None and len(names) != count:
+        raise UsageError(f"{artifact.location} has {count} classes and {len(names)} class names; export it with the right ones")

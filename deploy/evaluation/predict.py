@@ -1,0 +1,82 @@
+"""The likeliest classes of single images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.find import open_artifact
+from deploy.calibration import imagefolder
+from deploy.calibration.imagefolder import ImageFolderError
+from deploy.errors import DataError, UsageError
+from deploy.evaluation.classifier import check_names, classifier, likeliest
+from deploy.evaluation.evaluate import _batches, _warn_of_zeros
+from deploy.progress import Progress, silent
+from deploy.runtime.load import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The likeliest classes of one image, best first, each with its probability (0 to 1: softmax of the logits)."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "classes": [{"class": name, "probability": p} for name, p in self.classes]}
+
+
+def predict(
+    artifact: Artifact | Path | str,
+    paths: Sequence[Path | str] | Path | str,
+    *,
+    top: int = 5,
+    backend: str = "auto",
+    batch_size: int = 32,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> list[Prediction]:
+    """The `top` likeliest classes (all, where there are fewer) of every image, in the order given.
+
+    A directory stands for the images at any depth in it, sorted. A class without a name in the manifest is called by
+    its index. Raises as `evaluate` does.
+    """
+    if top < 1:
+        raise UsageError(f"top must be 1 or more, not {top}")
+    artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
+    source, logits = classifier(artifact)
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    files = [file for path in paths for file in _expand(Path(path))]
+    if not files:
+        raise UsageError("no image to predict")
+    size, reason = source.batch_size(batch_size)
+    what = f"predicting with {artifact.manifest.name}" + (f" ({reason})" if reason else "")
+    samples = [(file, 0) for file in files]
+    found: list[Prediction] = []
+    with load(artifact, backend, device, threads=threads) as session:
+        _warn_of_zeros(session)
+        for feed, rows in _batches(source, samples, size):
+            scores = session.run(feed)[logits.name][: len(rows)]
+            check_names(artifact, scores.shape[1])
+            for classes in likeliest(scores, artifact.manifest.classes, top):
+                found.append(Prediction(path=files[len(found)], classes=classes))
+            progress(what, len(found), len(files))
+    return found
+
+
+def _expand(path: Path) -> Iterator[Path]:
+    """`path` itself, or the images in it. Raises DataError when it is a directory without images, or not there."""
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"no image at {path}")
+        yield path
+        return
+    try:
+        files = [file for file in imagefolder.walk(path) if imagefolder.is_image(file)]
+    except ImageFolderError as error:
+        raise DataError(str(error)) from error
+    if not files:
+        raise DataError(f"{path} holds no images")
+    yield from files

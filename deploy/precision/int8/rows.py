@@ -1,0 +1,73 @@
+"""The rows of a calibration set: counted, and the first of them kept for the audit."""
+
+from collections.abc import Iterator, Mapping
+from threading import Lock
+
+import numpy as np
+
+from deploy.artifact.tensors import Feed, batch_dim
+from deploy.data.calibration_set import CalibrationSet
+from deploy.progress import Progress
+
+AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
+"""One in so many of the calibration rows gives the bias correction and the noise by layer: from 8 to 64 of them."""
+KEPT_BYTES = 100 << 20
+"""Tensors of those rows that are kept, so that they need not be run again: a bound, for memory must not grow with the rows."""
+
+
+class Rows:
+    """The feeds of a calibration set, counted as they pass, the first rows kept for what comes after.
+
+    kept: a feed each, and its tensors and outputs where KEPT_BYTES hold them.
+    """
+
+    def __init__(self, data: CalibrationSet, batch_size: int, progress: Progress) -> None:
+        self.count = 0
+        self.kept: list[tuple[Feed, tuple[Feed, Feed] | None]] = []
+        self._data = data
+        self._batch_size = batch_size
+        self._progress = progress
+        self._wanted = min(max(AUDIT_LEAST, (data.count or AUDIT_MOST) // AUDIT_SHARE), AUDIT_MOST)
+        self._room = KEPT_BYTES
+        self._lock = Lock()
+
+    def __iter__(self) -> Iterator[Feed]:
+        symbolic = batch_dim(self._data.specs) is not None
+        for feed in self._data.feeds(self._batch_size):
+            self._progress("calibrating", self.count, self._data.count or 0)
+            missing = self._wanted - self.count
+            if missing > 0:
+                self.kept.append((_head(feed, missing) if symbolic and missing < row_count(feed) else feed, None))
+            yield feed
+            self.count += row_count(feed)
+
+    def seen(self, feed: Mapping[str, np.ndarray], tensors: Feed, outputs: Feed) -> None:
+        """Keep what came of a feed that is kept whole. Safe from many threads."""
+        size = sum(array.nbytes for array in (*tensors.values(), *outputs.values()))
+        with self._lock:
+            index = next((index for index, (kept, _) in enumerate(self.kept) if kept is feed), None)
+            if index is not None and size <= self._room:
+                self._room -= size
+                self.kept[index] = (self.kept[index][0], (tensors, outputs))
+
+    def release(self) -> list[Feed]:
+        """The feeds that were kept, and what came of them no longer."""
+        self.kept = [(feed, None) for feed, _ in self.kept]
+        return [feed for feed, _ in self.kept]
+
+
+def first_rows(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> tuple[Feed, Feed]:
+    """`wanted` rows of a feed and of what came of it, or all where the batch is fixed or an output has other rows."""
+    rows = row_count(feed)
+    if batch_dim(data.specs) is None or any(not array.ndim or len(array) != rows for array in outputs.values()):
+        return feed, outputs
+    return _head(feed, wanted), _head(outputs, wanted)
+
+
+def row_count(feed: Feed) -> int:
+    first = next(iter(feed.values()))
+    return len(first) if first.ndim else 1
+
+
+def _head(feed: Feed, rows: int) -> Feed:
+    return {name: array[:rows] for name, array in feed.items()}

@@ -1,0 +1,79 @@
+"""The REST door: uvicorn over the application."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deploy.errors import BackendError
+from deploy.serving.models import Models
+from deploy.serving.options import ServerOptions
+
+try:
+    import uvicorn
+
+    from deploy.serving.rest_app import make_app
+except ImportError as error:
+    raise BackendError(
+        f"deploy serve needs packages that are missing ({error}); install them with: pip install 'deploy[serving]'"
+    ) from error
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own signal handlers."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpDoor:
+    name = "http"
+
+    def __init__(self, server: _Http, task: "asyncio.Task[None]", address: str) -> None:
+        self._server = server
+        self._task = task
+        self.address = address
+
+    @classmethod
+    async def open(cls, models: Models, options: ServerOptions) -> "HttpDoor":
+        app = make_app(models, access=options.access, limits=options.limits, log_requests=options.log_requests)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="none",
+            limit_concurrency=options.connections,
+            timeout_graceful_shutdown=round(options.drain_s) or 1,
+            ssl_certfile=options.tls_cert,
+            ssl_keyfile=options.tls_key,
+        )
+        server = _Http(config)
+        sock = _listen(options.host, options.http_port or 0)
+        task = asyncio.create_task(server.serve([sock]))
+        while not server.started:
+            if task.done():
+                task.result()
+                raise BackendError("the REST door did not open")
+            await asyncio.sleep(0.005)
+        host, port = sock.getsockname()[:2]
+        scheme = "https" if options.tls_cert else "http"
+        return cls(server, task, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def close(self) -> None:
+        """Take no more connections, and wait for the requests under way."""
+        self._server.should_exit = True
+        await self._task
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises OSError naming the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), f"{host}:{port}") from error
