@@ -74,7 +74,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'deploy' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_NAMES[name]), name)
+    try:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    except ImportError as error:
+        from deploy.host.extras import missing
+
+        raise missing(error, f"deploy.{name}") or error from error
     globals()[name] = value
     return value
 

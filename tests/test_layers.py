@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
 GROUND_LIBRARIES = {"numpy", "PIL"}
 NO_DEPLOY = ("models", "calibration")
-BESIDE = {"": {"version"}, "__main__": {"cli"}, "host": {"version"}}
+BESIDE = {"": {"version"}, "__main__": {"cli"}, "host": {"errors", "version"}}
 """Of rooms on one floor, who may import whom."""
 
 

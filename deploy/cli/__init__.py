@@ -91,6 +91,10 @@ def main() -> None:
             _print_traceback()
         click.echo(f"error: {error}", err=True)
         status = error.exit_status
+    except ImportError as error:
+        if debug:
+            _print_traceback()
+        status = _report_import(error, args)
     except OSError as error:  # a full disk, a folder that is gone
         if debug:
             _print_traceback()
@@ -103,6 +107,16 @@ def main() -> None:
         click.echo(f"error: {type(error).__name__}: {error}\nthis is a bug in deploy; --debug shows where", err=True)
         status = 1
     sys.exit(status)
+
+
+def _report_import(error: ImportError, args: list[str]) -> int:
+    """Say which extra brings the library that is missing; the exit status."""
+    from deploy.host.extras import missing
+
+    command = next((arg for arg in args if not arg.startswith("-")), "")
+    known = missing(error, f"deploy {command}".strip())
+    click.echo(f"error: {known}" if known else f"error: {error}\nthis is a bug in deploy; --debug shows where", err=True)
+    return 1
 
 
 def _terminate(number: int, frame: object) -> None:
