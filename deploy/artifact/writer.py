@@ -1,5 +1,6 @@
 """Writing artifacts: whole or not there."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -74,6 +75,7 @@ class ArtifactWriter:
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
         check_output(self.out)
+        self._made = [parent for parent in self.out.parents if not parent.exists()]
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -124,6 +126,10 @@ class ArtifactWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
         os.close(self._lock)
+        if error is not None:
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # it holds something else in the meantime
+                    folder.rmdir()
         if isinstance(error, DeployError):
             error.args = (self._shown(str(error)),)
         if isinstance(error, OSError) or (error is not None and "No space left on device" in str(error)):

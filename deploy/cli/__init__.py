@@ -89,7 +89,7 @@ def main() -> None:
     except DeployError as error:
         if debug:
             _print_traceback()
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {_in_flags(str(error), args)}", err=True)
         status = error.exit_status
     except ImportError as error:
         if debug:
@@ -107,6 +107,14 @@ def main() -> None:
         click.echo(f"error: {type(error).__name__}: {error}\nthis is a bug in deploy; --debug shows where", err=True)
         status = 1
     sys.exit(status)
+
+
+def _in_flags(message: str, args: list[str]) -> str:
+    """`message` with the names of parameters as the command that was called spells them."""
+    from deploy.cli.options import in_flags
+
+    command = next((arg for arg in args if arg in _COMMANDS), None)
+    return in_flags(message, cli.get_command(click.Context(cli), command) if command and isinstance(cli, click.Group) else None)
 
 
 def _report_import(error: ImportError, args: list[str]) -> int:

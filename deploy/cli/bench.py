@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from deploy.artifact.find import BUILD
-from deploy.cli.common import PATH, debug_option, device_option, progress_bar, threads_option
+from deploy.cli.common import debug_option, device_option, progress_bar, threads_option
+from deploy.cli.options import PATH
 from deploy.errors import OutputError, UsageError
 
 if TYPE_CHECKING:

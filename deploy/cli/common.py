@@ -4,7 +4,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,10 +11,9 @@ import click
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD, artifacts_under, open_artifact
 from deploy.cli.log import logged_by
+from deploy.cli.options import PATH
 from deploy.errors import UsageError
 from deploy.progress import Progress, silent
-
-PATH = click.Path(path_type=Path)
 
 _QUIET_S = 2.0
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from deploy.cli.common import PATH, debug_option
+from deploy.cli.common import debug_option
+from deploy.cli.options import PATH
 
 
 @click.command("export-triton")

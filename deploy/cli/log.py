@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import click
 
+from deploy.cli.options import in_flags
+
 Write = Callable[[str], None]
 
 
@@ -20,7 +22,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self.write(prefix + record.getMessage())
+        context = click.get_current_context(silent=True)
+        self.write(prefix + in_flags(record.getMessage(), context.command if context else None))
 
 
 _handler = _Lines()

@@ -7,7 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from deploy.cli.common import PATH, backend_option, debug_option, device_option, threads_option
+from deploy.cli.common import backend_option, debug_option, device_option, threads_option
+from deploy.cli.options import PATH
 from deploy.errors import UsageError
 
 _TOKEN = "DEPLOY_TOKEN"  # noqa: S105  (the name of a variable)

@@ -4,7 +4,6 @@ Networks are always strongly typed: the precision of each tensor is the one in t
 change it. TF32 would change FP32 in silence, so it is off unless asked for.
 """
 
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,45 +19,13 @@ from deploy.engine.compatibility import targeted
 from deploy.engine.cuda import Gpu, open_device
 from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.engine.network import Network, parse_network
+from deploy.engine.options import BuildOptions
 from deploy.engine.timing_cache import save_timing_cache, use_timing_cache
 from deploy.errors import EngineError, UsageError
 from deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     import tensorrt
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How to build an engine.
-
-    opt_level: 0 (quick build) to 5 (slow build, fast engine); None for TensorRT's default, 3.
-    tf32: let FP32 convolutions and matrix products round their inputs to TF32 (10 bits of mantissa).
-    workspace: MiB of GPU memory that a layer may use beside its tensors at most; None for all that the GPU has.
-    timing_cache: file of tactic timings to read and write, which builds that run at once may share; `tensorrt` only.
-    version_compatible: the engine runs on later versions too; `tensorrt` only.
-    hardware_compatible: the engine runs on any GPU from Ampere on; `tensorrt` only.
-    targets: compute capabilities to build for, such as `"8.6"`; `tensorrt-rtx` only. None of them: `RTX_TARGETS`.
-    """
-
-    opt_level: int | None = None
-    tf32: bool = False
-    workspace: int | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.opt_level is not None and not 0 <= self.opt_level <= 5:
-            raise UsageError(f"--opt-level must be 0 to 5, not {self.opt_level}")
-        if self.workspace is not None and self.workspace < 1:
-            raise UsageError(f"--workspace must be 1 MiB or more, not {self.workspace}")
-        for target in self.targets:
-            if not re.fullmatch(r"[1-9]\d*\.\d", target):
-                raise UsageError(f"--target must be a compute capability such as 8.6, not {target!r}")
-        if len(set(self.targets)) < len(self.targets):
-            raise UsageError("--target names one compute capability twice")
 
 
 @dataclass(frozen=True, kw_only=True)

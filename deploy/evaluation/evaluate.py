@@ -106,6 +106,12 @@ def evaluate(
         )
 
 
+def check_evaluation(artifact: Artifact, folder: Path | str) -> None:
+    """Raise what `evaluate` raises before it runs anything: UsageError for no image classifier, DataError for the folder."""
+    _, logits = classifier(artifact)
+    _labels(artifact, read_folder(folder), logits)
+
+
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many classes come before the right one: (N,) for logits (N, classes) and labels (N,). A NaN counts against."""
     right = logits[np.arange(len(labels)), labels][:, None]

@@ -11,7 +11,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
 from deploy.data.images import read_folder
 from deploy.errors import AccuracyError, UsageError
-from deploy.evaluation.evaluate import evaluate
+from deploy.evaluation.evaluate import check_evaluation, evaluate
 from deploy.progress import Progress
 
 _Z95 = 1.959964
@@ -27,7 +27,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
-            raise UsageError(f"--max-drop must be 0 to 100 points, not {self.max_drop:g}")
+            raise UsageError(f"`max_drop` must be 0 to 100 points, not {self.max_drop:g}")
+
+    def check(self, artifact: Artifact) -> None:
+        """Raise UsageError or DataError, before any work, where `artifact` cannot be judged by top-1 on these images."""
+        check_evaluation(artifact, self.folder)
 
     def request(self) -> dict[str, Any]:
         """What the verdict depends on: the images, by path, size and time of change, and the limit."""

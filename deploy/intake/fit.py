@@ -4,15 +4,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deploy.artifact.tensors import format_shape
 from deploy.errors import CheckpointError, UsageError
-
-Match = Literal["name", "order"]
+from deploy.intake.options import Match
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """What wrappers put before names: DataParallel and AveragedModel, torch.compile, and the usual attributes of training

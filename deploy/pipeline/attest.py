@@ -15,16 +15,17 @@ from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare
 from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
-from deploy.engine.builder import BuildOptions, BuiltEngine, build_engine
-from deploy.engine.cuda import open_device
-from deploy.engine.cuda.driver import has_gpu
+from deploy.engine.builder import BuiltEngine, build_engine
 from deploy.engine.flavour import Flavour
-from deploy.errors import ArtifactError, BackendError, EngineError
+from deploy.engine.options import BuildOptions
+from deploy.errors import BackendError, EngineError
 from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.evidence.timing import Ratio, paired_ratio, sample
-from deploy.pipeline.convert import ConvertOptions, convert_onnx
+from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import emulate
+from deploy.precision.half.entry import convert_onnx
+from deploy.precision.half.options import ConvertOptions
 from deploy.precision.macs import count_macs
 from deploy.progress import Progress
 from deploy.runtime.backends.tensorrt import TensorRTSession
@@ -44,18 +45,6 @@ class Proof:
     share: PrecisionShare
     by_node: dict[str, str]
     parity: Parity
-
-
-def gpu_identity() -> list[str] | None:
-    """Name, compute capability and driver of the GPU that engines are built and tried on; None where there is none."""
-    if not has_gpu():
-        return None
-    try:
-        gpu = open_device().gpu()
-    except BackendError as error:
-        logger.warning("there is an NVIDIA driver, but its GPU cannot be used: %s", error)
-        return None
-    return [gpu.name, gpu.compute_capability, gpu.driver or "unknown"]
 
 
 def open_engine(engine: Artifact) -> TensorRTSession | None:
@@ -204,12 +193,7 @@ def _check_worth(
     progress: Progress,
 ) -> None:
     """Build the FP32 model that the INT8 engine comes from in FP16, and time the two. Raises EngineError."""
-    floating = source if source.manifest.precision == "fp32" else source.parent()
-    if floating is None or floating.manifest.precision != "fp32":
-        raise ArtifactError(
-            f"{source.shown} has no FP32 artifact that it was made from, so that INT8 cannot be timed against FP16: quantize an"
-            " artifact, or say --allow-slower"
-        )
+    floating = fp32_source(source, "INT8 is timed against FP16, which is made from it (`allow_slower` leaves that out)")
     progress("timing INT8 against FP16")
     profiles = engine.manifest.profiles
     converted = convert_onnx(floating, ConvertOptions(precision="fp16", profile=profiles[0]))

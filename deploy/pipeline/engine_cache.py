@@ -23,10 +23,11 @@ def folder() -> Path:
     return cache_folder() / ENGINES
 
 
-def copy(source: Artifact, request: Mapping[str, Any], out: Path, stage: Stage) -> Artifact | None:
-    """The engine that was built from the same ONNX file as `source` with the same `request`, copied to `out`; None without one.
+def fill(writer: ArtifactWriter, source: Artifact, request: Mapping[str, Any], stage: Stage) -> Manifest | None:
+    """Write the engine that was built from the same ONNX file as `source` with the same `request`, and return its manifest.
 
-    One that is damaged is removed: it can be built again. Raises OutputError.
+    None where there is none, or another process removes it at this moment. One that is damaged is removed: it can be built
+    again.
     """
     kept = folder() / _key(source, request)
     if not kept.is_dir():
@@ -38,11 +39,15 @@ def copy(source: Artifact, request: Mapping[str, Any], out: Path, stage: Stage) 
         logger.warning("a kept engine is damaged, and is built again: %s", error)
         shutil.rmtree(kept, ignore_errors=True)
         return None
-    os.utime(kept)
-    with ArtifactWriter(out) as writer:
+    try:
+        os.utime(kept)
         for name in found.manifest.files:
             _duplicate(found.path / name, writer.path / name)
-        return writer.commit(_addressed(found.manifest, source, out, stage))
+    except FileNotFoundError:  # trimmed in the meantime
+        for name in found.manifest.files:
+            (writer.path / name).unlink(missing_ok=True)
+        return None
+    return _addressed(found.manifest, source, writer.out, stage)
 
 
 def put(source: Artifact, request: Mapping[str, Any], made: Artifact) -> None:
@@ -64,6 +69,8 @@ def _duplicate(source: Path, target: Path) -> None:
     what others do to one is found by its hash."""
     try:
         os.link(source, target)
+    except FileNotFoundError:
+        raise
     except OSError:
         shutil.copyfile(source, target)
 

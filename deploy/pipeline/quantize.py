@@ -1,74 +1,52 @@
 """The stage `quantize`: an FP32 ONNX artifact as INT8 with explicit Q/DQ, calibrated, corrected and checked."""
 
-import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from deploy.artifact.artifact import Artifact, parent_record, standing
-from deploy.artifact.manifest import ONNX, Stage, request_digest
-from deploy.artifact.writer import ArtifactWriter, check_output
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ONNX, Manifest, Stage
+from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
+from deploy.errors import UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
-from deploy.host.versions import tool_versions
-from deploy.pipeline.stage import PathLike, check_fp32, default_out, make_gate, open_source
-from deploy.precision.int8.quantize import METHOD, QuantizeOptions, hint, quantize_onnx, quantize_request
+from deploy.options import collect, option
+from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
+from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What to calibrate on: an ImageFolder, a folder of `.npz` feeds, or in Python feeds (arrays by input name)."""
+
+    calib: Path | None = option(None, "ImageFolder, or a folder of .npz feeds, to calibrate on.", metavar="DIR")
+    images: int | None = option(
+        None, "Images, drawn evenly over the classes.", metavar="N", default="512, or as many as there are"
+    )
 
 
-def quantize_artifact(
-    artifact: Artifact,
-    out: Path,
-    data: CalibrationSet,
-    options: QuantizeOptions,
-    gate: Gate | None = None,
-    progress: Progress = silent,
-) -> Artifact:
-    """Write `artifact` in INT8 to `out`, or find that it stands there already.
+@dataclass(frozen=True, kw_only=True)
+class GateOptions:
+    """The accuracy gate: top-1 accuracy before and after, on labelled images."""
 
-    With `gate`, accuracy before and after goes into the manifest, and a loss of more than it allows is an error. Raises
-    UsageError when `artifact` is no FP32 ONNX artifact, ArtifactError when it is damaged, PrecisionError for a graph that
-    cannot be quantized or makes numbers that are not finite, ParityError, AccuracyError (nothing is written), DataError,
-    BackendError (ONNX Runtime is not installed) and OutputError.
-    """
-    check_output(out, artifact)
-    out = Path(os.path.abspath(out))
-    check_fp32(artifact)
-    artifact.verify(weights=False)
-    request = quantize_request(artifact, data, options)
-    stage = None
-    if request is not None:
-        stage = Stage(name="quantize", request=request_digest({**request, "gate": gate.request() if gate else None}))
-        if (stood := standing(out, stage)) is not None:
-            logger.info("%s is up to date", out)
-            return stood
-    quantized = quantize_onnx(artifact, data, options, progress)
-    with ArtifactWriter(out) as writer:
-        quantized.save(writer.path / ONNX)
-        made = writer.describe(
-            msgspec.structs.replace(
-                artifact.manifest,
-                name=out.name,
-                precision="int8",
-                parent=parent_record(artifact, out),
-                parity=quantized.parity,
-                accuracy=None,
-                calibration=quantized.calibration,
-                exclusions=quantized.exclusions,
-                tools=tool_versions(),
-                stage=stage or Stage(name="quantize", request=os.urandom(32).hex()),  # read once: never up to date
-            )
-        )
-        manifest = made.manifest
-        if gate is not None:
-            accuracy = check_accuracy(artifact, made, gate, hint(quantized.calibration), progress)
-            manifest = msgspec.structs.replace(manifest, accuracy=accuracy)
-        return writer.commit(manifest)
+    eval_folder: Path | None = option(None, "Compare accuracy before and after on it.", flag="--eval", metavar="IMAGEFOLDER")
+    max_drop: float | None = option(
+        None, "Points of top-1 accuracy that may be lost on the images of --eval.", metavar="POINTS", default="1"
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_drop is not None and self.eval_folder is None:
+            raise UsageError("`max_drop` needs `eval_folder`, the images that accuracy is measured on")
+
+    def gate(self) -> Gate | None:
+        if self.eval_folder is None:
+            return None
+        return Gate(folder=self.eval_folder, max_drop=1.0 if self.max_drop is None else self.max_drop)
 
 
 def quantize(
@@ -76,8 +54,8 @@ def quantize(
     out: PathLike | None = None,
     *,
     calib: PathLike | Iterable[Mapping[str, np.ndarray]],
-    method: str = METHOD,
     images: int | None = None,
+    method: str = METHOD,
     batch_size: int = 2,
     per_tensor: bool = False,
     exclude: Sequence[str] = (),
@@ -93,24 +71,75 @@ def quantize(
     """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
 
     `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
-    (`build/<name>-int8-fp16`). What the other options mean: `deploy.precision.int8.quantize.QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy is compared before and
-    after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. Raises a DeployError; nothing
-    that stood at `out` is lost then.
+    (`build/<name>-int8-fp16`). What the other options mean: `QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy
+    is compared before and after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. Raises a
+    DeployError; nothing that stood at `out` is lost then.
     """
+    given = dict(locals())
+    options = collect(QuantizeOptions, given)
+    gate = collect(GateOptions, given).gate()
     source = open_source(artifact)
-    options = QuantizeOptions(
-        method=method,
-        batch_size=batch_size,
-        per_tensor=per_tensor,
-        exclude=tuple(exclude),
-        float_first=float_first,
-        float_last=float_last,
-        bias_correction=bias_correction,
-        equalize=equalize,
-        floats="fp16" if fp16 else "fp32",
-    )
-    gate = make_gate(eval_folder, max_drop)
     check_fp32(source)
     data = calibration_set(source, calib, images)
     suffixes = ["int8", "fp16"] if fp16 else ["int8"]
     return quantize_artifact(source, default_out(out, source, *suffixes), data, options, gate, progress)
+
+
+def quantize_artifact(
+    artifact: Artifact,
+    out: Path,
+    data: CalibrationSet,
+    options: QuantizeOptions,
+    gate: Gate | None = None,
+    progress: Progress = silent,
+) -> Artifact:
+    """Write `artifact` in INT8 to `out`, unless it is there already.
+
+    With `gate`, accuracy before and after goes into the manifest, and a loss of more than it allows is an error. Raises
+    UsageError when `artifact` is no FP32 ONNX artifact, or cannot be judged by `gate`, ArtifactError when it is damaged,
+    PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, AccuracyError
+    (nothing is written), DataError, BackendError (ONNX Runtime is not installed) and OutputError.
+    """
+    return run_stage(_Quantize(artifact, data, options, gate, progress), out, artifact)
+
+
+class _Quantize:
+    name = "quantize"
+
+    def __init__(
+        self, source: Artifact, data: CalibrationSet, options: QuantizeOptions, gate: Gate | None, progress: Progress
+    ) -> None:
+        self._source = source
+        self._data = data
+        self._options = options
+        self._gate = gate
+        self._progress = progress
+
+    def request(self) -> dict[str, Any] | None:
+        check_fp32(self._source)
+        if self._gate is not None:
+            self._gate.check(self._source)
+        self._source.verify(weights=False)
+        request = quantize_request(self._source, self._data, self._options)
+        return None if request is None else {**request, "gate": self._gate.request() if self._gate else None}
+
+    def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
+        from deploy.precision.int8.quantize import hint, quantize_onnx  # loads onnx and ONNX Runtime
+
+        quantized = quantize_onnx(self._source, self._data, self._options, self._progress)
+        quantized.save(writer.path / ONNX)
+        made = writer.describe(
+            descendant(
+                self._source,
+                writer.out,
+                stage,
+                precision="int8",
+                parity=quantized.parity,
+                calibration=quantized.calibration,
+                exclusions=quantized.exclusions,
+            )
+        )
+        if self._gate is None:
+            return made.manifest
+        accuracy = check_accuracy(self._source, made, self._gate, hint(quantized.calibration), self._progress)
+        return msgspec.structs.replace(made.manifest, accuracy=accuracy)

@@ -212,9 +212,9 @@ def test_a_payload_with_a_flipped_byte(run: Run, lenet5: Artifact, command: tupl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "sm89"), "compute capability such as 8.6"),
+        (("--target", "sm89"), "compute capabilities such as 8.6"),
         (("--workspace", "0"), "--workspace must be 1 MiB or more"),
-        (("--allow-slower",), "--allow-slower goes with --int8"),
+        (("--allow-slower",), "--allow-slower needs --int8"),
         (("--timing-cache", "timings"), "tensorrt-rtx times nothing while building"),
         (("--flavour", "tensorrt", "--target", "8.6"), "tensorrt"),
     ],

@@ -103,7 +103,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
 def test_options_of_quantization_go_with_int8(run: Run, net: Artifact, tmp_path: Path) -> None:
     done = run("build-trt", net.path, "--calib", tmp_path, "-o", tmp_path / "out")
     assert done.status == 2
-    assert "go with --int8" in done.err
+    assert "--calib and --images need --int8" in done.err
     done = run("build-trt", net.path, "--int8", "-o", tmp_path / "out")
     assert done.status == 2
     assert "--calib IMAGEFOLDER" in done.err

@@ -1,14 +1,21 @@
 """The stage `build-trt`: the engine artifact, its evidence and its profiles."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, ONNX
-from deploy.errors import BackendError, EngineError, UsageError
+from deploy.artifact.tensors import random_feed
+from deploy.errors import ArtifactError, BackendError, DataError, EngineError, UsageError
+from deploy.evaluation import gate
 from deploy.models.registry import ARCHITECTURES
 
 
@@ -89,3 +96,87 @@ def test_the_same_request_is_skipped(lenet5: Artifact, tmp_path: Path) -> None:
     assert deploy.build_trt(lenet5, tmp_path / "engine", precision="fp16") == first
     assert (tmp_path / "engine").stat().st_ino == inode
     assert deploy.build_trt(lenet5, tmp_path / "engine", precision="fp16", tf32=True) != first
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Ten classes of one picture of noise."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (tmp_path / "digits" / str(label)).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(tmp_path / "digits" / str(label) / "0.png")
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Artifact:
+    return deploy.export(tmp_path / "classifier", arch="lenet5", preprocess="mnist")
+
+
+@pytest.mark.parametrize("quantized_before", [True, False])
+def test_the_accuracy_of_int8_is_compared_with_the_fp32_artifact(
+    classifier: Artifact, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized_before: bool
+) -> None:
+    source = deploy.quantize(classifier, tmp_path / "int8", calib=digits) if quantized_before else classifier
+    evaluated: list[str] = []
+    real = gate.evaluate
+
+    def spy(artifact: Artifact, *args: Any, **options: Any) -> Any:
+        evaluated.append(artifact.manifest.precision)
+        return real(artifact, *args, **options)
+
+    monkeypatch.setattr(gate, "evaluate", spy)
+    calib = None if quantized_before else digits
+    engine = deploy.build_trt(source, tmp_path / "engine", int8=True, calib=calib, eval_folder=digits, max_drop=100)
+    assert evaluated == ["fp32", "int8"]
+    assert engine.manifest.accuracy is not None
+    assert engine.manifest.accuracy.parent_top1 == deploy.evaluate(classifier, digits).top1
+
+
+def test_an_int8_artifact_whose_fp32_parent_is_gone_cannot_be_judged_and_says_so(
+    classifier: Artifact, digits: Path, tmp_path: Path
+) -> None:
+    int8 = deploy.quantize(classifier, tmp_path / "int8", calib=digits)
+    bare = tmp_path / "alone.onnx"
+    bare.write_bytes(int8.onnx_path.read_bytes())
+    shutil.rmtree(classifier.path)
+    never = "has no FP32 artifact that it was made from, and the accuracy of INT8 is compared with it"
+    for source, message in ((int8, "no artifact at .*classifier"), (deploy.open_artifact(bare), never)):
+        with pytest.raises(ArtifactError, match=message):
+            deploy.build_trt(source, tmp_path / "engine", int8=True, eval_folder=digits)
+        assert not (tmp_path / "engine").exists()
+    deploy.build_trt(deploy.open_artifact(bare), tmp_path / "engine", int8=True)  # without accuracy it can be built
+
+
+def segmenter(folder: Path) -> Artifact:
+    """A net whose output is a map of classes."""
+    (folder / "maps_net.py").write_text(
+        "import torch\nclass Maps(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(1, 3, 3)\n"
+    )
+    inputs = ["image=1x1x28x28"]
+    return deploy.export(folder / "maps", model=f"{folder / 'maps_net.py'}:Maps", inputs=inputs, preprocess="mnist")
+
+
+def wrong_classes(folder: Path) -> Artifact:
+    (folder / "classes.txt").write_text("".join(f"class {index}\n" for index in range(10)))
+    return deploy.export(folder / "other", arch="lenet5", preprocess="mnist", classes=folder / "classes.txt")
+
+
+def no_images(folder: Path) -> Artifact:
+    return deploy.export(folder / "mlp", arch="rangeseg")
+
+
+@pytest.mark.parametrize("build", [True, False])
+@pytest.mark.parametrize("make", [segmenter, wrong_classes, no_images])
+def test_a_model_that_cannot_be_judged_by_top1_is_refused_before_it_is_calibrated(
+    make: Callable[[Path], Artifact], build: bool, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path)
+    monkeypatch.setattr("deploy.precision.int8.quantize.quantize_onnx", lambda *_: pytest.fail("the calibration began"))
+    monkeypatch.setattr("deploy.pipeline.typed.quantize_onnx", lambda *_: pytest.fail("the calibration began"))
+    calib = [random_feed(source.manifest.inputs, {"batch": 1})]
+    with pytest.raises((UsageError, DataError)):
+        if build:
+            deploy.build_trt(source, tmp_path / "out", int8=True, calib=calib, eval_folder=digits)
+        else:
+            deploy.quantize(source, tmp_path / "out", calib=calib, eval_folder=digits)

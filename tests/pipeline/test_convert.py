@@ -18,8 +18,11 @@ from deploy.artifact.tensors import ShapeRange
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
 from deploy.host.versions import tool_versions
-from deploy.pipeline import convert
-from deploy.pipeline.convert import ConvertOptions, convert_artifact, convert_onnx
+from deploy.pipeline import convert, stage
+from deploy.pipeline.convert import convert_artifact
+from deploy.precision.half import entry
+from deploy.precision.half.entry import convert_onnx
+from deploy.precision.half.options import ConvertOptions
 
 FP16 = ConvertOptions(precision="fp16")
 
@@ -152,7 +155,8 @@ def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact,
     assert other.manifest.parity.tolerance.rtol == 0.5
     convert_artifact(artifact, tmp_path / "half", FP16)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "tool_versions", lambda: {**tool_versions(), "onnxruntime": "0.0.1"})
+        for module in (convert, stage):
+            patch.setattr(module, "tool_versions", lambda: {**tool_versions(), "onnxruntime": "0.0.1"})
         assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.tools["onnxruntime"] == "0.0.1"
     damaged = convert_artifact(artifact, tmp_path / "half", FP16)
     damaged.payload.write_bytes(b"")
@@ -179,7 +183,7 @@ def test_a_planted_overflow_fails_and_nothing_is_written(tmp_path, monkeypatch):
         tmp_path / "net", body="s = Mul(c, big) [square] u = Mul(s, s) d = Sqrt(u)", weights={"big": np.float32([1e3])}
     )
     standing = convert_artifact(artifact, tmp_path / "half", FP16)  # protected by its ranges
-    monkeypatch.setattr(convert, "nodes_to_keep", lambda *_: {})
+    monkeypatch.setattr(entry, "nodes_to_keep", lambda *_: {})
     with pytest.raises(ParityError, match=r"'scores' is off by inf at batch 1 on random input.*--bf16"):
         convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.9))
     with pytest.raises(ParityError):
@@ -271,7 +275,7 @@ def test_only_undamaged_fp32_onnx_artifacts_are_taken(artifact, tmp_path):
 def test_an_output_directory_of_somebody_else_is_refused_before_any_work(artifact, tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    monkeypatch.setattr(convert, "convert_onnx", lambda *_: pytest.fail("worked before looking"))
+    monkeypatch.setattr(entry, "convert_onnx", lambda *_: pytest.fail("worked before looking"))
     with pytest.raises(OutputError, match="not an artifact of deploy"):
         convert_artifact(artifact, tmp_path / "notes", FP16)
 
@@ -280,7 +284,7 @@ def test_an_output_directory_of_somebody_else_is_refused_before_any_work(artifac
     ("options", "message"),
     [
         ({"precision": "fp8"}, "fp16 or bf16"),
-        ({"precision": "bf16", "fp16_io": True}, "--fp16-io goes with --fp16"),
+        ({"precision": "bf16", "fp16_io": True}, "`fp16_io` needs the precision fp16"),
         ({"precision": "fp16", "rtol": -1.0}, "0 or more"),
     ],
 )

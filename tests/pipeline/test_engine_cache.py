@@ -1,6 +1,7 @@
 """Engines that are kept between builds."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE
-from deploy.pipeline import build_trt
+from deploy.engine import builder
+from deploy.pipeline import engine_cache
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was built in truth, by the name that errors would have."""
     calls: list[str] = []
-    build: Callable[..., Any] = build_trt.build_engine
+    build: Callable[..., Any] = builder.build_engine
 
     def counting(*args: Any, shown: str | None = None, **options: Any) -> Any:
         calls.append(shown or "")
         return build(*args, shown=shown, **options)
 
-    monkeypatch.setattr(build_trt, "build_engine", counting)
+    monkeypatch.setattr(builder, "build_engine", counting)
     return calls
 
 
@@ -103,6 +105,27 @@ def test_a_kept_engine_that_is_damaged_is_built_again(
     assert len(built) == 2
     assert "a kept engine is damaged, and is built again" in caplog.text
     Artifact.open(kept).verify()
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_an_engine_that_another_process_removes_meanwhile_is_built(
+    lenet5: Artifact, tmp_path: Path, built: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """`left`: files that were copied before the rest was gone."""
+    deploy.build_trt(lenet5, tmp_path / "first")
+    real = engine_cache._duplicate
+    copied: list[Path] = []
+
+    def trimmed(source: Path, target: Path) -> None:
+        if len(copied) == left:
+            shutil.rmtree(source.parent, ignore_errors=True)
+        copied.append(source)
+        real(source, target)
+
+    monkeypatch.setattr(engine_cache, "_duplicate", trimmed)
+    second = deploy.build_trt(lenet5, tmp_path / "second")
+    second.verify()
+    assert len(built) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(

@@ -1,0 +1,165 @@
+"""An ONNX graph in half precision, compared with the graph in FP32."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Exclusion
+from deploy.artifact.onnxfile import graph_specs, save_model
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, random_feeds
+from deploy.data.images import image_feeds
+from deploy.errors import ParityError, PrecisionError
+from deploy.evidence.parity import PARITY_BATCHES, Parity, compare
+from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
+from deploy.precision.graph import prepare
+from deploy.precision.half.convert import to_half
+from deploy.precision.half.emulate import emulate
+from deploy.precision.half.keep import nodes_to_keep
+from deploy.precision.half.options import IMAGES, ConvertOptions
+from deploy.precision.half.plan import OPSET
+from deploy.precision.ranges import Range, activation_ranges
+from deploy.progress import Progress, silent
+
+_IMAGE_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A graph in half precision, its inputs and outputs, the nodes left in FP32 and its parity with the FP32 graph."""
+
+    model: onnx.ModelProto
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    exclusions: list[Exclusion]
+    parity: Parity
+
+    def save(self, path: Path) -> None:
+        """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
+        save_model(onnx_ir.from_proto(self.model), path)
+
+
+def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress = silent) -> Converted:
+    """Convert the graph of `artifact`, which is in FP32, in memory and compare it with the FP32 graph.
+
+    Activation ranges are seen on random input at the batch sizes of `PARITY_BATCHES` and on `IMAGES` images of
+    `options.data`; parity is checked on the same random input and on images at the same batch sizes, the half-precision
+    graph emulated in FP32. Raises PrecisionError, ParityError (the result is too far off), DataError and BackendError
+    (ONNX Runtime is not installed).
+    """
+    model = onnx.load(artifact.onnx_path)
+    try:
+        prepared = prepare(model, opset=OPSET[options.precision])
+        ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
+    except PrecisionError as error:
+        raise PrecisionError(f"cannot convert {artifact.shown}: {error}") from error
+    _check_finite(prepared, ranges, artifact)
+    progress(f"converting to {options.precision.upper()}")
+    keep = nodes_to_keep(prepared, ranges, options.precision)
+    half, exclusions = to_half(prepared, options.precision, half_io=options.fp16_io, keep=keep)
+    parity = _parity(artifact, model, half, options, progress)
+    inputs, outputs = graph_specs(half.graph)
+    return Converted(
+        model=half,
+        inputs=_with_dtypes(artifact.manifest.inputs, inputs),
+        outputs=_with_dtypes(artifact.manifest.outputs, outputs),
+        exclusions=exclusions,
+        parity=parity,
+    )
+
+
+def _range_feeds(artifact: Artifact, options: ConvertOptions, progress: Progress) -> Iterator[Feed]:
+    feeds = _random_feeds(artifact, options)
+    total = len(feeds) + (0 if options.data is None else -(-IMAGES // _IMAGE_BATCH))
+    done = 0
+    for feed in feeds:
+        progress("reading activation ranges", done, total)
+        yield feed
+        done += 1
+    if options.data is not None:
+        for feed in image_feeds(artifact, options.data, batch_size=_IMAGE_BATCH, count=IMAGES):
+            progress("reading activation ranges", done, max(total, done + 1))
+            yield feed
+            done += 1
+
+
+def _random_feeds(artifact: Artifact, options: ConvertOptions) -> list[Feed]:
+    """Random feeds at `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed."""
+    specs = artifact.manifest.inputs
+    batch = batch_dim(specs)
+    dims = example_dims(specs, batch)
+    profile = options.profile or next(iter(artifact.manifest.profiles), {})
+    for spec in specs:
+        if spec.name in profile:
+            dims |= {dim: size for dim, size in zip(spec.shape, profile[spec.name].opt, strict=True) if isinstance(dim, str)}
+    return random_feeds(specs, dims)
+
+
+def _parity_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[tuple[str, Feed]]:
+    for feed in _random_feeds(artifact, options):
+        yield "random", feed
+    if options.data is not None:
+        seen: set[int] = set()  # batches may be of one fixed size
+        for size in PARITY_BATCHES:
+            feed = next(image_feeds(artifact, options.data, batch_size=size, count=size))
+            if (found := len(next(iter(feed.values())))) not in seen:
+                seen.add(found)
+                yield "images", feed
+
+
+def _check_finite(model: onnx.ModelProto, ranges: Mapping[str, Range], artifact: Artifact) -> None:
+    """Raise PrecisionError when an output is not finite in FP32: nothing could then be compared."""
+    broken = [output.name for output in model.graph.output if output.name in ranges and not ranges[output.name].finite]
+    if broken:
+        node = next(
+            node for node in model.graph.node for name in node.output if name in ranges and not ranges[name].finite
+        )  # fmt: skip
+        raise PrecisionError(
+            f"{artifact.location} gives NaN or infinity in output {broken[0]!r} in FP32 already, first in node {node.name!r}"
+            f" ({node.op_type}); check the weights and that the input is what the model takes"
+        )
+
+
+def _parity(
+    artifact: Artifact, model: onnx.ModelProto, half: onnx.ModelProto, options: ConvertOptions, progress: Progress
+) -> Parity:
+    reference, emulated = CpuGraph(model), CpuGraph(emulate(half))
+    cases = []
+    for data, feed in _parity_feeds(artifact, options):
+        batch = _batch(feed)
+        progress(f"comparing with FP32 on {data} input, batch {batch}")
+        try:
+            case = compare(
+                emulated(feed),
+                reference(feed),
+                options.tolerance(),
+                data=data,
+                batch=batch,
+                what=f"{artifact.location} in {options.precision.upper()}",
+            )
+        except ParityError as error:
+            other = "--bf16, which has the range of FP32" if options.precision == "fp16" else "--fp16, which is finer"
+            raise ParityError(f"{error}; nothing was written: try {other}") from error
+        cases.append(case)
+    return Parity(
+        against=artifact.manifest.digest,
+        by=f"emulation on onnxruntime {ONNXRUNTIME_VERSION}",
+        tolerance=options.tolerance(),
+        cases=cases,
+    )
+
+
+def _batch(feed: Mapping[str, np.ndarray]) -> int:
+    first = next(iter(feed.values()))
+    return first.shape[0] if first.ndim else 1
+
+
+def _with_dtypes(specs: list[TensorSpec], found: list[TensorSpec]) -> list[TensorSpec]:
+    """`specs` with the dtypes of `found`; names and symbolic dimensions stay as the user knows them."""
+    assert [spec.name for spec in specs] == [spec.name for spec in found]
+    return [dataclasses.replace(spec, dtype=other.dtype) for spec, other in zip(specs, found, strict=True)]

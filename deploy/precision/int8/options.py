@@ -1,0 +1,74 @@
+"""How to quantize. Imports none of the libraries that do it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploy.artifact.artifact import Artifact
+from deploy.calibration.thresholds import METHODS
+from deploy.data.calibration_set import CalibrationSet
+from deploy.errors import UsageError
+from deploy.host.versions import tool_versions
+from deploy.options import option
+
+METHOD = "percentile"
+"""The default method: it loses least on the benchmarks (docs/int8.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """How to quantize.
+
+    method: how the largest magnitude that INT8 is to hold is chosen for an activation: see `calibration.thresholds`.
+    percentile: per cent of the magnitudes that the method `percentile` keeps.
+    per_tensor: one scale for a weight, not one for each of its output channels.
+    exclude: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
+    fp16: the scales are FP16 too, so that no Cast stands between layers.
+    """
+
+    method: str = option(METHOD, f"Scales by {', '.join(METHODS[:-1])} or {METHODS[-1]}.", metavar="M")
+    percentile: float = 99.99
+    batch_size: int = option(2, "Images of one run; does not change the scales.", metavar="B")
+    per_tensor: bool = option(False, "One scale for a weight, not one for each output channel.")
+    exclude: tuple[str, ...] = option(
+        (), "Leave in floating point: a node, an operator or a pattern. May be repeated.", metavar="NODE"
+    )
+    float_first: bool = option(False, "Leave the first layer in floating point.")
+    float_last: bool = option(False, "Leave the last layer in floating point.")
+    bias_correction: bool = option(True, "Keep the mean error of each layer, which is otherwise taken away with its bias.")
+    equalize: bool | None = option(
+        None, "Equalize ranges across layers first.", default="with --per-tensor, and where there are depthwise layers"
+    )
+    fp16: bool = option(False, "FP16 for what is not INT8, and for the scales.")
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if not 50 <= self.percentile <= 100:
+            raise UsageError(f"the percentile must be 50 to 100, not {self.percentile:g}")
+        if self.batch_size < 1:
+            raise UsageError(f"`batch_size` must be 1 or more, not {self.batch_size}")
+
+    @property
+    def floats(self) -> Literal["fp16", "fp32"]:
+        """The precision of what is not INT8."""
+        return "fp16" if self.fp16 else "fp32"
+
+
+def quantize_settings(options: QuantizeOptions) -> dict[str, Any]:
+    """The options that the result depends on, as JSON-like values."""
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("batch_size", "fp16")}
+    return settings | {"floats": options.floats}
+
+
+def quantize_request(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions) -> dict[str, Any] | None:
+    """Everything that scales and corrections depend on, as JSON-like values; None when the data can be read only once."""
+    content = data.digest()
+    if content is None:
+        return None
+    return {
+        "parent": artifact.manifest.digest,
+        "data": content,
+        "options": quantize_settings(options),
+        "tools": tool_versions(),
+    }
