@@ -82,7 +82,7 @@ def command(
         raise UsageError("--fp16 and --bf16 exclude one another")
     from deploy.pipeline.build_trt import build_trt  # loads heavy libraries
     from deploy.pipeline.build_trt import preflight as check
-    from deploy.precision.int8.quantize import QuantizeOptions
+    from deploy.precision.int8.options import QuantizeOptions
 
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     common: dict[str, Any] = {

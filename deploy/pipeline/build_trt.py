@@ -33,7 +33,8 @@ from deploy.pipeline.attest import attested, gpu_identity, optimum
 from deploy.pipeline.convert import IMAGES, ConvertOptions, convert_onnx
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.stage import PathLike, as_path, default_out, make_gate, open_source
-from deploy.precision.int8.quantize import QuantizeOptions, hint, quantize_onnx, quantize_settings
+from deploy.precision.int8.options import QuantizeOptions, quantize_settings
+from deploy.precision.int8.quantize import hint, quantize_onnx
 from deploy.precision.macs import count_macs
 from deploy.progress import Progress, silent
 

@@ -28,7 +28,7 @@ from deploy.precision.graph import prepare
 from deploy.precision.half.convert import to_half
 from deploy.precision.half.emulate import emulate
 from deploy.precision.half.keep import nodes_to_keep
-from deploy.precision.half.plan import HALF, OPSET, HalfPrecision
+from deploy.precision.half.options import OPSET, PRECISIONS, HalfPrecision
 from deploy.precision.ranges import Range, activation_ranges
 from deploy.progress import Progress, silent
 
@@ -58,7 +58,7 @@ class ConvertOptions:
     atol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in HALF:
+        if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be fp16 or bf16, not {self.precision!r}")
         if self.fp16_io and self.precision != "fp16":
             raise UsageError("--fp16-io goes with --fp16: inputs and outputs in BF16 are not supported")

@@ -15,7 +15,8 @@ from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.evaluation.gate import Gate, check_accuracy
 from deploy.host.versions import tool_versions
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, make_gate, open_source
-from deploy.precision.int8.quantize import METHOD, QuantizeOptions, hint, quantize_onnx, quantize_request
+from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
+from deploy.precision.int8.quantize import hint, quantize_onnx
 from deploy.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def quantize(
     """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
 
     `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
-    (`build/<name>-int8-fp16`). What the other options mean: `deploy.precision.int8.quantize.QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy is compared before and
+    (`build/<name>-int8-fp16`). What the other options mean: `deploy.precision.int8.options.QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy is compared before and
     after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. Raises a DeployError; nothing
     that stood at `out` is lost then.
     """

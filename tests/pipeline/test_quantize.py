@@ -23,7 +23,8 @@ from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
 from deploy.models.lenet5 import LeNet5
 from deploy.precision.int8 import cache as calibration_cache
 from deploy.precision.int8 import quantize as int8
-from deploy.precision.int8.quantize import QuantizeOptions, quantize_onnx
+from deploy.precision.int8.options import METHOD, QuantizeOptions
+from deploy.precision.int8.quantize import quantize_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_the_artifact_says_how_it_was_calibrated_and_is_a_quarter_of_the_size(co
     assert manifest.parent.digest == convnet.manifest.digest
     record = manifest.calibration
     assert record is not None
-    assert (record.kind, record.rows, record.method, record.floats) == ("images", 40, int8.METHOD, "fp32")
+    assert (record.kind, record.rows, record.method, record.floats) == ("images", 40, METHOD, "fp32")
     assert [layer.node for layer in record.layers] != []
     assert record.layers == sorted(record.layers, key=lambda layer: layer.sqnr_db)
     assert manifest.parity is not None
@@ -251,19 +252,6 @@ def test_a_dead_activation_is_said_and_harmless(tmp_path, caplog):
     assert "always 0 on the calibration data: input" in caplog.text
     with deploy.load(made) as session:
         assert np.isfinite(session(np.zeros((1, 1, 28, 28), np.float32))).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "maximum"}, "max, percentile, mse, entropy"),
-        ({"percentile": 5}, "percentile"),
-        ({"batch_size": 0}, "batch size"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(UsageError, match=message):
-        QuantizeOptions(**options)
 
 
 def test_only_an_fp32_onnx_artifact_can_be_quantized(convnet, images, tmp_path):

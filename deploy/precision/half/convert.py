@@ -12,7 +12,8 @@ import onnx_ir as ir
 from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
 from deploy.precision.graph import STANDARD, check, prepare, unused
-from deploy.precision.half.plan import ANY_TYPE, FLOAT, HALF, OPSET, HalfPrecision, Ports, is_float, plan_half, round_to
+from deploy.precision.half.options import OPSET, HalfPrecision
+from deploy.precision.half.plan import ANY_TYPE, FLOAT, HALF, Ports, is_float, plan_half, round_to
 
 
 def to_half(

@@ -5,7 +5,8 @@ import onnx
 import onnx_ir as ir
 
 from deploy.precision.graph import prepare
-from deploy.precision.half.plan import LARGEST, OPSET, HalfPrecision, Ports, plan_half, round_to
+from deploy.precision.half.options import LARGEST, OPSET, HalfPrecision
+from deploy.precision.half.plan import Ports, plan_half, round_to
 from deploy.precision.ranges import Range
 
 HEADROOM = 2.0

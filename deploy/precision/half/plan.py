@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -10,17 +9,10 @@ import onnx
 import onnx_ir as ir
 
 from deploy.precision.graph import STANDARD, opset_version
-
-HalfPrecision = Literal["fp16", "bf16"]
+from deploy.precision.half.options import HalfPrecision
 
 FLOAT = ir.DataType.FLOAT
 HALF: dict[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
-"""The largest finite number of each format."""
-
-OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
-"""The opset that a graph needs at least: before 22, convolution and pooling are not defined for BF16."""
-
 _SHAPES = ("Shape", "Size")
 """Operators that do not read the numbers in their input."""
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -16,11 +15,10 @@ from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
-from deploy.calibration.thresholds import METHODS, Method, threshold
+from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.errors import ParityError, UsageError
 from deploy.evidence.parity import TOLERANCES, Parity, compare
-from deploy.host.versions import tool_versions
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.graph import prepare
 from deploy.precision.half.convert import to_half
@@ -33,6 +31,7 @@ from deploy.precision.int8.equalize import equalize
 from deploy.precision.int8.folding import fold_batchnorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect, scale_of
+from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import to_int8
 from deploy.precision.int8.rows import Rows, first_rows, row_count
@@ -41,47 +40,8 @@ from deploy.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-METHOD = "percentile"
-"""The method used where none is asked for: it loses least on the benchmarks (README, INT8)."""
-OPSET = 19
-"""The first opset in which Q/DQ pairs may have FP16 scales, as the FP16 pass over a quantized graph makes them."""
 PARITY_ROWS = 4
 _NAMED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """How to quantize.
-
-    method: how the largest magnitude that INT8 is to hold is chosen for an activation: see `calibration.thresholds`.
-    percentile: per cent of the magnitudes that `percentile` keeps.
-    batch_size: rows of one run while calibrating; the scales do not depend on it.
-    per_tensor: one scale for a weight, not one for each of its output channels.
-    exclude: nodes to leave in floating point: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
-    float_first, float_last: leave the first or the last layers with weights in floating point.
-    bias_correction: take the mean error of each layer away with its bias.
-    equalize: equalize ranges across layers first; None: with `per_tensor`, and where there are depthwise convolutions.
-    floats: the precision of what is not INT8. With `fp16` the scales are FP16 too, so that no Cast stands between layers.
-    """
-
-    method: str = METHOD
-    percentile: float = 99.99
-    batch_size: int = 2
-    per_tensor: bool = False
-    exclude: tuple[str, ...] = ()
-    float_first: bool = False
-    float_last: bool = False
-    bias_correction: bool = True
-    equalize: bool | None = None
-    floats: Literal["fp32", "fp16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
-        if not 50 <= self.percentile <= 100:
-            raise UsageError(f"the percentile must be 50 to 100, not {self.percentile:g}")
-        if self.batch_size < 1:
-            raise UsageError(f"the batch size must be 1 or more, not {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,24 +89,6 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     if request is not None:
         cache.write(request, known)
     return dataclasses.replace(quantized, parity=known.parity)
-
-
-def quantize_request(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions) -> dict[str, Any] | None:
-    """Everything that scales and corrections depend on; None when the data can be read only once."""
-    content = data.digest()
-    if content is None:
-        return None
-    return {
-        "parent": artifact.manifest.digest,
-        "data": content,
-        "options": quantize_settings(options),
-        "tools": tool_versions(),
-    }
-
-
-def quantize_settings(options: QuantizeOptions) -> dict[str, Any]:
-    """The options that the result depends on."""
-    return {key: value for key, value in dataclasses.asdict(options).items() if key != "batch_size"}
 
 
 def hint(calibration: Calibration | None) -> str:

@@ -1,0 +1,16 @@
+"""The half-precision formats: their names, the opset that each needs, and the largest number that it holds.
+
+Imports no heavy library, so that options can be checked before onnx is loaded.
+"""
+
+from typing import Literal, get_args
+
+HalfPrecision = Literal["fp16", "bf16"]
+
+PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
+
+OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
+"""The lowest opset that a graph may have: before 22, convolution and pooling are not defined for BF16."""
+
+LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
+"""The largest finite number of each format."""
