@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact, parent_record, standing
 from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare, Stage, request_digest
-from deploy.artifact.onnxfile import save_model
+from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import CalibrationSet, calibration_set
@@ -169,9 +168,10 @@ def preflight_artifact(
         _save(typed, artifact, path)
         progress("parsing")
         network = parse_network(flavour, path, shown=artifact.shown)
-        macs = count_macs(path, optimum(profiles))
+        model = ir.load(path)
+        macs = count_macs(model, optimum(profiles), shown=artifact.shown)
         share, by_node = network_share(network.definition, flavour.trt, macs)
-        nodes = len(onnx.load(path, load_external_data=False).graph.node)
+        nodes = len(model.graph)
     manifest = typed.manifest
     check_honoured(manifest.precision, by_node, macs, manifest.exclusions, f"{artifact.shown} with {flavour.name}")
     return Preflight(flavour=flavour.name, version=flavour.version, nodes=nodes, share=share)
@@ -193,14 +193,14 @@ def _check_source(artifact: Artifact, options: BuildTrtOptions, data: Calibratio
 
 def _save(typed: "_Typed", artifact: Artifact, path: Path) -> None:
     # The file is written again even as it is: external data may have another name there.
-    save_model(ir.load(artifact.onnx_path) if typed.model is None else ir.from_proto(typed.model), path)
+    save_model(load_model(artifact.onnx_path) if typed.model is None else typed.model, path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Typed:
     """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it."""
 
-    model: onnx.ModelProto | None
+    model: ir.Model | None
     manifest: Manifest
 
 

@@ -10,26 +10,22 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir
 
 from deploy.artifact.artifact import Artifact, parent_record, standing
 from deploy.artifact.manifest import ONNX, Exclusion, Stage, request_digest
-from deploy.artifact.onnxfile import graph_specs, save_model
+from deploy.artifact.onnxfile import load_model, model_specs, save_model
 from deploy.artifact.tensors import Feed, Profile, TensorSpec, batch_dim, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.images import data_digest, image_feeds, image_input
-from deploy.errors import ParityError, PrecisionError, UsageError
+from deploy.errors import ParityError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
 from deploy.host.versions import tool_versions
 from deploy.pipeline.stage import PathLike, as_path, default_out, open_source
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
-from deploy.precision.graph import prepare
-from deploy.precision.half.convert import to_half
-from deploy.precision.half.emulate import emulate
-from deploy.precision.half.keep import nodes_to_keep
-from deploy.precision.half.options import OPSET, PRECISIONS, HalfPrecision
-from deploy.precision.ranges import Range, activation_ranges
+from deploy.precision.half.convert import convert_model
+from deploy.precision.half.emulate import Emulate
+from deploy.precision.half.options import PRECISIONS, HalfPrecision
 from deploy.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -75,7 +71,7 @@ class ConvertOptions:
 class Converted:
     """A graph in half precision, its inputs and outputs, the nodes left in FP32 and its parity with the FP32 graph."""
 
-    model: onnx.ModelProto
+    model: onnx_ir.Model
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     exclusions: list[Exclusion]
@@ -83,7 +79,7 @@ class Converted:
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
-        save_model(onnx_ir.from_proto(self.model), path)
+        save_model(self.model, path)
 
 
 def convert_artifact(artifact: Artifact, out: Path, options: ConvertOptions, progress: Progress = silent) -> Artifact:
@@ -131,20 +127,20 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     """
     _check_source(artifact, options)
     artifact.verify(weights=False)
-    model = onnx.load(artifact.onnx_path)
-    try:
-        prepared = prepare(model, opset=OPSET[options.precision])
-        ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
-    except PrecisionError as error:
-        raise PrecisionError(f"cannot convert {artifact.shown}: {error}") from error
-    _check_finite(prepared, ranges, artifact)
-    progress(f"converting to {options.precision.upper()}")
-    keep = nodes_to_keep(prepared, ranges, options.precision)
-    half, exclusions = to_half(prepared, options.precision, half_io=options.fp16_io, keep=keep)
-    parity = _parity(artifact, model, half, options, progress)
-    inputs, outputs = graph_specs(half.graph)
+    source = load_model(artifact.onnx_path)
+    model = source.clone()
+    exclusions = convert_model(
+        model,
+        options.precision,
+        _range_feeds(artifact, options, progress),
+        half_io=options.fp16_io,
+        shown=artifact.shown,
+        progress=progress,
+    )
+    parity = _parity(artifact, source, model, options, progress)
+    inputs, outputs = model_specs(model)
     return Converted(
-        model=half,
+        model=model,
         inputs=_with_dtypes(artifact.manifest.inputs, inputs),
         outputs=_with_dtypes(artifact.manifest.outputs, outputs),
         exclusions=exclusions,
@@ -201,23 +197,12 @@ def _parity_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[tuple
                 yield "images", feed
 
 
-def _check_finite(model: onnx.ModelProto, ranges: Mapping[str, Range], artifact: Artifact) -> None:
-    """Raise PrecisionError when an output is not finite in FP32: nothing could then be compared."""
-    broken = [output.name for output in model.graph.output if output.name in ranges and not ranges[output.name].finite]
-    if broken:
-        node = next(
-            node for node in model.graph.node for name in node.output if name in ranges and not ranges[name].finite
-        )  # fmt: skip
-        raise PrecisionError(
-            f"{artifact.location} gives NaN or infinity in output {broken[0]!r} in FP32 already, first in node {node.name!r}"
-            f" ({node.op_type}); check the weights and that the input is what the model takes"
-        )
-
-
 def _parity(
-    artifact: Artifact, model: onnx.ModelProto, half: onnx.ModelProto, options: ConvertOptions, progress: Progress
+    artifact: Artifact, source: onnx_ir.Model, half: onnx_ir.Model, options: ConvertOptions, progress: Progress
 ) -> Parity:
-    reference, emulated = CpuGraph(model), CpuGraph(emulate(half))
+    emulation = half.clone()
+    Emulate()(emulation)
+    reference, emulated = CpuGraph(source), CpuGraph(emulation)
     cases = []
     for data, feed in _parity_feeds(artifact, options):
         batch = _batch(feed)

@@ -1,14 +1,13 @@
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from deploy.precision.graph import prepare
 from deploy.precision.half.options import OPSET
 from deploy.precision.half.plan import plan_half, round_to
+from tests.precision.conftest import prepared
 
 
 def planned(model, precision="fp16"):
-    graph = ir.from_proto(prepare(model, opset=OPSET[precision]))
+    graph = prepared(model, opset=OPSET[precision])
     plan = plan_half(graph, precision)
     return {node.name: (ports.inputs, ports.outputs) for node, ports in plan.half.items()}, plan.stay
 
