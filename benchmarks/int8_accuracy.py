@@ -36,7 +36,7 @@ from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import Sample, batches, scan
 from deploy.host.cpu import usable_cores
 from deploy.models import registry
-from deploy.precision.int8.quantize import METHOD
+from deploy.precision.int8.options import METHOD
 
 IMAGES = 512
 PHOTOS_CALIB = 200

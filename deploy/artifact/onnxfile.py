@@ -75,6 +75,11 @@ def open_onnx(path: Path) -> Artifact:
     return Artifact(path.parent, manifest, bare=path.name)
 
 
+def load_model(path: Path) -> ir.Model:
+    """The model in an ONNX file, with its external weights read into memory."""
+    return ir.external_data.load_to_model(ir.load(path))
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph of an ONNX file, external data left on disk."""
     return onnx.load(path, load_external_data=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
@@ -70,12 +70,12 @@ def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
     """The work of one run with these sizes of symbolic dimensions; None where the graph does not tell."""
     manifest = artifact.manifest
     shapes = {spec.name: spec.concrete(sizes) for spec in manifest.inputs}
+    model = ir.load(artifact.onnx_path)
     try:
-        macs = count_macs(artifact.onnx_path, shapes)
+        macs = count_macs(model, shapes, shown=artifact.shown)
     except PrecisionError:
         return None
-    model = onnx.load(artifact.onnx_path, load_external_data=False)
-    weights = sum(_nbytes(tensor) for tensor in model.graph.initializer)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     ends = 0
     for spec in (*manifest.inputs, *manifest.outputs):
         if any(dim not in sizes for dim in spec.dynamic):
@@ -89,11 +89,6 @@ def attainable(work: Work, peak: Peak) -> float:
     if not work.operations:
         return 0.0
     return min(peak.flops, work.operations / work.nbytes * peak.bytes_per_s)
-
-
-def _nbytes(tensor: onnx.TensorProto) -> int:
-    size = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-    return int(np.prod(tensor.dims, dtype=np.int64)) * size
 
 
 def _size(spec: TensorSpec, sizes: Mapping[str, int]) -> int:

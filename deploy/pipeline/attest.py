@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx
+import onnx_ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare
+from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
@@ -23,10 +24,11 @@ from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.evidence.timing import Ratio, paired_ratio, sample
 from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.half.emulate import emulate
+from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.entry import convert_onnx
 from deploy.precision.half.options import ConvertOptions
 from deploy.precision.macs import count_macs
+from deploy.precision.prepare import Prepare
 from deploy.progress import Progress
 from deploy.runtime.backends.tensorrt import TensorRTSession
 from deploy.runtime.load import open_session
@@ -85,7 +87,10 @@ def engine_parity(session: Session, engine: Artifact, gpu: str) -> Parity:
     manifest = engine.manifest
     assert manifest.target is not None
     tolerance = TOLERANCES[manifest.precision]
-    reference = CpuGraph(emulate(onnx.load(engine.onnx_path)))
+    model = load_model(engine.onnx_path)
+    Prepare()(model)
+    Emulate()(model)
+    reference = CpuGraph(model)
     dims = session.dims()
     batch = batch_dim(session.inputs)
     cases = []
@@ -165,7 +170,7 @@ def attested(
     Raises EngineError when the precision is not honoured, or the engine must be `faster_than_fp16` and is not.
     """
     manifest = engine.manifest
-    macs = count_macs(engine.onnx_path, optimum(manifest.profiles))
+    macs = count_macs(onnx_ir.load(engine.onnx_path), optimum(manifest.profiles), shown=engine.shown)
     share, by_node = network_share(built.network.definition, flavour.trt, macs)
     what = f"{source.shown} with {flavour.name}"
     parity = None

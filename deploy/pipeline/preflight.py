@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
 from deploy.artifact.manifest import ONNX, PrecisionShare
 from deploy.artifact.tensors import Profile
@@ -39,8 +39,9 @@ def check_parser(typed: Typed, flavour: Flavour, profiles: list[Profile], progre
         typed.save(path)
         progress("parsing")
         network = parse_network(flavour, path, shown=shown)
-        macs = count_macs(path, optimum(profiles))
+        model = ir.load(path)
+        macs = count_macs(model, optimum(profiles), shown=shown)
         share, by_node = network_share(network.definition, flavour.trt, macs)
-        nodes = len(onnx.load(path, load_external_data=False).graph.node)
+        nodes = len(model.graph)
     check_honoured(typed.manifest.precision, by_node, macs, typed.manifest.exclusions, f"{shown} with {flavour.name}")
     return Preflight(flavour=flavour.name, version=flavour.version, nodes=nodes, share=share)

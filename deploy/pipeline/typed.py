@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import onnx
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
-from deploy.artifact.onnxfile import save_model
+from deploy.artifact.onnxfile import load_model, save_model
 from deploy.data.calibration_set import CalibrationSet
 from deploy.precision.half.entry import convert_onnx
 from deploy.precision.half.options import ConvertOptions
@@ -23,12 +22,12 @@ class Typed:
     """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it."""
 
     source: Artifact
-    model: onnx.ModelProto | None
+    model: ir.Model | None
     manifest: Manifest
 
     def save(self, path: Path) -> None:
         """Write the graph to `path`. The artifact's own is written again too: its external data may have another name there."""
-        save_model(ir.load(self.source.onnx_path) if self.model is None else ir.from_proto(self.model), path)
+        save_model(load_model(self.source.onnx_path) if self.model is None else self.model, path)
 
 
 def typed_graph(

@@ -1,69 +1,68 @@
-"""ONNX graphs in memory, run on the CPU with ONNX Runtime: what ranges and parity are measured with."""
+"""ONNX graphs in memory that run on the CPU with ONNX Runtime, to measure activation ranges and parity."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
-from deploy.errors import BackendError, PrecisionError
+from deploy.errors import PrecisionError
 from deploy.host.cpu import usable_cores
+from deploy.host.extras import missing
 from deploy.precision.graph import first_line, unknown_nodes
 
 try:
     import onnxruntime
     from onnxruntime import OrtValue
 except ImportError as error:
-    raise BackendError(
-        "half precision is checked with ONNX Runtime, which is not installed: install deploy[cpu] or deploy[gpu]"
-    ) from error
+    raise missing(error, "a check against the FP32 graph") or error from error
 
 ONNXRUNTIME_VERSION: str = onnxruntime.__version__
 
 _ERRORS_ONLY = 3
 
 STREAMS = 2
-"""Calls of a graph at a time where there are many: one counts or copies while the other computes, and half as many threads
-wait for each other in each."""
+"""Number of concurrent calls of a graph where there are many calls: one counts or copies while the other computes, and with
+half as many threads each, fewer wait for one another."""
 
 _SHARED_BYTES = 1024
-"""Initializers of this size or more are handed to ONNX Runtime as arrays; shapes are computed from smaller ones."""
+"""Initializers of at least this size are passed to ONNX Runtime as arrays; shapes are computed from smaller ones."""
 
 _STORED = {
-    TensorProto.FLOAT: "<f4",
-    TensorProto.DOUBLE: "<f8",
-    TensorProto.FLOAT16: "<u2",
-    TensorProto.BFLOAT16: "<u2",
-    TensorProto.INT8: "i1",
-    TensorProto.UINT8: "u1",
-    TensorProto.INT32: "<i4",
-    TensorProto.INT64: "<i8",
+    ir.DataType.FLOAT: "<f4",
+    ir.DataType.DOUBLE: "<f8",
+    ir.DataType.FLOAT16: "<u2",
+    ir.DataType.BFLOAT16: "<u2",
+    ir.DataType.INT8: "i1",
+    ir.DataType.UINT8: "u1",
+    ir.DataType.INT32: "<i4",
+    ir.DataType.INT64: "<i8",
 }
-"""How the elements of an initializer lie in memory: a dtype of the same size."""
+"""A numpy dtype with the same memory layout as the elements of an initializer."""
+
+_LOCATION = "in memory"
 
 
 class CpuGraph:
     """An ONNX graph loaded by ONNX Runtime, to be called with a feed. Raises PrecisionError when it cannot be loaded.
 
-    also: inner tensors that are to be outputs too. streams: how many threads will call it at a time: they share the cores.
-    The model stays as it is.
+    also: inner tensors to return in addition to the outputs. streams: how many threads will call it concurrently; they
+    share the cores. The model is not changed.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, also: Sequence[str] = (), streams: int = 1) -> None:
+    def __init__(self, model: ir.Model, *, also: Sequence[str] = (), streams: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = max(1, usable_cores() // streams)
         # Idle threads that spin would slow down the other session of a comparison.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        unknown = unknown_nodes(model)
-        graph, self._weights = _split(model)
-        del model  # ONNX Runtime makes copies of its own: this may be the last reference to one of ours
-        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
+        proto, self._weights = _serialize(model)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
         try:
-            self._session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base
-            for node in unknown:
+            for node in unknown_nodes(model):
                 if f"{node.domain}:{node.op_type}(" in str(error):
                     raise PrecisionError(
                         f"ONNX Runtime, which ranges and parity are measured with, does not know node {node.name!r}: it is"
@@ -80,22 +79,23 @@ class CpuGraph:
             raise PrecisionError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
 
 
-def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
-    """A copy of the model without its large weights, and the weights, which ONNX Runtime reads where they are.
+def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
+    """The model without its large weights, and these weights, which ONNX Runtime reads where they are.
 
-    So no file of over 2 GB, which protobuf cannot hold, comes to be, and none of less is written and parsed.
+    So there is never a message of more than 2 GB, which protobuf cannot hold, and no weight is copied.
     """
-    graph = onnx.ModelProto()
-    graph.CopyFrom(model)
+    slim = model.clone()
     weights: dict[str, OrtValue] = {}
-    for tensor in graph.graph.initializer:
-        stored = _STORED.get(tensor.data_type)
-        if stored is None or len(tensor.raw_data) < _SHARED_BYTES:
+    for name, value in slim.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
             continue
-        array = np.frombuffer(tensor.raw_data, dtype=stored).reshape(tensor.dims)
-        weights[tensor.name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
-        tensor.ClearField("raw_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "in memory"), ("offset", "0"), ("length", str(array.nbytes))):
-            tensor.external_data.add(key=key, value=value)
-    return graph, weights
+        stored = _STORED.get(tensor.dtype)
+        if stored is None or tensor.nbytes < _SHARED_BYTES:
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.tensor(tensor.numpy(), name=name)
+            continue
+        array = np.require(tensor.numpy(), requirements="CA").view(stored)
+        weights[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+        value.const_value = ir.ExternalTensor(_LOCATION, 0, array.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name)
+    return ir.to_proto(slim), weights

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -10,46 +9,38 @@ from onnx import shape_inference
 from onnxscript.optimizer import fold_constants
 
 from deploy.errors import PrecisionError
+from deploy.precision.graph import slim_proto
 
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def count_macs(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], *, shown: object = "the model") -> dict[str, int]:
     """Multiply-accumulates of every Conv, ConvTranspose, Gemm and MatMul node at the given input shapes, by node name.
 
-    Conv: elements of the output times kernel size times input channels a group. ConvTranspose: elements of the input
-    times kernel size times output channels a group. Gemm and MatMul: elements of the output times the inner dimension.
-    Raises PrecisionError when a shape cannot be inferred.
+    Conv: elements of the output times kernel size times input channels of a group. ConvTranspose: elements of the input
+    times kernel size times output channels of a group. Gemm and MatMul: elements of the output times the inner dimension.
+    `shown`: what to call the model in an error. Raises PrecisionError when a shape cannot be inferred.
     """
-    model = onnx.load(path, load_external_data=False)
-    for value in model.graph.input:
+    fixed = model.clone()
+    for value in fixed.graph.inputs:
         if value.name in shapes:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-                dim.Clear()
-                dim.dim_value = size
-    for value in [*model.graph.output, *model.graph.value_info]:
-        value.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]
-    try:
-        return _counts(shape_inference.infer_shapes(model, data_prop=True).graph)
-    except LookupError:
-        pass  # shapes that the graph computes, as those of im2col: they are constants once the input shapes are
-    folded = ir.from_proto(onnx.load(path))
-    for value in folded.graph.inputs:
-        if value.name is not None and value.name in shapes:
             value.shape = ir.Shape(shapes[value.name])
-    for node in folded.graph.all_nodes():
+    for node in fixed.graph.all_nodes():
         for value in node.outputs:
             value.shape = None
-    fold_constants(folded)
     try:
-        return _counts(shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True).graph)
+        return _counts(shape_inference.infer_shapes(slim_proto(fixed), data_prop=True).graph)
+    except LookupError:
+        pass  # shapes that the graph computes, as for im2col: they are constants once the input shapes are
+    fold_constants(fixed)
+    try:
+        return _counts(shape_inference.infer_shapes(slim_proto(fixed), data_prop=True).graph)
     except LookupError as error:
-        raise PrecisionError(f"cannot count the multiply-accumulates of {path}: {error.args[0]}") from error
+        raise PrecisionError(f"cannot count the multiply-accumulates of {shown}: {error.args[0]}") from error
 
 
 def _counts(graph: onnx.GraphProto) -> dict[str, int]:
-    """Raises LookupError for a node whose shapes are not known."""
+    """The multiply-accumulates by node. Raises LookupError for a node whose shapes are not known."""
     known: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.value_info, *graph.input, *graph.output]:
         kind = value.type.tensor_type
@@ -68,9 +59,9 @@ def _counts(graph: onnx.GraphProto) -> dict[str, int]:
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     first, second = shapes[node.input[0]], shapes[node.input[1]]
     output = math.prod(shapes[node.output[0]])
-    if node.op_type == "Conv":  # weight: output channels, input channels a group, kernel
+    if node.op_type == "Conv":  # weight: output channels, input channels of a group, kernel
         return output * math.prod(second[1:])
-    if node.op_type == "ConvTranspose":  # weight: input channels, output channels a group, kernel
+    if node.op_type == "ConvTranspose":  # weight: input channels, output channels of a group, kernel
         return math.prod(first) * math.prod(second[1:])
     if node.op_type == "Gemm":
         transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)

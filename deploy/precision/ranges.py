@@ -1,11 +1,10 @@
-"""The range of every activation of an FP32 graph, seen on data."""
+"""The range of every activation of an FP32 graph, measured on data."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from deploy.precision.cpu import CpuGraph
@@ -14,9 +13,9 @@ from deploy.precision.graph import unused
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Smallest and largest element seen of one tensor, NaN left out, and whether it held NaN.
+    """Smallest and largest element of one tensor over all feeds, without NaN, and whether there was a NaN.
 
-    An infinity is an element as any other: where `low` is -inf, the smallest finite one is not known.
+    An infinity counts as an element: if `low` is -inf, the smallest finite element is not known.
     """
 
     low: float
@@ -36,15 +35,16 @@ class Range:
         return Range(low=min(self.low, other.low), high=max(self.high, other.high), nan=self.nan or other.nan)
 
 
-def activation_ranges(model: onnx.ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
-    """Ranges by name of all float32 inputs and node outputs of a prepared graph, its subgraphs' own left out.
+def activation_ranges(model: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
+    """Ranges by name of all float32 inputs and node outputs of a prepared model, without those of its subgraphs.
 
-    The graph itself reduces every tensor to three numbers as it runs, so that memory does not grow with the number of
-    feeds or of tensors. Empty tensors have no range. Raises PrecisionError when a feed cannot be run.
+    The graph reduces every tensor to three numbers as it runs, so that memory does not grow with the number of feeds or
+    tensors. Empty tensors have no range. Raises PrecisionError when a feed cannot be run.
     """
-    graph = ir.from_proto(model)
-    probes = _add_probes(graph.graph)
-    run = CpuGraph(ir.to_proto(graph))
+    probed = model.clone()
+    probes = _add_probes(probed.graph)
+    run = CpuGraph(probed)
+    del probed
     ranges: dict[str, Range] = {}
     for feed in feeds:
         results = run(feed)
@@ -52,14 +52,14 @@ def activation_ranges(model: onnx.ModelProto, feeds: Iterable[Mapping[str, np.nd
             low, high, total = (float(results[probe]) for probe in (low_name, high_name, sum_name))
             # The sum is NaN with any NaN, but also with infinities of both signs; min and max may pass over a NaN.
             nan = math.isnan(low) or math.isnan(high) or (math.isnan(total) and not (low == -math.inf and high == math.inf))
-            found = Range(low=math.inf if math.isnan(low) else low, high=-math.inf if math.isnan(high) else high, nan=nan)
-            if nan or found.low <= found.high:
-                ranges[name] = found.merge(ranges[name]) if name in ranges else found
+            seen = Range(low=math.inf if math.isnan(low) else low, high=-math.inf if math.isnan(high) else high, nan=nan)
+            if nan or seen.low <= seen.high:
+                ranges[name] = seen.merge(ranges[name]) if name in ranges else seen
     return ranges
 
 
 def _add_probes(graph: ir.Graph) -> dict[str, tuple[str, str, str]]:
-    """Make the smallest element, the largest and the sum of every float tensor the outputs of `graph`; their names."""
+    """Replace the outputs of `graph` by the smallest element, the largest and the sum of every float tensor; returns their names."""
     values = [*graph.inputs, *(value for node in graph for value in node.outputs if value.name)]
     taken = {value.name for value in (*values, *graph.initializers.values())}
     probes: dict[str, tuple[str, str, str]] = {}

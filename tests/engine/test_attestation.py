@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 
 from deploy.artifact.tensors import ShapeRange
@@ -51,7 +52,7 @@ def test_a_layer_is_int8_when_both_operands_are(tmp_path: Path, shape: str, weig
     sizes = tuple(map(int, shape.split(",")))
     rtx = load_flavour("tensorrt-rtx")
     built = build_engine(rtx, path, [{"x": ShapeRange(min=sizes, opt=sizes, max=sizes)}], BuildOptions())
-    share, by_node = network_share(built.network.definition, rtx.trt, count_macs(path, {"x": sizes}))
+    share, by_node = network_share(built.network.definition, rtx.trt, count_macs(onnx_ir.load(path), {"x": sizes}))
     assert by_node == {"n": expected}
     assert getattr(share, expected) == 1
 

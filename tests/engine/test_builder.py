@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 
 from deploy.artifact.manifest import Exclusion
@@ -110,7 +111,7 @@ def test_an_engine_is_built_and_its_precision_read_back_from_the_network(rtx: Fl
     assert len(built.plan) > 1000
     assert built.target.flavour == "tensorrt-rtx"
     assert built.target.gpu is None
-    macs = count_macs(path, {"x": SHAPES["x"].opt})
+    macs = count_macs(onnx_ir.load(path), {"x": SHAPES["x"].opt})
     assert macs == MACS
     share, by_node = network_share(built.network.definition, rtx.trt, macs)
     assert by_node == {"stem": precision, "head": "fp32"}
@@ -123,13 +124,13 @@ def test_an_engine_is_built_and_its_precision_read_back_from_the_network(rtx: Fl
 def test_a_layer_behind_dequantize_linear_counts_as_int8(rtx: Flavour, tmp_path: Path) -> None:
     path = save(QUANTIZED, tmp_path / "quantized.onnx")
     built = build(rtx, path)
-    share, _ = network_share(built.network.definition, rtx.trt, count_macs(path, {"x": SHAPES["x"].opt}))
+    share, _ = network_share(built.network.definition, rtx.trt, count_macs(onnx_ir.load(path), {"x": SHAPES["x"].opt}))
     assert share.int8 == 1
 
 
 def test_a_network_in_fp32_does_not_pass_for_fp16(rtx: Flavour, tmp_path: Path) -> None:
     path = mixed(tmp_path / "mixed.onnx", "fp32")
-    macs = count_macs(path, {"x": SHAPES["x"].opt})
+    macs = count_macs(onnx_ir.load(path), {"x": SHAPES["x"].opt})
     _, by_node = network_share(build(rtx, path).network.definition, rtx.trt, macs)
     with pytest.raises(EngineError, match=r"fp16 was asked for, and 0% .* stem \(fp32\), head \(fp32\)"):
         check_honoured("fp16", by_node, macs, [], "engine")

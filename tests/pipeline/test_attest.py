@@ -10,6 +10,7 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 
 import deploy
@@ -36,7 +37,7 @@ class OnTheCpu:
         self._session: Session = open_session(Artifact(engine.path, plain), "onnxruntime")
         self._built = FORMATS[built or engine.manifest.precision]
         sizes = {spec.name: engine.manifest.profiles[0][spec.name].opt for spec in engine.manifest.inputs}
-        self._nodes = list(count_macs(engine.onnx_path, sizes))
+        self._nodes = list(count_macs(onnx_ir.load(engine.onnx_path), sizes))
         self._delay_s = delay_s
         self._off = off
         self.inputs = self._session.inputs

@@ -10,33 +10,37 @@ import pytest
 from deploy.artifact.onnxfile import save_model
 from deploy.errors import BackendError, PrecisionError
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.half.convert import to_half
+from tests.precision.conftest import cpu_graph, to_half
 
 MODEL = "g (float[N, 2] x) => (float[N, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }"
 
 
 def test_outputs_come_by_name(parse):
-    found = CpuGraph(parse(MODEL))({"x": np.eye(2, dtype=np.float32)})
+    found = cpu_graph(parse(MODEL))({"x": np.eye(2, dtype=np.float32)})
     assert found["y"].tolist() == [[1, 2], [3, 4]]
 
 
 def test_a_graph_that_onnxruntime_lacks_an_operator_for_is_an_error_with_its_name(parse):
     with pytest.raises(PrecisionError, match="does not know node 'odd': it is operator Foo of domain my;"):
-        CpuGraph(parse("g (float[N] x) => (float[N] y) { [known] a = com.microsoft.QuickGelu(x) [odd] y = my.Foo(a) }"))
+        cpu_graph(parse("g (float[N] x) => (float[N] y) { [known] a = com.microsoft.QuickGelu(x) [odd] y = my.Foo(a) }"))
 
 
 def test_a_graph_that_onnxruntime_cannot_load_for_another_reason_is_an_error_that_says_it(parse):
     with pytest.raises(PrecisionError, match=r"cannot load the graph: .*QuickGelu"):
-        CpuGraph(parse("g (float[N] x, float[N] z) => (float[N] y) { y = com.microsoft.QuickGelu(x, z) }"))
+        cpu_graph(parse("g (float[N] x, float[N] z) => (float[N] y) { y = com.microsoft.QuickGelu(x, z) }"))
+
+
+def serialized(model):
+    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def test_inner_tensors_are_outputs_on_request_and_the_model_stays_as_it_is(parse):
-    model = parse("g (float[N] x) => (float[N] y) { a = Neg(x) b = Exp(a) y = Neg(b) }")
-    before = model.SerializeToString()
+    model = ir.from_proto(parse("g (float[N] x) => (float[N] y) { a = Neg(x) b = Exp(a) y = Neg(b) }"))
+    before = serialized(model)
     found = CpuGraph(model, also=["a"])({"x": np.ones(2, dtype=np.float32)})
     assert list(found) == ["y", "a"]
     assert found["a"].tolist() == [-1, -1]
-    assert model.SerializeToString() == before
+    assert serialized(model) == before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64"])
@@ -46,13 +50,30 @@ def test_large_weights_of_every_dtype_are_read_where_they_lie(dtype):
     node = onnx.helper.make_node("Cast", ["w"], ["y"], to=onnx.TensorProto.DOUBLE)
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.DOUBLE, (2, 2048))
     graph = onnx.helper.make_graph([node], "g", [], [output], [tensor])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    before = model.SerializeToString()
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10))
+    before = serialized(model)
     run = CpuGraph(model)
-    assert model.SerializeToString() == before
+    assert serialized(model) == before
     del model, graph, tensor
     gc.collect()
     assert run({})["y"].tolist() == weight.astype(np.float64).tolist()
+
+
+@pytest.mark.parametrize("size", [3, 4096])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_weights_in_a_file_beside_are_read_from_it_at_any_offset(tmp_path, dtype, size):
+    """Packed densely, so that a weight may begin anywhere; the small one is a shape."""
+    weight = (np.arange(size) % 100).astype(dtype)
+    tensors = [onnx.numpy_helper.from_array(np.array([7], np.int8), "odd"), onnx.numpy_helper.from_array(weight, "w")]
+    tensors.append(onnx.numpy_helper.from_array(np.array([1, -1], np.int64), "shape"))
+    nodes = [onnx.helper.make_node("Cast", ["w"], ["f"], to=1), onnx.helper.make_node("Reshape", ["f", "shape"], ["y"])]
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, size))
+    graph = onnx.helper.make_graph(nodes, "g", [], [output], tensors)
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10))
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    loaded = ir.load(tmp_path / "m.onnx")
+    assert isinstance(loaded.graph.initializers["w"].const_value, ir.ExternalTensor)
+    assert CpuGraph(loaded)({})["y"].tolist() == [weight.astype(np.float32).tolist()]
 
 
 def test_weights_over_the_limit_go_into_a_file_beside(parse, tmp_path):
@@ -67,5 +88,5 @@ def test_weights_over_the_limit_go_into_a_file_beside(parse, tmp_path):
 def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "deploy.precision.cpu")
-    with pytest.raises(BackendError, match=r"install deploy\[cpu\]"):
+    with pytest.raises(BackendError, match=r"needs onnxruntime, which is not installed: pip install 'deploy\[cpu\]'"):
         import deploy.precision.cpu  # noqa: F401

@@ -1,79 +1,45 @@
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
-from deploy.errors import PrecisionError
-from deploy.precision.graph import prepare, unused
-
-
-def test_preparing_keeps_names_and_gives_unnamed_and_doubly_named_nodes_names_of_their_own(parse):
-    model = parse("g (float[N] x) => (float[N] y) { [first] a = Relu(x) b = Abs(a) [first] y = Neg(b) }")
-    names = [node.name for node in prepare(model).graph.node]
-    assert names == ["first", "Abs_1", "first_2"]
-
-
-def test_preparing_twice_is_preparing_once(parse):
-    model = parse("g (float[N, 4] x) => (float[N, 4] y) { c = Constant<value_float = 2.5>() a = Mul(x, c) y = Relu(a) }")
-    prepared = prepare(model)
-    assert prepare(prepared) == prepared
-
-
-def test_preparing_does_not_change_its_argument(parse):
-    model = parse("g (float[N] x) => (float[N] y) { c = Constant<value_float = 2.5>() y = Mul(x, c) }")
-    before = model.SerializeToString(deterministic=True)
-    prepare(model, opset=22)
-    assert model.SerializeToString(deterministic=True) == before
-
-
-def test_constants_become_initializers_and_types_are_noted(parse):
-    model = parse("g (float[N, 4] x) => (float[N, 4] y) { c = Constant<value_float = 2.5>() a = Mul(x, c) y = Relu(a) }")
-    prepared = prepare(model)
-    assert [node.op_type for node in prepared.graph.node] == ["Mul", "Relu"]
-    assert [tensor.name for tensor in prepared.graph.initializer] == ["c"]
-    types = {value.name: value.type.tensor_type.elem_type for value in prepared.graph.value_info}
-    assert types["a"] == onnx.TensorProto.FLOAT
-
-
-def test_initializers_that_are_inputs_as_well_are_inputs_no_more(parse):
-    model = parse("g (float[N, 1] x, float[1] w = {2.0}) => (float[N, 1] y) { y = Mul(x, w) }")
-    assert [value.name for value in model.graph.input] == ["x", "w"]
-    assert [value.name for value in prepare(model).graph.input] == ["x"]
-
-
-def test_local_functions_are_inlined(parse):
-    model = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["": 20, "local": 1]>
-        g (float[N] x) => (float[N] y) { y = local.double(x) }
-        <domain: "local", opset_import: ["": 20]>
-        double (a) => (b) { b = Add(a, a) }"""
-    )
-    prepared = prepare(model)
-    assert [node.op_type for node in prepared.graph.node] == ["Add"]
-    assert not prepared.functions
-
-
-@pytest.mark.parametrize("opset", [13, 20])
-def test_an_older_opset_is_converted_with_what_changed_since(parse, opset):
-    axes = "<axes = [2]>(x)" if opset == 13 else "(x, axes)"
-    constant = "" if opset == 13 else "axes = Constant<value_ints = [2]>()"
-    model = parse(f"g (float[N, 4, 8] x) => (float[N, 4, 1] y) {{ {constant} y = ReduceMean{axes} }}", opset)
-    model.ir_version = 8
-    prepared = prepare(model, opset=22)
-    assert prepared.ir_version >= 10  # the first for opset 22
-    onnx.checker.check_model(prepared, full_check=True)
-    assert next(entry.version for entry in prepared.opset_import if entry.domain == "") == 22
-    assert len(prepared.graph.node[0].input) == 2  # axes are an input since opset 18
-
-
-def test_a_newer_opset_stays(parse):
-    prepared = prepare(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }", 23), opset=22)
-    assert next(entry.version for entry in prepared.opset_import if entry.domain == "") == 23
-
-
-def test_an_invalid_graph_is_refused_with_the_node(parse):
-    with pytest.raises(PrecisionError, match=r"not valid ONNX: .*Mul_0"):
-        prepare(parse("g (float[N] x, int64[N] i) => (float[N] y) { y = Mul(x, i) }"))
+from deploy.precision.graph import first_line, slim_proto, unknown_nodes, unused
 
 
 def test_unused_counts_on_from_a_taken_name():
     assert unused("a", {"b"}) == "a"
     assert unused("a", {"a", "a_2"}) == "a_3"
+
+
+def test_the_first_line_is_that_of_the_innermost_error():
+    outer = ValueError("outer")
+    outer.__cause__ = KeyError("\n  what went wrong \n where")
+    assert first_line(RuntimeError("  one\ntwo")) == "one"
+    assert "what went wrong" in first_line(outer)
+    assert first_line(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_large_weights_become_inputs_and_small_constants_stay(parse, tmp_path, external):
+    proto = parse(
+        "g (float[N, 400] x) => (float[a, b] y) <float[400, 2] w, int64[2] s = {-1, 1}> { a = MatMul(x, w) y = Reshape(a, s) }"
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((400, 2), np.float32), "w"))
+    del proto.graph.value_info[:]
+    ir.save(ir.from_proto(proto), tmp_path / "m.onnx", external_data="m.data" if external else None, size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    slim = slim_proto(model)
+    assert [value.name for value in slim.graph.input] == ["x", "w"]
+    assert [tensor.name for tensor in slim.graph.initializer if not tensor.external_data] == ["s"]
+    inferred = onnx.shape_inference.infer_shapes(slim, strict_mode=True, data_prop=True)
+    assert inferred.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 1
+    assert set(model.graph.initializers) == {"s", "w"}
+
+
+def test_nodes_that_neither_onnx_nor_the_model_defines_are_unknown():
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20, "local": 1, "my": 1]>
+        g (float[N] x) => (float[N] y) { [known] a = Relu(x) [local] b = local.double(a) [odd] y = my.Foo(b) }
+        <domain: "local", opset_import: ["": 20]> double (a) => (b) { b = Add(a, a) }"""
+    )
+    assert [node.name for node in unknown_nodes(ir.from_proto(model))] == ["odd"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from deploy.errors import PrecisionError
-from deploy.precision.graph import prepare
 from deploy.precision.ranges import Range, activation_ranges
+from tests.precision.conftest import prepared
 
 
 def feeds(*arrays):
@@ -13,7 +13,7 @@ def feeds(*arrays):
 
 
 def test_ranges_are_the_extremes_over_all_feeds_of_inputs_and_activations(parse):
-    model = prepare(parse("g (float[N] x) => (float[N] y) { a = Mul(x, x) b = Sub(a, x) y = Relu(b) }"))
+    model = prepared(parse("g (float[N] x) => (float[N] y) { a = Mul(x, x) b = Sub(a, x) y = Relu(b) }"))
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(size, dtype=np.float32) for size in (3, 1, 50)]
     found = activation_ranges(model, feeds(*arrays))
@@ -27,7 +27,7 @@ def test_ranges_are_the_extremes_over_all_feeds_of_inputs_and_activations(parse)
 
 
 def test_integers_and_the_inside_of_subgraphs_have_no_ranges(parse):
-    model = prepare(
+    model = prepared(
         parse(
             """g (float[N] x, int64[N] i, bool c) => (float[N] y, int64[N] j) { j = Add(i, i)
             y = If(c) <then_branch = t () => (float[N] a) { a = Relu(x) }, else_branch = e () => (float[N] b) { b = Neg(x) }> }"""
@@ -39,7 +39,7 @@ def test_integers_and_the_inside_of_subgraphs_have_no_ranges(parse):
 
 @pytest.mark.parametrize("place", [0, 1, 40])
 def test_a_nan_is_noticed_wherever_it_stands(parse, place):
-    model = prepare(parse("g (float[N] x) => (float[N] y) { a = Sqrt(x) y = Relu(x) }"))
+    model = prepared(parse("g (float[N] x) => (float[N] y) { a = Sqrt(x) y = Relu(x) }"))
     x = np.linspace(1, 4, 64, dtype=np.float32)
     x[place] = -1
     found = activation_ranges(model, feeds(x, [1.0]))
@@ -49,20 +49,20 @@ def test_a_nan_is_noticed_wherever_it_stands(parse, place):
 
 
 def test_an_infinity_of_both_signs_is_no_nan_and_the_finite_end_counts(parse):
-    model = prepare(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
+    model = prepared(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
     assert not activation_ranges(model, feeds([np.inf, -np.inf, 1]))["y"].nan
     mask = activation_ranges(model, feeds([np.inf, -5, 1]))["y"]
     assert (mask.low, mask.high, mask.amax, mask.finite) == (-np.inf, 5, 5, False)
 
 
 def test_empty_tensors_have_no_range(parse):
-    model = prepare(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
+    model = prepared(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
     assert activation_ranges(model, feeds([])) == {}
     assert activation_ranges(model, feeds([], [2])) == {"x": Range(low=2, high=2), "y": Range(low=-2, high=-2)}
 
 
 def test_feeds_are_taken_one_at_a_time_and_let_go(parse):
-    model = prepare(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
+    model = prepared(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"))
     alive = []
 
     def stream():
@@ -78,6 +78,6 @@ def test_feeds_are_taken_one_at_a_time_and_let_go(parse):
 
 
 def test_a_feed_that_does_not_fit_is_an_error(parse):
-    model = prepare(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"))
+    model = prepared(parse("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"))
     with pytest.raises(PrecisionError, match="cannot run the graph"):
         activation_ranges(model, feeds([1, 2, 3]))

@@ -6,24 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir
+import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Exclusion
-from deploy.artifact.onnxfile import graph_specs, save_model
+from deploy.artifact.onnxfile import load_model, model_specs, save_model
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, random_feeds
 from deploy.data.images import image_feeds
-from deploy.errors import ParityError, PrecisionError
+from deploy.errors import ParityError
 from deploy.evidence.parity import PARITY_BATCHES, Parity, compare
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
-from deploy.precision.graph import prepare
-from deploy.precision.half.convert import to_half
-from deploy.precision.half.emulate import emulate
-from deploy.precision.half.keep import nodes_to_keep
+from deploy.precision.half.convert import convert_model
+from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.options import IMAGES, ConvertOptions
-from deploy.precision.half.plan import OPSET
-from deploy.precision.ranges import Range, activation_ranges
 from deploy.progress import Progress, silent
 
 _IMAGE_BATCH = 8
@@ -33,7 +28,7 @@ _IMAGE_BATCH = 8
 class Converted:
     """A graph in half precision, its inputs and outputs, the nodes left in FP32 and its parity with the FP32 graph."""
 
-    model: onnx.ModelProto
+    model: ir.Model
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     exclusions: list[Exclusion]
@@ -41,7 +36,7 @@ class Converted:
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
-        save_model(onnx_ir.from_proto(self.model), path)
+        save_model(self.model, path)
 
 
 def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress = silent) -> Converted:
@@ -52,20 +47,20 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     graph emulated in FP32. Raises PrecisionError, ParityError (the result is too far off), DataError and BackendError
     (ONNX Runtime is not installed).
     """
-    model = onnx.load(artifact.onnx_path)
-    try:
-        prepared = prepare(model, opset=OPSET[options.precision])
-        ranges = activation_ranges(prepared, _range_feeds(artifact, options, progress))
-    except PrecisionError as error:
-        raise PrecisionError(f"cannot convert {artifact.shown}: {error}") from error
-    _check_finite(prepared, ranges, artifact)
-    progress(f"converting to {options.precision.upper()}")
-    keep = nodes_to_keep(prepared, ranges, options.precision)
-    half, exclusions = to_half(prepared, options.precision, half_io=options.fp16_io, keep=keep)
-    parity = _parity(artifact, model, half, options, progress)
-    inputs, outputs = graph_specs(half.graph)
+    source = load_model(artifact.onnx_path)
+    model = source.clone()
+    exclusions = convert_model(
+        model,
+        options.precision,
+        _range_feeds(artifact, options, progress),
+        half_io=options.fp16_io,
+        shown=artifact.shown,
+        progress=progress,
+    )
+    parity = _parity(artifact, source, model, options, progress)
+    inputs, outputs = model_specs(model)
     return Converted(
-        model=half,
+        model=model,
         inputs=_with_dtypes(artifact.manifest.inputs, inputs),
         outputs=_with_dtypes(artifact.manifest.outputs, outputs),
         exclusions=exclusions,
@@ -112,23 +107,10 @@ def _parity_feeds(artifact: Artifact, options: ConvertOptions) -> Iterator[tuple
                 yield "images", feed
 
 
-def _check_finite(model: onnx.ModelProto, ranges: Mapping[str, Range], artifact: Artifact) -> None:
-    """Raise PrecisionError when an output is not finite in FP32: nothing could then be compared."""
-    broken = [output.name for output in model.graph.output if output.name in ranges and not ranges[output.name].finite]
-    if broken:
-        node = next(
-            node for node in model.graph.node for name in node.output if name in ranges and not ranges[name].finite
-        )  # fmt: skip
-        raise PrecisionError(
-            f"{artifact.location} gives NaN or infinity in output {broken[0]!r} in FP32 already, first in node {node.name!r}"
-            f" ({node.op_type}); check the weights and that the input is what the model takes"
-        )
-
-
-def _parity(
-    artifact: Artifact, model: onnx.ModelProto, half: onnx.ModelProto, options: ConvertOptions, progress: Progress
-) -> Parity:
-    reference, emulated = CpuGraph(model), CpuGraph(emulate(half))
+def _parity(artifact: Artifact, source: ir.Model, half: ir.Model, options: ConvertOptions, progress: Progress) -> Parity:
+    emulation = half.clone()
+    Emulate()(emulation)
+    reference, emulated = CpuGraph(source), CpuGraph(emulation)
     cases = []
     for data, feed in _parity_feeds(artifact, options):
         batch = _batch(feed)

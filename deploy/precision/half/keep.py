@@ -1,40 +1,38 @@
-"""Which nodes must stay FP32: those whose weights or activations half precision cannot hold."""
+"""Which nodes must stay FP32 because half precision cannot represent their weights or activations."""
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
-from deploy.precision.graph import prepare
-from deploy.precision.half.plan import LARGEST, OPSET, HalfPrecision, Ports, plan_half, round_to
+from deploy.precision.half.options import LARGEST, HalfPrecision
+from deploy.precision.half.plan import Ports, plan_half, round_to
 from deploy.precision.ranges import Range
 
 HEADROOM = 2.0
-"""Activations may reach the format's largest number divided by this on the data seen.
+"""On the data seen, activations may reach the largest number of the format divided by this factor.
 
-What was seen is a sample: the largest activation of a layer over new inputs exceeds that over some hundred by tens of per
-cent, not by factors, unless the inputs are of another sort. More would cost speed where nothing threatens.
+The data is a sample: on new inputs of the same kind, the largest activation of a layer exceeds that of some hundred inputs
+by tens of per cent, not by factors. A larger factor would cost speed without need.
 """
 
 VANISHED = 1e-2
-"""A tensor whose rounding error, in the L2 norm relative to its own, is larger has lost its small numbers to zero or to the
-subnormal range. Where all numbers are normal it is below 2^-11 (FP16) or 2^-8 (BF16)."""
+"""The largest tolerable rounding error of a tensor, in the L2 norm relative to that of the tensor. Above it, small numbers
+have become zero or subnormal; if all numbers stay normal, the error is below 2^-11 (FP16) or 2^-8 (BF16)."""
 
 
-def nodes_to_keep(model: onnx.ModelProto, ranges: dict[str, Range], precision: HalfPrecision) -> dict[str, str]:
-    """Names of nodes that must stay FP32, with the reason. `ranges` as of `activation_ranges`, by the prepared graph.
+def nodes_to_keep(model: ir.Model, ranges: dict[str, Range], precision: HalfPrecision) -> dict[str, str]:
+    """Names of the nodes of a prepared model that must stay FP32, with the reason.
 
-    A node stays when one of the tensors that it would take or make in half precision does not fit: then that tensor is
-    nowhere in half precision.
+    `ranges`: those that `activation_ranges` measures on the same model. A node stays FP32 if half precision cannot
+    represent one of the tensors that it would read or write in it, so that such a tensor is in half precision nowhere.
     """
-    graph = ir.from_proto(prepare(model, opset=OPSET[precision]))
     weights: dict[ir.Value, str] = {}
-    for value in graph.graph.initializers.values():
+    for value in model.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
             problem = weight_problem(value.const_value.numpy(), precision)
             if problem:
                 weights[value] = f"weight {value.name!r} {problem}"
     keep = {}
-    for node, ports in plan_half(graph, precision).half.items():
+    for node, ports in plan_half(model, precision).half.items():
         reason = _node_problem(node, ports, weights, ranges, precision)
         if reason and node.name:
             keep[node.name] = reason
@@ -42,7 +40,7 @@ def nodes_to_keep(model: onnx.ModelProto, ranges: dict[str, Range], precision: H
 
 
 def weight_problem(weight: np.ndarray, precision: HalfPrecision) -> str:
-    """What half precision does to a float32 tensor that it must not; "" when it holds it."""
+    """Why half precision cannot represent a float32 tensor; "" if it can."""
     if not weight.size:
         return ""
     finite = np.isfinite(weight)

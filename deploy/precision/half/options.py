@@ -1,4 +1,4 @@
-"""How to convert to half precision. Imports none of the libraries that do it."""
+"""The half-precision formats and the options of a conversion. Imports none of the libraries that do it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,12 @@ from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import option
 
 HalfPrecision = Literal["fp16", "bf16"]
+
+OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
+"""The lowest opset that a graph may have: before 22, convolution and pooling are not defined for BF16."""
+
+LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
+"""The largest finite number of each format."""
 
 IMAGES = 128
 """Images of `data` that activation ranges are read from, drawn evenly over the classes."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -10,44 +9,37 @@ import onnx
 import onnx_ir as ir
 
 from deploy.precision.graph import STANDARD, opset_version
-
-HalfPrecision = Literal["fp16", "bf16"]
+from deploy.precision.half.options import HalfPrecision
 
 FLOAT = ir.DataType.FLOAT
 HALF: dict[HalfPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
-"""The largest finite number of each format."""
-
-OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
-"""The opset that a graph needs at least: before 22, convolution and pooling are not defined for BF16."""
-
 _SHAPES = ("Shape", "Size")
-"""Operators that do not read the numbers in their input."""
+"""Operators that use only the shape of their input, not its numbers."""
 
 ANY_TYPE = (*_SHAPES, "Cast")
-"""Operators that take their input in whatever type it is, and whose output type does not follow from it."""
+"""Operators that take an input of any type, and whose output type does not depend on it."""
 
 _GENERATORS = frozenset(
     ("Bernoulli", "Constant", "EyeLike", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 )
-"""Operators whose output type is an attribute, or follows the input by a rule that their definition does not show."""
+"""Operators whose output type is an attribute, or depends on the input in a way that their definition does not express."""
 
 _WIDE_INSIDE = frozenset(
     ("GlobalLpPool", "LpNormalization", "LpPool", "MeanVarianceNormalization", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
 )
-"""Operators that TensorRT and others compute in steps (squares or exponentials, their sum, the root or logarithm), each
-rounded to half precision: they overflow inside while inputs and outputs are small."""
+"""Operators that TensorRT and others compute in steps (squares or exponentials, their sum, the root or logarithm). Each step
+is rounded to half precision, so that they can overflow inside although inputs and outputs are small."""
 
 _NOT_IN_TENSORRT: dict[HalfPrecision, frozenset[str]] = {
     "fp16": frozenset(),
     "bf16": frozenset(("ConvTranspose", "HardSwish", "Mish")),
 }
-"""Operators that ONNX defines for the type and TensorRT refuses in it (seen with TensorRT-RTX 1.7)."""
+"""Operators that ONNX defines for the type but TensorRT rejects in it (seen with TensorRT-RTX 1.7)."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Indices of the inputs and outputs of a node that are in half precision when the node is."""
+    """Indices of the inputs and outputs of a node that are in half precision if the node is converted."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -55,7 +47,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs in half precision, and the reasons, by node name, why other nodes that handle floats do not."""
+    """Which nodes can run in half precision, and by node name the reason why other nodes with floats cannot."""
 
     half: dict[ir.Node, Ports]
     stay: dict[str, str]
@@ -75,16 +67,16 @@ def plan_half(model: ir.Model, precision: HalfPrecision) -> Plan:
         floats = [value for value in (*node.inputs, *node.outputs) if value is not None and is_float(value)]
         if not floats or (node.op_type in ANY_TYPE and node.domain in STANDARD):
             continue
-        found = _ports(node, opset_version(model), precision, data)
-        if isinstance(found, str):
-            plan.stay[node.name or ""] = found
+        ports = _ports(node, opset_version(model), precision, data)
+        if isinstance(ports, str):
+            plan.stay[node.name or ""] = ports
         else:
-            plan.half[node] = found
+            plan.half[node] = ports
     return plan
 
 
 def _ports(node: ir.Node, opset: int, precision: HalfPrecision, data: set[ir.Value]) -> Ports | str:
-    """What of `node` can be in half precision, or why nothing can."""
+    """The inputs and outputs of `node` that can be in half precision, or the reason why none can."""
     if node.domain not in STANDARD:
         return f"{node.op_type} of the domain {node.domain!r} is not an ONNX operator"
     if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
@@ -119,7 +111,7 @@ def _ports(node: ir.Node, opset: int, precision: HalfPrecision, data: set[ir.Val
 
 
 def _formal(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
-    """Type variable of the parameter at `index`; the last one is variadic where there are more arguments than parameters."""
+    """Type variable of the parameter at `index`. If there are more arguments than parameters, the last one is variadic."""
     return parameters[min(index, len(parameters) - 1)].type_str
 
 
@@ -129,13 +121,13 @@ def is_float(value: ir.Value) -> bool:
 
 
 def _data_values(graph: ir.Graph) -> set[ir.Value]:
-    """Values that depend on what is in the inputs or in weights, and not on shapes and single numbers alone.
+    """Values that depend on the content of inputs or weights, not only on shapes and single numbers.
 
-    Arithmetic on sizes (how large an image becomes, where positions lie) is exact in FP32 and would not be in FP16, which
-    knows no odd number above 2048; it costs nothing to leave.
+    Arithmetic on sizes (the size of a resized image, positions in it) is exact in FP32 but not in FP16, which has no odd
+    numbers above 2048. Leaving it in FP32 costs nothing.
     """
     data = set(graph.inputs)
-    weights = (FLOAT, ir.DataType.INT8)  # INT8 behind DequantizeLinear
+    weights = (FLOAT, ir.DataType.INT8)  # INT8 weights pass through DequantizeLinear
     data |= {value for value in graph.initializers.values() if value.dtype in weights and _size(value) > 1}
     for node in graph:
         if node.op_type in _SHAPES and node.domain in STANDARD:

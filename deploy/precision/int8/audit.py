@@ -1,7 +1,7 @@
-"""How much every quantized node is off on the inputs it has in FP32: its mean error by channel, and its noise.
+"""The error of every quantized node on its FP32 inputs: its mean by channel, and its noise.
 
-Each node is judged by itself: `y = f(x)` of the FP32 graph against `f` with INT8 weights on the same `x` in INT8. So one
-bad layer does not spoil the figures of those behind it, and correcting one does not upset the others.
+A node is judged alone: `y = f(x)` of the FP32 graph is compared with `f` with INT8 weights on the same `x` in INT8. So one
+bad layer does not affect the figures of the layers after it, and correcting one layer does not disturb the others.
 """
 
 import dataclasses
@@ -11,18 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.placement import Placement, Weight
 from deploy.precision.int8.rewrite import quantize_weight
 
 NOISE_ROWS = 4
-"""Rows of data that the noise is measured on: every position of an image is a sample, so that few are enough."""
+"""Rows of data that the noise is measured on. A few are enough, because every position of an image is a sample."""
 
 _CORRECTED = ("Conv", "ConvTranspose", "Gemm")
-"""Operators with a bias that can take the correction; they are linear in their input."""
+"""Operators with a bias that can be corrected; they are linear in their input."""
 
 _CHANNEL_AXIS = 1
 _RANGE = (-128, 127)
@@ -34,12 +33,12 @@ Arrays = Mapping[str, np.ndarray]
 class LayerError:
     """The error of one node.
 
-    mean: float32 (channels,), the mean of exact minus quantized outputs by output channel; added to the bias it takes
-        the systematic error away (Nagel et al. 2019, arXiv:1906.04721, section 4.2, with the mean measured and not
+    mean: float32 (channels,), the mean of exact minus quantized outputs by output channel; adding it to the bias removes
+        the systematic error (Nagel et al. 2019, arXiv:1906.04721, section 4.2, except that the mean is measured and not
         derived). None for an operator without a bias.
-    sqnr_db: signal-to-quantization-noise ratio of the output in dB, 10 log10(sum y^2 / sum error^2), once the mean
-        error is taken away. Infinite without any error.
-    sqnr_uncorrected_db: the same with the mean error left in.
+    sqnr_db: signal-to-quantization-noise ratio of the output in dB, 10 log10(sum y^2 / sum error^2), without
+        the mean error. Infinite if there is no error.
+    sqnr_uncorrected_db: the same with the mean error included.
     """
 
     mean: np.ndarray | None
@@ -48,13 +47,13 @@ class LayerError:
 
 
 class Audit:
-    """Takes the tensors that a graph has on data, and tells the error of every quantized node.
+    """Collects the tensors of a prepared model on data, and computes the error of every quantized node.
 
-    A layer is linear, so the mean of its outputs over rows is its output on the mean row: the mean error costs two runs
-    of the layer in all, however many rows there are.
+    A layer is linear, so the mean of its outputs over rows is its output on the mean row: the mean error takes two runs
+    of the layer in total, regardless of the number of rows.
     """
 
-    def __init__(self, model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float], *, per_tensor: bool) -> None:
+    def __init__(self, model: ir.Model, placement: Placement, scales: Mapping[str, float], *, per_tensor: bool) -> None:
         self._scales = scales
         taken: dict[str, dict[int, str]] = {name: {} for name in placement.nodes}
         for tensor, uses in placement.edges.items():
@@ -64,22 +63,22 @@ class Audit:
         weights = {
             name: dataclasses.replace(weight, axis=None) if per_tensor else weight for name, weight in placement.weights.items()
         }
-        nodes = {node.name: node for node in model.graph.node}
-        self._probes = [_Probe(model, nodes[name], found, weights.get(name)) for name, found in taken.items()]
+        nodes = {node.name: node for node in model.graph}
+        self._probes = [_Probe(model, nodes[name], tensors, weights.get(name)) for name, tensors in taken.items()]
         self._tensors = tuple(dict.fromkeys(tensor for probe in self._probes for tensor in probe.tensors))
         self._means: dict[tuple[tuple[int, ...], ...], dict[str, _Mean]] = {}
         self._noise: list[dict[str, np.ndarray]] = []
         self._rows = 0
 
     def add(self, tensors: Arrays, rows: int) -> None:
-        """Take the tensors of `placement.edges` on a feed of `rows` rows."""
+        """Add the tensors of `placement.edges` on a feed of `rows` rows."""
         exact = {name: tensors[name] for name in self._tensors}
-        shapes = tuple(array.shape[1:] for array in exact.values())  # images may be of many sizes
+        shapes = tuple(array.shape[1:] for array in exact.values())  # images may have different sizes
         means = self._means.setdefault(shapes, {name: _Mean() for name in exact})
         for name, array in exact.items():
             means[name].add(array, self._rounded(name, array))
         if self._rows < NOISE_ROWS:
-            share = min(1.0, (NOISE_ROWS - self._rows) / rows)  # a tensor may have several rows for one of the feed
+            share = min(1.0, (NOISE_ROWS - self._rows) / rows)  # a tensor may have several rows for one row of the feed
             self._noise.append({name: array[: math.ceil(len(array) * share)].copy() for name, array in exact.items()})
         self._rows += rows
 
@@ -102,7 +101,7 @@ class Audit:
         return _error(mean.totals, noise.totals)
 
     def _rounded(self, name: str, exact: np.ndarray) -> np.ndarray:
-        """`exact` as its INT8 form is read back."""
+        """`exact` after quantization to INT8 and back."""
         scale = np.float32(self._scales[name])
         codes: np.ndarray = np.divide(exact, scale)
         np.rint(codes, out=codes)
@@ -139,31 +138,35 @@ class _Sums:
     def __init__(self) -> None:
         self.totals: dict[str, np.ndarray] = {}
 
-    def add(self, found: Arrays, weight: int = 1) -> None:
-        for part, value in found.items():
+    def add(self, outputs: Arrays, weight: int = 1) -> None:
+        for part, value in outputs.items():
             self.totals[part] = self.totals.get(part, np.float64(0)) + np.asarray(value, dtype=np.float64) * weight
 
 
 class _Probe:
-    """A graph of one quantized node alone, on its exact and on its rounded input, and of sums of the difference.
+    """A model of one quantized node alone, on its exact and its rounded input, with sums of the difference as outputs.
 
-    The weights are inputs of the graph: as initializers they would be copied and laid out anew for two runs.
+    The weights are inputs of the model: as initializers they would be copied and laid out anew for only two runs.
 
-    tensors: the activations that the node takes, the first input first.
+    tensors: the activations that the node takes, in the order of its inputs.
     """
 
-    def __init__(self, model: onnx.ModelProto, node: onnx.NodeProto, taken: Mapping[int, str], stored: Weight | None) -> None:
-        self.name = node.name
+    def __init__(self, model: ir.Model, node: ir.Node, taken: Mapping[int, str], stored: Weight | None) -> None:
+        self.name = node.name or ""
         self.tensors = tuple(taken[index] for index in sorted(taken))
-        self._model = model
+        self._opsets = dict(model.opset_imports)
+        self._ir_version = model.ir_version
         self._node = node
         self._taken = sorted(taken)
         self._stored = stored
-        known = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._known = {index: known[name] for index, name in enumerate(node.input) if name and index not in self._taken}
+        self._known: dict[int, ir.TensorProtocol] = {}
+        for index, value in enumerate(node.inputs):
+            if value is not None and index not in self._taken:
+                assert value.const_value is not None
+                self._known[index] = value.const_value
 
     def feed(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The activations, of the exact and the rounded array of each tensor."""
+        """The activations, from the exact and the rounded array of each tensor."""
         return {
             f"{sort}{index}": np.ascontiguousarray(pair[which])
             for index, pair in zip(self._taken, pairs, strict=True)
@@ -171,53 +174,61 @@ class _Probe:
         }
 
     def constants(self) -> dict[str, np.ndarray]:
-        """The weights and the bias, and the weights as they are read back."""
-        found = {f"constant{index}": numpy_helper.to_array(tensor) for index, tensor in self._known.items()}
+        """The weights and the bias, and the weights after quantization and back."""
+        arrays = {f"constant{index}": tensor.numpy() for index, tensor in self._known.items()}
         if self._stored is not None:
-            found["weight"] = _read_back(found["constant1"], self._stored.axis)
-        return found
+            arrays["weight"] = _read_back(arrays["constant1"], self._stored.axis)
+        return arrays
 
-    def build(self) -> onnx.ModelProto:
-        node = self._node
-        exact, rounded = (self._twin(sort) for sort in ("exact", "rounded"))
-        nodes = [exact, rounded, helper.make_node("Sub", ["exact", "rounded"], ["error"])]
-        nodes.append(helper.make_node("ReduceSumSquare", ["error"], ["noise"], keepdims=0))
-        nodes.append(helper.make_node("ReduceSumSquare", ["exact"], ["signal"], keepdims=0))
-        nodes.append(helper.make_node("Size", ["error"], ["size"]))
-        inputs = {f"{sort}{index}": TensorProto.FLOAT for index in self._taken for sort in ("exact", "rounded")}
-        inputs |= {f"constant{index}": tensor.data_type for index, tensor in self._known.items()}
-        outputs = {"noise": TensorProto.FLOAT, "signal": TensorProto.FLOAT, "size": TensorProto.INT64}
+    def build(self) -> ir.Model:
+        inputs = {f"{sort}{index}": _value(f"{sort}{index}") for index in self._taken for sort in ("exact", "rounded")}
+        inputs |= {f"constant{index}": _value(f"constant{index}", tensor.dtype) for index, tensor in self._known.items()}
+        if self._stored is not None:
+            inputs["weight"] = _value("weight")
+        twins = [self._twin(sort, inputs) for sort in ("exact", "rounded")]
+        exact, rounded = (twin.outputs[0] for twin in twins)
+        subtract = ir.Node("", "Sub", [exact, rounded], outputs=[_value("error")])
+        error = subtract.outputs[0]
+        whole = [ir.AttrInt64("keepdims", 0)]
+        sums = [
+            ir.Node("", "ReduceSumSquare", [error], whole, outputs=[_value("noise")]),
+            ir.Node("", "ReduceSumSquare", [exact], whole, outputs=[_value("signal")]),
+            ir.Node("", "Size", [error], outputs=[_value("size", ir.DataType.INT64)]),
+        ]
         axes = []
-        if self._stored is not None:
-            inputs["weight"] = TensorProto.FLOAT
-            rounded.input[1] = "weight"
-            if node.op_type in _CORRECTED:
-                others = [axis for axis in range(len(self._known[1].dims)) if axis != _CHANNEL_AXIS]
-                axes.append(numpy_helper.from_array(np.array(others, dtype=np.int64), "axes"))
-                nodes.append(helper.make_node("ReduceSum", ["error", "axes"], ["sum"], keepdims=0))
-                outputs["sum"] = TensorProto.FLOAT
-        graph = helper.make_graph(nodes, "probe", _values(inputs), _values(outputs), axes)
-        return helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        if self._stored is not None and self._node.op_type in _CORRECTED:
+            others = [axis for axis in range(len(self._known[1].shape)) if axis != _CHANNEL_AXIS]
+            tensor = ir.tensor(np.array(others, dtype=np.int64), name="axes")
+            axes.append(ir.Value(name="axes", type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor))
+            sums.append(ir.Node("", "ReduceSum", [error, axes[0]], whole, outputs=[_value("sum")]))
+        graph = ir.Graph(
+            list(inputs.values()),
+            [node.outputs[0] for node in sums],
+            nodes=[*twins, subtract, *sums],
+            initializers=axes,
+            opset_imports=self._opsets,
+            name="probe",
+        )
+        return ir.Model(graph, ir_version=self._ir_version)
 
-    def _twin(self, sort: str) -> onnx.NodeProto:
-        """The node on inputs and constants of the graph."""
-        twin = onnx.NodeProto()
-        twin.CopyFrom(self._node)
-        twin.name = sort
-        for index, name in enumerate(twin.input):
-            if name:
-                twin.input[index] = f"{sort}{index}" if index in self._taken else f"constant{index}"
-        twin.ClearField("output")
-        twin.output.append(sort)
-        return twin
+    def _twin(self, sort: str, inputs: Mapping[str, ir.Value]) -> ir.Node:
+        """A copy of the node that takes the inputs of the probe; the rounded one takes the INT8 weight."""
+        operands = [
+            None if value is None else inputs[f"{sort}{index}" if index in self._taken else f"constant{index}"]
+            for index, value in enumerate(self._node.inputs)
+        ]
+        if sort == "rounded" and self._stored is not None:
+            operands[1] = inputs["weight"]
+        node = self._node
+        return ir.Node(node.domain, node.op_type, operands, node.attributes.values(), outputs=[_value(sort)], name=sort)
 
 
-def _values(dtypes: Mapping[str, int]) -> list[onnx.ValueInfoProto]:
-    return [helper.make_tensor_value_info(name, dtype, None) for name, dtype in dtypes.items()]
+def _value(name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype))
 
 
 def _read_back(weight: np.ndarray, axis: int | None) -> np.ndarray:
-    """A weight as its INT8 form is read back."""
+    """A weight after quantization to INT8 and back."""
     codes, scale = quantize_weight(weight, axis)
     along = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
     return np.asarray(codes.astype(np.float32) * (scale if axis is None else scale.reshape(along)))

@@ -1,4 +1,4 @@
-"""Calibrations kept between runs, by the digest of all that they depend on."""
+"""Calibrations kept between runs, by the digest of everything that they depend on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,13 @@ from deploy.host.cache import cache_folder, keep
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """What calibration finds: a scale by activation tensor, what to add to the bias by node, and the evidence.
+    """The result of a calibration.
 
-    keep: nodes that FP16 cannot hold, with the reason. parity: None until the graph has been compared.
+    scales: by activation tensor.
+    bias: what to add to the bias of a node, float32 (output channels,), by node name.
+    keep: nodes whose tensors FP16 cannot represent, with the reason.
+    record: the evidence for the manifest.
+    parity: None until the quantized graph has been compared with FP32.
     """
 
     scales: dict[str, float]
@@ -35,12 +39,12 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def folder() -> Path:
-    """Where they are: a file of some kilobytes each."""
+    """The folder of the calibrations, which are files of some kilobytes."""
     return cache_folder() / "calibration"
 
 
 def read(request: dict[str, Any]) -> Calibrated | None:
-    """What was kept for `request`; None where there is nothing, or the file is damaged: it can be found again."""
+    """The calibration kept for `request`; None if there is none or its file is damaged: it can be computed again."""
     try:
         kept = msgspec.json.decode(_path(request).read_bytes(), type=_File)
     except (OSError, msgspec.DecodeError):
@@ -49,14 +53,14 @@ def read(request: dict[str, Any]) -> Calibrated | None:
     return Calibrated(scales=kept.scales, bias=bias, keep=kept.keep, record=kept.record, parity=kept.parity)
 
 
-def write(request: dict[str, Any], found: Calibrated) -> None:
-    """Keep `found`, whole or not at all. Where that cannot be done a warning says so."""
+def write(request: dict[str, Any], calibrated: Calibrated) -> None:
+    """Keep `calibrated`, completely or not at all; logs a warning if that fails."""
     kept = _File(
-        scales=found.scales,
-        bias={name: values.tolist() for name, values in found.bias.items()},
-        keep=found.keep,
-        record=found.record,
-        parity=found.parity,
+        scales=calibrated.scales,
+        bias={name: values.tolist() for name, values in calibrated.bias.items()},
+        keep=calibrated.keep,
+        record=calibrated.record,
+        parity=calibrated.parity,
     )
     keep(_path(request), msgspec.json.encode(kept), "the calibration")
 

@@ -1,7 +1,8 @@
-"""Cross-layer equalization: channels between two layers rescaled, so that each has the same range in both weights.
+"""The pass that equalizes ranges across layers: it rescales the channels between two layers, so that each channel has the
+same range in both weights.
 
 Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
-2019, arXiv:1906.04721, section 4.1. It spares the channels of small range when a whole tensor shares one scale. The
+2019, arXiv:1906.04721, section 4.1. It preserves channels of small range when a whole tensor shares one scale. The
 scaling commutes with every f for which f(s x) = s f(x) with s > 0: ReLU and pooling, but never ReLU6.
 """
 
@@ -9,25 +10,27 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 import onnx_ir as ir
+from onnx_ir.passes import PassResult
 
-from deploy.precision.graph import STANDARD, check, unused
+from deploy.precision.graph import STANDARD, unused
+from deploy.precision.int8.folding import FOLDED
+from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
 SWEEPS = 40
-"""The most passes over all pairs."""
+"""The largest number of sweeps over all pairs."""
 
 TOLERANCE = 1e-3
-"""Equalized: no scale of a sweep is further from 1. A pair whose scales as a whole are as near to 1 is left as it is."""
+"""A sweep in which no scale differs from 1 by more is the last. A pair whose total scales differ by no more is not changed."""
 
 SMALLEST, LARGEST = 2.0**-16, 2.0**16
-"""The bounds of a channel's scale, all sweeps together."""
+"""The bounds of a channel's scale over all sweeps."""
 
 DOMINANCE = 4.0
-"""How many times larger, against its channel's weights, a bias may be than the layer's median before it counts as a range.
+"""A bias counts as a range if, relative to its channel's weights, it exceeds the layer's median by more than this factor.
 
-A dead channel gives a constant, its bias, from weights next to nothing. Were they alone its range, equalization would blow
-the constant up, and with it the range of the activations, in which all other channels drown.
+A dead channel gives a constant, its bias, from weights that are nearly zero. If its range were that of the weights alone,
+equalization would enlarge the constant, and with it the range of the activations, in which all other channels would vanish.
 """
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
@@ -36,38 +39,48 @@ _POOLING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
 _OVER_AXES = ("ReduceMean", "ReduceMax", "Squeeze")
 
 
-def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Equalize all pairs of Conv, ConvTranspose and Gemm of a prepared graph, BatchNorm folded; its results stay the same.
+class Equalize(PrecisionPass):
+    """Equalize all pairs of Conv, ConvTranspose and Gemm; the outputs of the graph stay the same.
 
-    A pair is joined by one path of Relu, LeakyRelu, PRelu, Dropout, Identity, pooling and reductions over other axes than
-    the channels'; before a Gemm also by Flatten and Reshape that keep a channel's elements together. Each tensor on the
-    path has one consumer and is no graph output. Weights are float32 initializers that no other node uses, and the first
-    layer's bias is an initializer with a number a channel. Channel i of the first layer is divided by s_i, and multiplied in the second,
-    with s_i = sqrt(r1_i r2_i) / r2_i (equation 11) and r the largest magnitude of the channel's weights; not from the
-    paper: r1_i is no less than |bias_i| / (DOMINANCE m), m the median of |bias| / r1 over the layer's channels that are not
-    dead. The pairs are gone through until no scale of a sweep is further than TOLERANCE from 1, SWEEPS times at most. A
-    channel whose weights in either layer are all zero stays as it is, and so does one with NaN or an infinity; s_i stays
+    A pair is connected by a single path of Relu, LeakyRelu, PRelu, Dropout, Identity, pooling and reductions over axes other
+    than the channel axis; before a Gemm, also Flatten and Reshape that keep a channel's elements together. Every tensor on
+    the path has one consumer and is not a graph output. The weights are float32 initializers that no other node uses, and
+    the bias of the first layer is an initializer with one number for each channel.
+
+    Channel i of the first layer is divided by s_i, and multiplied by it in the second, with s_i = sqrt(r1_i r2_i) / r2_i
+    (equation 11), where r is the largest magnitude of the channel's weights. Not from the paper: r1_i is at least
+    |bias_i| / (DOMINANCE m), where m is the median of |bias| / r1 over the channels of the layer that are not dead.
+
+    The sweeps over the pairs end when no scale of a sweep differs from 1 by more than TOLERANCE, and after SWEEPS at the
+    latest. A channel is not changed if its weights are all zero in either layer, or have NaN or an infinity. s_i stays
     between SMALLEST and LARGEST.
 
-    Returns the graph and the names of the changed layers in its order. Raises PrecisionError when the result is not valid.
+    layers: after the call, the names of the changed layers in the order of the graph; empty if nothing was equalized.
     """
-    graph = ir.from_proto(model)
-    pairs = _find_pairs(graph.graph)
-    for _ in range(SWEEPS):
-        if max((pair.sweep() for pair in pairs), default=0.0) < TOLERANCE:
-            break
-    changed: set[ir.Node] = set()
-    for pair in pairs:
-        if np.abs(pair.scales - 1).max() > TOLERANCE:
-            pair.apply(graph.graph)
-            changed |= {pair.first.node, pair.second.node}
-    check(graph, "the equalized graph is not valid")
-    return ir.to_proto(graph), tuple(node.name or "" for node in graph.graph if node in changed)
+
+    needs = (*PREPARED, FOLDED)
+    leaves = (*PREPARED, VALID)
+
+    def __init__(self) -> None:
+        self.layers: tuple[str, ...] = ()
+
+    def call(self, model: ir.Model) -> PassResult:
+        pairs = _find_pairs(model.graph)
+        for _ in range(SWEEPS):
+            if max((pair.sweep() for pair in pairs), default=0.0) < TOLERANCE:
+                break
+        changed: set[ir.Node] = set()
+        for pair in pairs:
+            if np.abs(pair.scales - 1).max() > TOLERANCE:
+                pair.apply(model.graph)
+                changed |= {pair.first.node, pair.second.node}
+        self.layers = tuple(node.name or "" for node in model.graph if node in changed)
+        return PassResult(model, bool(changed))
 
 
 @dataclass
 class _Layer:
-    """A layer whose weight is seen as (groups, a, b, kernel): a the output channels of a group and b its inputs, or the reverse."""
+    """A layer with its weight viewed as (groups, a, b, kernel): a is the output channels of a group and b its inputs, or the reverse."""
 
     node: ir.Node
     weight: ir.Value
@@ -104,26 +117,26 @@ class _Layer:
 
 @dataclass
 class _Pair:
-    """Two layers; channel i of the first is `repeats` inputs of the second, from i * `repeats` on."""
+    """Two layers. Channel i of the first feeds `repeats` inputs of the second, starting at i * `repeats`."""
 
     first: _Layer
     second: _Layer
     repeats: int
-    biases: np.ndarray  # float64, one a channel: magnitudes before any scaling
-    scales: np.ndarray = field(init=False)  # float64, one a channel: s of all sweeps together
+    biases: np.ndarray  # float64, one for each channel: magnitudes before any scaling
+    scales: np.ndarray = field(init=False)  # float64, one for each channel: the product of s over all sweeps
 
     def __post_init__(self) -> None:
         self.scales = np.ones_like(self.biases)
 
     def sweep(self) -> float:
-        """Equalize the ranges as the other pairs left them; how far from 1 the scale is that moved most."""
+        """Equalize the current ranges; returns how far the scale that moved most is from 1."""
         first, second = self.first, self.second
         made = first.ranges(first.output_axis)
         taken = second.ranges(second.input_axis).reshape(-1, self.repeats).max(axis=1)
         sound = (made > 0) & (taken > 0) & np.isfinite(made) & np.isfinite(taken) & np.isfinite(self.biases)
         biases = self.biases / self.scales
-        ranges = np.sqrt(np.multiply(made, taken, out=np.zeros_like(made), where=sound))  # what both will be
-        usual = (biases > 0) & (ranges > ranges.max() / 10)  # without the dead channels, which may be the most
+        ranges = np.sqrt(np.multiply(made, taken, out=np.zeros_like(made), where=sound))  # the range of both afterwards
+        usual = (biases > 0) & (ranges > ranges.max() / 10)  # without the dead channels, which may be the majority
         if usual.any():
             made = np.maximum(made, biases / (DOMINANCE * np.median(biases[usual] / made[usual])))
         step = np.sqrt(np.divide(made, taken, out=np.ones_like(made), where=sound))
@@ -168,7 +181,7 @@ def _find_pairs(graph: ir.Graph) -> list[_Pair]:
 
 
 def _as_layer(node: ir.Node) -> _Layer | None:
-    """`node` as a layer, if it is one whose weight is its own to change."""
+    """`node` as a layer; None unless it is a layer with a weight that nothing else uses."""
     if node.op_type not in _LAYERS or node.domain not in STANDARD or node.attributes.get_int("transA", 0) > 0:
         return None
     weight = node.inputs[1]
@@ -185,8 +198,8 @@ def _as_layer(node: ir.Node) -> _Layer | None:
 
 
 def _follow(value: ir.Value, channels: int) -> tuple[ir.Node | None, int]:
-    """The layer at the end of the path that scales of the channels (axis 1) can take from `value`, or None; and how many
-    inputs it has if each channel is a block of them."""
+    """The layer to which `value` passes the scales of its channels (axis 1), and the number of inputs that this layer has if
+    each channel is a block of them; (None, 0) if there is no such layer."""
     inputs, flat = channels, False
     while len(value.uses()) == 1 and not value.is_graph_output():
         ((node, index),) = value.uses()
@@ -195,7 +208,7 @@ def _follow(value: ir.Value, channels: int) -> tuple[ir.Node | None, int]:
         if node.op_type in _LAYERS:
             return (node, inputs) if node.op_type == "Gemm" or not flat else (None, 0)
         if node.op_type in ("Flatten", "Reshape") and not flat:
-            # Whatever it is made into: where a Gemm takes as many numbers as a sample has here, its rows are the samples.
+            # The new shape does not matter: if a Gemm takes as many numbers as a sample has here, its rows are the samples.
             sizes = [dim for dim in value.shape.dims[1:] if isinstance(dim, int)] if value.shape is not None else []
             if value.shape is None or len(sizes) + 1 != len(value.shape):
                 break
@@ -207,7 +220,7 @@ def _follow(value: ir.Value, channels: int) -> tuple[ir.Node | None, int]:
 
 
 def _keeps_channels(node: ir.Node) -> bool:
-    """Whether `node` pools, or reduces over or drops axes behind that of the channels."""
+    """Whether `node` is a pooling, or reduces or drops only axes after the channel axis."""
     if node.op_type not in _OVER_AXES:
         return node.op_type in _POOLING
     value, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
@@ -219,7 +232,7 @@ def _keeps_channels(node: ir.Node) -> bool:
 
 
 def _bias_magnitudes(node: ir.Node, channels: int) -> np.ndarray | None:
-    """Of the bias of each channel, float64; None where it is not a constant with a number a channel."""
+    """The magnitude of each channel's bias, float64; None unless the bias is a constant with one number for each channel."""
     if (bias := _bias(node)) is None:
         return np.zeros(channels)
     array = _constant(bias)
@@ -233,7 +246,7 @@ def _bias(node: ir.Node) -> ir.Value | None:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of a float32 initializer; None for all else."""
+    """The numbers of a float32 initializer; None for any other value."""
     if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype != ir.DataType.FLOAT:
         return None
     return None if value.const_value is None else value.const_value.numpy()

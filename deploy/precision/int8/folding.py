@@ -1,14 +1,15 @@
-"""BatchNormalization folded into the layer before it: what is quantized is what runs."""
+"""The pass that folds BatchNormalization into the layer before it, so that what is quantized is what runs."""
 
-import onnx
 import onnx_ir as ir
+from onnx_ir.passes import PassResult
 from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_conv_rule,
     fuse_batchnorm_into_conv_transpose_rule,
     fuse_batchnorm_into_gemm_rule,
 )
 
-from deploy.precision.graph import STANDARD, check
+from deploy.precision.graph import STANDARD
+from deploy.precision.passes import PREPARED, VALID, Condition, PrecisionPass
 
 _RULES = {
     "Conv": fuse_batchnorm_into_conv_rule,
@@ -17,29 +18,60 @@ _RULES = {
 }
 
 
-def fold_batchnorm(model: onnx.ModelProto) -> onnx.ModelProto:
+def _foldable(model: ir.Model) -> str:
+    for node in model.graph:
+        if not _is_batchnorm(node) or node.inputs[0] is None:
+            continue
+        layer = node.inputs[0].producer()
+        if layer is None or layer.op_type not in _RULES or len(layer.outputs[0].uses()) > 1 or layer.outputs[0].is_graph_output():
+            continue
+        if all(map(_is_constant, (*layer.inputs[1:], *node.inputs[1:]))) and all(map(_used_once, layer.inputs[1:])):
+            return f"{node.name!r} can be folded into {layer.name!r}"
+    return ""
+
+
+FOLDED = Condition("no BatchNormalization can be folded into the layer before it", _foldable)
+
+
+class FoldBatchNorm(PrecisionPass):
     """The same computation with every BatchNormalization that follows a Conv, ConvTranspose or Gemm folded into it.
 
-    `model` is prepared (`deploy.precision.graph.prepare`). A layer keeps its name and takes over the name of the output
-    of its BatchNormalization. One whose output or whose parameters something else uses too, or whose parameters the graph
-    computes, stays. Raises PrecisionError when the result is not valid.
+    The layer keeps its name and takes over the name of the output of its BatchNormalization. A BatchNormalization is not
+    folded if the layer's output or parameters have other users, or if the graph computes any of the parameters.
     """
-    graph = ir.from_proto(model)
-    folded: dict[str, str | None] = {}  # output of the BatchNormalization -> name of the layer
-    for node in graph.graph:
-        layer = node.inputs[0].producer() if _is(node, "BatchNormalization") and node.inputs[0] is not None else None
-        if layer is not None and layer.op_type in _RULES and node.outputs[0].name:
-            folded[node.outputs[0].name] = layer.name
-    if not folded:
-        return model
-    for rule in _RULES.values():
-        rule.apply_to_model(graph)
-    for node in graph.graph:
-        if node.op_type in _RULES and node.outputs[0].name in folded:  # the library makes a new node, without the name
-            node.name = folded[node.outputs[0].name]
-    check(graph, "the graph is not valid with its BatchNormalization folded")
-    return ir.to_proto(graph)
+
+    needs = PREPARED
+    leaves = (*PREPARED, FOLDED, VALID)
+
+    def call(self, model: ir.Model) -> PassResult:
+        names: dict[str | None, str | None] = {}  # output of a BatchNormalization -> name of the layer before it
+        for node in model.graph:
+            if _is_batchnorm(node) and (layer := _layer_before(node)) is not None:
+                names[node.outputs[0].name] = layer.name
+        if not names:
+            return PassResult(model, False)
+        folded = sum(rule.apply_to_model(model) for rule in _RULES.values())
+        for node in model.graph:
+            if node.op_type in _RULES and node.outputs[0].name in names:  # the library makes a new node, without the name
+                node.name = names[node.outputs[0].name]
+        return PassResult(model, folded > 0)
 
 
-def _is(node: ir.Node, operator: str) -> bool:
-    return node.op_type == operator and node.domain in STANDARD
+def _layer_before(node: ir.Node) -> ir.Node | None:
+    """The layer that makes the input of a BatchNormalization; others may stand between the two."""
+    producer: ir.Node | None = node
+    while producer is not None and _is_batchnorm(producer):
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer if producer is not None and producer.op_type in _RULES else None
+
+
+def _is_batchnorm(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization" and node.domain in STANDARD
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def _used_once(value: ir.Value | None) -> bool:
+    return value is not None and len(value.uses()) == 1

@@ -14,6 +14,9 @@ from deploy.options import option
 METHOD = "percentile"
 """The default method: it loses least on the benchmarks (docs/int8.md)."""
 
+OPSET = 19
+"""The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:

@@ -1,8 +1,8 @@
-"""Where the Q/DQ pairs of an INT8 graph go: what TensorRT fuses, and nothing else.
+"""Where the Q/DQ pairs of an INT8 graph go: only where TensorRT fuses them.
 
 The rules are those of TensorRT's "Q/DQ Layer-Placement Recommendations": pairs stand before the inputs of weighted
 layers, never between such a layer and its activation, and before the skip input of a residual sum, which TensorRT
-computes inside the layer that makes the other input. Layers that only move or pick numbers need no pair of their own.
+computes inside the layer that makes the other input. Layers that only move or select numbers need no pair.
 """
 
 import difflib
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import onnx
 import onnx_ir as ir
 
 from deploy.artifact.manifest import Exclusion
@@ -76,15 +75,15 @@ class Placement:
     excluded: tuple[Exclusion, ...]
 
 
-def place(model: onnx.ModelProto, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:
-    """Where the Q/DQ pairs of `model`, a prepared graph (`deploy.precision.graph.prepare`), go.
+def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:
+    """Where the Q/DQ pairs of a prepared model go.
 
-    `stay`: more nodes that stay in floating point, by name, with the reason.
+    `stay`: further nodes to leave in floating point, by name, with the reason.
 
     Raises PrecisionError for a graph that is quantized already or has nothing to quantize, and for an entry of
     `selection.exclude` that nothing matches.
     """
-    graph = ir.from_proto(model).graph
+    graph = model.graph
     _refuse_quantized(graph)
     activations = _activations(graph)
     layers: dict[ir.Node, _Layer] = {}

@@ -1,4 +1,4 @@
-"""INT8 of an ONNX graph in memory: calibrated, corrected, audited, compared with FP32."""
+"""Quantizing the graph of an artifact in memory: calibration, bias correction, audit and the comparison with FP32."""
 
 import dataclasses
 import logging
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
-from deploy.artifact.onnxfile import save_model
+from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
@@ -20,73 +19,78 @@ from deploy.data.calibration_set import CalibrationSet
 from deploy.errors import ParityError, UsageError
 from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
-from deploy.precision.graph import prepare
-from deploy.precision.half.convert import to_half
-from deploy.precision.half.emulate import emulate
+from deploy.precision.half.convert import ToHalf
+from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.cache import Calibrated
-from deploy.precision.int8.equalize import equalize
-from deploy.precision.int8.folding import fold_batchnorm
+from deploy.precision.int8.equalize import Equalize
+from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect, scale_of
-from deploy.precision.int8.options import QuantizeOptions, quantize_request
+from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import Placement, Selection, place
-from deploy.precision.int8.rewrite import to_int8
+from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows, row_count
+from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
 from deploy.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-OPSET = 19
-"""The first opset in which Q/DQ pairs may have FP16 scales, as the FP16 pass over a quantized graph makes them."""
 PARITY_ROWS = 4
 _NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A graph with Q/DQ pairs, the nodes left in floating point, its calibration and its parity with the FP32 graph.
+    """A model with Q/DQ pairs, the nodes left in floating point, its calibration, and its parity with the FP32 graph.
 
-    parity: None until it has been compared; never of `quantize_onnx`.
+    parity: None until it has been compared; never None in the result of `quantize_onnx`.
     """
 
-    model: onnx.ModelProto
+    model: ir.Model
     exclusions: list[Exclusion]
     calibration: Calibration
     parity: Parity | None
 
     def save(self, path: Path) -> None:
-        """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
-        save_model(ir.from_proto(self.model), path)
+        """Write the ONNX file, with the weights beside it if they exceed 2 GB. Raises OSError."""
+        save_model(self.model, path)
 
 
 def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent) -> Quantized:
-    """Quantize the graph of `artifact`, which is in FP32, in memory, or take scales and corrections from the cache.
+    """Quantize the FP32 graph of `artifact` in memory; scales and corrections come from the cache if it has them.
 
     Raises PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, DataError
     and BackendError (ONNX Runtime is not installed).
     """
     request = quantize_request(artifact, data, options)
     progress("reading the graph")
-    prepared = fold_batchnorm(prepare(onnx.load(artifact.onnx_path), opset=OPSET))
-    if _equalizes(prepared, options):
-        prepared, pairs = equalize(prepared)
-        if pairs:
-            logger.info("equalized the ranges of %d layers with those behind them", len(pairs))
+    source = load_model(artifact.onnx_path)
+    model = source.clone()
+    Prepare(opset=OPSET)(model)
+    FoldBatchNorm()(model)
+    equalize = Equalize()
+    if _equalizes(model, options):
+        equalize(model)
+    equalized = bool(equalize.layers)
+    if equalized:
+        logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
+    exact = source if equalized else None
+    del source  # its weights are another copy if layers were folded or equalized
     selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
-        return _quantized(prepared, selection, known, options)
-    known, references = _calibrate(prepared, selection, data, options, progress)
+        return _quantized(model, selection, known, options)
+    known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     progress("comparing with FP32")
-    quantized = _quantized(prepared, selection, known, options)
-    if known.record.equalized:  # it must not have changed what the model computes
-        exact = CpuGraph(onnx.load(artifact.onnx_path))
-        references = [(feed, exact(feed)) for feed, _ in references]
+    quantized = _quantized(model, selection, known, options)
+    if exact is not None:  # equalization must not have changed what the model computes
+        run = CpuGraph(exact)
+        references = [(feed, run(feed)) for feed, _ in references]
     known = dataclasses.replace(known, parity=_parity(artifact, quantized.model, references, known.record))
     if request is not None:
         cache.write(request, known)
@@ -96,49 +100,47 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
 def hint(calibration: Calibration | None) -> str:
     """Which layers to leave in floating point first, for an error message."""
     if calibration is None:
-        return "quantize again with another --method, or leave layers in floating point with --exclude"
+        return "quantize again with another `method`, or leave layers in floating point with `exclude`"
     worst = ", ".join(
         f"{layer.node} ({layer.sqnr_db:.0f} dB)" for layer in calibration.layers[:_NAMED] if layer.sqnr_db is not None
     )
-    return f"the most sensitive layers: {worst}; leave them in floating point with --exclude, or try another --method"
+    return f"the most sensitive layers: {worst}; leave them in floating point with `exclude`, or try another `method`"
 
 
-def _equalizes(model: onnx.ModelProto, options: QuantizeOptions) -> bool:
+def _equalizes(model: ir.Model, options: QuantizeOptions) -> bool:
+    """Whether to look for pairs of layers to equalize."""
     if options.equalize is not None:
         return options.equalize
-    depthwise = any(
-        attribute.name == "group" and attribute.i > 1
-        for node in model.graph.node
-        if node.op_type == "Conv"
-        for attribute in node.attribute
-    )
+    depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
     return options.per_tensor or depthwise
 
 
 def _calibrate(
-    prepared: onnx.ModelProto,
+    model: ir.Model,
     selection: Selection,
     data: CalibrationSet,
     options: QuantizeOptions,
     progress: Progress,
+    *,
+    equalized: bool,
 ) -> tuple[Calibrated, list[tuple[Feed, Feed]]]:
-    """The calibration, and feeds of PARITY_ROWS rows with what the FP32 graph makes of them."""
-    placement = place(prepared, selection)
+    """The calibration, and feeds of PARITY_ROWS rows in total with the outputs of the FP32 graph for them."""
+    placement = place(model, selection)
     rows = Rows(data, options.batch_size, progress)
-    activations = Activations(prepared, list(placement.edges))
+    activations = Activations(model, list(placement.edges))
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
     scales = _scales(histograms, placement, options)
     progress("measuring each layer")
-    audit = Audit(prepared, placement, scales, per_tensor=options.per_tensor)
+    audit = Audit(model, placement, scales, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
         audit.add(tensors, row_count(feed))
         if (missing := PARITY_ROWS - sum(row_count(compared) for compared, _ in references)) > 0:
             references.append(first_rows(feed, outputs, data, missing))
-        del run, tensors, outputs  # before the next feed makes as much again
+        del run, tensors, outputs  # before the next feed takes as much memory again
     feeds = rows.release()
     del activations
     errors = audit.finish()
@@ -148,7 +150,7 @@ def _calibrate(
     known = Calibrated(
         scales=scales,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
-        keep=nodes_to_keep(prepared, activation_ranges(prepared, feeds), "fp16") if options.floats == "fp16" else {},
+        keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
             kind=data.kind,
@@ -157,7 +159,7 @@ def _calibrate(
             method=options.method,
             per_tensor=options.per_tensor,
             bias_correction=corrected,
-            equalized=_equalizes(prepared, options),
+            equalized=equalized,
             floats=options.floats,
             layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers],
         ),
@@ -165,24 +167,25 @@ def _calibrate(
     return known, references
 
 
-def _quantized(prepared: onnx.ModelProto, selection: Selection, known: Calibrated, options: QuantizeOptions) -> Quantized:
-    """The graph in INT8, and in FP16 where that is asked for, with the nodes that are not, and the evidence so far."""
-    placement = place(prepared, selection)
+def _quantized(model: ir.Model, selection: Selection, known: Calibrated, options: QuantizeOptions) -> Quantized:
+    """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for; parity is that of `known`."""
+    placement = place(model, selection)
     if options.floats == "fp32":
-        model = to_int8(prepared, placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)
+        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)(model)
         exclusions = list(placement.excluded)
     else:
-        small = subnormal_scales(prepared, placement, known.scales, per_tensor=options.per_tensor)
-        placement = place(prepared, selection, stay={**small, **known.keep})
+        small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
+        placement = place(model, selection, stay={**small, **known.keep})
         bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
-        int8 = to_int8(prepared, placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)
-        model, left = to_half(int8, "fp16", keep=known.keep)
-        exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *left]}.values())
+        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(model)
+        to_half = ToHalf("fp16", keep=known.keep)
+        to_half(model)
+        exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
     return Quantized(model=model, exclusions=exclusions, calibration=known.record, parity=known.parity)
 
 
 def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:
-    """The scale of every tensor, that of the widest in each group."""
+    """The scale of every tensor; within a group, all have the scale of the widest."""
     method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
     amax = {name: threshold(histogram, method, percentile=options.percentile) for name, histogram in histograms.items()}
     for group in placement.groups:
@@ -192,10 +195,13 @@ def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: 
     return {name: scale_of(value) for name, value in amax.items()}
 
 
-def _parity(artifact: Artifact, model: onnx.ModelProto, references: Sequence[tuple[Feed, Feed]], record: Calibration) -> Parity:
-    """Compare the quantized graph with what the FP32 graph gave on calibration data."""
+def _parity(artifact: Artifact, model: ir.Model, references: Sequence[tuple[Feed, Feed]], record: Calibration) -> Parity:
+    """Compare the quantized model with the outputs of the FP32 graph on calibration data."""
     mixed = record.floats == "fp16"
-    run = CpuGraph(emulate(model) if mixed else model)
+    if mixed:
+        model = model.clone()
+        Emulate()(model)
+    run = CpuGraph(model)
     data = "images" if record.kind == "images" else "feeds"
     what = f"{artifact.shown} in INT8"
     try:

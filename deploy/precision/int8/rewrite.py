@@ -1,31 +1,37 @@
-"""Q/DQ pairs put into a graph, and weights stored as INT8. Symmetric: zero point 0, codes -127 to 127 for weights."""
+"""The pass that makes an FP32 graph INT8: Q/DQ pairs around its layers, and INT8 weights.
+
+Quantization is symmetric: the zero point is 0, and the codes of weights are -127 to 127.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
+from onnx_ir.passes import PassResult
 
 from deploy.errors import PrecisionError
-from deploy.precision.graph import check, unused
+from deploy.precision.graph import unused
+from deploy.precision.int8.options import OPSET
 from deploy.precision.int8.placement import Placement
+from deploy.precision.passes import PREPARED, VALID, Condition, PrecisionPass, opset_from
 
 LARGEST = 127
-"""The largest code. -128 is not used for weights, so that the codes are symmetric as TensorRT takes them."""
+"""The largest code. -128 is not used for weights, so that the codes are symmetric, as TensorRT expects."""
 
 _DEAD = 2.0**-14
-"""The scale of a channel of zeros: any does; this one is a normal number in FP16 too."""
+"""The scale of a channel of zeros. Any scale would do; this one is a normal number in FP16 too."""
 
 _BIAS_CODES = 2.0**30
-"""ONNX Runtime stores a bias in 32 bits with the product of the two scales. Without a floor under the weight's scale, the
-bias of a channel with tiny weights does not fit, and the channel is lost in silence (seen with ONNX Runtime 1.32)."""
+"""ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight. Without a lower bound on the
+weight's scale, the bias of a channel with tiny weights does not fit, and the channel is silently lost (seen with ONNX
+Runtime 1.32)."""
 
 
 def quantize_weight(weight: np.ndarray, axis: int | None, floor: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """`weight` (floating point, any shape) as int8 codes of the same shape, and float32 scales.
+    """Quantize `weight` (floating point, any shape): int8 codes of the same shape, and float32 scales.
 
-    Scales have the shape (C,), C the size of `axis`, or () without one: the largest magnitude divided by 127, at least
-    `floor` (one number, or one for each index of `axis`). Codes are rounded half to even. Raises PrecisionError for
+    The scales have shape (C,), where C is the size of `axis`, or () without an axis. A scale is the largest magnitude
+    divided by 127, and at least `floor` (one number, or one for each index of `axis`). Codes are rounded half to even. Raises PrecisionError for
     weights that are not finite.
     """
     array = np.asarray(weight, dtype=np.float32)
@@ -41,48 +47,74 @@ def quantize_weight(weight: np.ndarray, axis: int | None, floor: float | np.ndar
     return np.clip(codes, -LARGEST, LARGEST, out=codes).astype(np.int8), scale
 
 
-def to_int8(
-    model: onnx.ModelProto,
-    placement: Placement,
-    scales: Mapping[str, float],
-    *,
-    per_tensor: bool = False,
-    bias: Mapping[str, np.ndarray] | None = None,
-    smallest: float = 0.0,
-) -> onnx.ModelProto:
-    """The prepared graph `model` with the Q/DQ pairs of `placement` and INT8 weights.
+def _scale_problem(model: ir.Model) -> str:
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale = node.inputs[1].const_value if node.inputs[1] is not None else None
+        if scale is None:
+            return f"that of {node.name!r} is not a constant"
+        numbers = scale.numpy()
+        if not (np.isfinite(numbers).all() and (numbers > 0).all()):
+            return f"that of {node.name!r} is not"
+    return ""
 
-    `scales`: float32 numbers, one for each tensor of `placement.edges`, equal within each of `placement.groups`.
-    `per_tensor`: one scale for each weight in place of one for each output channel. `smallest`: no scale of a weight is
-    below. `bias`: what is added to the bias of a node, float32 (output channels,); a MatMul gets an Add for it. A pair is named `<tensor>/QuantizeLinear` and
-    `<tensor>/DequantizeLinear`, what it makes `<tensor>_quantized` and `<tensor>_dequantized`.
 
-    A Concat whose branches are quantized joins their codes, with DequantizeLinear behind it: the same numbers, for all
-    have one scale. OpenVINO rounds to whole numbers where Q/DQ pairs stand before a Concat of floats (seen with 2026.4).
+CONSTANT_SCALES = Condition("the scales of all Q/DQ nodes are constant positive numbers", _scale_problem)
 
-    `smallest`: the least scale of a weight.
 
-    Raises PrecisionError for missing scales or such as no number can be, for weights that are not finite, and when the
-    result is not valid.
+class ToInt8(PrecisionPass):
+    """Insert the Q/DQ pairs of `placement` into an FP32 graph, and store its weights as INT8.
+
+    scales: float32 numbers, one for each tensor of `placement.edges`, equal within each of `placement.groups`.
+    per_tensor: one scale for a whole weight instead of one for each of its output channels.
+    bias: what to add to the bias of a node, float32 (output channels,), by node name. A MatMul gets an Add for it.
+    smallest: the lower bound of the scales of weights.
+
+    A pair is named `<tensor>/QuantizeLinear` and `<tensor>/DequantizeLinear`, and its outputs `<tensor>_quantized` and
+    `<tensor>_dequantized`. A Concat with quantized branches joins their codes and is followed by one DequantizeLinear: the
+    numbers are the same, because all branches have one scale. OpenVINO rounds to whole numbers if Q/DQ pairs stand before
+    a Concat of floats (seen with 2026.4).
+
+    Raises PrecisionError for scales that are missing or not positive numbers, for a correction of an unknown node, and for
+    weights that are not finite.
     """
-    for tensor in placement.edges:
-        scale = np.float32(scales.get(tensor, np.nan))
-        if not (np.isfinite(scale) and scale > 0):
-            raise PrecisionError(f"the scale of {tensor!r} is {scales.get(tensor)}; expected a positive number")
-    for group in placement.groups:
-        assert len({scales[tensor] for tensor in group}) == 1, f"{group} must share a scale"
-    graph = ir.from_proto(model)
-    rewrite = _Rewrite(graph.graph)
-    for node, correction in (bias or {}).items():
-        rewrite.add_bias(node, np.asarray(correction, dtype=np.float32))
-    rewrite.store_weights(placement, scales, per_tensor, smallest)
-    rewrite.insert_pairs(placement, scales)
-    check(graph, "the INT8 graph is not valid")
-    return ir.to_proto(graph)
+
+    needs = (*PREPARED, opset_from(OPSET))
+    leaves = (*PREPARED, CONSTANT_SCALES, VALID)
+
+    def __init__(
+        self,
+        placement: Placement,
+        scales: Mapping[str, float],
+        *,
+        per_tensor: bool = False,
+        bias: Mapping[str, np.ndarray] | None = None,
+        smallest: float = 0.0,
+    ) -> None:
+        for tensor in placement.edges:
+            scale = np.float32(scales.get(tensor, np.nan))
+            if not (np.isfinite(scale) and scale > 0):
+                raise PrecisionError(f"the scale of {tensor!r} is {scales.get(tensor)}; expected a positive number")
+        for group in placement.groups:
+            assert len({scales[tensor] for tensor in group}) == 1, f"{group} must share a scale"
+        self.placement = placement
+        self.scales = scales
+        self.per_tensor = per_tensor
+        self.bias = bias or {}
+        self.smallest = smallest
+
+    def call(self, model: ir.Model) -> PassResult:
+        rewrite = _Rewrite(model.graph)
+        for node, correction in self.bias.items():
+            rewrite.add_bias(node, np.asarray(correction, dtype=np.float32))
+        rewrite.store_weights(self.placement, self.scales, self.per_tensor, self.smallest)
+        rewrite.insert_pairs(self.placement, self.scales)
+        return PassResult(model, bool(self.placement.edges or self.placement.weights or self.bias))
 
 
 class _Rewrite:
-    """Changes one graph in place."""
+    """Inserts pairs into one graph, in place."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -111,7 +143,7 @@ class _Rewrite:
                     self.nodes[node].replace_input_with(index, codes[tensor])
 
     def _insert_pair(self, tensor: str, scale: float, *, dequantize: bool) -> tuple[ir.Value, ir.Value]:
-        """QuantizeLinear and, where asked for, DequantizeLinear right behind where `tensor` is made: codes and result."""
+        """Insert QuantizeLinear, and DequantizeLinear if asked for, after the producer of `tensor`; returns codes and result."""
         value = self.values[tensor]
         operands = [value, self._scale(tensor, scale), self._zero(())]
         quantize = self._node("QuantizeLinear", operands, tensor, self._value(f"{tensor}_quantized", value, ir.DataType.INT8))
@@ -127,17 +159,17 @@ class _Rewrite:
         return quantize.outputs[0], pair[-1].outputs[0]
 
     def _dequantize_output(self, node: ir.Node, scale: float) -> ir.Value:
-        """Let `node` make codes, and DequantizeLinear behind it the tensor of its name; returns the codes."""
+        """Make `node` output codes, followed by a DequantizeLinear whose output takes the old name; returns the codes."""
         codes = node.outputs[0]
         tensor = codes.name or ""
         result = self._take_over(codes, f"{tensor}_quantized")
-        codes.dtype = ir.DataType.INT8
+        codes.type = ir.TensorType(ir.DataType.INT8)
         operands = [codes, self._scale(tensor, scale), self._zero(())]
         self.graph.insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
         return codes
 
     def store_weights(self, placement: Placement, scales: Mapping[str, float], per_tensor: bool, smallest: float) -> None:
-        """Weights become INT8 initializers behind DequantizeLinear, each once for all nodes that use it on one axis."""
+        """Store weights as INT8 initializers with a DequantizeLinear, one for all nodes that use a weight along the same axis."""
         users: dict[tuple[str, int | None], list[ir.Node]] = {}
         for name, weight in placement.weights.items():
             axis = None if per_tensor else weight.axis
@@ -185,7 +217,7 @@ class _Rewrite:
             del self.graph.initializers[old.name or ""]
 
     def _add_after(self, node: ir.Node, correction: np.ndarray) -> None:
-        """Add to the output of `node`, whose name the sum takes over."""
+        """Add `correction` to the output of `node`; the sum takes over the name of the output."""
         before = node.outputs[0]
         after = self._take_over(before, f"{before.name}_uncorrected")
         operands = [before, self._initializer(f"{node.name}/correction", correction)]
@@ -193,7 +225,7 @@ class _Rewrite:
         self.graph.insert_after(node, ir.Node("", "Add", operands, outputs=[after], name=label))
 
     def _take_over(self, value: ir.Value, new_name: str) -> ir.Value:
-        """A float value with the name and the uses of `value`, which is called `new_name` from now on."""
+        """A new float value that takes over the name and the uses of `value`, which is renamed to `new_name`."""
         uses, name = list(value.uses()), value.name
         value.name = self._claim(new_name)
         taker = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
@@ -227,7 +259,7 @@ class _Rewrite:
     def _node(
         self, operator: str, inputs: list[ir.Value], tensor: str, output: ir.Value, attributes: Sequence[ir.Attr] = ()
     ) -> ir.Node:
-        """A node `<tensor>/<operator>` that makes `output`."""
+        """A node named `<tensor>/<operator>` with the output `output`."""
         return ir.Node("", operator, inputs, attributes, outputs=[output], name=self._claim(f"{tensor}/{operator}"))
 
     def _claim(self, name: str) -> str:
@@ -237,7 +269,7 @@ class _Rewrite:
 
 
 def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:
-    """The smallest scale of the weight of `node`, whose input has the scale `scale`, with which its bias fits 32 bits."""
+    """The smallest scale of the weight of `node` at which its bias fits into 32 bits; `scale` is the scale of its input."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None or bias.const_value is None:
         return np.zeros(())

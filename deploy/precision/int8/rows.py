@@ -1,4 +1,4 @@
-"""The rows of a calibration set: counted, and the first of them kept for the audit."""
+"""The rows of a calibration set, which are counted, and the first of which are kept for the audit."""
 
 from collections.abc import Iterator, Mapping
 from threading import Lock
@@ -10,15 +10,16 @@ from deploy.data.calibration_set import CalibrationSet
 from deploy.progress import Progress
 
 AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
-"""One in so many of the calibration rows gives the bias correction and the noise by layer: from 8 to 64 of them."""
+"""One in 16 calibration rows is used for the bias correction and the noise of the layers, but at least 8 and at most 64."""
 KEPT_BYTES = 100 << 20
-"""Tensors of those rows that are kept, so that they need not be run again: a bound, for memory must not grow with the rows."""
+"""The limit for the tensors kept of those rows, so that they need not be run again; memory must not grow with the rows."""
 
 
 class Rows:
-    """The feeds of a calibration set, counted as they pass, the first rows kept for what comes after.
+    """The feeds of a calibration set, to be iterated over once; counts their rows and keeps the first ones.
 
-    kept: a feed each, and its tensors and outputs where KEPT_BYTES hold them.
+    count: rows so far.
+    kept: the first feeds, each with its tensors and outputs, or None if they would exceed KEPT_BYTES.
     """
 
     def __init__(self, data: CalibrationSet, batch_size: int, progress: Progress) -> None:
@@ -42,7 +43,7 @@ class Rows:
             self.count += row_count(feed)
 
     def seen(self, feed: Mapping[str, np.ndarray], tensors: Feed, outputs: Feed) -> None:
-        """Keep what came of a feed that is kept whole. Safe from many threads."""
+        """Keep the tensors and outputs of a feed if the whole feed is kept. Safe to call from several threads."""
         size = sum(array.nbytes for array in (*tensors.values(), *outputs.values()))
         with self._lock:
             index = next((index for index, (kept, _) in enumerate(self.kept) if kept is feed), None)
@@ -51,13 +52,13 @@ class Rows:
                 self.kept[index] = (self.kept[index][0], (tensors, outputs))
 
     def release(self) -> list[Feed]:
-        """The feeds that were kept, and what came of them no longer."""
+        """The kept feeds; their tensors and outputs are released."""
         self.kept = [(feed, None) for feed, _ in self.kept]
         return [feed for feed, _ in self.kept]
 
 
 def first_rows(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> tuple[Feed, Feed]:
-    """`wanted` rows of a feed and of what came of it, or all where the batch is fixed or an output has other rows."""
+    """The first `wanted` rows of a feed and its outputs; all rows if the batch is fixed or an output has no batch axis."""
     rows = row_count(feed)
     if batch_dim(data.specs) is None or any(not array.ndim or len(array) != rows for array in outputs.values()):
         return feed, outputs

@@ -15,9 +15,7 @@ from deploy.engine.log import garbage_kept
 from deploy.errors import PrecisionError
 from deploy.intake.exporter import export_graph
 from deploy.models.registry import ARCHITECTURES
-from deploy.precision.cpu import CpuGraph
-from deploy.precision.half.convert import to_half
-from deploy.precision.half.emulate import emulate
+from tests.precision.conftest import cpu_graph, emulate, to_half
 
 ir = pytest.importorskip("onnx_ir")
 
@@ -132,7 +130,7 @@ def test_values_that_a_subgraph_captures_are_fp32_there(parse):
     found = types(model)
     assert (found["r"], found["s"], found["i"], found["w"], found["w_fp16"]) == (FLOAT16, FLOAT16, FLOAT, FLOAT, FLOAT16)
     assert [exclusion.node for exclusion in exclusions] == ["if"]
-    run, expected = CpuGraph(model), CpuGraph(original)
+    run, expected = cpu_graph(model), cpu_graph(original)
     for condition in (True, False):
         feed = {"x": np.array([-1, 2, 0.25], dtype=np.float32), "c": np.array(condition)}
         np.testing.assert_array_equal(run(feed)["y"], expected(feed)["y"])  # numbers that FP16 holds
@@ -149,7 +147,7 @@ def test_a_loop_runs_in_fp32_on_what_half_nodes_made(parse):
     model, exclusions = to_half(original, "fp16")
     assert [exclusion.node for exclusion in exclusions] == ["loop"]
     feed = {"x": np.array([-1, 2.5], dtype=np.float32), "n": np.array(3)}
-    np.testing.assert_array_equal(CpuGraph(model)(feed)["y"], CpuGraph(original)(feed)["y"])
+    np.testing.assert_array_equal(cpu_graph(model)(feed)["y"], cpu_graph(original)(feed)["y"])
 
 
 def test_shapes_are_read_without_a_cast(parse):
@@ -174,7 +172,7 @@ def test_an_initializer_that_is_an_output_keeps_its_name_and_type(parse):
     assert types(model)["w"] == FLOAT
     model, _ = to_half(parse(text), "fp16", half_io=True)
     assert types(model)["w"] == FLOAT16
-    np.testing.assert_array_equal(CpuGraph(model)({"x": np.ones(2, np.float16)})["w"], [1, 2])
+    np.testing.assert_array_equal(cpu_graph(model)({"x": np.ones(2, np.float16)})["w"], [1, 2])
 
 
 def test_sequences_stay_fp32(parse):
@@ -186,7 +184,7 @@ def test_sequences_stay_fp32(parse):
     assert [exclusion.node for exclusion in exclusions] == ["split", "at"]
     assert types(model)["r"] == FLOAT16
     feed = {"x": np.arange(8, dtype=np.float32).reshape(2, 4)}
-    np.testing.assert_array_equal(CpuGraph(model)(feed)["y"], CpuGraph(original)(feed)["y"])
+    np.testing.assert_array_equal(cpu_graph(model)(feed)["y"], cpu_graph(original)(feed)["y"])
 
 
 class Residual(nn.Module):
@@ -295,7 +293,7 @@ def test_every_family_converts_to_a_valid_graph_that_agrees(exported, name, prec
     allowed = FAMILIES[name][3] | ({"ConvTranspose", "HardSwish"} if precision == "bf16" else set())
     assert {by_name[exclusion.node].op_type for exclusion in exclusions} <= allowed
     if name in ("residual", "segmenter"):  # the others need their range-dependent exclusions
-        run, expected = CpuGraph(emulate(half)), CpuGraph(model)
+        run, expected = cpu_graph(emulate(half)), cpu_graph(model)
         for batch in (1, 3):
             feed = random_feed(inputs, {"batch": batch}, seed=batch)
             for (key, actual), reference in zip(run(feed).items(), expected(feed).values(), strict=True):

@@ -5,9 +5,7 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from deploy.precision.cpu import CpuGraph
-from deploy.precision.half.convert import to_half
-from deploy.precision.half.emulate import emulate
+from tests.precision.conftest import cpu_graph, emulate, to_half
 
 OVERFLOW = "g (float[N] x) => (float[N] y) { square = Mul(x, x) y = Sqrt(square) }"
 
@@ -15,15 +13,15 @@ OVERFLOW = "g (float[N] x) => (float[N] y) { square = Mul(x, x) y = Sqrt(square)
 def test_a_planted_overflow_shows_that_onnxruntime_hides(parse):
     half, _ = to_half(parse(OVERFLOW), "fp16")
     feed = {"x": np.array([3, 1000], dtype=np.float32)}
-    assert CpuGraph(half)(feed)["y"].tolist() == [3, 1000]  # what makes the emulation necessary
-    assert CpuGraph(emulate(half))(feed)["y"].tolist() == [3, np.inf]
+    assert cpu_graph(half)(feed)["y"].tolist() == [3, 1000]  # what makes the emulation necessary
+    assert cpu_graph(emulate(half))(feed)["y"].tolist() == [3, np.inf]
     with np.errstate(over="ignore"):
         assert ReferenceEvaluator(half).run(None, feed)[0].tolist() == [3, np.inf]
 
 
 def test_bf16_has_room_for_what_overflows_fp16(parse):
     half, _ = to_half(parse(OVERFLOW), "bf16")
-    assert CpuGraph(emulate(half))({"x": np.array([3, 1024], dtype=np.float32)})["y"].tolist() == [3, 1024]
+    assert cpu_graph(emulate(half))({"x": np.array([3, 1024], dtype=np.float32)})["y"].tolist() == [3, 1024]
 
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
@@ -45,7 +43,7 @@ def test_inputs_weights_and_results_are_rounded(parse, precision, dtype):
     half, _ = to_half(parse("g (float[N] x) => (float[N] y) <float[1] w = {0.3333333}> { y = Mul(x, w) }"), precision)
     x = np.random.default_rng(0).standard_normal(10_000, dtype=np.float32)
     exact = x.astype(dtype).astype(np.float32) * np.float32(dtype(0.3333333))
-    np.testing.assert_array_equal(CpuGraph(emulate(half))({"x": x})["y"], exact.astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(cpu_graph(emulate(half))({"x": x})["y"], exact.astype(dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,7 @@ def test_it_agrees_with_the_reference_implementation_of_onnx(parse, shape, body)
     assert not exclusions
     feed = {"x": np.random.default_rng(1).standard_normal((1, 1, 4, 4), dtype=np.float32)}
     expected = ReferenceEvaluator(half).run(None, feed)[0]
-    actual = CpuGraph(emulate(half))(feed)["y"]
+    actual = cpu_graph(emulate(half))(feed)["y"]
     # The reference accumulates in FP16 and so is off by some units in the last place of its own.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=4 * 2.0**-11 * np.abs(expected).max())
 
@@ -74,7 +72,7 @@ def test_inputs_and_outputs_keep_their_names_and_are_fp32_with_half_io_too(parse
         onnx.checker.check_model(emulated, full_check=True)
         assert [value.name for value in (*emulated.graph.input, *emulated.graph.output)] == ["x", "y", "z", "x"]
         feed = {"x": np.array([1e-9, 70000, 0.1], dtype=np.float32)}
-        found = CpuGraph(emulated)(feed)
+        found = cpu_graph(emulated)(feed)
         assert found["y"].tolist() == [0, np.inf, float(np.float16(0.1))]
         assert found["z"].tolist() == [0, -np.inf, -float(np.float16(0.1))]
 
@@ -82,4 +80,4 @@ def test_inputs_and_outputs_keep_their_names_and_are_fp32_with_half_io_too(parse
 def test_nodes_left_in_fp32_are_not_rounded(parse):
     text = "g (float[N] x) => (float[N] y) { [s] square = Mul(x, x) [r] root = Sqrt(square) y = Neg(root) }"
     half, _ = to_half(parse(text), "fp16", keep={"s": "overflows", "r": "overflows"})
-    assert CpuGraph(emulate(half))({"x": np.array([1000], dtype=np.float32)})["y"].tolist() == [-1000]
+    assert cpu_graph(emulate(half))({"x": np.array([1000], dtype=np.float32)})["y"].tolist() == [-1000]

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 
-from deploy.precision.graph import prepare
 from deploy.precision.half.keep import nodes_to_keep, weight_problem
+from deploy.precision.half.options import OPSET
 from deploy.precision.ranges import Range, activation_ranges
+from tests.precision.conftest import prepared
 
 
 def kept(model, precision="fp16", x=(1, -2)):
-    ranges = activation_ranges(prepare(model), [{"x": np.array(x, dtype=np.float32)}])
-    return nodes_to_keep(model, ranges, precision)
+    graph = prepared(model, opset=OPSET[precision])
+    return nodes_to_keep(graph, activation_ranges(graph, [{"x": np.array(x, dtype=np.float32)}]), precision)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,6 @@ def test_infinities_of_a_mask_are_no_overflow(parse):
 
 
 def test_values_without_a_range_are_taken_as_they_are(parse):
-    model = parse("g (float[N] x) => (float[N] y) { [n] y = Neg(x) }")
+    model = prepared(parse("g (float[N] x) => (float[N] y) { [n] y = Neg(x) }"))
     assert nodes_to_keep(model, {}, "fp16") == {}
     assert set(nodes_to_keep(model, {"x": Range(low=0, high=1e9)}, "fp16")) == {"n"}

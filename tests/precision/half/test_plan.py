@@ -1,14 +1,13 @@
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from deploy.precision.graph import prepare
-from deploy.precision.half.plan import LARGEST, OPSET, plan_half, round_to
+from deploy.precision.half.options import OPSET
+from deploy.precision.half.plan import plan_half, round_to
+from tests.precision.conftest import prepared
 
 
 def planned(model, precision="fp16"):
-    graph = ir.from_proto(prepare(model, opset=OPSET[precision]))
+    graph = prepared(model, opset=OPSET[precision])
     plan = plan_half(graph, precision)
     return {node.name: (ports.inputs, ports.outputs) for node, ports in plan.half.items()}, plan.stay
 
@@ -114,8 +113,3 @@ def test_rounding_is_to_nearest_even_and_overflow_is_infinite():
     values = np.array([1 + 2**-11, 1 + 3 * 2**-11, 65519.9, 65520, -1e6, 2.0**-25], dtype=np.float32)
     assert round_to(values, "fp16").tolist() == [1.0, 1 + 2**-9, 65504.0, np.inf, -np.inf, 0.0]
     assert round_to(np.array([1 + 2**-8, 3.4e38], dtype=np.float32), "bf16").tolist() == [1.0, np.inf]
-
-
-def test_the_largest_numbers_are_those_of_the_formats():
-    assert LARGEST["fp16"] == np.finfo(np.float16).max
-    assert LARGEST["bf16"] == float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)

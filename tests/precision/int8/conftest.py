@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.precision.graph import prepare
+from tests.precision.conftest import prepare
 
 Build = Callable[[str], onnx.ModelProto]
 
@@ -29,3 +29,15 @@ def build() -> Build:
         return prepare(onnx.shape_inference.infer_shapes(model), opset=19)
 
     return build_graph
+
+
+@pytest.fixture
+def build_with(parse):
+    """A prepared graph from text; float arrays become weights, others constants."""
+
+    def build_model(text, **weights):
+        model = parse(text)
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
+        return prepare(model, opset=19)
+
+    return build_model

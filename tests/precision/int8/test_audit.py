@@ -2,29 +2,30 @@ import math
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
 
-from deploy.precision.graph import prepare
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import Selection, place
+from tests.precision.conftest import prepared
 
 RNG = np.random.default_rng(0)
 
 
-def build(body: str, shapes: str, **weights: np.ndarray) -> onnx.ModelProto:
+def build(body: str, shapes: str, **weights: np.ndarray) -> ir.Model:
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19]> g {shapes} {{ {body} }}')
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
-    return prepare(model, opset=19)
+    return prepared(model, opset=19)
 
 
 def normal(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def run_audit(model: onnx.ModelProto, feeds: list[dict[str, np.ndarray]], scales: dict[str, float], *, per_tensor: bool = False):
+def run_audit(model: ir.Model, feeds: list[dict[str, np.ndarray]], scales: dict[str, float], *, per_tensor: bool = False):
     placement = place(model, Selection())
     activations = Activations(model, list(placement.edges))
     audit = Audit(model, placement, scales, per_tensor=per_tensor)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from deploy.precision.cpu import CpuGraph
-from deploy.precision.int8.folding import fold_batchnorm
+from tests.precision.conftest import cpu_graph, fold_batchnorm
 
 PARAMETERS = "float[6] scale, float[6] shift, float[6] mean, float[6] variance = {0.5, 1, 2, 0.25, 3, 1.5}"
 WEIGHTS = f"float[6, 4, 3, 3] w, float[4, 6, 3, 3] t, float[4, 3, 3, 3] tg, float[6] b, {PARAMETERS}"
@@ -17,8 +16,8 @@ def operators(model):
 
 def assert_same_results(model, folded, shape):
     feed = {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
-    expected = CpuGraph(model)(feed)
-    for name, value in CpuGraph(folded)(feed).items():
+    expected = cpu_graph(model)(feed)
+    for name, value in cpu_graph(folded)(feed).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4)
 
 

@@ -3,9 +3,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.precision.graph import prepare
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.placement import Selection, place
+from tests.precision.conftest import prepared
 
 
 def small(weight: np.ndarray, scale: float = 0.01) -> dict[str, str]:
@@ -13,7 +13,7 @@ def small(weight: np.ndarray, scale: float = 0.01) -> dict[str, str]:
         """<ir_version: 10, opset_import: ["": 19]> g (float[N, 2, 4, 4] x) => (float[N, 4, 4, 4] y) { [conv] y = Conv(x, w) }"""
     )
     model.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), "w"))
-    model = prepare(model, opset=19)
+    model = prepared(model, opset=19)
     return subnormal_scales(model, place(model, Selection()), {"x": scale}, per_tensor=False)
 
 

@@ -1,23 +1,24 @@
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
 from deploy.errors import PrecisionError
-from deploy.precision.graph import prepare
 from deploy.precision.int8.histograms import Activations, collect, scale_of
+from tests.precision.conftest import prepared
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture
-def net() -> onnx.ModelProto:
+def net() -> ir.Model:
     model = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["": 19]> g (float[N, 1, 8, 8] x) => (float[N, 4, 6, 6] y)
         { [conv] c = Conv(x, w) [relu] r = Relu(c) [log] y = Log(r) }"""
     )
     model.graph.initializer.append(numpy_helper.from_array(RNG.standard_normal((4, 1, 3, 3)).astype(np.float32), "w"))
-    return prepare(model, opset=19)
+    return prepared(model, opset=19)
 
 
 def test_inputs_inner_tensors_and_outputs_are_seen(net):

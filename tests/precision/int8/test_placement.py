@@ -4,7 +4,8 @@ import onnx
 import pytest
 
 from deploy.errors import PrecisionError
-from deploy.precision.int8.placement import Selection, Weight, place
+from deploy.precision.int8.placement import Selection, Weight
+from tests.precision.conftest import place
 
 RESIDUAL = """g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) <float[4, 4, 1, 1] w1, float[4, 4, 1, 1] w2, float[4] b> {
     [stem] a = Conv(x, w1) [relu0] s = Relu(a)

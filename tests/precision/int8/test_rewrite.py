@@ -13,13 +13,10 @@ from deploy.engine.attestation import network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
 from deploy.errors import PrecisionError
-from deploy.precision.cpu import CpuGraph
-from deploy.precision.graph import prepare
-from deploy.precision.half.convert import to_half
-from deploy.precision.int8.folding import fold_batchnorm
-from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.rewrite import quantize_weight, to_int8
+from deploy.precision.int8.placement import Selection
+from deploy.precision.int8.rewrite import quantize_weight
 from deploy.precision.macs import count_macs
+from tests.precision.conftest import cpu_graph, fold_batchnorm, place, prepare, to_half, to_int8
 
 RNG = np.random.default_rng(3)
 CONV = """g (float[2, 4, 8, 8] x) => (float[2, 6, 8, 8] y) <float[6, 4, 1, 1] w, float[6] b> {
@@ -51,7 +48,7 @@ def max_scales(model, placement, feed):
     made = {value.name: value for node in graph.graph for value in node.outputs}
     known = {value.name for value in (*graph.graph.inputs, *graph.graph.outputs)}
     graph.graph.outputs.extend(made[tensor] for tensor in placement.edges if tensor not in known)
-    tensors = CpuGraph(onnx_ir.to_proto(graph))(feed) | feed
+    tensors = cpu_graph(onnx_ir.to_proto(graph))(feed) | feed
     scales = {tensor: float(np.abs(tensors[tensor]).max()) / 127 or 1.0 for tensor in placement.edges}
     for group in placement.groups:
         scales |= dict.fromkeys(group, max(scales[tensor] for tensor in group))
@@ -71,8 +68,8 @@ def cosine(first, second):
 
 
 def assert_runs_everywhere(model, quantized, feed, least):
-    expected = CpuGraph(model)(feed)
-    for results in (CpuGraph(quantized)(feed), run_openvino(quantized, feed)):
+    expected = cpu_graph(model)(feed)
+    for results in (cpu_graph(quantized)(feed), run_openvino(quantized, feed)):
         for name, value in expected.items():
             assert cosine(value, results[name]) > least
 
@@ -83,7 +80,7 @@ def precision_in_tensorrt_rtx(model, feed, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     profile = {name: ShapeRange(min=array.shape, opt=array.shape, max=array.shape) for name, array in feed.items()}
     built = build_engine(rtx, tmp_path / "model.onnx", [profile], BuildOptions())
-    macs = count_macs(tmp_path / "model.onnx", {name: array.shape for name, array in feed.items()})
+    macs = count_macs(onnx_ir.load(tmp_path / "model.onnx"), {name: array.shape for name, array in feed.items()})
     return network_share(built.network.definition, rtx.trt, macs)[1]
 
 
@@ -199,7 +196,7 @@ def test_a_correction_is_added_to_the_bias_or_becomes_one(build):
     feed = normal_feed(model)
     only_last = to_int8(model, placement, scales, bias={"product": shifts["product"]})
     plain = to_int8(model, placement, scales)
-    np.testing.assert_allclose(CpuGraph(only_last)(feed)["y"], CpuGraph(plain)(feed)["y"] + [1, 2, 3], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(cpu_graph(only_last)(feed)["y"], cpu_graph(plain)(feed)["y"] + [1, 2, 3], rtol=1e-5, atol=1e-4)
     with pytest.raises(PrecisionError, match="no node is named 'nope'"):
         to_int8(model, placement, scales, bias={"nope": np.zeros(4)})
 
