@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from deploy.errors import InputError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES
 
 Feed = dict[str, np.ndarray]
-
+"""The inputs of a model, or its outputs, by name."""
 
 Dim = int | str
 
@@ -186,13 +185,13 @@ def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, in
     return sizes | ({batch: EXAMPLE_BATCH} if batch else {})
 
 
-def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> Feed:
     """Random arrays that fit `specs`: standard normal for floats, 0 to 9 for integers, coin flips for booleans.
 
     `dims` gives the size of every symbolic dimension. `bfloat16` inputs come as float32, for numpy has no such dtype.
     """
     rng = np.random.default_rng(seed)
-    feed: dict[str, np.ndarray] = {}
+    feed: Feed = {}
     for spec in specs:
         shape = spec.concrete(dims)
         dtype = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
@@ -205,7 +204,7 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
     return feed
 
 
-def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[dict[str, Any]]:
+def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[Feed]:
     """Random feeds at the batch sizes of `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed.
 
     `dims` gives the size of every other symbolic dimension.
@@ -215,3 +214,14 @@ def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[d
         random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed)
         for seed, size in enumerate(PARITY_BATCHES, start=1)
     ]
+
+
+def row_count(feed: Feed) -> int:
+    """The rows of a feed: the first dimension of its first array, 1 for a scalar."""
+    first = next(iter(feed.values()))
+    return len(first) if first.ndim else 1
+
+
+def slice_rows(feed: Feed, start: int, stop: int) -> Feed:
+    """The rows `start` to `stop` of every array, as views."""
+    return {name: array[start:stop] for name, array in feed.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
-from deploy.artifact.tensors import Feed, TensorSpec
+from deploy.artifact.tensors import Feed, TensorSpec, slice_rows
 from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
 from deploy.calibration.npzfolder import NpzFolderError
@@ -186,4 +186,4 @@ def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size
         yield arrays
         return
     for start in range(0, dims[batch], batch_size):
-        yield {name: array[start : start + batch_size] for name, array in arrays.items()}
+        yield slice_rows(arrays, start, start + batch_size)

@@ -8,7 +8,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
-from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.preprocess import PRESET_NAMES, Preprocess
 from deploy.artifact.tensors import Feed, TensorSpec, format_shape
 from deploy.calibration import imagefolder
 from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
@@ -78,8 +78,8 @@ def image_input(artifact: Artifact) -> ImageInput:
         )
     if preprocess is None:
         raise UsageError(
-            f"{artifact.location} does not say how images become its input; export it with --preprocess (imagenet, mnist,"
-            " cifar10, none or a JSON file)"
+            f"{artifact.location} does not say how images become its input; export it with --preprocess ({PRESET_NAMES}"
+            " or a JSON file)"
         )
     return ImageInput(spec=specs[0], preprocess=preprocess)
 

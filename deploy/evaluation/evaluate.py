@@ -1,6 +1,5 @@
 """Accuracy of a classifier on labelled images, and what it says of single ones."""
 
-import difflib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from deploy.evaluation.classifier import check_names, classifier
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
 from deploy.runtime.session import Session
+from deploy.words import did_you_mean
 
 SCHEMA = 1
 
@@ -137,11 +137,10 @@ def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list
         return list(range(len(images.classes)))
     unknown = [folder for folder in images.classes if folder not in names]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=3) or names[:3]
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise DataError(
             f"{images.root / unknown[0]}{more} is no class of {artifact.location}, which has {len(names)} of them:"
-            f" {', '.join(map(repr, near))}..."
+            f" {', '.join(map(repr, names[:3]))}...{did_you_mean(unknown[0], names)}"
         )
     twice = [folder for folder in images.classes if names.count(folder) > 1]
     if twice:

@@ -205,8 +205,9 @@ class UserModules:
 
     def _list_files(self, program: _Program) -> tuple[SourceFile, ...]:
         own = _file_of(sys.modules[self._name]) if self._name in sys.modules else None
-        files = {own: program.digests.get(own) or file_digest(Path(own))} if own else {}
-        return tuple(SourceFile(path=path, sha256=digest) for path, digest in (files | program.digests).items())
+        digests = {own: program.digests.get(own) or file_digest(Path(own))} if own else {}
+        digests |= program.digests
+        return tuple(SourceFile(path=path, sha256=digest) for path, digest in digests.items())
 
 
 def is_installed(location: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.isolation import UserModules, is_installed, user_line
 from deploy.intake.recipe import Interface, Recipe
-from deploy.models.errors import near
+from deploy.words import did_you_mean
 
 
 class UserRecipe(Recipe):
@@ -56,7 +56,7 @@ class UserRecipe(Recipe):
         for part in self._name.split("."):
             if not hasattr(value, part):
                 known = [name for name, member in vars(value).items() if callable(member) and not name.startswith("_")]
-                raise FactoryError(f"{self._modules.source} has no {self._name!r}{near(part, known)}")
+                raise FactoryError(f"{self._modules.source} has no {self._name!r}{did_you_mean(part, known)}")
             value = getattr(value, part)
         if isinstance(value, nn.Module):
             raise FactoryError(f"{self.factory} is a module already made; expected a class or function that makes one")

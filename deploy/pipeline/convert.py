@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import onnx
 import onnx_ir
 
 from deploy.artifact.artifact import Artifact, parent_record, standing
 from deploy.artifact.manifest import ONNX, Exclusion, Stage, request_digest
 from deploy.artifact.onnxfile import graph_specs, save_model
-from deploy.artifact.tensors import Feed, Profile, TensorSpec, batch_dim, example_dims, random_feeds
+from deploy.artifact.tensors import Feed, Profile, TensorSpec, batch_dim, example_dims, random_feeds, row_count
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.images import data_digest, image_feeds, image_input
 from deploy.errors import ParityError, PrecisionError, UsageError
@@ -220,7 +219,7 @@ def _parity(
     reference, emulated = CpuGraph(model), CpuGraph(emulate(half))
     cases = []
     for data, feed in _parity_feeds(artifact, options):
-        batch = _batch(feed)
+        batch = row_count(feed)
         progress(f"comparing with FP32 on {data} input, batch {batch}")
         try:
             case = compare(
@@ -241,11 +240,6 @@ def _parity(
         tolerance=options.tolerance(),
         cases=cases,
     )
-
-
-def _batch(feed: Mapping[str, np.ndarray]) -> int:
-    first = next(iter(feed.values()))
-    return first.shape[0] if first.ndim else 1
 
 
 def _with_dtypes(specs: list[TensorSpec], found: list[TensorSpec]) -> list[TensorSpec]:

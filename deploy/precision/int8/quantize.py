@@ -14,7 +14,7 @@ import onnx_ir as ir
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import save_model
-from deploy.artifact.tensors import Feed
+from deploy.artifact.tensors import Feed, row_count
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import METHODS, Method, threshold
 from deploy.data.calibration_set import CalibrationSet
@@ -35,7 +35,7 @@ from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect, scale_of
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import to_int8
-from deploy.precision.int8.rows import Rows, first_rows, row_count
+from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.ranges import activation_ranges
 from deploy.progress import Progress, silent
 
