@@ -21,9 +21,10 @@ from deploy.data.images import data_digest
 from deploy.errors import ArtifactError, OutputError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Tolerance
 from deploy.host.versions import tool_versions
-from deploy.intake.build import BuiltModel, build_model, parse_model_args
+from deploy.intake.build import BuiltModel, build_model
 from deploy.intake.exporter import export_graph
 from deploy.intake.fit import Match
+from deploy.intake.model_args import parse_model_args
 from deploy.intake.weightsfile import save_weights
 from deploy.pipeline.export_interface import (
     check_classes,
@@ -134,10 +135,10 @@ def export_artifact(out: Path, options: ExportOptions, progress: Progress = sile
     example = {name: torch.from_numpy(array) for name, array in feeds[PARITY_BATCHES.index(EXAMPLE_BATCH)].items()}
     graph = export_graph(built.module, specs, example, outputs, opset=options.opset, user_files=files)
     with ArtifactWriter(out) as writer:
-        save_model(graph.model, writer.path / ONNX)
+        save_model(graph, writer.path / ONNX)
         check_onnx(writer.path / ONNX)
         save_weights(built.module, writer.path / WEIGHTS)
-        inputs, found = model_specs(graph.model)
+        inputs, found = model_specs(graph)
         profile = default_profile(inputs)
         manifest = Manifest(
             format=FORMAT,
