@@ -15,7 +15,8 @@ from deploy.artifact.tensors import Feed, TensorSpec, slice_rows
 from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
 from deploy.calibration.npzfolder import NpzFolderError
-from deploy.data.images import image_input, read_folder
+from deploy.data.image_folder import image_batches, read_folder
+from deploy.data.images import image_input
 from deploy.errors import DataError, InputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class _Images(CalibrationSet):
     def feeds(self, batch_size: int) -> Iterator[Feed]:
         self.skipped = []
         size, _ = self._source.batch_size(batch_size)
-        for feed, _ in self._source.batches(self._samples, size, skip=self._skip):
+        for feed, _ in image_batches(self._source, self._samples, size, skip=self._skip):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")

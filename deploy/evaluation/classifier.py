@@ -1,5 +1,6 @@
 """What makes an artifact an image classifier, and the likeliest classes of its logits."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
 from deploy.data.images import ImageInput, image_input
 from deploy.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
@@ -47,3 +50,9 @@ def check_names(artifact: Artifact, count: int) -> None:
     names = artifact.manifest.classes
     if names is not None and len(names) != count:
         raise UsageError(f"{artifact.location} has {count} classes and {len(names)} class names; export it with the right ones")
+
+
+def warn_if_null(backend: str) -> None:
+    """Log a warning that the classes mean nothing where `backend` computes nothing."""
+    if backend == "null":
+        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")

@@ -1,8 +1,6 @@
 """Accuracy of a classifier on labelled images, and what it says of single ones."""
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,16 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.tensors import Feed, TensorSpec
+from deploy.artifact.tensors import TensorSpec
 from deploy.calibration.imagefolder import ImageFolder
-from deploy.data.images import ImageInput, read_folder
-from deploy.errors import DataError, UsageError
-from deploy.evaluation.classifier import check_names, classifier
+from deploy.data.image_folder import image_batches, read_folder
+from deploy.errors import DataError
+from deploy.evaluation.classifier import check_names, classifier, warn_if_null
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
-from deploy.runtime.session import Session
 from deploy.words import did_you_mean
 
 SCHEMA = 1
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +75,12 @@ def evaluate(
     found: list[np.ndarray] = []
     done = 0
     with load(artifact, backend, device, threads=threads) as session:
-        _warn_of_zeros(session)
-        for feed, _ in _batches(source, samples[:size], size):
+        warn_if_null(session.backend)
+        for feed, _ in image_batches(source, samples[:size], size):
             session.run(feed)
         start = time.perf_counter()
         progress(what, 0, len(samples))
-        for feed, expected in _batches(source, samples, size):
+        for feed, expected in image_batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(expected)]
             check_names(artifact, scores.shape[1])
             _check_folders(artifact, images, scores.shape[1])
@@ -112,19 +107,6 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     before = ~(logits <= right)  # what is greater, and everything when a NaN is involved
     before |= (logits == right) & (np.arange(logits.shape[1]) < labels[:, None])
     return np.asarray(before.sum(axis=1))
-
-
-def _batches(source: ImageInput, samples: Sequence[tuple[Path, int]], size: int) -> Iterator[tuple[Feed, np.ndarray]]:
-    """As `ImageInput.batches`. Raises UsageError too, when a batch does not fit into memory."""
-    try:
-        yield from source.batches(samples, size)
-    except MemoryError as error:
-        raise UsageError(f"a batch size of {size} takes more memory than there is: {error}") from error
-
-
-def _warn_of_zeros(session: Session) -> None:
-    if session.backend == "null":
-        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
 
 
 def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list[int]:

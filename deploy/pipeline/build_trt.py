@@ -20,7 +20,7 @@ from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import CalibrationSet, calibration_set
-from deploy.data.images import data_digest
+from deploy.data.image_folder import data_digest
 from deploy.engine.attestation import check_honoured, network_share
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour

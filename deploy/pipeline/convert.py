@@ -17,7 +17,8 @@ from deploy.artifact.manifest import ONNX, Exclusion, Stage, request_digest
 from deploy.artifact.onnxfile import graph_specs, save_model
 from deploy.artifact.tensors import Feed, Profile, TensorSpec, batch_dim, example_dims, random_feeds, row_count
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.images import data_digest, image_feeds, image_input
+from deploy.data.image_folder import data_digest, image_feeds
+from deploy.data.images import image_input
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Parity, Tolerance, compare
 from deploy.host.versions import tool_versions

@@ -17,7 +17,7 @@ from deploy.artifact.onnxfile import check_onnx, model_specs, open_onnx, save_mo
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.images import data_digest
+from deploy.data.image_folder import data_digest
 from deploy.errors import ArtifactError, OutputError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES, TOLERANCES, Tolerance
 from deploy.host.versions import tool_versions

@@ -9,7 +9,7 @@ import torch
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim
-from deploy.data.images import image_feeds
+from deploy.data.image_folder import image_feeds
 from deploy.errors import ExportError
 from deploy.evidence.parity import Parity, Tolerance, compare
 from deploy.intake.export_errors import fixed_reason, line_of

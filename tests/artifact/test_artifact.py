@@ -4,14 +4,21 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 
+import deploy
 from deploy.artifact.artifact import Artifact, standing
-from deploy.artifact.manifest import ONNX, Parent, Stage
+from deploy.artifact.manifest import ONNX, WEIGHTS, Parent, Stage
+from deploy.artifact.tensors import random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError
+from deploy.serving.metrics import Meter
+from deploy.serving.models import ModelOptions, open_served
+from deploy.serving.source import ModelSource
 
 Write = Callable[..., Artifact]
 
@@ -91,3 +98,27 @@ def test_an_artifact_stands_only_for_the_same_request_and_undamaged(made: Artifa
     assert standing(made.path, Stage(name="onnx", request="another")) is None
     made.onnx_path.write_bytes(b"")
     assert standing(made.path, made.manifest.stage) is None
+
+
+@pytest.mark.parametrize("harm", ["damaged", "truncated", "deleted"])
+def test_weights_are_checked_only_where_they_are_read(
+    lenet5: Artifact, run: Callable[..., Any], tmp_path: Path, harm: str
+) -> None:
+    weights = lenet5.path / WEIGHTS
+    content = weights.read_bytes()
+    harmed = {"damaged": content[:-1] + bytes([content[-1] ^ 1]), "truncated": content[:-1]}
+    weights.unlink()
+    if harm in harmed:
+        weights.write_bytes(harmed[harm])
+    Image.new("L", (28, 28), 9).save(tmp_path / "nine.png")
+    with deploy.load(lenet5.path) as session:
+        session.run(random_feed(session.inputs, {"batch": 1}))
+    assert len(deploy.predict(lenet5.path, tmp_path / "nine.png")) == 1
+    served = open_served(ModelSource(name="lenet5", path=lenet5.path), ModelOptions(), Meter("lenet5", "1"))
+    served.batcher.close()
+    served.session.close()
+    inspected = run("inspect", lenet5.path)
+    assert inspected.status == 1
+    assert f"{WEIGHTS} {'is missing' if harm == 'deleted' else 'has' if harm == 'truncated' else 'is damaged'}" in inspected.err
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors is (damaged|missing)"):
+        deploy.load(lenet5.path, "eager")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed, row_count
-from deploy.data.images import image_feeds
+from deploy.data.image_folder import image_feeds
 from deploy.errors import BackendError, DataError
 from deploy.runtime.worker.feeds import random_inputs, wanted_feeds
 
