@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 def count_of(count: int, noun: str) -> str:
     """`1 thread`, `2 threads`: a count with its noun."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

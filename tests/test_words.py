@@ -4,9 +4,10 @@ from deploy.models import errors
 from deploy.words import count_of, did_you_mean
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1000 threads")])
+@pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
 def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
     assert count_of(count, "thread") == text
+    assert count_of(count, "class") == text.replace("threads", "classes").replace("thread", "class")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
-from deploy.artifact.tensors import Feed, TensorSpec, slice_rows
+from deploy.artifact.tensors import Feed, TensorSpec, format_specs, slice_rows
 from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
 from deploy.calibration.npzfolder import NpzFolderError
@@ -168,7 +168,7 @@ def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size
     """`feed` as the model takes it: a missing batch dimension added, cut to `batch_size` rows where the batch is symbolic."""
     names = [spec.name for spec in specs]
     if sorted(feed) != sorted(names):
-        raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {', '.join(map(str, specs))}")
+        raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {format_specs(specs)}")
     arrays: Feed = {}
     dims: dict[str, int] = {}
     for spec in specs:

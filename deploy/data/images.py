@@ -7,7 +7,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.preprocess import PRESET_NAMES, Preprocess
-from deploy.artifact.tensors import TensorSpec, format_shape
+from deploy.artifact.tensors import TensorSpec, format_shape, format_specs
 from deploy.errors import UsageError
 
 
@@ -52,7 +52,7 @@ def image_input(artifact: Artifact) -> ImageInput:
     specs, preprocess = artifact.manifest.inputs, artifact.manifest.preprocess
     if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("float32", "float16"):
         raise UsageError(
-            f"{artifact.location} takes {', '.join(map(str, specs))}; images can be fed to a model with one input of four"
+            f"{artifact.location} takes {format_specs(specs)}; images can be fed to a model with one input of four"
             " dimensions, float32 or float16"
         )
     if preprocess is None:

@@ -16,7 +16,7 @@ from deploy.errors import DataError
 from deploy.evaluation.classifier import check_names, classifier, warn_if_null
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
-from deploy.words import did_you_mean
+from deploy.words import count_of, did_you_mean
 
 SCHEMA = 1
 
@@ -136,6 +136,6 @@ def _check_folders(artifact: Artifact, images: ImageFolder, count: int) -> None:
     """Raise DataError when the model's classes have no names and are not as many as the folders."""
     if artifact.manifest.classes is None and len(images.classes) != count:
         raise DataError(
-            f"{images.root} has {len(images.classes)} class folders and {artifact.location} {count} classes, without names to"
-            " pair them by; export it with --classes FILE"
+            f"{images.root} has {count_of(len(images.classes), 'class folder')} and {artifact.location}"
+            f" {count_of(count, 'class')}, without names to pair them by; export it with --classes FILE"
         )
