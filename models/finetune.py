@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .errors import ModelError, near
+from .errors import ModelError, did_you_mean
 
 _HEADS = ("fc", "heads", "head", "classifier")
 
@@ -28,7 +28,7 @@ def replace_head(module: nn.Module, num_classes: int, name: str | None = None) -
         if name is None:
             raise ModelError(f"{type(module).__name__} has no linear layer and no convolution to replace")
     if name not in layers:
-        raise ModelError(f"{type(module).__name__} has no linear layer or convolution {name!r}{near(name, layers)}")
+        raise ModelError(f"{type(module).__name__} has no linear layer or convolution {name!r}{did_you_mean(name, layers)}")
     if num_classes < 1:
         raise ModelError(f"num_classes must be 1 or more, not {num_classes}")
     old = layers[name]
@@ -64,7 +64,7 @@ def freeze(module: nn.Module, *prefixes: str) -> None:
     known = [name for name, _ in module.named_modules() if name] + [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
         if prefix.rstrip(".") not in known:
-            raise ModelError(f"{type(module).__name__} has no module or parameter {prefix!r}{near(prefix, known)}")
+            raise ModelError(f"{type(module).__name__} has no module or parameter {prefix!r}{did_you_mean(prefix, known)}")
     roots = tuple(prefix.rstrip(".") for prefix in prefixes)
 
     def frozen(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .convnet import ConvNet
-from .errors import ModelError, near
+from .errors import ModelError, did_you_mean
 from .lenet5 import LeNet5
 from .mlp import MLP
 from .mobilenet_v1 import MobileNetV1, MobileNetV1Features
@@ -42,7 +42,7 @@ class Architecture:
         for name in args:
             if name not in known:
                 accepted = ", ".join(f"{key}={default!r}" for key, default in known.items())
-                raise ModelError(f"{self.name} takes no argument {name!r}{near(name, known)}; it takes {accepted}")
+                raise ModelError(f"{self.name} takes no argument {name!r}{did_you_mean(name, known)}; it takes {accepted}")
         classes = args.get("num_classes", 1)
         if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
             raise ModelError(f"num_classes of {self.name} must be a whole number, 1 or more, not {classes!r}")
@@ -114,7 +114,7 @@ def get(name: str) -> Architecture:
         return ARCHITECTURES[name]
     except KeyError:
         raise ModelError(
-            f"unknown architecture {name!r}{near(name, ARCHITECTURES)}; expected one of {', '.join(ARCHITECTURES)}"
+            f"unknown architecture {name!r}{did_you_mean(name, ARCHITECTURES)}; expected one of {', '.join(ARCHITECTURES)}"
         ) from None
 
 

@@ -123,7 +123,7 @@ class Preprocess:
             return preset(spec, size)
         path = Path(spec)
         if not path.is_file():
-            raise UsageError(f"unknown preprocess {spec!r}; expected {', '.join(PRESETS)} or a JSON file")
+            raise UsageError(f"unknown preprocess {spec!r}; expected {PRESET_NAMES} or a JSON file")
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -190,7 +190,7 @@ def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
     Raises UsageError for an unknown name.
     """
     if name not in PRESETS:
-        raise UsageError(f"unknown preprocess {name!r}; expected one of {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preprocess {name!r}; expected one of {PRESET_NAMES}")
     base = PRESETS[name]
     if name == "imagenet":
         size = size or (224, 224)
@@ -212,6 +212,9 @@ PRESETS = {
     # Pixels scaled to 0..1.
     "none": Preprocess(),
 }
+
+PRESET_NAMES = ", ".join(PRESETS)
+"""The names of the presets for help texts and errors."""
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
+from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity
+from deploy.words import count_of
 
 _LISTED = 10
 _NOISIEST = 3
@@ -16,8 +18,9 @@ def summary(artifact: Artifact) -> str:
     manifest = artifact.manifest
     kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
     lines = [f"{artifact.shown}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
-    lines += [_row("input", str(spec)) for spec in manifest.inputs]
-    lines += [_row("output", str(spec)) for spec in manifest.outputs]
+    specs = format_specs([*manifest.inputs, *manifest.outputs], "\n").splitlines()
+    labels = ["input"] * len(manifest.inputs) + ["output"] * len(manifest.outputs)
+    lines += [_row(label, spec) for label, spec in zip(labels, specs, strict=True)]
     for profile in manifest.profiles:
         if manifest.target:
             lines += [_row("shapes", f"{name} {shapes}") for name, shapes in profile.items()]
@@ -63,7 +66,7 @@ def evidence(manifest: Manifest) -> list[str]:
         lines.append(f"computes: {share_text(manifest.precision_share)}")
     if manifest.exclusions:
         kept = "floating point" if manifest.precision == "int8" else "FP32"
-        lines.append(f"{len(manifest.exclusions)} nodes left in {kept}")
+        lines.append(f"{count_of(len(manifest.exclusions), 'node')} left in {kept}")
     return lines
 
 
@@ -71,9 +74,9 @@ def parity_text(parity: Parity, against: str | None = None) -> str:
     worst = parity.worst
     random = [str(case.batch) for case in parity.cases if case.data == "random"]
     seen = [f"random batches {', '.join(random)}"] * bool(random)
-    for kind, word in (("images", "images"), ("feeds", "rows")):
+    for kind, noun in (("images", "image"), ("feeds", "row")):
         if rows := sum(case.batch for case in parity.cases if case.data == kind):
-            seen.append(f"{rows} {word}")
+            seen.append(count_of(rows, noun))
     against = against or ("eager" if parity.against == "eager" else "its parent")
     noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
     return (
@@ -98,7 +101,7 @@ def calibration_text(calibration: Calibration) -> list[str]:
     """What the scales were made of, and the noisiest layers."""
     extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
     weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
-    rows = f"{calibration.rows} {'images' if calibration.kind == 'images' else 'rows'}"
+    rows = count_of(calibration.rows, "image" if calibration.kind == "images" else "row")
     skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
     noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
     return [
@@ -110,10 +113,18 @@ def calibration_text(calibration: Calibration) -> list[str]:
 def accuracy_text(accuracy: Accuracy) -> str:
     """Accuracy before and after, with the interval of the difference."""
     return (
-        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images:,} images; FP32 {accuracy.parent_top1:.2f} %,"
-        f" {accuracy.parent_top5:.2f} %: {accuracy.top1_drop:.2f} points lost (95 % interval {accuracy.top1_drop_low:.2f} to"
-        f" {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
+        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {count_of(accuracy.images, 'image')}; FP32 {accuracy.parent_top1:.2f} %,"
+        f" {accuracy.parent_top5:.2f} %: {drop_text(accuracy.top1_drop)} (95 % interval of the loss"
+        f" {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
     )
+
+
+def drop_text(points: float) -> str:
+    """`0.10 points lost`, `0.10 points gained` for a negative number, `no points lost`."""
+    text = f"{abs(points):.2f} points"
+    if text == "0.00 points":
+        return "no points lost"
+    return f"{text} {'lost' if points > 0 else 'gained'}"
 
 
 def exclusions_text(manifest: Manifest) -> list[str]:
@@ -122,7 +133,7 @@ def exclusions_text(manifest: Manifest) -> list[str]:
     label = "not INT8" if manifest.precision == "int8" else "in FP32"
     lines = [_row(label, f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
     if len(exclusions) > _LISTED:
-        lines.append(_row("", f"and {len(exclusions) - _LISTED} more nodes: deploy inspect --json lists all"))
+        lines.append(_row("", f"and {count_of(len(exclusions) - _LISTED, 'more node')}: deploy inspect --json lists all"))
     return lines
 
 

@@ -1,8 +1,10 @@
 """What goes in and out of a model: names, dtypes and shapes, and the range of shapes an engine is built for."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from string import ascii_uppercase
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from deploy.errors import InputError, UsageError
 from deploy.evidence.parity import PARITY_BATCHES
 
 Feed = dict[str, np.ndarray]
-
+"""The inputs of a model, or its outputs, by name."""
 
 Dim = int | str
 
@@ -23,6 +25,9 @@ DEFAULT_BATCH = (1, 8, 32)
 
 EXAMPLE_BATCH = 2
 """Batch size of the example input of an export: torch.export fixes dimensions of size 1 for good."""
+
+_READABLE = 20
+"""Characters that an expression for a dimension may have in messages and summaries."""
 
 # Sizes for symbolic dimensions other than the batch while exporting, in order of appearance: unlike one another, so that
 # the exporter cannot take two for one, and multiples of 32, which encoder-decoders ask for.
@@ -54,7 +59,7 @@ class TensorSpec:
         return tuple(dict.fromkeys(dim for dim in self.shape if isinstance(dim, str)))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype} {format_shape(self.shape)}"
+        return format_specs([self])
 
     def check(self, dtype: str, shape: Sequence[int], dims: dict[str, int]) -> None:
         """Compare a dtype and a shape with this spec; sizes of symbolic dimensions are noted in `dims`.
@@ -70,18 +75,23 @@ class TensorSpec:
                 if size != dim:
                     raise InputError(f"{self.name!r} has shape {format_shape(shape)}; expected {self}")
             elif size < 1:
-                raise InputError(f"{self.name!r} has shape {format_shape(shape)}: {dim!r} must be 1 or more")
+                raise InputError(f"{self.name!r} has shape {format_shape(shape)}: {self._short(dim)!r} must be 1 or more")
             elif dims.setdefault(dim, size) != size:
                 raise InputError(
-                    f"{self.name!r} has shape {format_shape(shape)}: {dim!r} is {size} here and {dims[dim]} in another input"
+                    f"{self.name!r} has shape {format_shape(shape)}: {self._short(dim)!r} is {size} here and {dims[dim]} in"
+                    " another input"
                 )
 
     def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every symbolic dimension replaced. Raises UsageError for one that `dims` lacks."""
         missing = [dim for dim in self.dynamic if dim not in dims]
         if missing:
-            raise UsageError(f"{self} needs a size for {', '.join(map(repr, missing))}")
+            raise UsageError(f"{self} needs a size for {', '.join(repr(self._short(dim)) for dim in missing)}")
         return tuple(dim if isinstance(dim, int) else dims[dim] for dim in self.shape)
+
+    def _short(self, dim: str) -> str:
+        """The dimension as `str(self)` shows it."""
+        return dim_letters([self.shape]).get(dim, dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +166,9 @@ def default_dims(
             if isinstance(dim, str) and dim not in sizes:
                 found = next((source[axis] for source in sources if axis < len(source)), None)
                 if found is None:
-                    raise UsageError(f"{spec}: neither a profile nor a crop in the preprocessing gives {dim!r} a size: {remedy}")
+                    raise UsageError(
+                        f"{spec}: neither a profile nor a crop in the preprocessing gives {spec._short(dim)!r} a size: {remedy}"
+                    )
                 sizes[dim] = found
     return sizes
 
@@ -175,8 +187,31 @@ def parse_shape(text: str) -> tuple[Dim, ...]:
 
 
 def format_shape(shape: Sequence[Dim]) -> str:
-    """`(1, 3, "H", "W")` -> `"1x3xHxW"`; a scalar is `"scalar"`."""
-    return "x".join(map(str, shape)) or "scalar"
+    """`(1, 3, "H", "W")` -> `"1x3xHxW"`; a scalar is `"scalar"`. Long expressions are shown as letters: see `dim_letters`."""
+    return _format_shape(shape, dim_letters([shape]))
+
+
+def format_specs(specs: Sequence[TensorSpec], separator: str = ", ") -> str:
+    """`x: float32 batchx3xHxW, y: int64 batch`; a letter stands for the same long expression in all the specs."""
+    letters = dim_letters([spec.shape for spec in specs])
+    return separator.join(f"{spec.name}: {spec.dtype} {_format_shape(spec.shape, letters)}" for spec in specs)
+
+
+def dim_letters(shapes: Iterable[Sequence[Dim]]) -> dict[str, str]:
+    """A letter, or a letter and a number, for every dimension that is a long expression, `floor(floor(H/2 - 1/2)/2) + 1`.
+
+    The export of a module that pools or strides makes expressions of hundreds of characters. No letter is the name of a
+    dimension, alone or in an expression. The manifest has the expressions in full.
+    """
+    dims = list(dict.fromkeys(dim for shape in shapes for dim in shape if isinstance(dim, str)))
+    names = {name for dim in dims for name in re.findall(r"[A-Za-z_]\w*", dim)}
+    letters = (f"{letter}{number or ''}" for number in count() for letter in ascii_uppercase)
+    free = (letter for letter in letters if letter not in names)
+    return {dim: next(free) for dim in dims if len(dim) > _READABLE and not dim.isidentifier()}
+
+
+def _format_shape(shape: Sequence[Dim], letters: Mapping[str, str]) -> str:
+    return "x".join(letters.get(dim, dim) if isinstance(dim, str) else str(dim) for dim in shape) or "scalar"
 
 
 def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, int]:
@@ -186,13 +221,13 @@ def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, in
     return sizes | ({batch: EXAMPLE_BATCH} if batch else {})
 
 
-def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> Feed:
     """Random arrays that fit `specs`: standard normal for floats, 0 to 9 for integers, coin flips for booleans.
 
     `dims` gives the size of every symbolic dimension. `bfloat16` inputs come as float32, for numpy has no such dtype.
     """
     rng = np.random.default_rng(seed)
-    feed: dict[str, np.ndarray] = {}
+    feed: Feed = {}
     for spec in specs:
         shape = spec.concrete(dims)
         dtype = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
@@ -205,7 +240,7 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
     return feed
 
 
-def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[dict[str, Any]]:
+def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[Feed]:
     """Random feeds at the batch sizes of `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed.
 
     `dims` gives the size of every other symbolic dimension.
@@ -215,3 +250,14 @@ def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[d
         random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed)
         for seed, size in enumerate(PARITY_BATCHES, start=1)
     ]
+
+
+def row_count(feed: Feed) -> int:
+    """The rows of a feed: the first dimension of its first array, 1 for a scalar."""
+    first = next(iter(feed.values()))
+    return len(first) if first.ndim else 1
+
+
+def slice_rows(feed: Feed, start: int, stop: int) -> Feed:
+    """The rows `start` to `stop` of every array, as views."""
+    return {name: array[start:stop] for name, array in feed.items()}

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -117,8 +118,11 @@ class ArtifactWriter:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         sealed = msgspec.structs.replace(manifest, files=files, created=created).sealed()
         (self.path / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
-        for path in [*self.path.iterdir(), self.path]:
+        mode = stat.S_IMODE(self.path.stat().st_mode) & 0o666  # the directory's mode is the one that the umask gave it
+        for path in self.path.iterdir():
+            _set_mode(path, mode)
             _sync(path)
+        _sync(self.path)
         _put_in_place(self.path, self.out)
         _sync(self.out.parent)
         return Artifact(self.out, sealed)
@@ -152,6 +156,21 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the mode that the umask asks for, whatever the library that wrote it chose: safetensors writes 0600.
+
+    A file with other hard links, such as one in a cache, is replaced by a copy, so that their mode stays as it is.
+    """
+    status = path.stat()
+    if stat.S_IMODE(status.st_mode) == mode:
+        return
+    if status.st_nlink > 1:
+        draft = path.with_name(f".{path.name}.copy")
+        shutil.copyfile(path, draft)
+        draft.replace(path)
+    path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

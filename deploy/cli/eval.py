@@ -15,6 +15,7 @@ from deploy.cli.common import (
     threads_option,
 )
 from deploy.errors import UsageError
+from deploy.words import count_of
 
 
 @click.command("eval")
@@ -44,7 +45,7 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
         return
     top5 = f"top-{result.k} {result.top5:.2f} %"
     click.echo(
-        f"{artifact.shown} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {result.images} images,"
+        f"{artifact.shown} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {count_of(result.images, 'image')},"
         f" {result.images_per_s:.0f} images/s with decoding"
     )
 

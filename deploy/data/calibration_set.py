@@ -11,11 +11,12 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
-from deploy.artifact.tensors import Feed, TensorSpec
+from deploy.artifact.tensors import Feed, TensorSpec, format_specs, slice_rows
 from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
 from deploy.calibration.npzfolder import NpzFolderError
-from deploy.data.images import image_input, read_folder
+from deploy.data.image_folder import image_batches, read_folder
+from deploy.data.images import image_input
 from deploy.errors import DataError, InputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class _Images(CalibrationSet):
     def feeds(self, batch_size: int) -> Iterator[Feed]:
         self.skipped = []
         size, _ = self._source.batch_size(batch_size)
-        for feed, _ in self._source.batches(self._samples, size, skip=self._skip):
+        for feed, _ in image_batches(self._source, self._samples, size, skip=self._skip):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
@@ -167,7 +168,7 @@ def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size
     """`feed` as the model takes it: a missing batch dimension added, cut to `batch_size` rows where the batch is symbolic."""
     names = [spec.name for spec in specs]
     if sorted(feed) != sorted(names):
-        raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {', '.join(map(str, specs))}")
+        raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {format_specs(specs)}")
     arrays: Feed = {}
     dims: dict[str, int] = {}
     for spec in specs:
@@ -186,4 +187,4 @@ def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size
         yield arrays
         return
     for start in range(0, dims[batch], batch_size):
-        yield {name: array[start : start + batch_size] for name, array in arrays.items()}
+        yield slice_rows(arrays, start, start + batch_size)

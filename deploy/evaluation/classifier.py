@@ -1,13 +1,17 @@
 """What makes an artifact an image classifier, and the likeliest classes of its logits."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.tensors import TensorSpec
+from deploy.artifact.tensors import TensorSpec, format_specs
 from deploy.data.images import ImageInput, image_input
 from deploy.errors import UsageError
+from deploy.words import count_of
+
+logger = logging.getLogger(__name__)
 
 
 def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
@@ -33,9 +37,7 @@ def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
     """The image input and the logits of an artifact. Raises UsageError when it is no image classifier."""
     source, outputs = image_input(artifact), artifact.manifest.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
-        raise UsageError(
-            f"{artifact.location} gives {', '.join(map(str, outputs))}; expected one output of shape batch x classes"
-        )
+        raise UsageError(f"{artifact.location} gives {format_specs(outputs)}; expected one output of shape batch x classes")
     count = outputs[0].shape[1]
     if isinstance(count, int):
         check_names(artifact, count)
@@ -46,4 +48,12 @@ def check_names(artifact: Artifact, count: int) -> None:
     """Raise UsageError when the manifest has class names, and not `count` of them."""
     names = artifact.manifest.classes
     if names is not None and len(names) != count:
-        raise UsageError(f"{artifact.location} has {count} classes and {len(names)} class names; export it with the right ones")
+        raise UsageError(
+            f"{artifact.location} has {count_of(count, 'class')} and {count_of(len(names), 'class name')}; export it with the right ones"
+        )
+
+
+def warn_if_null(backend: str) -> None:
+    """Log a warning that the classes mean nothing where `backend` computes nothing."""
+    if backend == "null":
+        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")

@@ -1,9 +1,6 @@
 """Accuracy of a classifier on labelled images, and what it says of single ones."""
 
-import difflib
-import logging
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +9,16 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.tensors import Feed, TensorSpec
+from deploy.artifact.tensors import TensorSpec
 from deploy.calibration.imagefolder import ImageFolder
-from deploy.data.images import ImageInput, read_folder
-from deploy.errors import DataError, UsageError
-from deploy.evaluation.classifier import check_names, classifier
+from deploy.data.image_folder import image_batches, read_folder
+from deploy.errors import DataError
+from deploy.evaluation.classifier import check_names, classifier, warn_if_null
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
-from deploy.runtime.session import Session
+from deploy.words import count_of, did_you_mean
 
 SCHEMA = 1
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +75,12 @@ def evaluate(
     found: list[np.ndarray] = []
     done = 0
     with load(artifact, backend, device, threads=threads) as session:
-        _warn_of_zeros(session)
-        for feed, _ in _batches(source, samples[:size], size):
+        warn_if_null(session.backend)
+        for feed, _ in image_batches(source, samples[:size], size):
             session.run(feed)
         start = time.perf_counter()
         progress(what, 0, len(samples))
-        for feed, expected in _batches(source, samples, size):
+        for feed, expected in image_batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(expected)]
             check_names(artifact, scores.shape[1])
             _check_folders(artifact, images, scores.shape[1])
@@ -120,19 +115,6 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(before.sum(axis=1))
 
 
-def _batches(source: ImageInput, samples: Sequence[tuple[Path, int]], size: int) -> Iterator[tuple[Feed, np.ndarray]]:
-    """As `ImageInput.batches`. Raises UsageError too, when a batch does not fit into memory."""
-    try:
-        yield from source.batches(samples, size)
-    except MemoryError as error:
-        raise UsageError(f"a batch size of {size} takes more memory than there is: {error}") from error
-
-
-def _warn_of_zeros(session: Session) -> None:
-    if session.backend == "null":
-        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
-
-
 def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list[int]:
     """The index among the logits of each folder. Raises DataError for a folder that is no class of the model."""
     names = artifact.manifest.classes
@@ -143,11 +125,10 @@ def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list
         return list(range(len(images.classes)))
     unknown = [folder for folder in images.classes if folder not in names]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=3) or names[:3]
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise DataError(
             f"{images.root / unknown[0]}{more} is no class of {artifact.location}, which has {len(names)} of them:"
-            f" {', '.join(map(repr, near))}..."
+            f" {', '.join(map(repr, names[:3]))}...{did_you_mean(unknown[0], names)}"
         )
     twice = [folder for folder in images.classes if names.count(folder) > 1]
     if twice:
@@ -161,6 +142,6 @@ def _check_folders(artifact: Artifact, images: ImageFolder, count: int) -> None:
     """Raise DataError when the model's classes have no names and are not as many as the folders."""
     if artifact.manifest.classes is None and len(images.classes) != count:
         raise DataError(
-            f"{images.root} has {len(images.classes)} class folders and {artifact.location} {count} classes, without names to"
-            " pair them by; export it with --classes FILE"
+            f"{images.root} has {count_of(len(images.classes), 'class folder')} and {artifact.location}"
+            f" {count_of(count, 'class')}, without names to pair them by; export it with --classes FILE"
         )

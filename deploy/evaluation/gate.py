@@ -9,7 +9,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
-from deploy.data.images import read_folder
+from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, UsageError
 from deploy.evaluation.evaluate import check_evaluation, evaluate
 from deploy.progress import Progress

@@ -1,17 +1,15 @@
 """The likeliest classes of single images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.calibration import imagefolder
-from deploy.calibration.imagefolder import ImageFolderError
+from deploy.data.image_folder import image_batches, images_under
 from deploy.errors import DataError, UsageError
-from deploy.evaluation.classifier import check_names, classifier, likeliest
-from deploy.evaluation.evaluate import _batches, _warn_of_zeros
+from deploy.evaluation.classifier import check_names, classifier, likeliest, warn_if_null
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
 
@@ -56,8 +54,8 @@ def predict(
     samples = [(file, 0) for file in files]
     found: list[Prediction] = []
     with load(artifact, backend, device, threads=threads) as session:
-        _warn_of_zeros(session)
-        for feed, rows in _batches(source, samples, size):
+        warn_if_null(session.backend)
+        for feed, rows in image_batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(rows)]
             check_names(artifact, scores.shape[1])
             for classes in likeliest(scores, artifact.manifest.classes, top):
@@ -66,17 +64,10 @@ def predict(
     return found
 
 
-def _expand(path: Path) -> Iterator[Path]:
-    """`path` itself, or the images in it. Raises DataError when it is a directory without images, or not there."""
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"no image at {path}")
-        yield path
-        return
-    try:
-        files = [file for file in imagefolder.walk(path) if imagefolder.is_image(file)]
-    except ImageFolderError as error:
-        raise DataError(str(error)) from error
-    if not files:
-        raise DataError(f"{path} holds no images")
-    yield from files
+def _expand(path: Path) -> list[Path]:
+    """`path` itself, or the images in it. Raises DataError when it is a directory without images, or does not exist."""
+    if path.is_dir():
+        return images_under(path)
+    if not path.exists():
+        raise DataError(f"no image at {path}")
+    return [path]

@@ -17,13 +17,11 @@ from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ArtifactError, FactoryError, UsageError
 from deploy.intake.checkpoint import read_state_dict
 from deploy.intake.fit import LoadReport, StateDict, infer_num_classes, load_weights, mismatches
-from deploy.intake.model_args import parse_model_args, record_args, recorded_args
+from deploy.intake.model_args import record_args, recorded_args
 from deploy.intake.recipe import Recipe
 from deploy.intake.reference import ReferenceRecipe
 from deploy.intake.userfile import UserRecipe
 from deploy.intake.weightsfile import load_saved
-
-__all__ = ["BuiltModel", "build_model", "parse_model_args", "rebuild"]
 
 _NUM_CLASSES = "num_classes"
 _PROBE = 1000

@@ -1,7 +1,4 @@
-"""Reading trained weights from a file, safely: nothing in a checkpoint is ever executed.
-
-Fitting them into a module is `deploy.intake.fit`, whose names are given here too.
-"""
+"""Reading trained weights from a file, safely: nothing in a checkpoint is ever executed."""
 
 import argparse
 import errno
@@ -19,19 +16,7 @@ import safetensors.torch
 import torch
 
 from deploy.errors import CheckpointError
-from deploy.intake.fit import LoadReport, Mismatch, StateDict, infer_num_classes, load_weights
-from deploy.intake.weightsfile import load_saved, save_weights
-
-__all__ = [
-    "LoadReport",
-    "Mismatch",
-    "StateDict",
-    "infer_num_classes",
-    "load_saved",
-    "load_weights",
-    "read_state_dict",
-    "save_weights",
-]
+from deploy.intake.fit import StateDict
 
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",

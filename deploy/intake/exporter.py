@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -18,14 +17,6 @@ from deploy.intake.export_errors import explain, fixed_at, size_branches
 logger = logging.getLogger(__name__)
 
 _MODULE_KEY = "pkg.torch.onnx.name_scopes"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportedGraph:
-    """An ONNX graph with named inputs and outputs and its symbolic dimensions by the names of the specs."""
-
-    model: ir.Model
-    torch_outputs: tuple[str, ...]
 
 
 def flatten_outputs(result: Any) -> dict[str, torch.Tensor]:
@@ -59,7 +50,7 @@ def export_graph(
     *,
     opset: int | None = None,
     user_files: Sequence[str] = (),
-) -> ExportedGraph:
+) -> ir.Model:
     """Export `module`, called with the tensors of `feed` in the order of `inputs`.
 
     Symbolic dimensions of `inputs` stay dynamic. `outputs` names the flattened outputs in order. `user_files` are the
@@ -91,7 +82,7 @@ def export_graph(
     model: ir.Model = converted.model
     _name_dims(model, inputs)
     _name_nodes(model)
-    return ExportedGraph(model=model, torch_outputs=tuple(outputs))
+    return model
 
 
 def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:

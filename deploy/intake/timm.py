@@ -10,7 +10,7 @@ from deploy.artifact.preprocess import INTERPOLATIONS, Preprocess
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.recipe import Interface, Recipe, cannot_build, refuse_pretrained
-from deploy.models.errors import near
+from deploy.words import did_you_mean
 
 try:
     import timm
@@ -29,7 +29,7 @@ class TimmRecipe(Recipe):
         self._name = name
         # A name with a colon or a slash is an address to timm, which it would download from.
         if ":" in name or "/" in name or not timm.is_model(name):
-            raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+            raise UsageError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
     def build(self, args: Mapping[str, Any]) -> nn.Module:
         refuse_pretrained(self.factory, args, _PRETRAINED)

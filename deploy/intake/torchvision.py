@@ -9,7 +9,7 @@ from torch import nn
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.recipe import Interface, Recipe, cannot_build, refuse_pretrained
-from deploy.models.errors import near
+from deploy.words import did_you_mean
 
 try:
     from torchvision import models
@@ -33,7 +33,7 @@ class TorchvisionRecipe(Recipe):
         if name not in known:
             if name in models.list_models():
                 raise UsageError(f"{self.factory} is a model for {_task(name)}; expected a classifier or a segmenter")
-            raise UsageError(f"torchvision has no model {name!r}{near(name, known)}")
+            raise UsageError(f"torchvision has no model {name!r}{did_you_mean(name, known)}")
         self._segmenter = _task(name) == _SEGMENTATION
         self.default_classes = 21 if self._segmenter else 1000
 

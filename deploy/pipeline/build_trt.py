@@ -16,7 +16,7 @@ from deploy.artifact.manifest import ENGINE, ONNX, Manifest, Stage
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
-from deploy.data.images import data_digest
+from deploy.data.image_folder import data_digest
 from deploy.engine.cuda import open_device
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import Flavour, load_flavour

@@ -8,7 +8,8 @@ import msgspec
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ONNX, Manifest, Stage
 from deploy.artifact.writer import ArtifactWriter
-from deploy.data.images import data_digest, image_input
+from deploy.data.image_folder import data_digest
+from deploy.data.images import image_input
 from deploy.host.versions import tool_versions
 from deploy.options import collect
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage

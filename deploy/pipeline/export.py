@@ -16,7 +16,7 @@ from deploy.artifact.onnxfile import check_onnx, model_specs, open_onnx, save_mo
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.images import data_digest
+from deploy.data.image_folder import data_digest
 from deploy.errors import ArtifactError, OutputError
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
@@ -135,10 +135,10 @@ class _Export:
         example = {name: torch.from_numpy(array) for name, array in feeds[PARITY_BATCHES.index(EXAMPLE_BATCH)].items()}
         files = [file.path for file in self._built.source_files]
         graph = export_graph(module, self._specs, example, outputs, opset=options.opset, user_files=files)
-        save_model(graph.model, writer.path / ONNX)
+        save_model(graph, writer.path / ONNX)
         check_onnx(writer.path / ONNX)
         save_weights(module, writer.path / WEIGHTS)
-        written = writer.describe(self._manifest(*model_specs(graph.model), writer.out, stage))
+        written = writer.describe(self._manifest(*model_specs(graph), writer.out, stage))
         progress("comparing with eager")
         if options.data is not None:
             cases += image_cases(written, module, options.data, files)

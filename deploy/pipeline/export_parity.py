@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.tensors import TensorSpec, batch_dim
-from deploy.data.images import image_feeds
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim
+from deploy.data.image_folder import image_feeds
 from deploy.errors import ExportError
 from deploy.evidence.parity import Parity, Tolerance, compare
 from deploy.intake.export_errors import fixed_reason, line_of
@@ -25,8 +25,8 @@ class Case(NamedTuple):
     """One feed, and what the eager module makes of it, by output name. `data` is `random` or `images`."""
 
     data: str
-    feed: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
+    feed: Feed
+    expected: Feed
 
 
 def run_eager(
@@ -35,7 +35,7 @@ def run_eager(
     feed: Mapping[str, np.ndarray],
     user_files: Sequence[str],
     ran: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
+) -> Feed:
     """The eager module's outputs, flattened. `ran` is a feed that it could run, of another batch size.
 
     Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.

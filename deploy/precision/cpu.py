@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from deploy.artifact.tensors import Feed
 from deploy.errors import PrecisionError
 from deploy.host.cpu import usable_cores
 from deploy.host.extras import missing
@@ -71,7 +72,7 @@ class CpuGraph:
             raise PrecisionError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> Feed:
         """All outputs by name. Raises PrecisionError when a node fails."""
         try:
             return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))

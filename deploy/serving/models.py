@@ -131,9 +131,8 @@ class Served:
 
 
 def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Served:
-    """Open, check by hash and warm up what `source` names. Raises ArtifactError, BackendError or UsageError."""
+    """Load, which checks the hashes of the files that are run, and warm up what `source` names. Raises ArtifactError, BackendError or UsageError."""
     artifact = open_artifact(source.path)
-    artifact.verify()  # everything, weights too: what is served is what was proven
     session = load(artifact, options.backend, options.device, threads=options.threads, contexts=options.batching.instances)
     try:
         batcher = Batcher(session, options.batching, observe=meter.batch)

@@ -87,7 +87,7 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
     sources = [replace(source, path=source.path.resolve()) for source in sources]
     app = application(sources, models, options, on)
     for source in sources:
-        open_artifact(source.path).verify()
+        open_artifact(source.path).verify(weights=False)
     log_as_json("ray", "ray.serve")
     _connect(on)
     stop = threading.Event()

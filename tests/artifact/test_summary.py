@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import PrecisionShare, Target
-from deploy.artifact.summary import megabytes, share_text, summary
+from deploy.artifact.manifest import Accuracy, PrecisionShare, Target
+from deploy.artifact.summary import drop_text, megabytes, share_text, summary
 
 
 @pytest.fixture
@@ -47,3 +47,41 @@ def test_the_share_of_each_precision_is_told(engine: Artifact, shares: dict[str,
 )
 def test_sizes_are_in_powers_of_ten(size: int, text: str) -> None:
     assert megabytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("drop", "text"),
+    [
+        (0.1, "0.10 points lost"),
+        (12.346, "12.35 points lost"),
+        (-0.1, "0.10 points gained"),
+        (-3.0, "3.00 points gained"),
+        (0.0, "no points lost"),
+        (-0.0, "no points lost"),
+        (0.004, "no points lost"),
+        (-0.004, "no points lost"),
+    ],
+)
+def test_accuracy_is_lost_or_gained(shared_lenet5: Artifact, drop: float, text: str) -> None:
+    assert drop_text(drop) == text
+    accuracy = Accuracy(
+        images=1, top1=90.0 - drop, top5=99.0, parent_top1=90.0, parent_top5=99.0,
+        top1_drop=drop, top1_drop_low=drop - 1, top1_drop_high=drop + 1, backend="onnxruntime",
+    )  # fmt: skip
+    shown = summary(
+        dataclasses.replace(shared_lenet5, manifest=msgspec.structs.replace(shared_lenet5.manifest, accuracy=accuracy))
+    )
+    assert f": {text} (95 % interval of the loss {drop - 1:.2f} to {drop + 1:.2f}; onnxruntime)" in shown
+    assert "of 1 image;" in shown
+
+
+def test_a_long_expression_is_a_letter_in_the_summary_and_whole_in_the_manifest(shared_lenet5: Artifact) -> None:
+    pooled = "floor(floor(floor(H/2 - 1/2)/2)/2) + 1"
+    outputs = [
+        dataclasses.replace(shared_lenet5.manifest.outputs[0], name=name, shape=("batch", pooled.replace("H", size)))
+        for name, size in (("high", "H"), ("wide", "W"), ("again", "H"))
+    ]
+    manifest = msgspec.structs.replace(shared_lenet5.manifest, outputs=outputs)
+    shown = summary(dataclasses.replace(shared_lenet5, manifest=manifest)).splitlines()
+    assert [row.split()[-1] for row in shown if row.startswith("  output ")] == ["batchxA", "batchxB", "batchxA"]
+    assert manifest.to_json().count(pooled) == 2

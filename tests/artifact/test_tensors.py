@@ -11,10 +11,13 @@ from deploy.artifact.tensors import (
     batch_dim,
     default_profile,
     format_shape,
+    format_specs,
     parse_shape,
     random_feed,
+    row_count,
+    slice_rows,
 )
-from deploy.errors import InputError, UsageError
+from deploy.errors import DeployError, InputError, UsageError
 
 
 def spec(name="x", shape=("N", 3, "H", "W"), dtype="float32"):
@@ -140,3 +143,52 @@ def test_specs_and_profiles_come_back_from_json_as_they_were():
     assert profile is not None
     for value, kind in ((spec(), TensorSpec), (profile["x"], ShapeRange)):
         assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(value))), kind) == value
+
+
+POOLED = "floor(floor(floor(H/2 - 1/2)/2)/2) + 1"
+WIDE = POOLED.replace("H", "W")
+
+
+def test_a_long_expression_is_shown_as_a_letter() -> None:
+    shape = ("batch", 19, POOLED, WIDE, POOLED)
+    assert format_shape(shape) == "batchx19xAxBxA"
+    assert str(TensorSpec(name="y", dtype="float32", shape=shape)) == "y: float32 batchx19xAxBxA"
+
+
+@pytest.mark.parametrize("dim", ["H", "H - 2", "2*batch", "a_name_that_is_longer_than_most_names_are"])
+def test_a_name_and_a_short_expression_are_shown_as_they_are(dim: str) -> None:
+    assert format_shape((1, dim)) == f"1x{dim}"
+
+
+@pytest.mark.parametrize(
+    ("others", "letter"),
+    [((), "A"), (("A",), "B"), (("A", "B"), "C"), (("A - 2", 3), "B"), (tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "A1")],
+)
+def test_a_letter_is_no_name_of_another_dimension(others: tuple[int | str, ...], letter: str) -> None:
+    assert format_shape((*others, POOLED)).split("x")[-1] == letter
+
+
+def test_several_tensors_share_their_letters() -> None:
+    specs = [
+        TensorSpec(name=name, dtype="float32", shape=shape)
+        for name, shape in (("x", (1, "A")), ("y", (WIDE, "H")), ("z", (POOLED, WIDE)))
+    ]
+    assert format_specs(specs) == "x: float32 1xA, y: float32 BxH, z: float32 CxB"
+
+
+def test_errors_show_letters_too() -> None:
+    spec = TensorSpec(name="x", dtype="float32", shape=(POOLED, POOLED))
+    for call in (lambda: spec.check("float32", (2, 3), {}), lambda: spec.check("float32", (0, 0), {}), lambda: spec.concrete({})):
+        with pytest.raises(DeployError) as caught:
+            call()
+        assert "'A'" in str(caught.value)
+        assert "floor" not in str(caught.value)
+
+
+def test_rows_are_counted_and_cut() -> None:
+    feed = {"x": np.arange(12).reshape(6, 2), "y": np.arange(6)}
+    assert row_count(feed) == 6
+    assert row_count({"x": np.array(3.0)}) == 1
+    cut = slice_rows(feed, 4, 9)
+    np.testing.assert_array_equal(cut["x"], [[8, 9], [10, 11]])
+    np.testing.assert_array_equal(cut["y"], [4, 5])

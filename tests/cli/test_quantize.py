@@ -47,7 +47,7 @@ def test_the_newest_fp32_artifact_is_quantized_to_its_name(
     assert "using build/lenet5" in done.err
     assert done.out.startswith("build/lenet5-int8: ONNX, int8")
     assert "calibrated percentile over 20 images" in done.out
-    assert "points lost (95 % interval" in done.out
+    assert "(95 % interval of the loss" in done.out
     manifest = json.loads(run("inspect", "build/lenet5-int8", "--json").out)
     assert manifest["precision"] == "int8"
     assert manifest["accuracy"]["images"] == 20

@@ -1,96 +1,23 @@
-from pathlib import Path
+import subprocess
+import sys
 
-import msgspec
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from PIL import Image
 
-from deploy.artifact.artifact import Artifact
-from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
-from deploy.data.images import image_feeds, image_input, read_folder
+from deploy.data.images import image_input
 from deploy.errors import DataError, UsageError
 
-RAW = Preprocess(channels=1, scale=1.0)
 
-
-def make_artifact(folder: Path, *shapes: tuple[int | str, ...], preprocess=RAW, dtype=TensorProto.FLOAT) -> Artifact:
-    """An artifact that gives back its inputs."""
-    names = [f"x{index}" for index in range(len(shapes))]
-    graph = helper.make_graph(
-        [helper.make_node("Identity", [name], [f"out_{name}"]) for name in names],
-        "identity",
-        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in zip(names, shapes, strict=True)],
-        [helper.make_tensor_value_info(f"out_{name}", dtype, shape) for name, shape in zip(names, shapes, strict=True)],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "net.onnx")
-    artifact = open_onnx(folder / "net.onnx")
-    return Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, preprocess=preprocess), artifact.bare)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes of 4 x 4 images: shades 0 to 9 in `dark`, 100 to 109 in `light`."""
-    for name, first in (("dark", 0), ("light", 100)):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for index in range(10):
-            Image.new("L", (4, 4), first + index).save(tmp_path / "data" / name / f"{index}.png")
-    return tmp_path / "data"
-
-
-def shades(feeds) -> list[int]:
-    return [int(image[0, 0, 0]) for feed in feeds for image in feed["x0"]]
-
-
-def test_feeds_are_preprocessed_images_of_a_balanced_sample(tmp_path, folder):
-    feeds = list(image_feeds(make_artifact(tmp_path, ("N", 1, 4, 4)), folder, batch_size=4, count=10, seed=3))
-    assert [(list(feed), feed["x0"].shape, feed["x0"].dtype) for feed in feeds] == [
-        (["x0"], (size, 1, 4, 4), np.float32) for size in (4, 4, 2)
-    ]
-    found = shades(feeds)
-    assert len(set(found)) == 10
-    assert sum(shade >= 100 for shade in found) == 5
-
-
-def test_feeds_repeat_with_their_seed_whatever_the_batch_size(tmp_path, folder):
-    artifact = make_artifact(tmp_path, ("N", 1, 4, 4))
-    first, again, other = (
-        shades(image_feeds(artifact, folder, batch_size=size, count=12, seed=seed)) for size, seed in ((4, 1), (5, 1), (4, 2))
-    )
-    assert first == again
-    assert first != other
-
-
-def test_more_images_than_there_are_is_all_of_them(tmp_path, folder):
-    artifact = make_artifact(tmp_path, ("N", 1, 4, 4))
-    assert sorted(shades(image_feeds(artifact, str(folder), batch_size=8, count=1000))) == [*range(10), *range(100, 110)]
-
-
-def test_a_fixed_batch_is_always_full(tmp_path, folder):
-    feeds = list(image_feeds(make_artifact(tmp_path, (3, 1, 4, 4)), folder, batch_size=8, count=4))
-    assert [feed["x0"].shape[0] for feed in feeds] == [3, 3]
-    assert len(set(shades(feeds[1:]))) == 1
-
-
-def test_half_inputs_get_halves(tmp_path, folder):
-    artifact = make_artifact(tmp_path, ("N", 1, 4, 4), dtype=TensorProto.FLOAT16)
-    assert next(image_feeds(artifact, folder, batch_size=2, count=2))["x0"].dtype == np.float16
-
-
-def test_images_of_many_sizes_go_one_by_one(tmp_path, folder):
-    Image.new("L", (9, 5), 50).save(folder / "dark/odd.png")
-    artifact = make_artifact(tmp_path, ("N", 1, "H", "W"))
-    shapes = [feed["x0"].shape for feed in image_feeds(artifact, folder, batch_size=8, count=21)]
-    assert sorted(shapes) == [(1, 1, 4, 4)] * 20 + [(1, 1, 5, 9)]
-
-
-def test_images_that_a_fixed_batch_cannot_hold_together_are_named(tmp_path, folder):
-    Image.new("L", (9, 5), 50).save(folder / "dark/odd.png")
-    artifact = make_artifact(tmp_path, (21, 1, "H", "W"))
-    with pytest.raises(DataError, match=r"odd\.png.*one size"):
-        list(image_feeds(artifact, folder, batch_size=8, count=21))
+def test_an_image_file_becomes_what_the_model_takes(tmp_path, make_artifact):
+    Image.new("L", (4, 4), 7).save(tmp_path / "7.png")
+    found = image_input(make_artifact(tmp_path, ("N", 1, 4, 4))).load(tmp_path / "7.png")
+    np.testing.assert_array_equal(found, np.full((1, 4, 4), 7, dtype=np.float32))
+    with pytest.raises(UsageError, match="makes 1x4x4 of"):
+        image_input(make_artifact(tmp_path, ("N", 1, 4, 5))).load(tmp_path / "7.png")
+    with pytest.raises(DataError, match="no image at"):
+        image_input(make_artifact(tmp_path, ("N", 1, 4, 4))).load(tmp_path / "8.png")
 
 
 @pytest.mark.parametrize(
@@ -103,47 +30,14 @@ def test_images_that_a_fixed_batch_cannot_hold_together_are_named(tmp_path, fold
         (Preprocess(), 1, 1),
     ],
 )
-def test_the_batch_size_is_one_where_sizes_differ(tmp_path, preprocess, wanted, size):
+def test_the_batch_size_is_one_where_sizes_differ(tmp_path, preprocess, wanted, size, make_artifact):
     found, reason = image_input(make_artifact(tmp_path, ("N", 3, "H", "W"), preprocess=preprocess)).batch_size(wanted)
     assert found == size
     assert bool(reason) == (wanted != size)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "dtype", "message"),
-    [
-        ([("N", 1, 4, 4), ("N", 1, 4, 4)], TensorProto.FLOAT, "takes x0: float32 Nx1x4x4, x1: float32 Nx1x4x4; images can"),
-        ([("N", 100)], TensorProto.FLOAT, "takes x0: float32 Nx100; images can be fed to a model with one input of four"),
-        ([("N", 1, 4, 4)], TensorProto.INT64, "takes x0: int64"),
-    ],
-)
-def test_a_model_that_takes_no_images_is_refused_at_once(tmp_path, folder, shapes, dtype, message):
-    with pytest.raises(UsageError, match=message):
-        image_feeds(make_artifact(tmp_path, *shapes, dtype=dtype), folder, batch_size=2, count=2)
-
-
-def test_a_model_without_preprocessing_is_refused_at_once(tmp_path, folder):
-    with pytest.raises(UsageError, match="does not say how images become its input; export it with --preprocess"):
-        image_feeds(make_artifact(tmp_path, ("N", 1, 4, 4), preprocess=None), folder, batch_size=2, count=2)
-
-
-def test_preprocessing_that_does_not_fit_the_input_is_refused(tmp_path, folder):
-    with pytest.raises(UsageError, match=r"makes 1x4x4 of .*; the model takes x0: float32 Nx3x4x4: export it"):
-        list(image_feeds(make_artifact(tmp_path, ("N", 3, 4, 4)), folder, batch_size=2, count=2))
-
-
-@pytest.mark.parametrize("option", ["batch_size", "count"])
-def test_counts_must_be_positive(tmp_path, folder, option):
-    with pytest.raises(UsageError, match="must be 1 or more, not 0"):
-        image_feeds(make_artifact(tmp_path, ("N", 1, 4, 4)), folder, **({"batch_size": 1, "count": 1} | {option: 0}))
-
-
-def test_a_corrupt_image_is_named(tmp_path, folder):
-    (folder / "light/3.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"light/3\.png"):
-        list(image_feeds(make_artifact(tmp_path, ("N", 1, 4, 4)), folder, batch_size=2, count=20))
-
-
-def test_a_folder_without_class_folders_is_a_data_error(folder):
-    with pytest.raises(DataError, match="images must lie in one folder a class"):
-        read_folder(folder / "dark")
+@pytest.mark.parametrize("module", ["deploy.data.images", "deploy.evaluation.classifier"])
+def test_what_a_service_needs_loads_no_calibration(module):
+    code = f"import {module}, sys; print(*[name for name in sys.modules if name.startswith(('deploy.calibration', 'torch', 'onnx'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -11,7 +11,7 @@ from deploy.artifact.manifest import FORMAT, Manifest, Source, Stage
 from deploy.artifact.tensors import TensorSpec
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, CheckpointError, FactoryError, UsageError
-from deploy.intake import userfile
+from deploy.intake import isolation
 from deploy.intake.build import BuiltModel, build_model, rebuild
 from deploy.intake.weightsfile import save_weights
 from deploy.models import create
@@ -246,7 +246,7 @@ def test_module_that_now_imports_another_file_is_not_rebuilt(project: Path) -> N
     built, _ = build_model(model="net.py:Net")
     artifact = artifact_of(built, project / "out")
     (project / "tuning.py").write_text("")
-    userfile._programs.clear()  # as in another process
+    isolation._programs.clear()  # as in another process
     with pytest.raises(FactoryError, match=r"now imports .*tuning\.py, which was no part of it"):
         rebuild(artifact)
 

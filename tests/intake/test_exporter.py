@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ExportError
-from deploy.intake.exporter import ExportedGraph, export_graph, flatten_outputs
+from deploy.intake.exporter import export_graph, flatten_outputs
 
 
 class Exponential(torch.autograd.Function):
@@ -86,13 +87,13 @@ def spec(*shape: int | str, name: str = "x") -> TensorSpec:
     return TensorSpec(name=name, dtype="float32", shape=shape)
 
 
-def export(module: nn.Module, *specs: TensorSpec, outputs: tuple[str, ...] = ("y",), **dims: int) -> ExportedGraph:
+def export(module: nn.Module, *specs: TensorSpec, outputs: tuple[str, ...] = ("y",), **dims: int) -> ir.Model:
     feed = {one.name: torch.randn(one.concrete({"batch": 2, **dims})) for one in specs}
     return export_graph(module.eval(), specs, feed, outputs)
 
 
-def run(graph: ExportedGraph, path: Path, **feed: np.ndarray) -> list[np.ndarray]:
-    save_model(graph.model, path / "model.onnx")
+def run(graph: ir.Model, path: Path, **feed: np.ndarray) -> list[np.ndarray]:
+    save_model(graph, path / "model.onnx")
     session = onnxruntime.InferenceSession(str(path / "model.onnx"), providers=["CPUExecutionProvider"])
     return list(session.run(None, feed))
 
@@ -119,19 +120,19 @@ def test_a_module_gives_what_eager_gives_at_other_sizes_than_it_was_exported_wit
 
 def test_symbolic_dimensions_keep_their_names(tmp_path: Path) -> None:
     graph = export(ConvNorm(), spec("batch", 3, "H", "W"), H=9, W=7)
-    assert [str(dim) for dim in graph.model.graph.inputs[0].shape or ()] == ["batch", "3", "H", "W"]
-    assert [str(dim) for dim in graph.model.graph.outputs[0].shape or ()] == ["batch", "8", "H - 2", "W - 2"]
+    assert [str(dim) for dim in graph.graph.inputs[0].shape or ()] == ["batch", "3", "H", "W"]
+    assert [str(dim) for dim in graph.graph.outputs[0].shape or ()] == ["batch", "8", "H - 2", "W - 2"]
 
 
 def test_batchnorm_is_folded_into_the_convolution() -> None:
     graph = export(ConvNorm(), spec("batch", 3, 8, 8))
-    assert [node.op_type for node in graph.model.graph] == ["Conv", "Relu"]
+    assert [node.op_type for node in graph.graph] == ["Conv", "Relu"]
 
 
 def test_nodes_are_named_after_their_modules_and_hold_no_paths(tmp_path: Path) -> None:
     graph = export(nn.Sequential(ConvNorm(), nn.Flatten(), nn.Linear(8 * 36, 4)), spec("batch", 3, 8, 8))
-    assert [node.name for node in graph.model.graph][::3] == ["0.conv/Conv", "2/Gemm"]
-    save_model(graph.model, tmp_path / "model.onnx")
+    assert [node.name for node in graph.graph][::3] == ["0.conv/Conv", "2/Gemm"]
+    save_model(graph, tmp_path / "model.onnx")
     assert str(Path(__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
 
 
@@ -140,14 +141,14 @@ def test_several_inputs_and_outputs_get_the_names_they_are_given(tmp_path: Path)
     graph = export(TwoInTwoOut(), *specs, outputs=("total", "dot"))
     a, b = np.full((4, 3), 2, np.float32), np.full((4, 3), 5, np.float32)
     total, dot = run(graph, tmp_path, left=a, right=b)
-    assert [value.name for value in graph.model.graph.outputs] == ["total", "dot"]
+    assert [value.name for value in graph.graph.outputs] == ["total", "dot"]
     np.testing.assert_array_equal(total, a + b)
     np.testing.assert_array_equal(dot, a * b)
 
 
 def test_weights_over_the_limit_go_into_a_file_of_their_own(tmp_path: Path) -> None:
     graph = export(nn.Linear(64, 64), spec("batch", 64))
-    save_model(graph.model, tmp_path / "model.onnx", external_over=1000)
+    save_model(graph, tmp_path / "model.onnx", external_over=1000)
     assert (tmp_path / "model.onnx.data").stat().st_size >= 64 * 64 * 4
     assert (tmp_path / "model.onnx").stat().st_size < 2000
     onnx.checker.check_model(str(tmp_path / "model.onnx"))

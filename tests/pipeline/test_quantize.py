@@ -17,7 +17,7 @@ from PIL import Image
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.data.calibration_set import calibration_set
-from deploy.data.images import read_folder
+from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
 from deploy.models.lenet5 import LeNet5
 from deploy.precision.int8 import cache as calibration_cache

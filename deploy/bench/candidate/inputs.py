@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed
-from deploy.data.images import image_feeds
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed, row_count
+from deploy.data.image_folder import image_feeds
 from deploy.errors import BackendError, DataError
-from deploy.runtime.worker.feeds import random_inputs, row_count, wanted_feeds
+from deploy.runtime.worker.feeds import random_inputs, wanted_feeds
 
 
 def make_feeds(artifact: Artifact, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], data: Path | None) -> list[Feed]:

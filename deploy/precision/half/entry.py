@@ -1,18 +1,17 @@
 """An ONNX graph in half precision, compared with the graph in FP32."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Exclusion
 from deploy.artifact.onnxfile import load_model, model_specs, save_model
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, random_feeds
-from deploy.data.images import image_feeds
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, random_feeds, row_count
+from deploy.data.image_folder import image_feeds
 from deploy.errors import ParityError
 from deploy.evidence.parity import PARITY_BATCHES, Parity, compare
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
@@ -113,7 +112,7 @@ def _parity(artifact: Artifact, source: ir.Model, half: ir.Model, options: Conve
     reference, emulated = CpuGraph(source), CpuGraph(emulation)
     cases = []
     for data, feed in _parity_feeds(artifact, options):
-        batch = _batch(feed)
+        batch = row_count(feed)
         progress(f"comparing with FP32 on {data} input, batch {batch}")
         try:
             case = compare(
@@ -134,11 +133,6 @@ def _parity(artifact: Artifact, source: ir.Model, half: ir.Model, options: Conve
         tolerance=options.tolerance(),
         cases=cases,
     )
-
-
-def _batch(feed: Mapping[str, np.ndarray]) -> int:
-    first = next(iter(feed.values()))
-    return first.shape[0] if first.ndim else 1
 
 
 def _with_dtypes(specs: list[TensorSpec], found: list[TensorSpec]) -> list[TensorSpec]:

@@ -1,20 +1,19 @@
 """Histograms of the activations of an FP32 graph on data, one for every tensor that is to be quantized."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
 
+from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.rewrite import LARGEST
 from deploy.precision.ranges import activation_ranges
-
-Feed = Mapping[str, np.ndarray]
 
 
 class Activations:
@@ -28,7 +27,7 @@ class Activations:
         inner = [name for name in tensors if name not in inputs and name not in self._outputs]
         self._run = CpuGraph(model, also=inner, streams=STREAMS)
 
-    def __call__(self, feed: Feed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def __call__(self, feed: Feed) -> tuple[Feed, Feed]:
         """The tensors and the outputs by name. Raises PrecisionError when the feed cannot be run."""
         results = self._run(feed)
         return (
@@ -40,7 +39,7 @@ class Activations:
 def collect(
     activations: Activations,
     feeds: Iterable[Feed],
-    seen: Callable[[Feed, dict[str, np.ndarray], dict[str, np.ndarray]], None] | None = None,
+    seen: Callable[[Feed, Feed, Feed], None] | None = None,
 ) -> dict[str, Histogram]:
     """Histograms of the magnitudes of all tensors over all feeds.
 

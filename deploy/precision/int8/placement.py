@@ -5,7 +5,6 @@ layers, never between such a layer and its activation, and before the skip input
 computes inside the layer that makes the other input. Layers that only move or select numbers need no pair.
 """
 
-import difflib
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
 from deploy.precision.graph import STANDARD
 from deploy.precision.half.plan import is_float
+from deploy.words import did_you_mean
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and accumulate."""
@@ -330,9 +330,8 @@ def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool
 
 def _unmatched(entry: str, nodes: Sequence[ir.Node]) -> str:
     names = list(dict.fromkeys([*map(_name, nodes), *filter(None, map(_module, nodes)), *(node.op_type for node in nodes)]))
-    near = difflib.get_close_matches(entry, names, n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "expected a node's name, an operator or a pattern of names"
-    return f"the exclusion {entry!r} matches no node of the graph: {hint}"
+    hint = did_you_mean(entry, names) or "; expected a node's name, an operator or a pattern of names"
+    return f"the exclusion {entry!r} matches no node of the graph{hint}"
 
 
 def _refuse_quantized(graph: ir.Graph) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
-from deploy.artifact.tensors import Feed
+from deploy.artifact.tensors import Feed, row_count
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
@@ -32,7 +32,7 @@ from deploy.precision.int8.histograms import Activations, collect, scale_of
 from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
-from deploy.precision.int8.rows import Rows, first_rows, row_count
+from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
 from deploy.progress import Progress, silent

@@ -5,7 +5,7 @@ from threading import Lock
 
 import numpy as np
 
-from deploy.artifact.tensors import Feed, batch_dim
+from deploy.artifact.tensors import Feed, batch_dim, row_count, slice_rows
 from deploy.data.calibration_set import CalibrationSet
 from deploy.progress import Progress
 
@@ -38,7 +38,7 @@ class Rows:
             self._progress("calibrating", self.count, self._data.count or 0)
             missing = self._wanted - self.count
             if missing > 0:
-                self.kept.append((_head(feed, missing) if symbolic and missing < row_count(feed) else feed, None))
+                self.kept.append((slice_rows(feed, 0, missing) if symbolic and missing < row_count(feed) else feed, None))
             yield feed
             self.count += row_count(feed)
 
@@ -62,13 +62,4 @@ def first_rows(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> 
     rows = row_count(feed)
     if batch_dim(data.specs) is None or any(not array.ndim or len(array) != rows for array in outputs.values()):
         return feed, outputs
-    return _head(feed, wanted), _head(outputs, wanted)
-
-
-def row_count(feed: Feed) -> int:
-    first = next(iter(feed.values()))
-    return len(first) if first.ndim else 1
-
-
-def _head(feed: Feed, rows: int) -> Feed:
-    return {name: array[:rows] for name, array in feed.items()}
+    return slice_rows(feed, 0, wanted), slice_rows(outputs, 0, wanted)

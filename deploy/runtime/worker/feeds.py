@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed, slice_rows
 from deploy.host.cpu import cache_bytes
 
 MOST_BYTES = 128 << 20
@@ -21,11 +21,7 @@ def random_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int]) -> lis
         return [first, *(random_feed(specs, dims, seed=seed) for seed in range(1, min(wanted, 64)))]
     rows = dims[batch]
     whole = random_feed(specs, {**dims, batch: rows * wanted})
-    return [{name: array[at : at + rows] for name, array in whole.items()} for at in range(0, rows * wanted, rows)]
-
-
-def row_count(feed: Feed) -> int:
-    return len(next(iter(feed.values())))
+    return [slice_rows(whole, at, at + rows) for at in range(0, rows * wanted, rows)]
 
 
 def wanted_feeds(feed: Feed) -> int:

@@ -277,7 +277,7 @@ def exported():
                 inputs = specs(*((key, "float32", *shape[1:]) for key, shape in architecture.inputs.items()))
                 module, outputs = architecture.create().eval(), architecture.outputs
             feed = {key: torch.from_numpy(array) for key, array in random_feed(inputs, {"batch": 2}).items()}
-            made[name] = ir.to_proto(export_graph(module, inputs, feed, outputs).model), inputs
+            made[name] = ir.to_proto(export_graph(module, inputs, feed, outputs)), inputs
         return made[name]
 
     return export

@@ -1,0 +1,17 @@
+"""Small pieces of the English in messages: counts with their nouns, and names that are almost right."""
+
+from collections.abc import Iterable
+
+
+def count_of(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`: a count with its noun."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?` for up to three names of `known` that are almost `name`; empty if none is."""
+    import difflib  # slow to import, and needed for errors alone
+
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,25 @@
+import pytest
+
+from deploy.models import errors
+from deploy.words import count_of, did_you_mean
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
+def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
+    assert count_of(count, "thread") == text
+    assert count_of(count, "class") == text.replace("threads", "classes").replace("thread", "class")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("lenet", ["lenet5", "mlp"], "; did you mean 'lenet5'?"),
+        ("conv", ["conv1", "conv2", "conv1"], "; did you mean 'conv2' or 'conv1'?"),
+        ("conv", ["conv1", "conv2", "conv3", "conv4"], "; did you mean 'conv4' or 'conv3' or 'conv2'?"),
+        ("quantum", ["lenet5", "mlp"], ""),
+        ("lenet", [], ""),
+    ],
+)
+def test_near_names_are_suggested_here_and_in_models(name: str, known: list[str], hint: str) -> None:
+    assert did_you_mean(name, known) == hint
+    assert errors.did_you_mean(name, known) == hint
