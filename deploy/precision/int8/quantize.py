@@ -42,7 +42,7 @@ from deploy.progress import Progress, silent
 logger = logging.getLogger(__name__)
 
 METHOD = "percentile"
-"""The method used where none is asked for: it loses least on the benchmarks (README, INT8)."""
+"""The method used where none is asked for: it loses least on the benchmarks (docs/int8.md)."""
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, as the FP16 pass over a quantized graph makes them."""
 PARITY_ROWS = 4
