@@ -1,0 +1,373 @@
+"""Everything that the README and the pages show works.
+
+Fenced blocks run as they stand, page by page, each page in a folder of its own:
+
+    console   lines that begin with `$ deploy` run; the lines below one must be in what it prints, `...` standing for any text
+    python    runs
+    text      directly below a python block: what that prints. Elsewhere a drawing
+    sh        installation, and what needs other machines: extras and options are looked up, nothing runs
+
+A python or json block below a line that is only a file name in backticks is the content of that file. Weights, photographs and
+artifacts that a line names and nobody made are small stand-ins; images have 32x32 pixels in place of 224x224.
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
+from deploy.bench.rows import SCHEMA, BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow
+from deploy.models.registry import ARCHITECTURES
+from deploy.runtime.profiling import LayerTime
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
+CLI = ("doctor", "export", "convert", "quantize", "build-trt", "inspect", "eval", "predict", "serve", "export-triton", "bench")
+STAGES = ("export", "convert", "quantize", "build-trt")
+FASTER = {
+    "--arch": ("--input", "input=1x3x32x32"),
+    "bench": ("--seconds", "0.2", "--batch", "1", "--backend", "onnxruntime"),
+    "--report": ("--baseline", "onnxruntime", "--backend", "openvino"),  # the README's line runs eager PyTorch
+}
+"""Options that make a line with the word cheaper."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the last line before it."""
+
+    language: str
+    text: str
+    above: str
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block is the content of."""
+        named = re.fullmatch(r"`([\w./]+)`:", self.above)
+        return named[1] if named else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One command of a console block, and the output that is shown below it."""
+
+    words: tuple[str, ...]
+    shown: tuple[str, ...]
+
+
+def blocks(text: str) -> list[Block]:
+    found, above = [], ""
+    parts = re.split(r"^```(\w*)\n(.*?)^```\n", text, flags=re.DOTALL | re.MULTILINE)
+    for before, language, content in zip(parts[::3], parts[1::3], parts[2::3], strict=False):
+        above = next((line for line in reversed(before.splitlines()) if line.strip()), "```")
+        found.append(Block(language, content, above))
+    return found
+
+
+def small(text: str) -> str:
+    return text.replace("3x224x224", "3x32x32")
+
+
+def console(text: str) -> list[Line]:
+    lines: list[Line] = []
+    for line in small(text).replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            assert words[0] == "deploy", f"{line}: a block that is no session of deploy is not `console`"
+            lines.append(Line(tuple(words[1:]), ()))
+        else:
+            lines[-1] = Line(lines[-1].words, (*lines[-1].shown, line))
+    return lines
+
+
+LINES = [line for page in PAGES.values() for block in blocks(page) if block.language == "console" for line in console(block.text)]
+STAGED = [line for line in LINES[:8] if line.words[0] in STAGES]
+"""The lines of the README that make artifacts: what they make is linked where a page names it, and they run on no page again."""
+SERVERS = sorted({line.words for line in LINES if line.words[0] == "serve"})
+SET_UP = [
+    shlex.split(line, comments=True)
+    for page in PAGES.values()
+    for block in blocks(page)
+    if block.language == "sh"
+    for line in block.text.splitlines()
+]
+
+
+def check_shown(shown: Sequence[str], printed: str) -> None:
+    for line in shown:
+        pattern = re.escape(line).replace(re.escape("..."), ".*")
+        assert re.search(rf"^{pattern}$", printed, re.MULTILINE), f"{line!r} is shown, and printed is:\n{printed}"
+
+
+@pytest.fixture
+def readme(tmp_path_factory: pytest.TempPathFactory, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the first lines of the README, the stages, have run: once for all pages."""
+    folder = tmp_path_factory.getbasetemp() / "readme"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for line in STAGED:
+            Shown(folder, folder, run).line(line)
+        (folder / "done").touch()
+    return folder
+
+
+class Shown:
+    """Runs what a page shows in `folder`. Artifacts that a page does not make itself come from `readme`."""
+
+    def __init__(self, folder: Path, readme: Path, run: Callable[..., Any], digits: Artifact | None = None) -> None:
+        self.folder, self.readme, self.run, self.digits = folder, readme, run, digits
+
+    def line(self, line: Line) -> None:
+        for word in line.words:
+            self.stand_in(word)
+        extra = [option for word, options in FASTER.items() if word in line.words for option in options]
+        extra = [] if "--compare" in line.words else extra
+        finished = self.run(*line.words, *extra)
+        assert finished.status == 0, (line.words, finished.err)
+        assert finished.out, line.words
+        check_shown(line.shown, finished.out)
+
+    def stand_in(self, name: str) -> None:
+        """Make what a line or a program reads, unless it is there."""
+        top = Path(name).parts[0] if name else ""
+        if name.startswith("build/resnet34") and not (self.folder / name).exists() and (self.readme / name).exists():
+            shutil.copytree(self.readme / name, self.folder / name, copy_function=os.link)
+        elif name == "build/digits" and not (self.folder / name).exists():
+            assert self.digits is not None
+            shutil.copytree(self.digits.path, self.folder / name, copy_function=os.link)
+        elif top in STAND_INS and not (self.folder / top).exists():
+            STAND_INS[top](self.folder)
+
+
+def photographs(folder: Path) -> None:
+    for index, label in enumerate(("cat", "dog")):
+        for part in ("train", "val"):
+            (folder / "photographs" / part / label).mkdir(parents=True)
+            pixels = np.full((60, 80, 3), 200 * index, np.uint8)
+            Image.fromarray(pixels).save(folder / "photographs" / part / label / "1.png")
+
+
+def weights_of_the_page(folder: Path) -> None:
+    names: dict[str, Any] = {}
+    exec((folder / "my_models/net.py").read_text(), names)
+    torch.save(names["Net"](width=64, num_classes=2).state_dict(), folder / "best.pth")
+
+
+def weights_of_resnet34(folder: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), folder / "resnet34.pth")
+
+
+STAND_INS: dict[str, Callable[[Path], Any]] = {
+    "resnet34.pth": weights_of_resnet34,
+    "best.pth": weights_of_the_page,
+    "classes.txt": lambda folder: (folder / "classes.txt").write_text("cat\ndog\n"),
+    "cat.jpg": lambda folder: Image.new("RGB", (50, 40)).save(folder / "cat.jpg"),
+    "photographs": photographs,
+    "old.json": lambda folder: shutil.copy(folder / "new.json", folder / "old.json"),
+}
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text)])
+def test_what_a_page_shows_runs(
+    page: str,
+    readme: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    shared_lenet5: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = readme if page == "README.md" else tmp_path
+    monkeypatch.chdir(folder)
+    shown = Shown(folder, readme, run, shared_lenet5)
+    if page != "README.md":
+        shown.stand_in("build/resnet34")
+    files = [block for block in blocks(PAGES[page]) if block.file]
+    for block in files:
+        assert block.file is not None
+        (folder / block.file).parent.mkdir(exist_ok=True)
+        (folder / block.file).write_text(block.text)
+    printed: str | None = None
+    for block in blocks(PAGES[page]):
+        if block in files:
+            continue
+        if block.language == "console":
+            for line in console(block.text):
+                if line.words not in SERVERS and line not in STAGED:
+                    shown.line(line)
+        elif block.language == "python":
+            if 'export("build/digits"' not in block.text:
+                shown.stand_in("build/digits")
+            capsys.readouterr()
+            exec(compile(block.text, page, "exec"), {})
+            printed = capsys.readouterr().out
+            continue
+        elif block.language == "text" and printed is not None:
+            assert len(printed.splitlines()) == len(block.text.splitlines()), printed
+            check_shown(block.text.splitlines(), printed)
+        else:
+            assert block.language in ("text", "sh"), f"nothing runs a block of {block.language or 'no language'}: {block.text}"
+        printed = None
+    if (folder / "bench.html").exists():
+        assert "<!doctype html>" in (folder / "bench.html").read_text()
+
+
+@pytest.mark.parametrize("words", SERVERS, ids=" ".join)
+def test_the_servers_on_the_pages_start_and_stop(
+    words: tuple[str, ...], readme: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for word in words:
+        Shown(tmp_path, readme, run).stand_in(word)
+    command = [sys.executable, "-m", "deploy", *words, "--http-port", "0", "--grpc-port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        lines = [json.loads(next(process.stderr)) for _ in range(3)]
+        assert [line["message"] for line in lines] == ["loaded", "serving", "serving"]
+    finally:
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 0
+
+
+def commands() -> dict[str, click.Command]:
+    modules = {name: importlib.import_module(f"deploy.cli.{name.replace('-', '_')}") for name in CLI}
+    return {name: module.command for name, module in modules.items()}
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("-")}
+
+
+def test_every_block_is_fenced_and_of_a_language_that_is_checked() -> None:
+    for page, text in PAGES.items():
+        assert text.count("\n```") == 2 * len(blocks(text)), f"{page}: a fence that is not closed, or not at the margin"
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"^(?: {4}|\t).*", prose, re.MULTILINE)
+        assert indented == [], f"{page}: code that is indented and not fenced runs in no test"
+
+
+@pytest.mark.parametrize(
+    "text", ["```console\n$ deploy fly\n```\n", "```console\n$ deploy doctor\nwill not be printed\n```\n", "```yaml\na: 1\n```\n"]
+)
+def test_a_block_that_does_not_work_is_noticed(
+    text: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PAGES, "planted.md", text)
+    with pytest.raises(AssertionError):
+        test_what_a_page_shows_runs("planted.md", tmp_path, tmp_path, run, None, monkeypatch, capsys)  # type: ignore[arg-type]
+
+
+def test_the_session_of_the_readme_has_eight_lines() -> None:
+    (block,) = [block for block in blocks(PAGES["README.md"]) if block.language == "console"]
+    lines = [line.words[0] for line in console(block.text)]
+    assert len(lines) == 8
+    assert {*STAGES} <= {*lines}
+
+
+def test_the_readme_stays_short_and_leads_to_every_page() -> None:
+    text = PAGES["README.md"]
+    assert len(text.splitlines()) <= 108, "what is new goes to a page under docs/"
+    assert [page for page in PAGES if page != "README.md" and f"](docs/{page})" not in text] == []
+
+
+def test_lines_of_set_up_name_extras_and_options_that_exist() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "\n".join(PAGES.values())
+    named = {name for extras in re.findall(r"pip install '(?:deploy|\.)\[([\w,]+)\]'", text) for name in extras.split(",")}
+    assert named <= known.keys()
+    assert {"export", "cpu", "serving"} <= named
+    table = PAGES["install.md"].partition("## Extras")[2]
+    assert [name for name in known if f"`{name}`" not in table] == []
+    for program, command, *words in SET_UP:
+        assert (program, command) == ("pip", "install") or program == "deploy", "only what nothing can run here is `sh`"
+        if program == "deploy":
+            commands()[command].make_context(command, words)  # raises for an option or a value that is not taken
+
+
+def test_every_option_that_is_named_exists_and_every_option_is_named() -> None:
+    known = {name: options(command) for name, command in commands().items()}
+    every = set().union(*known.values())
+    for page, text in PAGES.items():
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
+            words = code.split()
+            taken = known[words[1]] if words[0] == "deploy" and len(words) > 1 and words[1] in known else every
+            assert [
+                word for word in words if re.match(r"--\w", word) and word.partition("=")[0] not in {*taken, "--help"}
+            ] == [], (page, code)
+    for line in LINES:
+        named = {word for word in line.words if re.match(r"--?[a-z]", word)}
+        assert named <= known[line.words[0]], line
+    shown = set(re.findall(r"(?<![\w-])--[\w-]+", "\n".join(PAGES.values())))
+    assert sorted(name for name in every - shown if name.startswith("--")) == []
+
+
+def test_every_option_of_the_server_is_on_its_page() -> None:
+    missing = [name for name in options(commands()["serve"]) if name.startswith("--") and f"`{name}`" not in PAGES["serving.md"]]
+    assert sorted(missing) == ["--backend", "--debug", "--device", "--threads"]
+
+
+def test_the_keys_of_the_json_of_bench_are_documented() -> None:
+    text = PAGES["bench.md"]
+    assert f"(schema {SCHEMA})" in text
+    rows = (BenchRow, LayersRow, LoadRow, ScenarioRow, LayerTime)
+    result = BenchResult(conditions={}, results=(), skipped=()).to_json()
+    names = {field.name for kind in rows for field in fields(kind)} | result.keys()
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def test_the_keys_of_the_other_json_documents_are_those_that_are_printed(
+    readme: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*) \|$", PAGES["python.md"].partition("## `--json`")[2], re.MULTILINE)
+    documented = {name.strip("`"): set(re.findall(r"`(\w+)`", text)) for name, text in rows}
+    monkeypatch.chdir(readme)
+    Shown(readme, readme, run).stand_in("cat.jpg")
+    evaluated = json.loads(run("eval", "build/resnet34", "photographs/val", "--json").out)
+    assert evaluated.keys() == documented["deploy eval"]
+    predicted = json.loads(run("predict", "build/resnet34", "cat.jpg", "--json").out)
+    (image,) = predicted["predictions"]
+    assert predicted.keys() | image.keys() | image["classes"][0].keys() == documented["deploy predict"]
+    assert documented["deploy doctor"] <= json.loads(run("doctor", "--json").out).keys()
+    manifest = json.loads(run("inspect", "build/resnet34", "--json").out)
+    keys = {name for first, _ in rows for name in re.findall(r"`(\w+)`", first)}
+    assert manifest.keys() == keys == set(Manifest.__struct_fields__)
+
+
+def test_every_file_and_heading_that_is_linked_is_there() -> None:
+    links = 0
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            target, _, anchor = link.partition("#")
+            path = folder / target if target else folder / page
+            assert path.exists(), (page, link)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, (page, link)
+            links += 1
+        for name in re.findall(r"`((?:examples|benchmarks|deploy|docs|tests)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), (page, name)
+    assert links > 20
