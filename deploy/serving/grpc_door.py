@@ -1,27 +1,19 @@
-"""The gRPC door: Open Inference Protocol v2, Triton's extensions, and gRPC's health checks.
-
-The messages live in a descriptor pool of their own: many packages register a protocol buffer package `inference` in the default one,
-and the second to do so in a process fails.
-"""
+"""The gRPC door: Open Inference Protocol v2, Triton's extensions, and gRPC's health checks."""
 
 import asyncio
 import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib import resources
 from typing import Any
 
 import grpc
-import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
-from google.protobuf.message import DecodeError
+from google.protobuf import json_format
 
-from deploy.artifact.tensors import TensorSpec
-from deploy.errors import DeadlineError, DeployError, InputError, ModelNotFoundError, RefusedError, UnavailableError
-from deploy.serving.answers import EXTENSIONS, status_of
-from deploy.serving.models import Models, Served
-from deploy.serving.protocol import DATATYPES, InferRequest, check_datatype, elements, from_bytes, priority_of, timeout_of
+from deploy.errors import DeadlineError, DeployError, ModelNotFoundError, RefusedError, UnavailableError
+from deploy.serving import answers
+from deploy.serving.grpc_messages import POOL, build_response, message, parse_request, read_message
+from deploy.serving.models import Models
 from deploy.version import __version__
 
 logger = logging.getLogger("deploy.serving")
@@ -31,11 +23,6 @@ HEALTH = "grpc.health.v1.Health"
 
 _ADMIN = {"RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"}
 _OPEN = {"ServerLive", "ServerReady", "Check", "Watch"}
-_CONTENTS = {
-    "bool": "bool_contents", "int8": "int_contents", "int16": "int_contents", "int32": "int_contents", "int64": "int64_contents",
-    "uint8": "uint_contents", "uint16": "uint_contents", "uint32": "uint_contents", "uint64": "uint64_contents",
-    "float32": "fp32_contents", "float64": "fp64_contents",
-}  # fmt: skip
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -44,18 +31,6 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 _WATCH_S = 0.2
-
-_pool = descriptor_pool.DescriptorPool()
-for _file in descriptor_pb2.FileDescriptorSet.FromString(
-    resources.files("deploy.serving").joinpath("protocols.binpb").read_bytes()
-).file:
-    _pool.AddSerializedFile(_file.SerializeToString())
-
-
-@functools.cache
-def message(name: str) -> Any:
-    """The class of a message, such as `inference.ModelInferRequest`."""
-    return message_factory.GetMessageClass(_pool.FindMessageTypeByName(name))
 
 
 class GrpcDoor:
@@ -110,8 +85,8 @@ class _Door:
     def handlers(self, service: str) -> Any:
         # Requests come as bytes, for what gRPC itself answers to bytes that are no message is UNKNOWN.
         methods = {}
-        for method in _pool.FindServiceByName(service).methods:
-            read = functools.partial(_read, message(method.input_type.full_name))
+        for method in POOL.FindServiceByName(service).methods:
+            read = functools.partial(read_message, message(method.input_type.full_name))
             writes = message(method.output_type.full_name).SerializeToString
             call = getattr(self, method.name)
             if method.client_streaming:
@@ -183,15 +158,15 @@ class _Door:
         return message("inference.ModelReadyResponse")(ready=ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
-        return message("inference.ServerMetadataResponse")(name="deploy", version=__version__, extensions=EXTENSIONS)
+        return message("inference.ServerMetadataResponse")(name="deploy", version=__version__, extensions=answers.EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         served = self._models.get(request.name, request.version)
-        return message("inference.ModelMetadataResponse")(**served.metadata(self._models.versions(request.name)))
+        return message("inference.ModelMetadataResponse")(**answers.metadata(served, self._models.versions(request.name)))
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:
         served = self._models.get(request.name, request.version)
-        return json_format.ParseDict({"config": served.config()}, message("inference.ModelConfigResponse")())
+        return json_format.ParseDict({"config": answers.config(served)}, message("inference.ModelConfigResponse")())
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
         names = [request.name] if request.name else self._models.names
@@ -200,7 +175,7 @@ class _Door:
             for name in names
             for version in ([request.version] if request.version else self._models.versions(name) or [""])
         ]
-        stats = [served.statistics() for served in found]
+        stats = [answers.statistics(served) for served in found]
         return json_format.ParseDict({"model_stats": stats}, message("inference.ModelStatisticsResponse")())
 
     async def Check(self, request: Any, context: Any) -> Any:
@@ -249,7 +224,7 @@ class _Door:
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         served = self._models.get(request.model_name, request.model_version)
-        asked = _parse(request, served)
+        asked = parse_request(request, served)
         timeout_s = asked.timeout_s
         left = context.time_remaining() if context is not None else None
         if left is not None:  # what comes later nobody waits for
@@ -257,7 +232,7 @@ class _Door:
         used, results = await self._models.infer(
             served, asked.feed, pinned=bool(request.model_version), priority=asked.priority, timeout_s=timeout_s
         )
-        return _build(used, asked, results)
+        return build_response(used, asked, results)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         answer = message("inference.ModelStreamInferResponse")
@@ -270,14 +245,6 @@ class _Door:
                 yield failed
 
 
-def _read(kind: Any, data: bytes) -> Any:
-    """Raises InputError."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise InputError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from None
-
-
 async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for data in requests:
         yield read(data)
@@ -286,84 +253,4 @@ async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) ->
 def _code_of(error: Exception) -> tuple[Any, str]:
     if isinstance(error, DeadlineError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
-    text = str(error) if isinstance(error, DeployError) else "an error in the server; its log says more"
-    return _STATUS.get(status_of(error), grpc.StatusCode.INTERNAL), text
-
-
-def _parse(request: Any, served: Served) -> InferRequest:
-    """Raises InputError."""
-    specs = {spec.name: spec for spec in served.inputs}
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InputError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs")
-    feed: dict[str, np.ndarray] = {}
-    for index, tensor in enumerate(request.inputs):
-        spec = specs.get(tensor.name)
-        if spec is None:
-            raise InputError(f"unknown input {tensor.name!r}; expected {', '.join(map(str, served.inputs))}")
-        if spec.name in feed:
-            raise InputError(f"input {spec.name!r} is given twice")
-        if raw and tensor.HasField("contents"):
-            raise InputError(f"{spec.name!r} has both contents and raw_input_contents")
-        check_datatype(tensor.datatype, spec)
-        shape = list(tensor.shape)
-        elements(shape, spec.name)
-        spec.check(spec.dtype, shape, {})
-        feed[spec.name] = from_bytes(raw[index], spec, shape) if raw else _from_contents(tensor.contents, spec, shape)
-    if missing := [str(spec) for spec in served.inputs if spec.name not in feed]:
-        raise InputError(f"missing {', '.join(missing)}")
-    known = [spec.name for spec in served.outputs]
-    asked = [output.name for output in request.outputs] or known
-    for name in asked:
-        if name not in known:
-            raise InputError(f"unknown output {name!r}; expected {', '.join(map(str, served.outputs))}")
-    if len(set(asked)) < len(asked):
-        raise InputError("an output is asked for twice")
-    parameters = {key: _value(value) for key, value in request.parameters.items()}
-    return InferRequest(
-        id=request.id,
-        feed=feed,
-        outputs=tuple((name, bool(raw)) for name in asked),
-        priority=priority_of(parameters.get("priority")),
-        timeout_s=timeout_of(parameters.get("timeout")),
-    )
-
-
-def _value(parameter: Any) -> Any:
-    chosen = parameter.WhichOneof("parameter_choice")
-    return None if chosen is None else getattr(parameter, chosen)
-
-
-def _from_contents(contents: Any, spec: TensorSpec, shape: list[int]) -> np.ndarray:
-    field = _CONTENTS.get(spec.dtype)
-    if field is None:
-        raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}, which has no contents: send raw_input_contents")
-    filled = [each.name for each, _ in contents.ListFields()]
-    if any(name != field for name in filled):
-        raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}: its data belong into {field}, not {', '.join(filled)}")
-    values = getattr(contents, field)
-    wanted = elements(shape, spec.name)
-    if len(values) != wanted:
-        raise InputError(f"{spec.name!r} has {len(values)} values; its shape takes {wanted}")
-    array = np.array(values)
-    target = np.dtype(spec.dtype)
-    if target.kind in "iu" and array.size:
-        info = np.iinfo(target)
-        if int(array.min()) < info.min or int(array.max()) > info.max:
-            raise InputError(f"the data of {spec.name!r} go beyond {DATATYPES[spec.dtype]}")
-    return array.astype(target).reshape(shape)
-
-
-def _build(served: Served, request: InferRequest, results: dict[str, np.ndarray]) -> Any:
-    arrays = [np.ascontiguousarray(results[name]) for name, _ in request.outputs]
-    raw = any(is_raw for _, is_raw in request.outputs) or any(str(array.dtype) not in _CONTENTS for array in arrays)
-    answer = message("inference.ModelInferResponse")(
-        model_name=served.source.name, model_version=served.source.version, id=request.id
-    )
-    for (name, _), array in zip(request.outputs, arrays, strict=True):
-        tensor = answer.outputs.add(name=name, datatype=DATATYPES[str(array.dtype)], shape=array.shape)
-        if raw:
-            answer.raw_output_contents.append(array.tobytes())
-        else:
-            getattr(tensor.contents, _CONTENTS[str(array.dtype)]).extend(array.reshape(-1).tolist())
-    return answer
+    return _STATUS.get(answers.status_of(error), grpc.StatusCode.INTERNAL), answers.text_of(error)

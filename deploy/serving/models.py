@@ -5,7 +5,6 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
 from deploy.runtime.load import load
 from deploy.runtime.session import Session
 from deploy.serving.metrics import Meter
-from deploy.serving.protocol import DATATYPES
 from deploy.serving.source import ModelSource
 
 logger = logging.getLogger("deploy.serving")
@@ -52,82 +50,6 @@ class Served:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self.session.outputs
-
-    def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
-        """The answer of `GET /v2/models/M`."""
-        return {
-            "name": self.source.name,
-            "versions": list(versions),
-            "platform": self.platform,
-            "inputs": [_described(spec) for spec in self.inputs],
-            "outputs": [_described(spec) for spec in self.outputs],
-        }
-
-    @property
-    def platform(self) -> str:
-        return f"deploy_{self.session.backend.replace('-', '_')}"
-
-    def config(self) -> dict[str, Any]:
-        """The answer of `GET /v2/models/M/config`, Triton's model configuration as far as it says something here."""
-        most = self.batcher.max_rows
-        batch = batch_dim(self.inputs) if most is not None else None
-
-        def listed(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-            return [
-                {
-                    "name": spec.name,
-                    "data_type": f"TYPE_{DATATYPES[spec.dtype]}",
-                    "dims": [-1 if isinstance(dim, str) else dim for dim in (spec.shape[1:] if batch else spec.shape)],
-                }
-                for spec in specs
-            ]
-
-        options = self.batcher.options
-        found = {
-            "name": self.source.name,
-            "platform": self.platform,
-            "backend": self.session.backend,
-            "version_policy": {"specific": {"versions": [int(self.source.version)]}},
-            "max_batch_size": most or 0,
-            "input": listed(self.inputs),
-            "output": listed(self.outputs),
-            "instance_group": [
-                {
-                    "kind": "KIND_CPU" if self.session.device == "cpu" else "KIND_GPU",
-                    "count": options.instances or self.session.concurrency,
-                }
-            ],
-            "parameters": {"precision": {"string_value": self.artifact.manifest.precision}},
-        }
-        if most is not None:
-            found["dynamic_batching"] = {
-                "preferred_batch_size": [],
-                "max_queue_delay_microseconds": round(options.delay_ms * 1e3),
-                "default_queue_policy": {"max_queue_size": options.queue_rows},
-            }
-        return found
-
-    def statistics(self) -> dict[str, Any]:
-        """One entry of `GET /v2/models/M/stats`."""
-        counts = self.meter.counts()
-
-        def told(count: int, step: str) -> dict[str, int]:
-            return {"count": count, "ns": counts.duration_ns[step]}
-
-        return {
-            "name": self.source.name,
-            "version": self.source.version,
-            "inference_count": counts.inferences,
-            "execution_count": counts.executions,
-            "inference_stats": {
-                "success": told(counts.success, "request"),
-                "fail": {"count": sum(counts.failures.values()), "ns": 0},
-                "queue": told(counts.success, "queue"),
-                "compute_input": told(counts.success, "compute_input"),
-                "compute_infer": told(counts.success, "compute_infer"),
-                "compute_output": told(counts.success, "compute_output"),
-            },
-        }
 
 
 def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Served:
@@ -311,8 +233,3 @@ def _observed(error: DeployError) -> bool:
 def _retire(served: Served) -> None:
     served.batcher.close()
     served.session.close()
-
-
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    shape = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
-    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}

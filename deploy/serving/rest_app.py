@@ -1,48 +1,28 @@
 """The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
 
 import asyncio
-import logging
-import os
-import re
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive
 
-from deploy.errors import (
-    DeployError,
-    InputError,
-    RefusedError,
-    UnavailableError,
-    UsageError,
-)
+from deploy.errors import InputError, RefusedError, UnavailableError, UsageError
 from deploy.evaluation.classifier import classifier, likeliest
-from deploy.serving import metrics
-from deploy.serving.answers import EXTENSIONS, status_of
-from deploy.serving.guard import Access, Limits, check_image, read_body
+from deploy.serving import answers, metrics
+from deploy.serving.body import read_body
+from deploy.serving.guard import Access, Limits, check_image
+from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
 from deploy.serving.protocol import build_response, parse_request, priority_of, timeout_of
 from deploy.version import __version__
 
-logger = logging.getLogger("deploy.serving")
-
-
 _HEADER_LENGTH = "inference-header-content-length"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_ADMIN = re.compile(r"/v2/repository/")
-_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
-_OPEN = re.compile(r"/v2/health/(live|ready)")
 _MOST_TOP = 1000
-_RETRY_AFTER_S = "1"
-
-Infer = Callable[[str, str | None, Mapping[str, str], Receive], Awaitable[Response]]
 
 
 def make_app(
@@ -73,68 +53,7 @@ def make_app(
             Route(f"{base}/config", door.config, methods=["GET"]),
             Route(f"{base}/stats", door.statistics, methods=["GET"]),
         ]
-    return _Guard(Router(routes, redirect_slashes=False), door.infer, access, log_requests=log_requests)
-
-
-class _Guard:
-    """Around all: who may call, the request's id, errors as the protocol wants them, and the log.
-
-    `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
-    """
-
-    def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool) -> None:
-        self._app = app
-        self._infer = infer
-        self._access = access
-        self._log_requests = log_requests
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            return
-        start = time.perf_counter()
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = headers.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = os.urandom(16).hex()
-        status = 0
-
-        async def named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        path = scope["path"]
-        error: str | None = None
-        try:
-            if not _OPEN.fullmatch(path):
-                self._access.check(headers, admin=_ADMIN.match(path) is not None)
-            if found := _INFER.fullmatch(path):
-                if scope["method"] != "POST":
-                    raise HTTPException(405, headers={"Allow": "POST"})
-                response = await self._infer(found["model"], found["version"], headers, receive)
-                await response(scope, receive, named)
-            else:
-                scope["app"] = self  # the router then raises what it has to say
-                await self._app(scope, receive, named)
-        except ClientDisconnect:
-            error = "the client left"
-        except Exception as caught:
-            if status:
-                raise  # too late to answer anything else
-            response = error_response(caught)
-            error = str(getattr(caught, "detail", caught))
-            if response.status_code == 500 and not isinstance(caught, DeployError):
-                logger.exception("a bug in the server", extra={"request_id": request_id})
-            await response(scope, receive, named)
-        if self._log_requests or status >= 500 or status in (401, 403):
-            level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
-            took_ms = round((time.perf_counter() - start) * 1e3, 3)
-            told = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
-            logger.log(level, "request", extra={**told, **({"error": error} if error else {})})
+    return Guard(Router(routes, redirect_slashes=False), door.infer, access, log_requests=log_requests)
 
 
 class _Door:
@@ -146,55 +65,55 @@ class _Door:
     # What the server is and how it is.
 
     async def server(self, request: Request) -> Response:
-        return _json({"name": "deploy", "version": __version__, "extensions": EXTENSIONS})
+        return json_response({"name": "deploy", "version": __version__, "extensions": answers.EXTENSIONS})
 
     async def live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        return _json({"ready": self._models.ready}, 200 if self._models.ready else 503)
+        return json_response({"ready": self._models.ready}, 200 if self._models.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(metrics.render(self._models.meters, self._replica), media_type=metrics.CONTENT_TYPE)
 
     async def all_statistics(self, request: Request) -> Response:
         found = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
-        return _json({"model_stats": [served.statistics() for served in found]})
+        return json_response({"model_stats": [answers.statistics(served) for served in found]})
 
     async def metadata(self, request: Request) -> Response:
         served = self._served(request)
-        return _json(served.metadata(self._models.versions(served.source.name)))
+        return json_response(answers.metadata(served, self._models.versions(served.source.name)))
 
     async def model_ready(self, request: Request) -> Response:
         try:
             served = self._served(request)
         except UnavailableError as error:
-            return _json({"error": str(error), "ready": False}, 503)
-        return _json({"name": served.source.name, "ready": True})
+            return json_response({"error": str(error), "ready": False}, 503)
+        return json_response({"name": served.source.name, "ready": True})
 
     async def config(self, request: Request) -> Response:
-        return _json(self._served(request).config())
+        return json_response(answers.config(self._served(request)))
 
     async def statistics(self, request: Request) -> Response:
-        return _json({"model_stats": [self._served(request).statistics()]})
+        return json_response({"model_stats": [answers.statistics(self._served(request))]})
 
     # Admin.
 
     async def index(self, request: Request) -> Response:
         only_ready = _document(await self._body(request)).get("ready", False)
-        return _json([entry for entry in self._models.index() if not only_ready or entry["state"] == "READY"])
+        return json_response([entry for entry in self._models.index() if not only_ready or entry["state"] == "READY"])
 
     async def load(self, request: Request) -> Response:
         self._check_alone()
         _refuse_upload(_document(await self._body(request)))
         await asyncio.to_thread(self._models.load, request.path_params["model"])
-        return _json({})
+        return json_response({})
 
     async def unload(self, request: Request) -> Response:
         self._check_alone()
         _document(await self._body(request))
         await asyncio.to_thread(self._models.unload, request.path_params["model"])
-        return _json({})
+        return json_response({})
 
     def _check_alone(self) -> None:
         if self._replica is not None:
@@ -239,7 +158,7 @@ class _Door:
             served, feed, pinned="version" in request.path_params, priority=priority, timeout_s=timeout_s
         )
         (classes,) = likeliest(results[logits.name][:1], used.artifact.manifest.classes, top)
-        return _json(
+        return json_response(
             {
                 "model_name": used.source.name,
                 "model_version": used.source.version,
@@ -268,22 +187,6 @@ class _Door:
                 return await reading
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s") from None
-
-
-def error_response(error: Exception) -> Response:
-    """`{"error": ...}` with the status that the error stands for."""
-    status = status_of(error)
-    text = str(error) if isinstance(error, DeployError) else "an error in the server; its log says more"
-    if isinstance(error, HTTPException):
-        return _json({"error": str(error.detail)}, error.status_code, error.headers)
-    headers = {"Retry-After": _RETRY_AFTER_S} if status == 503 else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return _json({"error": text}, status, headers)
-
-
-def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def _document(body: bytes) -> dict[str, Any]:

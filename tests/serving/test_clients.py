@@ -179,7 +179,7 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
 
 
 def test_health_checks_of_grpc(server: Server) -> None:
-    from deploy.serving.grpc_door import message
+    from deploy.serving.grpc_messages import message
 
     with grpc.insecure_channel(server.grpc) as channel:
         check = channel.unary_unary(
@@ -230,7 +230,8 @@ def test_images_are_classified_by_the_artifacts_own_preprocessing(server: Server
 def test_our_messages_have_the_names_and_numbers_of_tritons() -> None:
     from tritonclient.grpc import model_config_pb2, service_pb2
 
-    from deploy.serving.grpc_door import SERVICE, _pool
+    from deploy.serving.grpc_door import SERVICE
+    from deploy.serving.grpc_messages import POOL
 
     theirs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     compared = 0
@@ -251,7 +252,7 @@ def test_our_messages_have_the_names_and_numbers_of_tritons() -> None:
                 compare(field.message_type, wanted.message_type)
 
     seen: set[str] = set()
-    for method in _pool.FindServiceByName(SERVICE).methods:
+    for method in POOL.FindServiceByName(SERVICE).methods:
         compare(method.input_type, theirs.methods_by_name[method.name].input_type)
         compare(method.output_type, theirs.methods_by_name[method.name].output_type)
     assert compared > 100

@@ -90,7 +90,7 @@ def test_who_may_call_what(closed: Server, path: str, token: str | None, status:
 
 
 def test_the_grpc_door_has_the_same_locks(closed: Server) -> None:
-    from deploy.serving.grpc_door import message
+    from deploy.serving.grpc_messages import message
 
     with grpc.insecure_channel(closed.grpc) as channel:
 

@@ -157,7 +157,7 @@ def test_malformed_requests_are_answered_and_never_with_5xx(server: Server) -> N
 
 
 def test_malformed_messages_over_grpc_are_refused(server: Server) -> None:
-    from deploy.serving.grpc_door import message
+    from deploy.serving.grpc_messages import message
 
     tensor = message("inference.ModelInferRequest")
     statuses = set()
