@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first: a file imports from its own room and from the floors below, never from a room beside it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "version", "host"),
+    ("errors", "progress", "version", "words", "host"),
     ("evidence",),
     ("artifact",),
     ("data", "intake", "engine"),
