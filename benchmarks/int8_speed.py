@@ -27,7 +27,7 @@ from bench_harness import (
 
 import deploy
 from deploy.bench.bench import bench
-from deploy.bench.plan import BenchOptions
+from deploy.bench.options import BenchOptions
 
 GOAL = 4.0
 BATCHES = (1, 8)

@@ -15,7 +15,7 @@ from bench_harness import Goal, bench_table, bullets, conditions_line, exit_stat
 
 import deploy
 from deploy.bench.bench import bench
-from deploy.bench.plan import BenchOptions
+from deploy.bench.options import BenchOptions
 
 GOAL = 1.5
 BATCHES = (1, 8)
