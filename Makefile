@@ -22,11 +22,11 @@ test-gpu: $(INSTALLED)
 soak: $(INSTALLED)
 	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving -o timeout=3600
 
-# The whole acceptance on a GPU, in parts that are kept: what was cut off goes on. Writes benchmarks/results/<date>-<gpu>.json and .md.
+# The whole acceptance on a GPU, in parts that are kept: a run that was cut off continues. Writes benchmarks/results/<date>-<gpu>.json and .md.
 gpu-report: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_report.py
 
-# What benchmarks/int8_*.py compare with, in an environment of its own: they ask for other versions.
+# The tools that benchmarks/int8_*.py compare with, in a separate environment: they need other versions.
 peers: .venv-peers/.installed
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt
@@ -36,7 +36,7 @@ peers: .venv-peers/.installed
 	    --requirement benchmarks/peers/nets.txt
 	touch $@
 
-# What benchmarks/serving.py compares with.
+# The servers that benchmarks/serving.py compares with.
 serving-peers: .venv-serving-peers/.installed
 
 .venv-serving-peers/.installed: benchmarks/peers/serving.txt

@@ -1,46 +1,68 @@
-"""How long `deploy --help` takes, against starting Python and importing click.
+"""How long `deploy --help` takes, against starting Python and importing click. Goal: at most 1.5 times.
 
     python benchmarks/cli_start.py [--runs 30]
 
-The two alternate, each as a fresh process; the ratio is of the medians. Goal: at most 1.5.
+The two take turns, each as a fresh process; the ratio is that of the medians.
 """
 
-import argparse
 import shutil
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from bench_harness import (
+    Goal,
+    bullets,
+    conditions_here,
+    conditions_line,
+    exit_status,
+    in_turns,
+    make_parser,
+    markdown,
+    publish,
+    seconds_of,
+)
 
 GOAL = 1.5
+OURS, BARE = "deploy --help", "import click"
 
 
-def seconds(command: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30, help="runs of each (default 30)")
-    runs = parser.parse_args().runs
+def measure(runs: int) -> dict[str, list[float]]:
+    """Seconds of every run, by command."""
     script = shutil.which("deploy", path=str(Path(sys.executable).parent))
     if script is None:
         sys.exit("the command `deploy` is not beside this Python: install the package first")
-    commands = {"deploy --help": [script, "--help"], "import click": [sys.executable, "-c", "import click"]}
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(runs + 2):
-        for name, command in commands.items():
-            times[name].append(seconds(command))
-    medians = {name: statistics.median(values[2:]) for name, values in times.items()}  # the first two fill the caches
-    for name, median in medians.items():
-        print(f"{name:<14} {median * 1e3:7.1f} ms")
-    ratio = medians["deploy --help"] / medians["import click"]
-    print(f"ratio          {ratio:7.2f}    (goal: at most {GOAL})")
-    sys.exit(ratio > GOAL)
+
+    def start(command: list[str]) -> float:
+        return seconds_of(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+
+    sides = {OURS: lambda: start([script, "--help"]), BARE: lambda: start([sys.executable, "-c", "import click"])}
+    return in_turns(sides, runs, warm_up=2)  # which fills the caches of the disk
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    medians = {name: statistics.median(values) for name, values in document["seconds"].items()}
+    ratio = medians[OURS] / medians[BARE]
+    return [Goal(text=f"`{OURS}` takes {ratio:.2f} times as long as `{BARE}` (goal: at most {GOAL:g})", met=ratio <= GOAL)]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    rows = [[name, f"{statistics.median(values) * 1e3:.1f} ms"] for name, values in document["seconds"].items()]
+    table = markdown(["", "median"], rows)
+    return f"# Start of the command line\n\n{table}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=30, help="runs of each (default: %(default)s)")
+    options = parser.parse_args()
+    document = {"conditions": conditions_here(), "seconds": measure(options.runs)}
+    publish("cli-start", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

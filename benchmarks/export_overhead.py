@@ -3,19 +3,31 @@
     python benchmarks/export_overhead.py [--rounds 3]
 
 Bare: build the module, torch.onnx.export, save, and run eager and ONNX Runtime at the three batch sizes of parity.
-Ours: `deploy.export` to an artifact, with the weights, hashes and manifest. They alternate in one process after one
-round to warm up; the ratio is of the medians. Goal: at most 1.2.
+Ours: `deploy.export` to an artifact, with the weights, hashes and manifest. The two take turns in one process after one
+round to warm up; the ratio is that of the medians. Goal: at most 1.2.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
+from bench_harness import (
+    Goal,
+    bullets,
+    conditions_here,
+    conditions_line,
+    exit_status,
+    in_turns,
+    make_parser,
+    markdown,
+    publish,
+    seconds_of,
+)
 
 import deploy
 from deploy.evidence.parity import PARITY_BATCHES
@@ -50,24 +62,40 @@ def ours(folder: Path) -> None:
     deploy.export(folder / "artifact", arch="resnet34")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds after the first (default 3)")
-    rounds = parser.parse_args().rounds
-    times: dict[str, list[float]] = {"bare": [], "ours": []}
-    for _ in range(rounds + 1):
-        for name, work in (("bare", bare), ("ours", ours)):
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                work(Path(folder))
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    for name, values in times.items():
-        print(f"{name}   median {medians[name]:6.2f} s   rounds " + " ".join(f"{value:.2f}" for value in values[1:]))
+def timed(work: Callable[[Path], None]) -> Callable[[], float]:
+    """Runs `work` in a new folder; returns its seconds."""
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds_of(lambda: work(Path(folder)))
+
+    return run
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    medians = {name: statistics.median(values) for name, values in document["seconds"].items()}
     ratio = medians["ours"] / medians["bare"]
-    print(f"ratio  {ratio:6.2f}   (goal: at most {GOAL})")
-    sys.exit(ratio > GOAL)
+    return [Goal(text=f"{ratio:.2f} times as long as the bare exporter (goal: at most {GOAL:g})", met=ratio <= GOAL)]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    rows = [
+        [name, f"{statistics.median(values):.2f} s", ", ".join(f"{value:.2f}" for value in values)]
+        for name, values in document["seconds"].items()
+    ]
+    table = markdown(["", "median", "rounds"], rows)
+    return f"# Export of ResNet-34 at 224\n\n{table}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after the first (default: %(default)s)")
+    options = parser.parse_args()
+    sides = {"bare": timed(bare), "ours": timed(ours)}
+    document = {"conditions": conditions_here(), "seconds": in_turns(sides, options.rounds, warm_up=1)}
+    publish("export-overhead", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_harness import in_turns
 
 import deploy
 from deploy.artifact.artifact import Artifact
@@ -29,13 +31,14 @@ PRECISIONS = ("fp32", "fp16", "int8")
 BATCHES = (1, 8, 32, 128)
 CONTEXTS = (1, 2, 3, 4)
 CALIBRATION_ROWS = 64
+SAMPLES_A_ROUND = 5000
 
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and how long. `dry`: on the CPU, ONNX Runtime in the engine's place: what a GPU session must not stumble over."""
+    """Where and how long to measure. `dry`: on the CPU, with ONNX Runtime in place of the engine, to test the script itself."""
 
     work: Path
     flavour: str = "auto"
@@ -63,7 +66,7 @@ class Setting:
 
 
 def parts() -> dict[str, Callable[[Setting], dict[str, Any]]]:
-    """By name, in order."""
+    """The parts by name, in the order in which they are measured."""
     found: dict[str, Callable[[Setting], dict[str, Any]]] = {"overhead": overhead}
     for name in MODELS:
         for precision in PRECISIONS:
@@ -195,7 +198,7 @@ def _converted(setting: Setting, source: Artifact) -> Artifact:
 
 
 def _built(setting: Setting, source: Artifact, precision: str) -> tuple[Artifact, float | None]:
-    """The engine, and the seconds that parsing and building took; None where it stood already.
+    """The engine, and the seconds that parsing and building took; None when it existed already.
 
     One profile for single images and one for batches. Calibrated on random input: for time, not for accuracy.
     """
@@ -203,7 +206,7 @@ def _built(setting: Setting, source: Artifact, precision: str) -> tuple[Artifact
     rest = "x".join(str(dim) for dim in spec.shape[1:])
     most = max(*setting.batches, 2)
     shapes = [f"{spec.name}=1x{rest}", f"{spec.name}=2x{rest}:{max(2, most // 4)}x{rest}:{most}x{rest}"]
-    told: list[tuple[str, float]] = []
+    phases: list[tuple[str, float]] = []
     calibration = [random_feed([spec], {"batch": 8}, seed=seed) for seed in range(CALIBRATION_ROWS // 8)]
     engine = deploy.build_trt(
         source,
@@ -215,12 +218,12 @@ def _built(setting: Setting, source: Artifact, precision: str) -> tuple[Artifact
         flavour=setting.flavour,
         shapes=shapes,
         cache=False,
-        progress=lambda phase, *_: told.append((phase, time.perf_counter())),
+        progress=lambda phase, *_: phases.append((phase, time.perf_counter())),
     )
-    if not told:
+    if not phases:
         return engine, None
-    start = next(at for phase, at in told if phase == "parsing")
-    end = next((at for phase, at in told if phase == "attesting the engine"), told[-1][1])
+    start = next(at for phase, at in phases if phase == "parsing")
+    end = next((at for phase, at in phases if phase == "attesting the engine"), phases[-1][1])
     return engine, end - start
 
 
@@ -238,12 +241,8 @@ def _alternate(setting: Setting, runs: Mapping[str, Run]) -> dict[str, list[list
         for _ in range(3):  # compiles, captures, tunes
             run()
         sample(run, setting.slice_s)
-    found: dict[str, list[list[float]]] = {label: [] for label in runs}
-    labels = list(runs)
-    for turn in range(setting.rounds):
-        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
-            found[label].append(sample(runs[label], setting.slice_s, 5000))
-    return found
+    sides = {label: partial(sample, run, setting.slice_s, SAMPLES_A_ROUND) for label, run in runs.items()}
+    return in_turns(sides, setting.rounds)
 
 
 def _latency(rounds: Rounds) -> dict[str, float]:

@@ -1,16 +1,15 @@
 """The whole acceptance on a GPU: engines of the reference architectures against PyTorch, in parts that can be resumed.
 
-    python benchmarks/gpu_report.py                        every part that is missing, then the report
-    python benchmarks/gpu_report.py --list                 the parts, and which are there
+    python benchmarks/gpu_report.py                        every missing part, then the report
+    python benchmarks/gpu_report.py --list                 the parts, and which have been measured
     python benchmarks/gpu_report.py --part lenet5-fp16     one part (may be repeated)
-    python benchmarks/gpu_report.py --merge                the report of the parts that are there
-    python benchmarks/gpu_report.py --dry-run              everything in small on the CPU: tests this script, measures nothing
+    python benchmarks/gpu_report.py --merge                the report of the measured parts
+    python benchmarks/gpu_report.py --dry-run              a small run on the CPU: tests this script, measures nothing
 
-Parts are files in --parts (build/gpu-report/parts), each of a few minutes; the report goes to benchmarks/results/<date>-<gpu>.json
-and .md. Weights are random and calibration data too: this is about time and numbers, not about accuracy.
+Parts are files in --parts (build/gpu-report/parts) and take a few minutes each; the report goes to benchmarks/results/<date>-<gpu>.json
+and .md. Weights and calibration data are random: this measures time and numeric error, not accuracy.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -22,25 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import markdown, verdict, write_results
+from bench_harness import Goal, bullets, conditions_here, make_parser, markdown, publish, shown_versions
 from gpu_parts import CONTEXTS, MODELS, PRECISIONS, Setting, parts
 
-from deploy.bench.conditions import conditions
 from deploy.engine.cuda.driver import driver_version
-from deploy.host.cpu import usable_cores
 from deploy.host.versions import versions
+from deploy.words import count_of
 
 BUILD = Path("build/gpu-report")
 LONGEST_S = 480.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument(
-        "--part", action="append", choices=list(parts()), metavar="NAME", help="measure this part, again if it is there"
+        "--part", action="append", choices=list(parts()), metavar="NAME", help="measure this part, even if it has been measured"
     )
-    parser.add_argument("--merge", action="store_true", help="write the report of the parts that are there")
+    parser.add_argument("--merge", action="store_true", help="write the report of the measured parts")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small, into a temporary folder")
     parser.add_argument("--parts", type=Path, default=BUILD / "parts", help="where parts are kept (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=BUILD / "work", help="where artifacts are built (default: %(default)s)")
@@ -63,12 +61,12 @@ def main() -> None:
         if failed:
             sys.exit(f"failed: {', '.join(failed)}; the others are kept, and the report can be written with --merge")
     found = read(args.parts)
-    write_results(slug(found[0]["conditions"]["gpu"]), {"schema": 1, "parts": found}, report(found))
+    publish(slug(found[0]["conditions"]["gpu"]), {"schema": 1, "parts": found}, report(found), args.results)
     return None
 
 
 def measure(names: Sequence[str], setting: Setting, folder: Path) -> list[str]:
-    """Measure parts, a file each; what fails is told and does not keep the others. The names of those that failed."""
+    """Measure parts, a file for each, and return the names of those that failed; a failure is printed, and the others go on."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names:
@@ -89,13 +87,13 @@ def measure(names: Sequence[str], setting: Setting, folder: Path) -> list[str]:
 
 def described(setting: Setting) -> dict[str, Any]:
     gpu = "no GPU (dry run)" if setting.dry else torch.cuda.get_device_name()
-    found = conditions(threads=usable_cores(), device=setting.device)
+    found = conditions_here(setting.device)
     libraries = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
     return found | {"gpu": gpu, "driver": driver_version(), "cuda": torch.version.cuda, "versions": versions(libraries)}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The parts that are there, in order. Exits where there is none, or they are of several GPUs."""
+    """The parts that have been measured, in order. Exits when there are none, or when they come from several GPUs."""
     files = [folder / f"{name}.json" for name in parts()]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     if not found:
@@ -112,12 +110,9 @@ def slug(name: str) -> str:
 def report(found: Sequence[Mapping[str, Any]]) -> str:
     """The report as Markdown: the goals, then a table for each architecture."""
     where = found[0]["conditions"]
-    libraries = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-    lines = [f"# Engines on {where['gpu']}\n", "\n## Goals\n\n"]
-    lines += [f"- {line}\n" for line in goals(found)]
     missing = [name for name in parts() if name not in {part["part"] for part in found}]
-    if missing:
-        lines.append(f"- not measured: {', '.join(missing)}\n")
+    reached = [*goals(found), *([f"not measured: {', '.join(missing)}"] if missing else [])]
+    lines = [f"# Engines on {where['gpu']}\n", f"\n## Goals\n\n{bullets(reached)}"]
     for model in MODELS:
         measured = [part for part in found if part.get("model") == model]
         if measured:
@@ -128,7 +123,7 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
                 lines.append(speeds(part))
                 lines += [f"\n{label} is not there: {reason}\n" for label, reason in part["missing"].items()]
     lines.append(
-        f"\n{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, {where['cpu']}, {where['cores']} cores; {libraries};"
+        f"\n{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, {where['cpu']}, {count_of(where['cores'], 'core')}; {shown_versions(where['versions'])};"
         f" {where['time']}.\nLatency: a run and the wait for it, from CUDA tensors but where it says numpy. GPU: by events around runs"
         " back to back.\nSpeed-up: the p50 of the other over that of the engine with its CUDA graph, in the same rounds, with its 95 %"
         " interval.\n"
@@ -137,37 +132,38 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def goals(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be reached, against what was measured; what was not measured is said to be so."""
+    """The measured figures beside their goals, in words; a goal that was not measured is listed as such."""
     by_part = {part["part"]: part for part in found}
     lines = []
     over = by_part.get("overhead", {}).get("overhead")
     if over:
-        large, small = over["resnet50, batch 8"], over["lenet5, batch 1"]
-        ratio = large["session_over_bare"]["value"]
-        lines.append(
-            verdict(f"resnet50, batch 8: session.run takes {ratio:.3f} times the bare engine (at most 1.05)", ratio <= 1.05)
-        )
-        for label, key in (("session.run", "session_more_us"), ("with a CUDA graph, session.run", "graph_more_us")):
-            lines.append(
-                verdict(f"lenet5: {label} takes {small[key]:.1f} µs more than the bare engine (at most 20)", small[key] <= 20)
-            )
-        copied = large["numpy_over_copy_and_compute"]
-        lines.append(
-            verdict(f"resnet50, batch 8, from numpy: {copied:.2f} times copy and compute apart (at most 1.1)", copied <= 1.1)
-        )
+        lines += [str(goal) for goal in overhead_goals(over["resnet50, batch 8"], over["lenet5, batch 1"])]
     else:
         lines.append("what the session adds to the engine: not measured")
     row = next((row for row in by_part.get("resnet50-fp16", {}).get("rows", ()) if row["batch"] == 1), None)
     if row:
         for other, goal, text in (("eager fp16 channels_last", 2.0, "at least 2"), ("compile", 1.0, "more than 1")):
             faster = row["speedup"]["engine, CUDA graph"][other]["value"]
-            lines.append(verdict(f"resnet50, FP16, batch 1: {faster:.2f} times as fast as {other} ({text})", faster >= goal))
+            text = f"resnet50, FP16, batch 1: {faster:.2f} times as fast as {other} ({text})"
+            lines.append(str(Goal(text=text, met=faster >= goal)))
     else:
         lines.append("resnet50 in FP16 against PyTorch: not measured")
     for row in by_part.get("resnet50-autotune", {}).get("autotune", ()):
         faster = row["speedup"]
         lines.append(f"resnet50, FP16, batch {row['batch']}: {times(faster)} times as fast as torch.compile with max-autotune")
     return lines
+
+
+def overhead_goals(large: Mapping[str, Any], small: Mapping[str, Any]) -> list[Goal]:
+    """Of the part `overhead`: resnet50 at batch 8, and lenet5 at batch 1."""
+    ratio, copied = large["session_over_bare"]["value"], large["numpy_over_copy_and_compute"]
+    text = f"resnet50, batch 8: session.run takes {ratio:.3f} times the bare engine (at most 1.05)"
+    reached = [Goal(text=text, met=ratio <= 1.05)]
+    for label, key in (("session.run", "session_more_us"), ("with a CUDA graph, session.run", "graph_more_us")):
+        text = f"lenet5: {label} takes {small[key]:.1f} µs more than the bare engine (at most 20)"
+        reached.append(Goal(text=text, met=small[key] <= 20))
+    text = f"resnet50, batch 8, from numpy: {copied:.2f} times copy and compute apart (at most 1.1)"
+    return [*reached, Goal(text=text, met=copied <= 1.1)]
 
 
 def engines(measured: Sequence[Mapping[str, Any]]) -> str:
@@ -197,7 +193,7 @@ def times(ratio: Mapping[str, float]) -> str:
 
 
 def dry_run(names: Sequence[str] | None) -> None:
-    """Two small parts, or those named, without a GPU; the report is printed, marked as what it is, and kept nowhere."""
+    """Measure two small parts, or those in `names`, without a GPU; the report is printed, marked as a dry run, and not kept."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         setting = Setting(work=work / "work", dry=True, batches=(1, 2), rounds=3, slice_s=0.01, flavour="tensorrt-rtx")

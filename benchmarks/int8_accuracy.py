@@ -9,6 +9,8 @@ public repository EliSchwartz/imagenet-sample-images, say): 200 to calibrate on,
 lose at most 0.5 point, and are nowhere worse than the best peer beyond the 95 % interval of the paired difference;
 `rescaled` is `mobilenet_v1` with its channels multiplied by 2^-4 to 2^4 without changing the function: per-tensor weights
 recover to within 1 point of per-channel ones.
+
+The results keep, for each tool, which images it gained and lost against FP32: a later run can be paired with them.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,28 +27,44 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from common import add_peers, check_peers, markdown, our_command, peer_command, run, verdict, write_results
+from bench_harness import (
+    Goal,
+    add_peers,
+    bullets,
+    check_peers,
+    conditions_here,
+    conditions_line,
+    make_parser,
+    markdown,
+    our_command,
+    pack,
+    peer_command,
+    publish,
+    run,
+    unpack,
+)
 from lite0 import PREPROCESS, weights
 from torch import nn
 from train_fashion import NETS, Net
 
 import deploy
 from deploy.artifact.artifact import Artifact
-from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import Sample, batches, scan
-from deploy.host.cpu import usable_cores
 from deploy.models import registry
 from deploy.precision.int8.options import METHOD
 
 IMAGES = 512
 PHOTOS_CALIB = 200
+FP32 = "fp32"
+LITE0 = "efficientnet-lite0"
 RESCALED = "rescaled"
 OURS: dict[str, tuple[str, ...]] = {
     f"deploy {method}": ("--method", method) for method in ("max", "percentile", "mse", "entropy")
 }
 UNEQUALIZED = "deploy per-tensor, no equalization"
+PER_TENSOR_DEFAULT = "deploy per-tensor"
 PER_TENSOR: dict[str, tuple[str, ...]] = {
-    "deploy per-tensor": ("--per-tensor",),
+    PER_TENSOR_DEFAULT: ("--per-tensor",),
     UNEQUALIZED: ("--per-tensor", "--no-equalize"),
 }
 DEFAULT = f"deploy {METHOD}"
@@ -74,12 +92,13 @@ class Case:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy of `a` less that of `b` (per image: right or not) in points, with the ends of its 95 % interval.
+    """Accuracy of `a` less that of `b` in points, with the ends of its 95 % interval.
 
+    Both are changes against FP32 by image: 1 for one that is now classified right, -1 for one that is now wrong, else 0.
     For matched pairs, Wald's interval with half an image added to each of the four cells: Agresti & Min 2005, "Simple
     improved confidence intervals for comparing matched proportions", Statistics in Medicine 24(5).
     """
-    gained, lost, count = int((a & ~b).sum()), int((b & ~a).sum()), len(a) + 2
+    gained, lost, count = int((a > b).sum()), int((a < b).sum()), len(a) + 2
     centre = (gained - lost) / count
     half = 1.96 * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / count) / count
     return 100 * (gained - lost) / len(a), 100 * (centre - half), 100 * (centre + half)
@@ -120,7 +139,7 @@ def fashion_case(name: str, cache: Path, work: Path) -> Case:
         rescale(module)
         options["weights"] = work / "rescaled.pth"
         torch.save(module.state_dict(), options["weights"])
-    artifact = deploy.export(work / "fp32", **options)
+    artifact = deploy.export(work / FP32, **options)
     return Case(name=name, artifact=artifact, calib=cache / "calib", eval=scan(cache / "eval").samples)
 
 
@@ -138,7 +157,7 @@ def photos_case(photos: Path, nets: Path, work: Path) -> Case:
     preprocess = work / "preprocess.json"
     preprocess.write_text(json.dumps(PREPROCESS), encoding="utf-8")
     artifact = deploy.export(
-        work / "fp32",
+        work / FP32,
         model=f"{Path(__file__).with_name('lite0.py')}:lite0",
         model_args={"nets": str(nets.absolute())},
         weights=weights(nets),
@@ -147,7 +166,7 @@ def photos_case(photos: Path, nets: Path, work: Path) -> Case:
         preprocess=str(preprocess),
     )
     return Case(
-        name="efficientnet-lite0",
+        name=LITE0,
         artifact=artifact,
         calib=work / "calib",
         eval=tuple(samples[index] for index in sorted(order[PHOTOS_CALIB:])),
@@ -164,8 +183,8 @@ def measure(
     calib = scan(case.calib)
     samples = calib.sample(min(IMAGES, len(calib.samples)))
     refused: dict[str, str] = {}
-    right = {"fp32": score(case.artifact.onnx_path, feeds)}
-    print(f"{case.name}: fp32 {100 * right['fp32'].mean():.2f} %", flush=True)
+    right = {FP32: score(case.artifact.onnx_path, feeds)}
+    print(f"{case.name}: fp32 {100 * right[FP32].mean():.2f} %", flush=True)
     for tool in (*ours, *tools):
         out = work / "out"
         out.mkdir()
@@ -189,57 +208,90 @@ def measure(
     return right, refused
 
 
-def table(right: dict[str, np.ndarray]) -> str:
+def summary(right: Mapping[str, np.ndarray], refused: Mapping[str, str]) -> dict[str, Any]:
+    """Top-1 by tool, the images that each gained and lost against FP32 (see `pack`), and what refused to write a file."""
+    fp32 = right[FP32]
+    return {
+        "images": len(fp32),
+        "top1": {tool: 100 * float(flags.mean()) for tool, flags in right.items()},
+        "gained": {tool: pack(flags & ~fp32) for tool, flags in right.items()},
+        "lost": {tool: pack(fp32 & ~flags) for tool, flags in right.items()},
+        "refused": dict(refused),
+    }
+
+
+def changes(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """By tool, the change of each image against FP32, as `difference` takes it, (N,) int8."""
+    count = case["images"]
+    return {
+        tool: unpack(case["gained"][tool], count).astype(np.int8) - unpack(case["lost"][tool], count).astype(np.int8)
+        for tool in case["top1"]
+    }
+
+
+def points(values: Sequence[float]) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*values)
+
+
+def table(case: Mapping[str, Any]) -> str:
     rows = []
-    default = right.get(DEFAULT)
-    for tool, found in right.items():
+    changed = changes(case)
+    for tool, top1 in case["top1"].items():
         against_fp32, against_ours = "", ""
-        if tool != "fp32":
-            against_fp32 = "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference(found, right["fp32"]))
-            if default is not None and tool != DEFAULT:
-                against_ours = "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference(default, found))
-        rows.append([tool + (" (default)" if tool == DEFAULT else ""), f"{100 * found.mean():.2f} %", against_fp32, against_ours])
+        if tool != FP32:
+            against_fp32 = points(difference(changed[tool], changed[FP32]))
+            if DEFAULT in changed and tool != DEFAULT:
+                against_ours = points(difference(changed[DEFAULT], changed[tool]))
+        rows.append([tool + (" (default)" if tool == DEFAULT else ""), f"{top1:.2f} %", against_fp32, against_ours])
     return markdown(["", "top-1", "against FP32", "our default against it"], rows)
 
 
-def goals(name: str, right: dict[str, np.ndarray], tools: Sequence[str]) -> list[str]:
-    if DEFAULT not in right:
-        return []
-    drop, low, high = difference(right["fp32"], right[DEFAULT])
-    met = "met" if high <= GOAL_DROP else "met by the value, not by the whole interval" if drop <= GOAL_DROP else "NOT met"
-    lines = [f"loses {drop:.2f} points ({low:.2f} to {high:.2f}; goal: at most {GOAL_DROP}): {met}"]
-    rivals = [tool for tool in tools if tool != PLAIN]
-    if rivals:
-        best = max(rivals, key=lambda tool: right[tool].mean())
-        ahead, low, high = difference(right[DEFAULT], right[best])
-        lines.append(
-            verdict(
-                f"{ahead:+.2f} points ({low:+.2f} to {high:+.2f}) against the best peer, {best} (goal: not worse beyond the interval)",
-                high >= 0,
-            )
-        )
-    if name == RESCALED and "deploy per-tensor" in right:
-        behind = 100 * (right[DEFAULT].mean() - right["deploy per-tensor"].mean())
-        lines.append(
-            verdict(
-                f"per-tensor {behind:.2f} points behind per-channel (goal: at most {GOAL_PER_TENSOR:g})",
-                behind <= GOAL_PER_TENSOR,
-            )
-        )
-    return lines
+def goals(name: str, case: Mapping[str, Any]) -> list[object]:
+    """The figures beside their goals, and what refused to write a file."""
+    changed, top1 = changes(case), case["top1"]
+    lines: list[object] = []
+    if DEFAULT in changed:
+        drop = difference(changed[DEFAULT], changed[FP32])
+        whole, value = drop[1] >= -GOAL_DROP, drop[0] >= -GOAL_DROP
+        met = "met" if whole else "met by the value, not by the whole interval" if value else "NOT met"
+        lines.append(f"{points(drop)} points against FP32 (goal: at most {GOAL_DROP} lost): {met}")
+        if rivals := [tool for tool in top1 if tool in PEERS]:
+            best = max(rivals, key=lambda tool: top1[tool])
+            ahead = difference(changed[DEFAULT], changed[best])
+            text = f"{points(ahead)} points against the best peer, {best} (goal: not worse beyond the interval)"
+            lines.append(Goal(text=text, met=ahead[2] >= 0))
+        if name == RESCALED and PER_TENSOR_DEFAULT in top1:
+            behind = top1[DEFAULT] - top1[PER_TENSOR_DEFAULT]
+            text = f"per-tensor {behind:.2f} points behind per-channel (goal: at most {GOAL_PER_TENSOR:g})"
+            lines.append(Goal(text=text, met=behind <= GOAL_PER_TENSOR))
+    return lines + [f"{tool}: refused, no file written: {why}" for tool, why in case["refused"].items()]
 
 
-def summary(right: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Top-1 by tool, and the images that FP32 and the tool do not agree on as (index, right in FP32)."""
-    top1 = {tool: 100 * float(found.mean()) for tool, found in right.items()}
-    fp32 = right["fp32"]
-    flips = {tool: [[int(i), bool(fp32[i])] for i in np.flatnonzero(found != fp32)] for tool, found in right.items()}
-    return {"images": len(fp32), "top1": top1, "flips": flips}
+def section(name: str, case: Mapping[str, Any]) -> str:
+    return f"\n## {name}: {case['images']:,} images\n\n{table(case)}\n{bullets(goals(name, case))}"
+
+
+def report(document: Mapping[str, Any]) -> str:
+    sections = "".join(section(name, case) for name, case in document["cases"].items())
+    intervals = "Points with 95 % intervals of the paired difference on the same images. All on ONNX Runtime's CPU provider."
+    return f"# Top-1 in INT8\n{sections}\n{intervals}\n{conditions_line(document['conditions'])}"
+
+
+def measure_case(name: str, options: argparse.Namespace, peers: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        if name == LITE0:
+            case = photos_case(options.photos, options.nets or peers.parents[1] / "nets", work)
+        else:
+            case = fashion_case(name, options.fashion, work)
+        ours = {} if options.only == "peers" else OURS | (PER_TENSOR if name == RESCALED else {})
+        tools = () if options.only == "ours" else (*PEERS, *((PLAIN,) if name == RESCALED else ()))
+        return summary(*measure(case, ours, tools, peers, work))
 
 
 def main() -> None:
-    names = (*NETS, RESCALED, "efficientnet-lite0")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = (*NETS, RESCALED, LITE0)
+    parser = make_parser(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--photos", type=Path, help="ImageFolder of 1,000 ImageNet photographs")
     parser.add_argument("--fashion", type=Path, default=Path("build/fashion"), help="of train_fashion.py (default: %(default)s)")
@@ -252,31 +304,14 @@ def main() -> None:
     if unknown := [name for name in options.cases if name not in names]:
         parser.error(f"unknown case {', '.join(unknown)}; expected {', '.join(names)}")
     peers = check_peers(options.peers)
-    document: dict[str, Any] = {"conditions": conditions(threads=usable_cores(), device="cpu"), "cases": {}}
-    found = document["conditions"]
-    text = "# Top-1 in INT8\n"
+    document: dict[str, Any] = {"conditions": conditions_here(), "cases": {}}
     for name in options.cases or names:
-        if name == "efficientnet-lite0" and options.photos is None:
-            print("efficientnet-lite0: left out, for it needs --photos")
+        if name == LITE0 and options.photos is None:
+            print(f"{LITE0}: left out, for it needs --photos")
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            work = Path(temporary)
-            if name == "efficientnet-lite0":
-                case = photos_case(options.photos, options.nets or peers.parents[1] / "nets", work)
-            else:
-                case = fashion_case(name, options.fashion, work)
-            ours = {} if options.only == "peers" else OURS | (PER_TENSOR if name == RESCALED else {})
-            tools = () if options.only == "ours" else (*PEERS, *((PLAIN,) if name == RESCALED else ()))
-            right, refused = measure(case, ours, tools, peers, work)
-        lines = goals(name, right, tools) + [f"{tool}: refused, no file written: {why}" for tool, why in refused.items()]
-        part = f"\n## {name}: {len(right['fp32']):,} images\n\n{table(right)}\n" + "".join(f"- {line}\n" for line in lines)
-        print(part, flush=True)
-        text += part
-        document["cases"][name] = {**summary(right), "refused": refused}
-    text += "\nPoints with 95 % intervals of the paired difference on the same images. All on ONNX Runtime's CPU provider.\n"
-    versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-    text += f"{found['cpu']}; {versions}; {found['time']}.\n"
-    write_results("-".join(["int8-accuracy", *options.cases]), document, text)
+        document["cases"][name] = measure_case(name, options, peers)
+        print(section(name, document["cases"][name]), flush=True)
+    publish("-".join(["int8-accuracy", *options.cases]), document, report(document), options.results)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,43 @@ turns; after the timed rounds each runs once more to be weighed (peak of the PSS
 faster than ModelOpt entropy, 5 times than ONNX Runtime Entropy; 1.1 GB, within 5 % with eight times the images.
 """
 
-import argparse
 import itertools
 import os
 import shutil
 import statistics
+import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common import add_peers, check_peers, make_photos, markdown, our_command, peer_command, run, verdict, write_results
+from bench_harness import (
+    Goal,
+    Run,
+    add_peers,
+    add_photos,
+    bullets,
+    check_peers,
+    conditions_here,
+    conditions_line,
+    exit_status,
+    in_turns,
+    make_parser,
+    make_photos,
+    markdown,
+    our_command,
+    peer_command,
+    publish,
+    run,
+)
 
 import deploy
-from deploy.bench.conditions import conditions
+from deploy.artifact.artifact import Artifact
 from deploy.calibration.imagefolder import scan
-from deploy.host.cpu import usable_cores
 
 IMAGES, MANY = 128, 1024
+OURS = "deploy"
 TOOLS = ("onnxruntime-minmax", "onnxruntime-entropy", "modelopt-max", "modelopt-entropy", "nncf")
 GOALS = {"modelopt-entropy": 3.0, "onnxruntime-entropy": 5.0}
 GOAL_BYTES, GOAL_GROWTH = 1.1e9, 0.05
@@ -38,86 +59,113 @@ def collect(photos: Path, folder: Path) -> None:
         os.symlink(path.absolute(), link)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="ImageFolder of photographs (default: images are made)")
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The model and the images that every tool calibrates, and the folder that it works in."""
+
+    artifact: Artifact
+    images: Path
+    peers: Path
+    work: Path
+
+    def run(self, tool: str, images: int = IMAGES, *, weigh: bool = False) -> Run:
+        """Quantize once with `tool`; its output and its cache are removed."""
+        out, cache = self.work / "out", self.work / "cache"
+        out.mkdir()
+        if tool == OURS:
+            command = our_command(self.artifact.location, self.images, images, out / "int8", "--method", "entropy")
+        else:
+            preprocess = self.artifact.manifest.preprocess
+            assert preprocess is not None
+            samples = scan(self.images).sample(images)
+            command = peer_command(self.peers, tool, self.artifact.onnx_path, samples, preprocess.to_json(), out / "int8.onnx")
+        done = run(command, cache, weigh=weigh)
+        shutil.rmtree(out)
+        shutil.rmtree(cache, ignore_errors=True)
+        return done
+
+    def timed(self, tool: str) -> Callable[[], float]:
+        def once() -> float:
+            seconds = self.run(tool).seconds
+            print(f"timed: {tool:22} {seconds:6.1f} s", flush=True)
+            return seconds
+
+        return once
+
+    def peak(self, tool: str, images: int = IMAGES) -> int:
+        peak = self.run(tool, images, weigh=True).peak
+        assert peak is not None
+        print(f"weighed: {tool:22} {peak / 1e9:6.2f} GB", flush=True)
+        return peak
+
+
+def measure(task: Task, tools: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Seconds of every round and peak bytes, by tool, and the two of ours with MANY images."""
+    seconds = in_turns({tool: task.timed(tool) for tool in tools}, rounds)
+    # Of the rounds, not of the medians: what slows a round slows all of it.
+    ratios = {tool: statistics.median(b / a for a, b in zip(seconds[OURS], seconds[tool], strict=True)) for tool in tools}
+    return {
+        "seconds": seconds,
+        "ratios": ratios,
+        "peak_bytes": {tool: task.peak(tool) for tool in tools},
+        "peak_bytes_many": task.peak(OURS, MANY),
+        "seconds_many": task.run(OURS, MANY).seconds,
+    }
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    ratios, peak = document["ratios"], document["peak_bytes"][OURS]
+    growth = document["peak_bytes_many"] / peak - 1
+    return [
+        *(
+            Goal(text=f"{ratios[tool]:.2f} times faster than {tool} (goal: at least {goal:g})", met=ratios[tool] >= goal)
+            for tool, goal in GOALS.items()
+            if tool in ratios
+        ),
+        Goal(text=f"peak {peak / 1e9:.2f} GB (goal: at most {GOAL_BYTES / 1e9:g})", met=peak <= GOAL_BYTES),
+        Goal(text=f"{growth:+.1%} memory with {MANY:,} images (goal: within {GOAL_GROWTH:.0%})", met=growth <= GOAL_GROWTH),
+    ]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            tool,
+            f"{statistics.median(values):.1f} s",
+            f"{document['ratios'][tool]:.2f}",
+            f"{document['peak_bytes'][tool] / 1e9:.2f} GB",
+        ]
+        for tool, values in document["seconds"].items()
+    ]
+    many = [f"{document['seconds_many']:.1f} s", "-", f"{document['peak_bytes_many'] / 1e9:.2f} GB"]
+    table = markdown(["tool", "median of the rounds", "times ours", "peak PSS"], [*rows, [f"{OURS}, {MANY:,} images", *many]])
+    return (
+        f"# INT8 calibration of ResNet-34 at 224: {document['images']} images, ImageFolder to written file\n\n"
+        f"{table}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+    )
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    add_photos(parser)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument("--tools", nargs="*", choices=TOOLS, default=TOOLS, help="peers (default: all)")
     add_peers(parser)
     options = parser.parse_args()
     peers = check_peers(options.peers)
-    document = {
-        "conditions": conditions(threads=usable_cores(), device="cpu"),
-        "images": IMAGES,
-        "photos": options.photos is not None,
-    }
+    document = {"conditions": conditions_here(), "images": IMAGES, "photos": options.photos is not None}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        folder = work / "images"
+        images = work / "images"
         if options.photos is None:
-            make_photos(folder, MANY)
+            make_photos(images, MANY)
         else:
-            collect(options.photos, folder)
-        artifact = deploy.export(work / "resnet34", arch="resnet34")
-        assert artifact.manifest.preprocess is not None
-        samples = scan(folder).sample(IMAGES)
-
-        def once(tool: str, images: int = IMAGES, weigh: bool = False) -> float:
-            """Seconds of one run, or its peak in bytes."""
-            out, cache = work / "out", work / "cache"
-            out.mkdir()
-            if tool == "deploy":
-                command = our_command(artifact.location, folder, images, out / "int8", "--method", "entropy")
-            else:
-                command = peer_command(
-                    peers, tool, artifact.onnx_path, samples, artifact.manifest.preprocess.to_json(), out / "int8.onnx"
-                )
-            done = run(command, cache, weigh=weigh)
-            shutil.rmtree(out)
-            shutil.rmtree(cache, ignore_errors=True)
-            return done.seconds if done.peak is None else done.peak
-
-        tools = ("deploy", *options.tools)
-        seconds: dict[str, list[float]] = {tool: [] for tool in tools}
-        for turn in range(options.rounds):
-            for tool in tools[turn % len(tools) :] + tools[: turn % len(tools)]:
-                seconds[tool].append(once(tool))
-                print(f"round {turn + 1}: {tool:22} {seconds[tool][-1]:6.1f} s", flush=True)
-        peaks: dict[str, float] = {}
-        for tool in tools:
-            peaks[tool] = once(tool, weigh=True)
-            print(f"weighed: {tool:22} {peaks[tool] / 1e9:6.2f} GB", flush=True)
-        many = once("deploy", images=MANY, weigh=True)
-        many_seconds = once("deploy", images=MANY)
-    medians = {tool: statistics.median(values) for tool, values in seconds.items()}
-    # Of the rounds, not of the medians: what slows a round slows all of it.
-    ratios = {tool: statistics.median(b / a for a, b in zip(seconds["deploy"], seconds[tool], strict=True)) for tool in tools}
-    rows = [
-        [tool, f"{medians[tool]:.1f} s", f"{ratios[tool]:.2f}", f"{peaks[tool] / 1e9:.2f} GB"] for tool in tools
-    ]  # fmt: skip
-    rows.append([f"deploy, {MANY:,} images", f"{many_seconds:.1f} s", "-", f"{many / 1e9:.2f} GB"])
-    growth = many / peaks["deploy"] - 1
-    lines = [
-        verdict(f"{ratios[tool]:.2f} times faster than {tool} (goal: at least {goal:g})", ratios[tool] >= goal)
-        for tool, goal in GOALS.items()
-        if tool in ratios
-    ]
-    lines.append(
-        verdict(f"peak {peaks['deploy'] / 1e9:.2f} GB (goal: at most {GOAL_BYTES / 1e9:g})", peaks["deploy"] <= GOAL_BYTES)
-    )
-    lines.append(verdict(f"{growth:+.1%} memory with {MANY:,} images (goal: within {GOAL_GROWTH:.0%})", growth <= GOAL_GROWTH))
-    found = document["conditions"]
-    text = (
-        f"# INT8 calibration of ResNet-34 at 224: {IMAGES} images, ImageFolder to written file\n\n"
-        + markdown(["tool", "median of the rounds", "times ours", "peak PSS"], rows)
-        + "\n"
-        + "".join(f"- {line}\n" for line in lines)
-        + f"\n{found['cpu']}, {found['threads']} threads, load average {found['load_average'][0]} before; {found['time']}.\n"
-    )
-    print(text)
-    results = {"seconds": seconds, "ratios": ratios, "peak_bytes": peaks, "peak_bytes_many": many, "seconds_many": many_seconds}
-    write_results("int8-calibration", {**document, **results}, text)
+            collect(options.photos, images)
+        task = Task(artifact=deploy.export(work / "resnet34", arch="resnet34"), images=images, peers=peers, work=work)
+        document |= measure(task, (OURS, *options.tools), options.rounds)
+    publish("int8-calibration", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,22 +2,32 @@
 
     python benchmarks/int8_speed.py [--photos IMAGEFOLDER] [--seconds S]
 
-Every candidate runs in a process of its own, in rounds that alternate with eager's. The weights are random and the
-calibration images made, unless there are photographs: neither changes the time. What is not INT8 in the graph runs in
-FP32, unless the backend is told otherwise; the table says what it ran in.
+Every candidate runs in its own process, in rounds that alternate with those of eager. The weights are random and the
+calibration images made, unless there are photographs: neither changes the time. Nodes of the graph that are not INT8 run in
+FP32, unless the backend is set otherwise; the table shows the precision of each artifact.
 """
 
-import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from common import make_photos, markdown, verdict, write_results
+from bench_harness import (
+    Goal,
+    add_photos,
+    bench_table,
+    bullets,
+    conditions_line,
+    exit_status,
+    make_parser,
+    make_photos,
+    publish,
+)
 
 import deploy
 from deploy.bench.bench import bench
-from deploy.bench.plan import BenchOptions
-from deploy.bench.report.table import print_table
+from deploy.bench.options import BenchOptions
 
 GOAL = 4.0
 BATCHES = (1, 8)
@@ -25,42 +35,42 @@ BACKENDS = ("openvino", "onnxruntime")
 IMAGES = 64
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="ImageFolder of photographs (default: images are made)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on measuring (default %(default)s)")
-    options = parser.parse_args()
+def measure(photos: Path | None, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        photos = options.photos
         if photos is None:
             photos = work / "images"
             make_photos(photos, IMAGES)
         artifact = deploy.export(work / "resnet34", arch="resnet34")
         quantized = deploy.quantize(artifact, work / "resnet34-int8", calib=photos, images=IMAGES)
-        result = bench([artifact, quantized], BenchOptions(backends=BACKENDS, batches=BATCHES, seconds=options.seconds))
-    print_table(result, sys.stdout)
-    rows, lines = [], []
-    for row in result.results:
-        speed = f"{row.speedup:.2f} ({row.speedup_low:.2f} to {row.speedup_high:.2f})"
-        rows.append([f"{row.backend}, {row.precision}", str(row.batch), f"{row.p50_ms:.1f} ms", f"{row.p99_ms:.1f} ms", speed])
-        if row.precision.startswith("int8") and row.backend == "openvino":
-            met = row.speedup >= GOAL
-            lines.append(
-                verdict(f"batch {row.batch}: OpenVINO in INT8 {row.speedup:.2f} times eager (goal: at least {GOAL:g})", met)
-            )
-    found = result.conditions
-    versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-    text = (
-        "# ResNet-34 at 224 in INT8, against eager PyTorch in FP32\n\n"
-        + markdown(["", "batch", "p50", "p99", "times eager"], rows)
-        + "\n"
-        + "".join(f"- {line}\n" for line in lines)
-        + f"\n{found['cpu']}, {found['threads']} threads, load average {found['load_average'][0]} before; {versions}; {found['time']}.\n"
-    )
-    print("".join(f"{line}\n" for line in lines))
-    write_results("int8-speed", result.to_json(), text)
+        return bench([artifact, quantized], BenchOptions(backends=BACKENDS, batches=BATCHES, seconds=seconds)).to_json()
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    return [
+        Goal(
+            text=f"batch {row['batch']}: OpenVINO in INT8 {row['speedup']:.2f} times eager (goal: at least {GOAL:g})",
+            met=row["speedup"] >= GOAL,
+        )
+        for row in document["results"]
+        if row["precision"].startswith("int8") and row["backend"] == "openvino"
+    ]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    title = "# ResNet-34 at 224 in INT8, against eager PyTorch in FP32"
+    return f"{title}\n\n{bench_table(document)}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    add_photos(parser)
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on measuring (default: %(default)s)")
+    options = parser.parse_args()
+    document = measure(options.photos, options.seconds)
+    publish("int8-speed", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,6 @@
 The sides take turns in rounds; the others are stopped meanwhile. The client is one thread on raw sockets, and shares the machine with the server.
 """
 
-import argparse
 import gc
 import json
 import selectors
@@ -23,22 +22,34 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import HERE, verdict, write_results
+from bench_harness import (
+    HERE,
+    Goal,
+    add_peers,
+    bullets,
+    check_peers,
+    conditions_here,
+    conditions_line,
+    exit_status,
+    in_turns,
+    make_parser,
+    publish,
+)
 from PIL import Image
 
 import deploy
 from deploy.artifact.artifact import Artifact
-from deploy.host.cpu import cpu_model, usable_cores
 from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess
 
-PEERS = HERE.parent / ".venv-serving-peers" / "bin" / "python"
+MAKE = "serving-peers"
+"""The target of the Makefile that makes the environment of the peers."""
 START_S = 90
 
 
@@ -73,7 +84,7 @@ class Caller:
 
 
 def closed_loop(port: int, request: bytes, callers: int, seconds: float) -> tuple[float, list[float]]:
-    """Requests a second, and milliseconds of each, of so many callers that wait for their answers."""
+    """Requests a second, and milliseconds of each, with `callers` that wait for their answers."""
     with selectors.DefaultSelector() as selector, ExitStack() as stack:
         for _ in range(callers):
             caller = Caller(port, request)
@@ -111,7 +122,7 @@ def as_json(name: str, x: np.ndarray) -> bytes:
 
 
 class Running:
-    """A server, which is stopped while it is not its turn: some poll even when nobody asks."""
+    """A server, which is stopped between its turns: some servers poll even when idle."""
 
     def __init__(self, port: int, session: int) -> None:
         self._port = port
@@ -180,18 +191,6 @@ def theirs(python: Path, tool: str, artifact: Artifact) -> Any:
     return server([str(python), str(HERE / "peers" / "serve.py"), tool, str(artifact.onnx_path), str(port)], port, ready)
 
 
-def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side says in each round; the first round is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        names = list(sides)[turn % len(sides) :] + list(sides)[: turn % len(sides)]
-        for name in names:
-            value = sides[name]()
-            if turn:
-                found[name].append(value)
-    return found
-
-
 def resnet34(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     for index in range(32):
         path = folder / "images" / str(index % 4) / f"{index}.png"
@@ -219,7 +218,7 @@ def resnet34(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
             return best * len(samples) / sum(samples)
 
         request = binary("net", x)
-        found = in_turns({"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds)
+        found = in_turns({"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds, warm_up=1)
     ratios = [server / session for server, session in zip(found["server"], found["session"], strict=True)]
     return {"best_batch": best, "by_batch": rates, **found, "ratio": statistics.median(ratios)}
 
@@ -236,7 +235,7 @@ def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, 
             "session": lambda: statistics.median(bare.round(seconds / 2, 10_000)) * 1e3,
             "rest": lambda: statistics.median(here.loop(binary("net", x), 1, seconds)[1]),
         }
-        p50 = in_turns(sides, rounds)
+        p50 = in_turns(sides, rounds, warm_up=1)
         loads: dict[str, Callable[[], float]] = {
             "deploy": lambda: here.loop(as_json("net", x), 32, seconds)[0],
             "deploy, binary": lambda: here.loop(binary("net", x), 32, seconds)[0],
@@ -247,7 +246,7 @@ def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, 
             if tool == "litserve":
                 request = post("/predict", json.dumps({"input": x.reshape(-1).tolist()}).encode())
             loads[tool] = lambda there=there, request=request: there.loop(request, 32, seconds)[0]  # type: ignore[misc]
-        per_s = in_turns(loads, rounds)
+        per_s = in_turns(loads, rounds, warm_up=1)
     overheads = [rest - session for rest, session in zip(p50["rest"], p50["session"], strict=True)]
     ratios = {
         tool: statistics.median(mine / other for mine, other in zip(per_s["deploy"], per_s[tool], strict=True))
@@ -256,48 +255,50 @@ def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, 
     return {"p50_ms": p50, "overhead_ms": statistics.median(overheads), "requests_per_s": per_s, "ratios": ratios}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--peers", type=Path, default=PEERS, metavar="PYTHON", help="of `make serving-peers` (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in each round")
-    options = parser.parse_args()
-    if not options.peers.exists():
-        sys.exit(f"no Python at {options.peers}: run `make serving-peers`, or name another with --peers")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        small = lenet5(folder, options.peers.absolute(), options.rounds, options.seconds)
-        large = resnet34(folder, options.rounds, options.seconds)
-    rates = small["requests_per_s"]
-    checks = [
-        (
-            f"resnet34 INT8, OpenVINO, 8 callers: {large['ratio']:.2f} of the bare session at its best batch, {large['best_batch']}"
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    large, small = document["resnet34"], document["lenet5"]
+    rates = {name: statistics.median(values) for name, values in small["requests_per_s"].items()}
+    return [
+        Goal(
+            text=f"resnet34 INT8, OpenVINO, 8 callers: {large['ratio']:.2f} of the bare session at its best batch, {large['best_batch']}"
             f" ({statistics.median(large['server']):.0f} of {statistics.median(large['session']):.0f} images/s; goal: at least 0.9)",
-            large["ratio"] >= 0.9,
+            met=large["ratio"] >= 0.9,
         ),
-        (
-            f"lenet5, one caller, REST binary: {small['overhead_ms']:.2f} ms over the bare session at p50 (goal: under 0.5)",
-            small["overhead_ms"] < 0.5,
+        Goal(
+            text=f"lenet5, one caller, REST binary: {small['overhead_ms']:.2f} ms over the bare session at p50 (goal: under 0.5)",
+            met=small["overhead_ms"] < 0.5,
         ),
         *(
-            (
-                f"lenet5, 32 callers, JSON: {ratio:.1f} times the requests of {tool} ({statistics.median(rates['deploy']):,.0f} and"
-                f" {statistics.median(rates[tool]):,.0f} a second; goal: at least 2)",
-                ratio >= 2,
+            Goal(
+                text=f"lenet5, 32 callers, JSON: {ratio:.1f} times the requests of {tool} ({rates['deploy']:,.0f} and"
+                f" {rates[tool]:,.0f} a second; goal: at least 2)",
+                met=ratio >= 2,
             )
             for tool, ratio in small["ratios"].items()
         ),
     ]
-    lines = [verdict(text, met) for text, met in checks]
-    lines.append(f"lenet5, 32 callers, binary: {statistics.median(rates['deploy, binary']):,.0f} a second")
-    print("\n".join(lines))
-    conditions = {"cpu": cpu_model(), "cores": usable_cores(), "rounds": options.rounds, "seconds": options.seconds}
-    write_results(
-        "serving", {"conditions": conditions, "resnet34": large, "lenet5": small}, "".join(f"- {line}\n" for line in lines)
-    )
-    return 0 if all(met for _, met in checks) else 1
+
+
+def report(document: Mapping[str, Any]) -> str:
+    binary = statistics.median(document["lenet5"]["requests_per_s"]["deploy, binary"])
+    lines = [*goals(document), f"lenet5, 32 callers, binary: {binary:,.0f} a second"]
+    return f"# `deploy serve`\n\n{bullets(lines)}\n{conditions_line(document['conditions'])}"
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    add_peers(parser, MAKE)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the first (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in each round (default: %(default)s)")
+    options = parser.parse_args()
+    peers = check_peers(options.peers, MAKE)
+    document = {"conditions": {**conditions_here(), "rounds": options.rounds, "seconds": options.seconds}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        document["lenet5"] = lenet5(folder, peers, options.rounds, options.seconds)
+        document["resnet34"] = resnet34(folder, options.rounds, options.seconds)
+    publish("serving", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":

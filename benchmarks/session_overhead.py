@@ -1,25 +1,24 @@
 """What `Session.run` adds to onnxruntime's own `InferenceSession.run`: lenet5, batch 1. Goal: at most 1.25 times.
 
-    python benchmarks/session_overhead.py [--out FILE.json]
+    python benchmarks/session_overhead.py
 
 All in one process. The session takes turns, run by run, with the very InferenceSession that is inside it; and, block by
 block, with an InferenceSession as onnxruntime opens it by default, after pauses in which its threads stop spinning.
 """
 
-import argparse
-import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from bench_harness import Goal, bullets, conditions_here, conditions_line, exit_status, in_turns, make_parser, markdown, publish
 
 import deploy
-from deploy.bench.conditions import conditions
 from deploy.evidence.timing import latency, paired_ratio, sample
-from deploy.host.cpu import usable_cores
 
 GOAL = 1.25
 ROUNDS = 40
@@ -27,27 +26,38 @@ RUNS = 250
 PAUSE_S = 0.08
 
 Run = Callable[[], object]
+Pair = tuple[list[float], list[float]]
 
 
-def alternate(first: Run, second: Run) -> tuple[list[float], list[float]]:
-    """Microseconds of RUNS runs of each, in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(RUNS):
-        for run, found in zip((first, second), times, strict=True):
-            found += [value * 1e6 for value in sample(run, 0.0)]
-    return times
+def run_by_run(ours: Run, raw: Run) -> Callable[[], Pair]:
+    """One round: seconds of RUNS runs of each, one after the other; which of them is first changes from round to round."""
+    order = [0, 1]
+
+    def once() -> Pair:
+        time.sleep(PAUSE_S)
+        times: Pair = ([], [])
+        for _ in range(RUNS):
+            for side in order:
+                times[side].extend(sample((ours, raw)[side], 0.0))
+        order.reverse()
+        return times
+
+    return once
 
 
-def block(run: Run) -> list[float]:
-    time.sleep(PAUSE_S)
-    sample(run, 1.0, RUNS // 10)
-    return [value * 1e6 for value in sample(run, 1.0, RUNS)]
+def block_by_block(ours: Run, raw: Run) -> Callable[[], Pair]:
+    """One round: seconds of RUNS runs of the one, then of the other."""
+
+    def block(run: Run) -> list[float]:
+        time.sleep(PAUSE_S)
+        sample(run, 1.0, RUNS // 10)
+        return sample(run, 1.0, RUNS)
+
+    return lambda: (block(ours), block(raw))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the figures to this file")
-    out = parser.parse_args().out
+def measure() -> list[dict[str, Any]]:
+    """A row for each raw session: both medians in microseconds, and their ratio by rounds."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = deploy.export(Path(folder) / "lenet5", arch="lenet5")
         session = deploy.load(artifact, "onnxruntime")
@@ -59,33 +69,40 @@ def main() -> None:
     def ours() -> object:
         return session.run(feed)
 
-    # By round: the session and the raw run that it is compared with.
-    pairs: dict[str, list[tuple[list[float], list[float]]]] = {
-        "the InferenceSession inside": [],
-        "InferenceSession by default": [],
+    sides = {
+        "the InferenceSession inside": run_by_run(ours, lambda: inner.run([result.name], feed)),
+        "InferenceSession by default": block_by_block(ours, lambda: plain.run([result.name], feed)),
     }
-    inside, default = pairs.values()
-    for turn in range(ROUNDS):
-        time.sleep(PAUSE_S)
-        if turn % 2:
-            inside.append(alternate(ours, lambda: inner.run([result.name], feed)))
-        else:
-            inside.append(alternate(lambda: inner.run([result.name], feed), ours)[::-1])
-        default.append((block(ours), block(lambda: plain.run([result.name], feed))))
-    rows = []
-    print(f"{'lenet5, batch 1: session.run against':38} {'session p50':>12} {'raw p50':>9} {'ratio':>6}")
-    for name, rounds in pairs.items():
-        mine, raw = ([each[side] for each in rounds] for side in (0, 1))
-        medians = [latency([value for each in side for value in each]).p50 for side in (mine, raw)]
-        ratio = paired_ratio(mine, raw).value  # how many times faster the raw run is
-        rows.append({"raw": name, "session_p50_us": medians[0], "raw_p50_us": medians[1], "ratio": ratio})
-        print(f"{name:38} {medians[0]:9.2f} µs {medians[1]:6.2f} µs {ratio:6.3f}")
-    worst = max(float(row["ratio"]) for row in rows)
-    print(f"ratio {worst:.3f} (goal: at most {GOAL}): {'met' if worst <= GOAL else 'NOT met'}")
-    if out is not None:
-        document = {"conditions": conditions(threads=usable_cores(), device="cpu"), "goal": GOAL, "results": rows}
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return [row(name, rounds) for name, rounds in in_turns(sides, ROUNDS).items()]
+
+
+def row(name: str, rounds: list[Pair]) -> dict[str, Any]:
+    ours, raw = ([pair[side] for pair in rounds] for side in (0, 1))
+    medians = [latency([value * 1e6 for part in side for value in part]).p50 for side in (ours, raw)]
+    ratio = paired_ratio(ours, raw).value  # how many times as fast the raw run is
+    return {"raw": name, "session_p50_us": medians[0], "raw_p50_us": medians[1], "ratio": ratio}
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    worst = max(row["ratio"] for row in document["results"])
+    return [Goal(text=f"`session.run` takes {worst:.3f} times as long (goal: at most {GOAL:g})", met=worst <= GOAL)]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    rows = [
+        [row["raw"], f"{row['session_p50_us']:.2f} µs", f"{row['raw_p50_us']:.2f} µs", f"{row['ratio']:.3f}"]
+        for row in document["results"]
+    ]
+    table = markdown(["lenet5, batch 1: `session.run` against", "session p50", "raw p50", "ratio"], rows)
+    return f"# What a session adds\n\n{table}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+
+
+def main() -> int:
+    options = make_parser(__doc__).parse_args()
+    document = {"conditions": conditions_here(), "results": measure()}
+    publish("session-overhead", document, report(document), options.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

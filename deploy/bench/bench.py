@@ -1,15 +1,16 @@
-"""The benchmark: every candidate and eager PyTorch in processes of their own, in turns.
+"""The benchmark: every candidate and eager PyTorch in separate processes, which take turns.
 
-Candidates in one process falsify one another (thread pools, allocators, caches), and candidates measured one after the
-other meet different machines (clock rate, other programs). So each has a process, and they take turns in rounds, in an
-order that rotates, the others blocked on their pipes. The speed-up is of samples of the same rounds: see `timing.paired_ratio`.
+Candidates in one process distort each other's times (thread pools, allocators, caches), and candidates measured one after the
+other meet a machine in different states (clock rate, other programs). So each has its own process, and they take turns in
+rounds, in an order that rotates; the others block on their pipes. Speed-ups compare samples of the same rounds: see
+`timing.paired_ratio`.
 """
 
 import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import evidence, megabytes
 from deploy.bench.candidate.loadgen import check_installed
 from deploy.bench.conditions import conditions
-from deploy.bench.plan import BenchOptions, Candidate, make_plan
+from deploy.bench.options import BenchOptions
+from deploy.bench.plan import Candidate, make_plan
+from deploy.bench.probes import layer_rows, load_rows, scenario_rows
 from deploy.bench.roofline import Peak, Work, attainable, count_work, measure_peak
-from deploy.bench.rows import BenchResult, BenchRow
+from deploy.bench.rows import BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow
 from deploy.bench.run import Run
 from deploy.bench.shapes import shown_shapes
+from deploy.bench.workers import Workers
 from deploy.errors import ArtifactError
 from deploy.evaluation.evaluate import evaluate
 from deploy.host.cpu import usable_cores
@@ -39,112 +43,130 @@ def bench(
 ) -> BenchResult:
     """Measure every artifact on every backend against eager PyTorch, or another baseline.
 
-    `named`: the user named the artifacts (they were not found under build/), so that one that cannot run here is an
+    `named`: the user named the artifacts (they were not collected from build/), so that one that cannot run here is an
     error and not an entry in `skipped`; the same holds for backends in the options. Raises UsageError, ArtifactError or
-    BackendError before anything is measured, and BackendError when the baseline fails. Ctrl-C ends the measuring: what was
-    measured comes back, marked as interrupted, or KeyboardInterrupt is raised where that is nothing.
+    BackendError before anything is measured, and BackendError when the baseline fails. Ctrl-C ends the measurement: the rows
+    so far are returned, marked as interrupted; KeyboardInterrupt is raised if there are none.
     """
     options = options or BenchOptions()
     plan = make_plan(artifacts, options, named=named)
     if options.scenarios:
         check_installed()
     threads = options.threads or usable_cores()
-    found = conditions(threads=threads, device=plan.baseline.device)
+    measured = _Measured()
+    where = conditions(threads=threads, device=plan.baseline.device)
     if shapes := shown_shapes(plan.baseline.artifact.manifest, plan.baseline.dims):
-        found["shapes"] = shapes
+        where["shapes"] = shapes
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-bench-")))
-        run = Run(plan, SessionOptions(threads=threads), options.data, stack, folder, progress)
-        run.open(named_artifacts=named, named_backends=bool(options.backends) and not options.skip_missing)
+        workers = Workers(plan, SessionOptions(threads=threads), options.data, stack, progress)
+        run = Run(workers, folder)
+        workers.open(named_artifacts=named, named_backends=bool(options.backends) and not options.skip_missing)
         try:
-            for batch in plan.batches:
-                run.measure(batch, options.seconds / len(plan.batches))
-            for load in options.loads:
-                run.put_under(load, plan.batches[0], options.load_s)
-            for scenario in options.scenarios:
-                run.judge(scenario, options.load_s, options.logs)
-            if options.layers:
-                run.look_into(plan.batches[0])
+            _measure(run, workers, plan.batches, options, measured)
             interrupted = False
         except KeyboardInterrupt:
             if not run.rows:
                 raise
             interrupted = True
-    found["inputs"] = {"from": str(options.data) if options.data else "random", "by_batch": run.inputs}
+    where["inputs"] = {"from": str(options.data) if options.data else "random", "by_batch": run.inputs}
+    rows = run.rows
     if plan.baseline.device == "cpu" and not interrupted:
         peak = measure_peak()  # after the candidates: their processes are gone
-        found["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
-        run.rows = _under_roof(run.rows, run.candidates, peak)
-    found["gpu_after"] = gpu_state() if found["gpu"] is not None else None
-    found["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
-    rows = run.rows
+        where["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
+        rows = _under_roof(rows, workers.candidates, peak)
+    where["gpu_after"] = gpu_state() if where["gpu"] is not None else None
+    where["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     if options.evaluate is not None and not interrupted:
-        rows = _evaluated(rows, run.candidates, options.evaluate, threads, progress)
+        rows = _evaluated(rows, workers.candidates, options.evaluate, threads, progress)
     return BenchResult(
-        conditions=found,
+        conditions=where,
         results=tuple(rows),
-        skipped=(*plan.skipped, *run.skipped),
-        failures=tuple(run.failures),
+        skipped=(*plan.skipped, *workers.skipped),
+        failures=tuple(workers.failures),
         baseline=options.baseline,
         interrupted=interrupted,
         artifacts=_described(artifacts),
-        loads=tuple(run.loads),
-        scenarios=tuple(run.scenarios),
-        layers=tuple(run.layers),
+        loads=tuple(measured.loads),
+        scenarios=tuple(measured.scenarios),
+        layers=tuple(measured.layers),
     )
 
 
+@dataclass
+class _Measured:
+    """What the probes have measured so far."""
+
+    loads: list[LoadRow] = field(default_factory=list)
+    scenarios: list[ScenarioRow] = field(default_factory=list)
+    layers: list[LayersRow] = field(default_factory=list)
+
+
+def _measure(run: Run, workers: Workers, batches: Sequence[int], options: BenchOptions, measured: _Measured) -> None:
+    """The rounds of every batch size, then the probes that `options` ask for; Ctrl-C leaves the rows before it."""
+    for batch in batches:
+        run.measure(batch, options.seconds / len(batches))
+    for load in options.loads:
+        measured.loads.extend(load_rows(workers, load, batches[0], options.load_seconds))
+    for scenario in options.scenarios:
+        measured.scenarios.extend(scenario_rows(workers, scenario, options.load_seconds, options.logs))
+    if options.layers:
+        measured.layers.extend(layer_rows(workers, batches[0]))
+
+
 def _under_roof(rows: Sequence[BenchRow], candidates: Sequence[Candidate], peak: Peak) -> list[BenchRow]:
+    """The rows with the operations a second that they reach, and those that the roofline allows."""
     works: dict[tuple[str, int], Work | None] = {}
-    found = []
+    roofed = []
     for row in rows:
-        candidate = next(each for each in candidates if (each.artifact.shown, each.backend) == (row.artifact, row.backend))
+        candidate = next(other for other in candidates if (other.artifact.shown, other.backend) == (row.artifact, row.backend))
         key = (row.artifact, row.batch)
         if key not in works:
             works[key] = count_work(candidate.artifact, candidate.sizes(row.batch))
         work = works[key]
         if work is not None and work.operations and row.backend != "null":
             row = replace(row, gflops=work.operations / row.p50_ms / 1e6, roof_gflops=attainable(work, peak) / 1e9)
-        found.append(row)
-    return found
+        roofed.append(row)
+    return roofed
 
 
 def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
-    """What there is to say of `artifacts` and their ancestors, parents first."""
-    found: dict[str, dict[str, Any]] = {}
+    """A description of `artifacts` and their ancestors, parents first."""
+    descriptions: dict[str, dict[str, Any]] = {}
     for artifact in artifacts:
         line = [artifact]
         with suppress(ArtifactError):  # a parent that is gone: the line ends there
             while (parent := line[-1].parent()) is not None:
                 line.append(parent)
-        for each in reversed(line):
-            manifest = each.manifest
+        for ancestor in reversed(line):
+            manifest = ancestor.manifest
             kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
-            found[manifest.digest] = {
+            descriptions[manifest.digest] = {
                 "digest": manifest.digest,
                 "parent": manifest.parent.digest if manifest.parent else None,
                 "name": manifest.name,
-                "what": f"{kind}, {manifest.precision}, {megabytes(each.size)}",
+                "what": f"{kind}, {manifest.precision}, {megabytes(ancestor.size)}",
                 "evidence": evidence(manifest),
                 "state_dict": manifest.source.state_dict,
                 "weights": manifest.source.weights,
                 "random": manifest.source.random,
             }
-    return tuple(found.values())
+    return tuple(descriptions.values())
 
 
 def _evaluated(
     rows: Sequence[BenchRow], candidates: Sequence[Candidate], folder: Path, threads: int, progress: Progress
 ) -> list[BenchRow]:
-    """The rows with the accuracy of their candidates on `folder`, each measured once."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
+    """The rows with the accuracy of their candidates on `folder`; every candidate is evaluated once."""
+    accuracy: dict[tuple[str, str], tuple[float, float]] = {}
     for candidate in candidates:
         key = (candidate.artifact.shown, candidate.backend)
         if any((row.artifact, row.backend) == key for row in rows):
             progress(f"accuracy of {key[0]} on {key[1]}")
             done = evaluate(candidate.artifact, folder, backend=candidate.backend, device=candidate.device, threads=threads)
-            found[key] = (done.top1, done.top5)
-    return [
-        replace(row, top1=found[row.artifact, row.backend][0], top5=found[row.artifact, row.backend][1], accuracy_from="measured")
-        for row in rows
-    ]
+            accuracy[key] = (done.top1, done.top5)
+    evaluated = []
+    for row in rows:
+        top1, top5 = accuracy[row.artifact, row.backend]
+        evaluated.append(replace(row, top1=top1, top5=top5, accuracy_from="measured"))
+    return evaluated

@@ -1,4 +1,4 @@
-"""What a benchmark runs: which artifacts, on which backends, at which batch sizes, against which baseline."""
+"""The plan of a benchmark: which artifacts run on which backends, at which batch sizes, against which baseline."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,86 +9,24 @@ from typing import TypedDict
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import artifacts_under
 from deploy.artifact.tensors import batch_dim
-from deploy.bench.candidate.loadgen import Scenario
-from deploy.bench.candidate.traffic import Load
+from deploy.bench.options import BenchOptions
 from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.catalog import AUTO, BACKENDS, ENGINES, refuse_engine, split_backend
+from deploy.runtime.catalog import AUTO, ENGINES, refuse_engine, split_backend
 from deploy.runtime.load import import_backend
 
 BATCHES = (1, 8, 32)
-"""Batch sizes where none are asked for and the artifact does not fix its own."""
-
-BASELINE = "eager"
-"""What everything is compared with unless another is named."""
+"""Batch sizes unless the user asks for others or the artifact has a fixed one."""
 
 _MODULE_BACKENDS = ("eager", "compile")
-"""They run the module that all artifacts descend from, whatever the artifact."""
+"""Backends that run the module that all artifacts descend from."""
 
 _GPU_VARIANTS = {"cuda", "tensorrt", "cuda_graph"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """How to benchmark.
-
-    baseline: what everything is compared with: a backend, with variants if any, that runs the export or its module.
-    backends: names from `BACKENDS`, with variants if any (`eager:fp16,channels_last`); empty: all of `AUTO` that are
-        installed and can run the artifact. Engines run on their flavour's, and on no other.
-    batches: batch sizes; empty: `BATCHES`, or the fixed batch of the artifacts.
-    seconds: time to spend on measuring, start and warm-up aside. Slow models take longer: every candidate runs in at
-        least `MIN_ROUNDS` rounds.
-    shapes: `NAME=SHAPE`, such as `input=1x3x224x224`, for inputs with dynamic dimensions; the batch in it is not used. One
-        left out takes the optimum of its profile, or the size that the preprocessing makes of images.
-    threads: of every candidate, eager too; None: the physical cores that may be used.
-    device: of every candidate, eager too. `auto` is the GPU for what runs there only, and the CPU for what runs there
-        only; for eager and compile it is the GPU where another candidate needs one, else the CPU.
-    data: an ImageFolder whose images are the inputs; None: random numbers.
-    evaluate: an ImageFolder that the accuracy of every candidate is measured on.
-    loads: what else every candidate is put under, alone and at the first batch size, for `load_s` each.
-    scenarios: those of MLPerf's LoadGen that every candidate goes through, for `load_s` at least; its logs go below `logs`.
-    layers: also time the layers of every candidate, at the first batch size.
-    skip_missing: a named backend that cannot run here is listed, and is no error.
-    different_models: artifacts need not descend from the same state_dict; their inputs and outputs must still be alike.
-    """
-
-    baseline: str = BASELINE
-    backends: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    shapes: tuple[str, ...] = ()
-    seconds: float = 12.0
-    threads: int | None = None
-    device: str = "auto"
-    data: Path | None = None
-    evaluate: Path | None = None
-    loads: tuple[Load, ...] = ()
-    load_s: float = 3.0
-    scenarios: tuple[Scenario, ...] = ()
-    logs: Path = Path("build/loadgen")
-    layers: bool = False
-    skip_missing: bool = False
-    different_models: bool = False
-
-    def __post_init__(self) -> None:
-        for backend in (self.baseline, *self.backends):
-            split_backend(backend)
-        if split_backend(self.baseline)[0] in ENGINES:
-            raise UsageError(f"--baseline {self.baseline}: an engine can be no baseline; name what runs the export or its module")
-        for batch in self.batches:
-            if batch < 1:
-                raise UsageError(f"the batch size must be 1 or more, not {batch}")
-        parse_shapes(self.shapes)
-        if not self.seconds > 0:
-            raise UsageError(f"the seconds to spend must be more than 0, not {self.seconds:g}")
-        if not self.load_s > 0:
-            raise UsageError(f"the seconds of each load must be more than 0, not {self.load_s:g}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be 1 or more, not {self.threads}")
-
-
 class Named(TypedDict):
-    """How the results name a candidate."""
+    """The fields by which results name a candidate."""
 
     artifact: str
     precision: str
@@ -97,9 +35,9 @@ class Named(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """One artifact on one backend, the batch sizes it is to run at, and the sizes of all other symbolic dimensions.
+    """One artifact on one backend, the batch sizes to run it at, and the sizes of all other symbolic dimensions.
 
-    device: what the session is opened with, see `SessionOptions`.
+    device: the device of its session, see `SessionOptions`.
     """
 
     artifact: Artifact
@@ -115,19 +53,23 @@ class Candidate:
 
     @property
     def named(self) -> Named:
-        """The fields by which a row of the results says what it is of."""
+        """The fields that name it in a row of the results."""
         return Named(artifact=self.artifact.shown, precision=self.precision, backend=self.backend)
+
+    def skipped(self, reason: str) -> "Skipped":
+        """The entry of the results when this candidate is not measured."""
+        return Skipped(artifact=self.artifact.shown, backend=self.backend, reason=reason)
 
     @property
     def precision(self) -> str:
-        """That of the artifact, or the half precision that the module is run in."""
+        """The precision of the artifact, or the half precision that the module runs in."""
         _, variant = split_backend(self.backend)
         return next((name for name in variant if name in ("fp16", "bf16")), self.artifact.manifest.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """What was not measured, and why."""
+    """A candidate or an artifact that was not measured, and why."""
 
     artifact: str
     backend: str
@@ -136,6 +78,8 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """The baseline, the candidates to compare with it, and what cannot run here."""
+
     baseline: Candidate
     candidates: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
@@ -157,46 +101,21 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     artifacts = list({artifact.location.absolute(): artifact for artifact in artifacts}.values())
     if not options.different_models:
         _check_weights(artifacts)
-    flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
-    roots = []
-    runnable = []
-    skipped = []
-    for backend in options.backends:
-        name, _ = split_backend(backend)
-        if name in ENGINES and name not in flavours:
-            reason = f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
-            if not options.skip_missing:
-                raise BackendError(reason)
-            skipped += [Skipped(artifact=artifact.shown, backend=backend, reason=reason) for artifact in artifacts[:1]]
-    for artifact in artifacts:
-        target = artifact.manifest.target
-        try:
-            roots.append(artifact.root())
-            if target is not None:
-                _check_engine(artifact, options.backends)
-        except (ArtifactError, BackendError) as error:
-            if named:
-                raise
-            missing = target.flavour if target else "eager"
-            skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
-        else:
-            runnable.append(artifact)
+    skipped = _without_engine(artifacts, options)
+    roots, runnable, lost = _runnable(artifacts, options.backends, named=named)
+    skipped += lost
     if not roots:
         raise ArtifactError(f"nothing to benchmark: {skipped[0].reason}")
-    named_so = {os.path.realpath(artifact.location): artifact for artifact in artifacts}
-    # By the path that the user knows.
-    root = _root([named_so.get(os.path.realpath(root.location), root) for root in roots], options.baseline)
+    root = _root(_as_named(roots, artifacts), options.baseline)
     for artifact in runnable:
         _check_specs(root, artifact)
     dims = bench_dims(root.manifest, parse_shapes(options.shapes))
     batches = options.batches or _default_batches(runnable)
-    fitting = {}
-    for artifact in runnable:
-        fixed = _fixed_batch(artifact)
-        fitting[artifact.location] = tuple(batch for batch in batches if fixed in (None, batch))
-        if options.batches and fitting[artifact.location] != batches:
-            raise UsageError(f"{artifact.shown} takes batches of {fixed} only; --batch asks for {_listed(batches)}")
-    pairs = [(each, backend, fitting[each.location]) for each in runnable for backend in _backends(each, options.backends)]
+    pairs = [
+        (artifact, backend, _fitting(artifact, batches, options.batches))
+        for artifact in runnable
+        for backend in _backends(artifact, options.backends)
+    ]
     pairs += [(root, backend, batches) for backend in options.backends if _runs_module(backend)]
     pairs = [pair for pair in pairs if pair[:2] != (root, options.baseline)]
     on_gpu = any(_gpu_only(backend) for _, backend, _ in pairs)
@@ -207,26 +126,63 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     return Plan(baseline=baseline, candidates=tuple(candidates), skipped=tuple(skipped))
 
 
-def parse_backends(texts: Sequence[str]) -> tuple[str, ...]:
-    """Backends of a command line, several in a text with commas between, as those of a variant have too.
+def _without_engine(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Skipped]:
+    """The named backends that run engines, of which there is none here. Raises BackendError unless they may be missing."""
+    flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
+    skipped = []
+    for backend in options.backends:
+        name, _ = split_backend(backend)
+        if name in ENGINES and name not in flavours:
+            reason = f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
+            if not options.skip_missing:
+                raise BackendError(reason)
+            skipped.append(Skipped(artifact=artifacts[0].shown, backend=backend, reason=reason))
+    return skipped
 
-    `["onnxruntime:cuda,openvino", "eager:fp16,channels_last"]` -> `("onnxruntime:cuda", "openvino",
-    "eager:fp16,channels_last")`: what follows a comma belongs to the variant before it unless it is a backend.
+
+def _runnable(
+    artifacts: Sequence[Artifact], backends: Sequence[str], *, named: bool
+) -> tuple[list[Artifact], list[Artifact], list[Skipped]]:
+    """The exports that the artifacts descend from, the artifacts that can run here, and the others with the reason.
+
+    Raises ArtifactError or BackendError for one of the others that was `named`.
     """
-    found: list[str] = []
-    for text in texts:
-        for position, part in enumerate(text.split(",")):
-            if position and ":" in found[-1] and part.partition(":")[0] not in BACKENDS:
-                found[-1] += f",{part}"
-            else:
-                found.append(part)
-    return tuple(dict.fromkeys(found))
+    roots, runnable, skipped = [], [], []
+    for artifact in artifacts:
+        target = artifact.manifest.target
+        try:
+            roots.append(artifact.root())
+            if target is not None:
+                _check_engine(artifact, backends)
+        except (ArtifactError, BackendError) as error:
+            if named:
+                raise
+            missing = target.flavour if target else "eager"
+            skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
+        else:
+            runnable.append(artifact)
+    return roots, runnable, skipped
+
+
+def _as_named(roots: Sequence[Artifact], artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """The roots by the paths that the user knows, where they are among `artifacts`."""
+    known = {os.path.realpath(artifact.location): artifact for artifact in artifacts}
+    return [known.get(os.path.realpath(root.location), root) for root in roots]
+
+
+def _fitting(artifact: Artifact, batches: Sequence[int], asked: Sequence[int]) -> tuple[int, ...]:
+    """Those of `batches` that the artifact takes. Raises UsageError when it cannot take one that was `asked` for."""
+    fixed = _fixed_batch(artifact)
+    fitting = tuple(batch for batch in batches if fixed in (None, batch))
+    if asked and len(fitting) != len(batches):
+        raise UsageError(f"{artifact.shown} takes batches of {fixed} only; `batches` asks for {', '.join(map(str, asked))}")
+    return fitting
 
 
 def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
     """All artifacts under `build` that descend from the same state_dict as the newest one, oldest first.
 
-    One that cannot be opened is left out with a warning. Raises UsageError when there are none.
+    An artifact that cannot be opened is left out with a warning. Raises UsageError when there are none.
     """
     found = artifacts_under(build)
     if not found:
@@ -236,7 +192,7 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
 
 
 def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
-    """Raise BackendError unless the engine can run here on one of `backends`, or on any where there are none."""
+    """Raise BackendError unless the engine can run here, on one of `backends` if any are named."""
     found = _backends(artifact, backends)
     if not has_gpu() or not found:
         refuse_engine(artifact)
@@ -244,7 +200,7 @@ def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
 
 
 def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
-    """Those of `backends`, or of the default ones where there are none, that run the artifact and not the module."""
+    """Those of `backends`, by default of `AUTO`, that run the artifact itself and not the module."""
     target = artifact.manifest.target
     if target is not None:
         return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0] == target.flavour]
@@ -262,7 +218,7 @@ def _gpu_only(backend: str) -> bool:
 
 
 def _device(backend: str, device: str, on_gpu: bool) -> str:
-    """What a session is opened with; `on_gpu`: whether one of the candidates runs on a GPU only."""
+    """The device of a session; `on_gpu`: whether one of the candidates runs only on a GPU."""
     if device != "auto":
         return device
     return "cuda" if _gpu_only(backend) or (on_gpu and has_gpu() and _runs_module(backend)) else "cpu"
@@ -273,12 +229,12 @@ def _check_weights(artifacts: Sequence[Artifact]) -> None:
         if other.manifest.source.state_dict != artifacts[0].manifest.source.state_dict:
             raise UsageError(
                 f"{other.shown} and {artifacts[0].shown} do not descend from the same state_dict: benchmark them one at a"
-                " time, or allow it with --different-models"
+                " time, or allow it with `different_models`"
             )
 
 
 def _check_specs(root: Artifact, artifact: Artifact) -> None:
-    """Raise UsageError unless the two have the same inputs and outputs, their dtypes and batch aside."""
+    """Raise UsageError unless the two have the same inputs and outputs; dtypes and batch may differ."""
     mine, its = root.manifest, artifact.manifest
     for ours, theirs in ((mine.inputs, its.inputs), (mine.outputs, its.outputs)):
         if [(spec.name, spec.shape[1:]) for spec in ours] != [(spec.name, spec.shape[1:]) for spec in theirs]:
@@ -289,12 +245,12 @@ def _check_specs(root: Artifact, artifact: Artifact) -> None:
 
 
 def _root(roots: Sequence[Artifact], baseline: str) -> Artifact:
-    """The export that the baseline runs, or is rebuilt from: one with a dynamic batch where there is one."""
+    """The export that the baseline runs, or is rebuilt from: one with a dynamic batch if possible."""
     root = next((root for root in roots if _fixed_batch(root) is None), roots[0])
     if root.manifest.source.factory is None and _runs_module(baseline):
         raise ArtifactError(
             f"{root.shown} does not say which model it is made of, so there is no eager baseline to compare with:"
-            " benchmark an artifact that `deploy export` made of a model, or name another --baseline, such as onnxruntime"
+            " benchmark an artifact that `deploy export` made of a model, or name another `baseline`, such as onnxruntime"
         )
     return root
 
@@ -315,7 +271,3 @@ def _default_batches(artifacts: Sequence[Artifact]) -> tuple[int, ...]:
     if None in fixed or not fixed:
         sizes.update(BATCHES)
     return tuple(sorted(sizes))
-
-
-def _listed(batches: Sequence[int]) -> str:
-    return ", ".join(map(str, batches))

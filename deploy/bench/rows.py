@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deploy.bench.plan import BASELINE, Skipped
+from deploy.bench.options import BASELINE
+from deploy.bench.plan import Skipped
 from deploy.evidence.timing import Ratio
 from deploy.runtime.profiling import LayerTime
 

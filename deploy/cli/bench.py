@@ -151,7 +151,8 @@ def command(
         raise UsageError("--tolerance goes with --compare")
     from deploy.artifact.find import open_artifact
     from deploy.bench.bench import bench  # loads numpy and onnx
-    from deploy.bench.plan import BenchOptions, find_artifacts, parse_backends
+    from deploy.bench.options import BenchOptions, parse_backends
+    from deploy.bench.plan import find_artifacts
     from deploy.bench.report.table import print_table
 
     options = BenchOptions(
@@ -165,7 +166,7 @@ def command(
         data=data,
         evaluate=evaluate,
         loads=_loads(concurrency, rate),
-        load_s=load_seconds,
+        load_seconds=load_seconds,
         scenarios=_scenarios(scenarios, target_qps, target_ms),
         logs=logs,
         layers=layers,

@@ -12,7 +12,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
 from deploy.bench.candidate.process import CandidateProcess
-from deploy.bench.plan import BenchOptions
+from deploy.bench.options import BenchOptions
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow
 from deploy.bench.run import MIN_ROUNDS
 from deploy.errors import ArtifactError, BackendError, UsageError
@@ -205,13 +205,13 @@ def test_another_baseline_and_what_is_no_difference(shared_lenet5: Artifact) -> 
     found = bench([shared_lenet5], BenchOptions(baseline="onnxruntime", backends=("null",), batches=(2,), seconds=0.3))
     assert found.baseline == "onnxruntime"
     assert [(row.backend, row.verdict) for row in found.results] == [("onnxruntime", "baseline"), ("null", "faster")]
-    with pytest.raises(UsageError, match="an engine can be no baseline"):
+    with pytest.raises(UsageError, match="an engine cannot be the baseline"):
         BenchOptions(baseline="tensorrt")
 
 
 def test_a_bare_file_is_compared_with_another_backend_where_there_is_no_module(tiny_onnx: Path) -> None:
     bare = deploy.open_artifact(tiny_onnx)
-    with pytest.raises(ArtifactError, match="or name another --baseline, such as onnxruntime"):
+    with pytest.raises(ArtifactError, match="or name another `baseline`, such as onnxruntime"):
         bench([bare], QUICK)
     found = bench([bare], BenchOptions(baseline="onnxruntime", backends=("openvino",), batches=(1,), seconds=0.2))
     assert [row.backend for row in found.results] == ["onnxruntime", "openvino"]

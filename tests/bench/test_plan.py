@@ -8,7 +8,8 @@ import pytest
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.writer import ArtifactWriter
-from deploy.bench.plan import BATCHES, BenchOptions, find_artifacts, make_plan, parse_backends
+from deploy.bench.options import BenchOptions
+from deploy.bench.plan import BATCHES, find_artifacts, make_plan
 from deploy.errors import ArtifactError, BackendError, UsageError
 
 
@@ -109,15 +110,9 @@ def test_an_engine_runs_on_its_flavour_where_there_is_a_gpu(
     assert [(entry.backend, entry.reason) for entry in plan.skipped] == [("tensorrt-rtx", "tensorrt-rtx is not installed")]
 
 
-def test_a_comma_parts_backends_and_variants() -> None:
-    texts = ["onnxruntime:cuda,openvino", "eager:fp16,channels_last,tensorrt", "null", "openvino"]
-    assert parse_backends(texts) == ("onnxruntime:cuda", "openvino", "eager:fp16,channels_last", "tensorrt", "null")
-    assert parse_backends(["eager,fp16"]) == ("eager", "fp16")
-
-
 def test_a_fixed_batch_is_the_default_and_another_is_an_error(fixed: Artifact) -> None:
     assert make_plan([fixed], BenchOptions(), named=True).batches == (1,)
-    with pytest.raises(UsageError, match=r"lenet5-fixed takes batches of 1 only; --batch asks for 1, 4"):
+    with pytest.raises(UsageError, match=r"lenet5-fixed takes batches of 1 only; `batches` asks for 1, 4"):
         make_plan([fixed], BenchOptions(batches=(1, 4)), named=True)
 
 
@@ -171,17 +166,6 @@ def test_an_orphan_that_was_found_is_listed_beside_what_can_be_measured(
 def test_no_artifacts_are_an_error() -> None:
     with pytest.raises(UsageError, match="nothing to benchmark"):
         make_plan([], BenchOptions(), named=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"backends": ("tensorflow",)}, "unknown backend 'tensorflow'; expected auto or one of onnxruntime"),
-     ({"backends": ("eager:int8",)}, "eager has no variant 'int8'"), ({"batches": (0,)}, "batch size"),
-     ({"seconds": 0.0}, "seconds to spend"), ({"threads": 0}, "threads must be 1")],
-)  # fmt: skip
-def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        BenchOptions(**options)  # type: ignore[arg-type]
 
 
 def test_found_are_all_that_share_the_weights_of_the_newest(

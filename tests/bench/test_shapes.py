@@ -6,7 +6,8 @@ from deploy.artifact.manifest import Manifest
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import ShapeRange, TensorSpec
 from deploy.bench.bench import bench
-from deploy.bench.plan import BenchOptions, make_plan
+from deploy.bench.options import BenchOptions
+from deploy.bench.plan import make_plan
 from deploy.bench.shapes import bench_dims, parse_shapes, shown_shapes
 from deploy.errors import UsageError
 

@@ -121,7 +121,7 @@ def test_a_module_that_waits_for_the_gpu_cannot_be_captured() -> None:
 
 def test_bench_compares_on_the_gpu(lenet5: Artifact) -> None:
     from deploy.bench.bench import bench
-    from deploy.bench.plan import BenchOptions
+    from deploy.bench.options import BenchOptions
 
     found = bench([lenet5], BenchOptions(backends=("eager:fp16,channels_last,cuda_graph",), batches=(8,), seconds=1.0))
     assert found.conditions["device"] == "cuda"

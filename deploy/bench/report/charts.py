@@ -1,7 +1,7 @@
-"""Figures as inline SVG, each with a title and a description for those who do not see it.
+"""Figures as inline SVG, with a title and a description for readers who cannot see them.
 
-Coordinates are pixels of a figure of WIDTH, which a phone shows as it is and a wide screen puts several of side by side.
-Colours are CSS variables, so that a figure follows the page into the dark.
+Coordinates are pixels of a figure of WIDTH, which fits a phone; a wide screen shows several side by side. Colours are CSS
+variables, so that figures follow the page into dark mode.
 """
 
 import math
@@ -11,17 +11,16 @@ from html import escape
 
 import numpy as np
 
-WIDTH = 360
-COLOURS = 8
-"""The page defines --c0 to --c7; --c0 is the baseline's."""
+from deploy.bench.report.labels import digits
 
+WIDTH = 360
 _LEFT, _RIGHT = 10, 14
 _BINS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One candidate in a figure. label: what it is called. colour: its number, 0 for the baseline."""
+    """One candidate in a figure. label: its name. colour: the number of its colour, 0 for the baseline."""
 
     label: str
     colour: int
@@ -29,6 +28,8 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar(Series):
+    """A bar with its interval and the text beside it."""
+
     value: float
     low: float
     high: float
@@ -37,6 +38,8 @@ class Bar(Series):
 
 @dataclass(frozen=True, kw_only=True)
 class Spread(Series):
+    """All samples of one candidate, with the percentiles to mark."""
+
     samples_ms: Sequence[float]
     p50: float
     p99: float
@@ -44,11 +47,15 @@ class Spread(Series):
 
 @dataclass(frozen=True, kw_only=True)
 class Line(Series):
+    """Points to join by a line."""
+
     points: Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dot(Series):
+    """A point; `front`: no other point beats it in both directions."""
+
     x: float
     y: float
     front: bool
@@ -73,12 +80,12 @@ def speedups(name: str, bars: Sequence[Bar]) -> str:
             low, high = _LEFT + bar.low * scale, _LEFT + bar.high * scale
             parts.append(_line(low, y + 23, high, y + 23, "whisker"))
             parts += [_line(x, y + 19, x, y + 27, "whisker") for x in (low, high)]
-    said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
-    return _figure(name, f"Speed-up over the baseline with its 95 % interval: {said}.", height, parts)
+    description = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
+    return _figure(name, f"Speed-up over the baseline with its 95 % interval: {description}.", height, parts)
 
 
 def spreads(name: str, rows: Sequence[Spread]) -> str:
-    """How often each latency was seen, on one logarithmic axis, with p50 and p99 marked."""
+    """Histograms of latencies on one logarithmic axis, with p50 and p99 marked."""
     top, step = 6, 50
     height = top + step * len(rows) + 24
     low = min(min(row.samples_ms) for row in rows) * 0.95
@@ -106,8 +113,8 @@ def spreads(name: str, rows: Sequence[Spread]) -> str:
         parts.append(_text(_LEFT, base - 28, row.label, "label"))
         parts.append(_text(WIDTH - _RIGHT, base - 28, f"p50 {digits(row.p50)}, p99 {digits(row.p99)} ms", "value end"))
         parts += [_line(axis(value), base - 24, axis(value), base, "mark") for value in (row.p50, min(row.p99, high))]
-    said = "; ".join(f"{row.label}: p50 {digits(row.p50)} ms, p99 {digits(row.p99)} ms" for row in rows)
-    return _figure(name, f"Distribution of latencies on a logarithmic axis: {said}.", height, parts)
+    description = "; ".join(f"{row.label}: p50 {digits(row.p50)} ms, p99 {digits(row.p99)} ms" for row in rows)
+    return _figure(name, f"Distribution of latencies on a logarithmic axis: {description}.", height, parts)
 
 
 def throughputs(name: str, lines: Sequence[Line]) -> str:
@@ -129,12 +136,12 @@ def throughputs(name: str, lines: Sequence[Line]) -> str:
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
         parts.append(f'<polyline points="{points}" fill="none" stroke="var(--c{line.colour})" stroke-width="2"/>')
         parts += [f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.5" fill="var(--c{line.colour})"/>' for x, y in line.points]
-    said = "; ".join(f"{line.label}: " + ", ".join(f"{y:,.0f} at batch {x:g}" for x, y in line.points) for line in lines)
-    return _figure(name, f"Images a second: {said}.", height, parts)
+    description = "; ".join(f"{line.label}: " + ", ".join(f"{y:,.0f} at batch {x:g}" for x, y in line.points) for line in lines)
+    return _figure(name, f"Images a second: {description}.", height, parts)
 
 
 def roofs(name: str, bars: Sequence[Bar], roof: float) -> str:
-    """Bars of what is reached, and the roof as a line."""
+    """Bars of the operations a second that are reached, and the roof as a line."""
     top, step = 20, 40
     height = top + step * len(bars) + 6
     scale = (WIDTH - _LEFT - _RIGHT) / (max(roof, *(bar.value for bar in bars)) * 1.05)
@@ -147,12 +154,12 @@ def roofs(name: str, bars: Sequence[Bar], roof: float) -> str:
         parts.append(
             f'<rect x="{_LEFT}" y="{y + 17}" width="{bar.value * scale:.1f}" height="12" rx="2" fill="var(--c{bar.colour})"/>'
         )
-    said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
-    return _figure(name, f"Billions of operations a second, under a roof of {roof:,.0f}: {said}.", height, parts)
+    description = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
+    return _figure(name, f"Billions of operations a second, under a roof of {roof:,.0f}: {description}.", height, parts)
 
 
 def durations(name: str, bars: Sequence[Bar]) -> str:
-    """Bars from 0 to how long each takes."""
+    """Bars from 0 to a time."""
     step = 34
     scale = (WIDTH - _LEFT - _RIGHT) / max(bar.value for bar in bars)
     parts = []
@@ -162,12 +169,12 @@ def durations(name: str, bars: Sequence[Bar]) -> str:
         parts.append(
             f'<rect x="{_LEFT}" y="{y + 16}" width="{bar.value * scale:.1f}" height="9" rx="2" fill="var(--c{bar.colour})"/>'
         )
-    said = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
-    return _figure(name, f"Time by layer, the longest first: {said}.", step * len(bars), parts)
+    description = "; ".join(f"{bar.label} {bar.note}" for bar in bars)
+    return _figure(name, f"Time by layer, the longest first: {description}.", step * len(bars), parts)
 
 
 def pareto(name: str, dots: Sequence[Dot]) -> str:
-    """Accuracy against latency; what nothing else beats in both is joined by a line."""
+    """Accuracy against latency; a line joins the points that no other beats in both."""
     height, top, bottom, left = 260, 14, 228, 46
     across = _Log(min(dot.x for dot in dots) * 0.8, max(dot.x for dot in dots) * 1.25, left, WIDTH - _RIGHT)
     low, high = min(dot.y for dot in dots), max(dot.y for dot in dots)
@@ -196,13 +203,10 @@ def pareto(name: str, dots: Sequence[Dot]) -> str:
     for dot in dots:
         ring = ' stroke="var(--ink)" stroke-width="1.5"' if dot.front else ' fill-opacity="0.6"'
         parts.append(f'<circle cx="{across(dot.x):.1f}" cy="{up(dot.y):.1f}" r="6" fill="var(--c{dot.colour})"{ring}/>')
-    said = "; ".join(f"{dot.label}: {dot.y:.2f} % at {digits(dot.x)} ms{', on the front' if dot.front else ''}" for dot in dots)
-    return _figure(name, f"Accuracy against latency: {said}.", height, parts)
-
-
-def digits(value: float) -> str:
-    """Three significant digits, more before the point where there are more."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+    description = "; ".join(
+        f"{dot.label}: {dot.y:.2f} % at {digits(dot.x)} ms{', on the front' if dot.front else ''}" for dot in dots
+    )
+    return _figure(name, f"Accuracy against latency: {description}.", height, parts)
 
 
 class _Log:
@@ -217,25 +221,25 @@ class _Log:
         return self._start + share * (self._end - self._start)
 
     def ticks(self) -> list[float]:
-        """Round values on the axis: 1, 2 and 5 times powers of ten, powers alone where those are many, even steps where few."""
+        """Round values on the axis: 1, 2 and 5 times powers of ten; only the powers if that is too many, even steps if too few."""
         exponents = range(math.floor(self._low / math.log(10)), math.ceil(self._high / math.log(10)) + 1)
         for factors in ((1, 2, 5), (1,)):
-            found = [factor * 10.0**exponent for exponent in exponents for factor in factors]
-            found = [value for value in found if self._low <= math.log(value) <= self._high]
-            if len(found) <= 7:
+            ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
+            ticks = [value for value in ticks if self._low <= math.log(value) <= self._high]
+            if len(ticks) <= 7:
                 break
-        if len(found) >= 3:
-            return found
+        if len(ticks) >= 3:
+            return ticks
         low, high = math.exp(self._low), math.exp(self._high)
         power = 10.0 ** math.floor(math.log10((high - low) / 2))
         step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= 5)
         return [step * count for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _figure(name: str, said: str, height: float, parts: Sequence[str]) -> str:
+def _figure(name: str, description: str, height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(name)}">'
-        f"<title>{escape(name)}</title><desc>{escape(said)}</desc>{''.join(parts)}</svg>"
+        f"<title>{escape(name)}</title><desc>{escape(description)}</desc>{''.join(parts)}</svg>"
     )
 
 

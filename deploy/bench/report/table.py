@@ -1,6 +1,5 @@
-"""The result of a benchmark as a table for people."""
+"""The result of a benchmark as tables in the terminal."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -11,20 +10,22 @@ from rich.table import Table
 
 from deploy.bench.candidate.layers import shares
 from deploy.bench.report.compare import Comparison
+from deploy.bench.report.labels import baseline_name, digits, short_names
 from deploy.bench.rows import BenchResult, BenchRow, LayersRow
 from deploy.host.nvidia_smi import throttled
+from deploy.words import count_of
 
 WIDTH = 100
 TOP = 10
-"""Layers that are shown of each candidate."""
+"""Number of layers shown for each candidate."""
 
 
 def print_table(result: BenchResult, file: TextIO) -> None:
-    """Write the table, its conditions and what was not run to `file`; in colour only where it is a terminal."""
+    """Write the table, its conditions and the candidates that were not run to `file`; in colour only on a terminal."""
     console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
     console.print(_table(result))
     conditions = result.conditions
-    where = f"{conditions['cpu']}, {conditions['threads']} threads, load average {conditions['load_average'][0]} at the start."
+    where = f"{conditions['cpu']}, {count_of(conditions['threads'], 'thread')}, load average {conditions['load_average'][0]} at the start."
     console.print(where, style="dim", markup=False)
     if conditions["load_average"][0] >= conditions["threads"]:
         console.print("The machine was busy: times and speed-ups may be far off. Run again when it is idle.", style="yellow")
@@ -36,12 +37,12 @@ def print_table(result: BenchResult, file: TextIO) -> None:
         console.print(_scenarios(result))
         for row in result.scenarios:
             if not row.valid:
-                said = f"{_labels([each.artifact for each in result.scenarios])[row.artifact]} on {row.backend}, {row.scenario}"
-                console.print(f"INVALID: {said}: {'; '.join(row.reasons)}", style="yellow", markup=False)
+                which = f"{short_names([other.artifact for other in result.scenarios])[row.artifact]} on {row.backend}, {row.scenario}"
+                console.print(f"INVALID: {which}: {'; '.join(row.reasons)}", style="yellow", markup=False)
         console.print(f"LoadGen's logs: {Path(result.scenarios[0].logs).parent}", style="dim", markup=False)
     for layers in result.layers:
         console.print(_layers(layers))
-    against = "eager PyTorch" if result.baseline == "eager" else result.baseline
+    against = baseline_name(result.baseline)
     console.print(f"Speed-up: over {against} in the same rounds, with its 95 % interval; = where that spans 1.", style="dim")
     console.print(f"Error: largest difference to the outputs of {against}.", style="dim")
     if throttled(conditions.get("gpu")) or throttled(conditions.get("gpu_after")):
@@ -59,12 +60,11 @@ def _loads(result: BenchResult) -> Table:
     table.add_column("backend", overflow="fold", min_width=12)
     for name in ("batch", "load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    labels = _labels([row.artifact for row in result.loads])
+    labels = short_names([row.artifact for row in result.loads])
     for row in result.loads:
-        callers = "1 caller" if row.concurrency == 1 else f"{row.concurrency} callers"
-        load = callers if row.concurrency else f"{row.rate:g}/s"
-        times = [_digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
-        cells = (escape(labels[row.artifact]), row.backend, str(row.batch), load, _digits(row.requests_per_s), *times)
+        load = count_of(row.concurrency, "caller") if row.concurrency else f"{row.rate:g}/s"
+        times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
+        cells = (escape(labels[row.artifact]), row.backend, str(row.batch), load, digits(row.requests_per_s), *times)
         table.add_row(*cells, style="yellow" if row.unanswered else None)
     if any(row.unanswered for row in result.loads):
         table.caption = "Where a rate is more than a candidate answers, its times grow with the length of the test."
@@ -79,26 +79,26 @@ def _scenarios(result: BenchResult) -> Table:
     table.add_column("verdict", no_wrap=True)
     for name in ("result", "queries", "p50 ms", "p90 ms", "p99 ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    labels = _labels([row.artifact for row in result.scenarios])
+    labels = short_names([row.artifact for row in result.scenarios])
     for row in result.scenarios:
         cells = [labels[row.artifact], row.backend, row.scenario, "VALID" if row.valid else "INVALID"]
-        cells += [f"{_digits(row.value)} {row.unit}", f"{row.queries:,}", *map(_digits, (row.p50_ms, row.p90_ms, row.p99_ms))]
+        cells += [f"{digits(row.value)} {row.unit}", f"{row.queries:,}", *map(digits, (row.p50_ms, row.p90_ms, row.p99_ms))]
         table.add_row(*map(escape, cells), style=None if row.valid else "yellow")
-    told = [row for row in result.scenarios if row.target_qps is not None]
-    if told:
-        table.caption = f"Of server: {told[0].target_qps:.3g} queries/s, 99 % of them within {told[0].target_ms:.3g} ms."
+    server = next((row for row in result.scenarios if row.target_qps is not None), None)
+    if server is not None:
+        table.caption = f"Of server: {server.target_qps:.3g} queries/s, 99 % of them within {server.target_ms:.3g} ms."
     return table
 
 
 def _layers(row: LayersRow) -> Table:
-    """The ten layers that take the longest."""
-    found = shares(row.layers)
+    """The layers that take the longest, TOP of them."""
+    layers = shares(row.layers)
     name = f"{Path(row.artifact).name} on {row.backend}, batch {row.batch}"
     whole = sum(layer.ms for layer in row.layers)
-    shown = found[:TOP]
+    shown = layers[:TOP]
     table = Table(
         box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left", title_style="bold",
-        title=escape(f"{name}: {len(shown)} of {len(found)} layers, {sum(part for _, part in shown):.0%} of {_digits(whole)} ms"),
+        title=escape(f"{name}: {len(shown)} of {count_of(len(layers), 'layer')}, {sum(part for _, part in shown):.0%} of {digits(whole)} ms"),
     )  # fmt: skip
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -107,42 +107,43 @@ def _layers(row: LayersRow) -> Table:
     table.add_column("ONNX node", overflow="ellipsis", no_wrap=True, max_width=32)
     for layer, part in shown:
         module = _first(layer.modules) if layer.modules != ("",) else "(the model itself)"
-        cells = [_digits(layer.ms), f"{part:.0%}", layer.operator, module, _first(layer.nodes) or layer.name]
+        cells = [digits(layer.ms), f"{part:.0%}", layer.operator, module, _first(layer.nodes) or layer.name]
         table.add_row(*map(escape, cells))
     return table
 
 
 def _first(names: Sequence[str]) -> str:
-    """The first of them, and how many there are besides."""
+    """The first name that is not empty, and the number of others: `conv1 +2`."""
     named = [name for name in names if name]
     return f"{named[0]}{f' +{len(named) - 1}' if len(named) > 1 else ''}" if named else ""
 
 
-def print_comparison(found: Comparison, file: TextIO) -> None:
-    """Write what became slower or faster to `file`."""
+def print_comparison(comparison: Comparison, file: TextIO) -> None:
+    """Write the changes of speed to `file`."""
     console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("artifact", overflow="fold", min_width=8)
     table.add_column("backend", overflow="fold", min_width=12)
     for name in ("batch", "old p50 ms", "new p50 ms", "times as fast", ""):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    worse = found.regressions
-    for change in found.changes:
+    worse = comparison.regressions
+    for change in comparison.changes:
         speed = f"{change.speed.value:.2f} ({change.speed.low:.2f}-{change.speed.high:.2f})"
-        told = "regression" if change in worse else "baseline" if change.is_baseline else change.verdict
-        cells = (escape(change.artifact), change.backend, str(change.batch), *map(_digits, change.p50_ms), speed, told)
+        verdict = "regression" if change in worse else "baseline" if change.is_baseline else change.verdict
+        cells = (escape(change.artifact), change.backend, str(change.batch), *map(digits, change.p50_ms), speed, verdict)
         table.add_row(*cells, style="red" if change in worse else None)
     console.print(table)
     console.print(
         "Times as fast: relative to the baseline of each run, with its 95 % interval; the baseline by its time.", style="dim"
     )
-    for title, keys in (("Only in the old", found.only_old), ("Only in the new", found.only_new)):
+    for title, keys in (("Only in the old", comparison.only_old), ("Only in the new", comparison.only_new)):
         for artifact, backend, batch in keys:
             console.print(f"{title}: {artifact} on {backend}, batch {batch}", style="dim", markup=False)
     if worse:
-        console.print(f"{len(worse)} lost more than {found.tolerance:.0%} of their speed.", style="red")
+        lost = f"{count_of(len(worse), 'candidate')} lost more than {comparison.tolerance:.0%} of {'its' if len(worse) == 1 else 'their'} speed."
+        console.print(lost, style="red")
     else:
-        console.print(f"None lost more than {found.tolerance:.0%} of its speed.")
+        console.print(f"None lost more than {comparison.tolerance:.0%} of its speed.")
 
 
 def _table(result: BenchResult) -> Table:
@@ -152,7 +153,7 @@ def _table(result: BenchResult) -> Table:
     table.add_column("backend", overflow="fold", min_width=12)
     for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", "error"):
         table.add_column(name, justify="right", no_wrap=True)
-    labels = _labels([row.artifact for row in result.results])
+    labels = short_names([row.artifact for row in result.results])
     batch = None
     for row in result.results:
         if batch not in (None, row.batch):
@@ -162,24 +163,12 @@ def _table(result: BenchResult) -> Table:
     return table
 
 
-def _labels(paths: Sequence[str]) -> dict[str, str]:
-    """The last part of each path where that tells them apart, else the whole."""
-    unique = set(paths)
-    names = Counter(Path(path).name for path in unique)
-    return {path: Path(path).name if names[Path(path).name] == 1 else path for path in unique}
-
-
 def _cells(row: BenchRow) -> tuple[str, ...]:
     same = "= " if row.verdict == "no difference" else ""
     speed = "1" if row.verdict == "baseline" else f"{same}{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
     error = "not finite" if row.max_abs_error is None else f"{row.max_abs_error:.1e}" if row.max_abs_error else "0"
-    times = [_digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms)]
-    return (row.precision, row.backend, str(row.batch), *times, _digits(row.images_per_s), speed, error)
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, more before the point where there are more."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+    times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms)]
+    return (row.precision, row.backend, str(row.batch), *times, digits(row.images_per_s), speed, error)
 
 
 def _best(result: BenchResult, row: BenchRow) -> bool:

@@ -1,6 +1,7 @@
 """LoadGen over sessions: the real one, its verdicts, and what it says of them."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,41 @@ def test_logs_of_another_kind_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "candidates",
+    [
+        [("build/net", "onnxruntime"), ("old/net", "onnxruntime"), ("/tmp/net", "onnxruntime"), ("net", "onnxruntime")],
+        [("a/net:v1", "null"), ("a/net-v1", "null"), ("b/net:v1", "null")],
+        [("net", "onnxruntime:cuda"), ("net-onnxruntime", "cuda"), ("net", "onnxruntime-cuda")],
+        [("a/net", "null"), ("b/net", "null"), ("a/net-null-2", "null"), ("a/net", "null-2")],
+        [("a/net", "null"), ("a/net-null", "2"), ("b/net", "null")],
+        [(".", "null"), ("..", "null"), ("/", "null")],
+    ],
+)
+def test_every_candidate_has_a_folder_to_itself(candidates: list[tuple[str, str]]) -> None:
+    names = loadgen.folder_names(candidates)
+    assert len({f"{name}-{scenario}" for name in names for scenario in SCENARIOS}) == len(candidates) * len(SCENARIOS)
+    assert all(name == Path(name).name for name in names)
+    assert names[0] == f"{Path(candidates[0][0]).name}-{candidates[0][1]}".replace(":", "-")
+
+
+def test_artifacts_of_one_base_name_do_not_share_logs(run: Any, lenet5: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(lenet5.path, tmp_path / "other" / "lenet5")
+    done = run(
+        "bench", lenet5.path, tmp_path / "other" / "lenet5", "--backend", "null", "--batch", "1", "--seconds", "0.1",
+        "--load-seconds", "0.1", "--scenario", "offline", "--logs", tmp_path / "logs", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "r.json").read_text())["scenarios"]
+    assert [Path(row["logs"]).name for row in rows] == ["lenet5-eager-offline", "lenet5-null-offline", "lenet5-null-2-offline"]
+    assert all((Path(row["logs"]) / "mlperf_log_summary.txt").is_file() for row in rows)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "batch"}, "unknown --scenario 'batch'"),
-        ({"name": "offline", "target_qps": 3.0}, "--target-qps goes with --scenario server"),
-        ({"name": "server", "target_ms": 0.0}, "--target-ms must be more than 0"),
+        ({"name": "batch"}, "unknown scenario 'batch'"),
+        ({"name": "offline", "target_qps": 3.0}, "`target_qps` is only for `scenarios` server"),
+        ({"name": "server", "target_ms": 0.0}, "`target_ms` must be more than 0"),
     ],
 )
 def test_scenarios_are_checked(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
 from deploy.bench.candidate.traffic import Load, put_on
-from deploy.bench.plan import BenchOptions
+from deploy.bench.options import BenchOptions
 from deploy.errors import BackendError, UsageError
 
 
@@ -84,7 +84,7 @@ def test_loads_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> None
 
 def test_a_benchmark_puts_every_candidate_under_every_load(shared_lenet5: Artifact) -> None:
     loads = (Load(concurrency=2), Load(rate=100.0))
-    options = BenchOptions(backends=("onnxruntime",), batches=(2,), seconds=0.2, loads=loads, load_s=0.3)
+    options = BenchOptions(backends=("onnxruntime",), batches=(2,), seconds=0.2, loads=loads, load_seconds=0.3)
     found = bench([shared_lenet5], options)
     assert [(row.backend, row.concurrency, row.rate) for row in found.loads] == [
         ("eager", 2, None),

@@ -48,7 +48,7 @@ def test_a_slower_candidate_is_a_regression(tmp_path: Path) -> None:
     assert fast.speed.value == pytest.approx(2 / 2.4, rel=0.02)
     assert fast.speed.low < fast.speed.value < fast.speed.high < 0.95
     assert "regression" in shown(found)
-    assert "1 lost more than 5% of their speed" in shown(found)
+    assert "1 candidate lost more than 5% of its speed" in shown(found)
     assert not compare(tmp_path, document(10, 2, 0), document(10, 2.4, 9), tolerance=0.3).regressions
     assert json.loads(json.dumps(found.to_json()))["regressions"] == [["build/net", "onnxruntime", 1]]
 

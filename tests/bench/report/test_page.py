@@ -16,7 +16,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.bench.bench import bench
 from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
-from deploy.bench.plan import BenchOptions
+from deploy.bench.options import BenchOptions
 from deploy.bench.report import render
 from deploy.bench.report.charts import _Log
 from deploy.bench.report.page import verdict
@@ -28,7 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def document(shared_lenet5: Artifact, half: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("loadgen")
     options = BenchOptions(
-        backends=("onnxruntime", "null"), batches=(1, 4), seconds=0.6, layers=True, load_s=0.2, logs=folder,
+        backends=("onnxruntime", "null"), batches=(1, 4), seconds=0.6, layers=True, load_seconds=0.2, logs=folder,
         loads=(Load(concurrency=2),), scenarios=(Scenario(name="single-stream"), Scenario(name="server", target_qps=500, target_ms=0.001)),
     )  # fmt: skip
     found: dict[str, Any] = json.loads(json.dumps(bench([shared_lenet5, half], options).to_json()))
@@ -121,6 +121,30 @@ def test_lineage_and_conditions_are_told(document: dict[str, Any], half: Artifac
     assert "parity: max abs" in lineage
     for word in ("processor", "governor", "load average", "versions", "git revision"):
         assert f"<dt>{word}</dt>" in lineage
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "callers", "shown"),
+    [(1, 1, 1, ("1 core, 1 thread<", "<td>1 caller<")), (2, 1, 2, ("2 cores, 1 thread<", "<td>2 callers<"))],
+)
+def test_one_is_no_plural(document: dict[str, Any], cores: int, threads: int, callers: int, shown: tuple[str, str]) -> None:
+    changed = json.loads(json.dumps(document))
+    changed["conditions"].update(cores=cores, threads=threads)
+    for row in changed["loads"]:
+        row["concurrency"] = callers
+    page = render(changed)
+    assert all(text in page for text in shown)
+
+
+def test_artifacts_of_one_base_name_are_told_apart(document: dict[str, Any]) -> None:
+    twins = json.loads(json.dumps(document).replace(f'{half_name(document)}"', 'elsewhere/lenet5"'))
+    titles = [figure.findtext("title") for figure in figures(render(twins))]
+    assert "elsewhere/lenet5 fp16, onnxruntime, batch 1" in titles
+    assert "lenet5 fp32, onnxruntime, batch 1" not in titles
+
+
+def half_name(document: dict[str, Any]) -> str:
+    return next(row["artifact"] for row in document["results"] if row["precision"] == "fp16")
 
 
 def test_loads_and_verdicts_are_tables_and_what_was_invalid_says_why(document: dict[str, Any]) -> None:

@@ -76,3 +76,11 @@ def test_a_long_backend_is_folded_and_not_cut(result: BenchResult) -> None:
     start = lines[0].index("backend")
     folded = [line[start : lines[0].index("batch")].strip() for line in lines[1:4]]
     assert "".join(folded) == backend
+
+
+@pytest.mark.parametrize(
+    ("threads", "shown"), [(1, "GHz, 1 thread, load"), (2, "GHz, 2 threads, load"), (16, "GHz, 16 threads, load")]
+)
+def test_threads_are_counted_as_people_do(result: BenchResult, threads: int, shown: str) -> None:
+    conditions = {**result.conditions, "threads": threads}
+    assert shown in text(BenchResult(conditions=conditions, results=result.results, skipped=()))

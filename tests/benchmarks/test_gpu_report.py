@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
 ONE = {"value": 2.5, "low": 2.0, "high": 3.0}
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import gpu_report  # type: ignore[import-not-found]
-
-    return gpu_report  # type: ignore[no-any-return]
+def report(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("gpu_report")
 
 
 def part(name: str, **found: Any) -> dict[str, Any]:
