@@ -14,7 +14,7 @@ from deploy.bench.candidate.traffic import Load
 from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.catalog import AUTO, BACKENDS, ENGINES, refuse_engine, split_backend
+from deploy.runtime.catalog import AUTO, BACKENDS, refuse_engine, split_backend
 from deploy.runtime.load import import_backend
 
 BATCHES = (1, 8, 32)
@@ -22,11 +22,6 @@ BATCHES = (1, 8, 32)
 
 BASELINE = "eager"
 """What everything is compared with unless another is named."""
-
-_MODULE_BACKENDS = ("eager", "compile")
-"""They run the module that all artifacts descend from, whatever the artifact."""
-
-_GPU_VARIANTS = {"cuda", "tensorrt", "cuda_graph"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +68,7 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for backend in (self.baseline, *self.backends):
             split_backend(backend)
-        if split_backend(self.baseline)[0] in ENGINES:
+        if split_backend(self.baseline)[0].runs == "engine":
             raise UsageError(f"--baseline {self.baseline}: an engine can be no baseline; name what runs the export or its module")
         for batch in self.batches:
             if batch < 1:
@@ -162,9 +157,9 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     runnable = []
     skipped = []
     for backend in options.backends:
-        name, _ = split_backend(backend)
-        if name in ENGINES and name not in flavours:
-            reason = f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
+        runner, _ = split_backend(backend)
+        if runner.runs == "engine" and runner.name not in flavours:
+            reason = f"{runner.name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
             if not options.skip_missing:
                 raise BackendError(reason)
             skipped += [Skipped(artifact=artifact.shown, backend=backend, reason=reason) for artifact in artifacts[:1]]
@@ -177,7 +172,7 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
         except (ArtifactError, BackendError) as error:
             if named:
                 raise
-            missing = target.flavour if target else "eager"
+            missing = target.flavour if target else BASELINE
             skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
         else:
             runnable.append(artifact)
@@ -247,18 +242,17 @@ def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
     """Those of `backends`, or of the default ones where there are none, that run the artifact and not the module."""
     target = artifact.manifest.target
     if target is not None:
-        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0] == target.flavour]
-    others = (*ENGINES, *_MODULE_BACKENDS)
-    return [backend for backend in backends or AUTO if split_backend(backend)[0] not in others]
+        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0].name == target.flavour]
+    return [backend for backend in backends or AUTO if split_backend(backend)[0].runs == "onnx"]
 
 
 def _runs_module(backend: str) -> bool:
-    return split_backend(backend)[0] in _MODULE_BACKENDS
+    return split_backend(backend)[0].runs == "module"
 
 
 def _gpu_only(backend: str) -> bool:
-    name, variant = split_backend(backend)
-    return name in ENGINES or not _GPU_VARIANTS.isdisjoint(variant)
+    runner, variant = split_backend(backend)
+    return runner.needs_gpu(variant)
 
 
 def _device(backend: str, device: str, on_gpu: bool) -> str:

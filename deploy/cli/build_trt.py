@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from deploy.artifact.manifest import FLAVOURS
 from deploy.artifact.summary import share_text, summary
 from deploy.cli.common import PATH, debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.quantize import quantize_options
@@ -19,7 +20,7 @@ from deploy.errors import UsageError
 @click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Real images for activation ranges and parity of the conversion.")
 @click.option("--int8", is_flag=True, help="Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
 @quantize_options
-@click.option("--flavour", default="auto", show_default=True, metavar="F", help="auto, tensorrt or tensorrt-rtx.")
+@click.option("--flavour", default="auto", show_default=True, metavar="F", help=f"auto, {' or '.join(FLAVOURS)}.")
 @click.option(
     "--shapes",
     multiple=True,

@@ -18,6 +18,7 @@ from deploy.data.images import ImageInput, read_folder
 from deploy.errors import DataError, UsageError
 from deploy.evaluation.classifier import check_names, classifier
 from deploy.progress import Progress, silent
+from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.load import load
 from deploy.runtime.session import Session
 
@@ -123,8 +124,10 @@ def _batches(source: ImageInput, samples: Sequence[tuple[Path, int]], size: int)
 
 
 def _warn_of_zeros(session: Session) -> None:
-    if session.backend == "null":
-        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
+    if not BACKENDS[session.backend].computes:
+        logger.warning(
+            "%s computes nothing: all logits are 0, so that classes mean nothing, and only the speed does", session.backend
+        )
 
 
 def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list[int]:

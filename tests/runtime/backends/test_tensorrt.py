@@ -148,7 +148,7 @@ def test_of_several_profiles_the_nearest_that_holds_the_shapes_is_used(trt: Any,
     with deploy.load(make(profiles=((1, 4), (4, 64)))) as session:
         for rows, profile in ((1, 0), (64, 1), (4, 0), (20, 1), (2, 0)):
             np.testing.assert_array_equal(session(batch(rows)), 2 * batch(rows))
-            assert session._contexts[0]._context.profile == profile
+            assert session._contexts.made[0]._context.profile == profile
         with pytest.raises(InputError, match="expected x=1x4:2x4:4x4 or x=4x4:34x4:64x4"):
             session(batch(65))
 
@@ -233,7 +233,7 @@ def test_graphs_are_bounded(trt: Any, gpu: Any, make: Make) -> None:
         for _ in range(2):
             for rows in range(1, 21):
                 np.testing.assert_array_equal(session(batch(rows)), 2 * batch(rows))
-        assert len(session._contexts[0]._graphs) == 8
+        assert len(session._contexts.made[0]._graphs) == 8
 
 
 def test_where_no_graph_can_be_captured_it_is_said_once_and_runs_go_on(
