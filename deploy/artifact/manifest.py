@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
@@ -26,6 +26,10 @@ RUNTIME_CACHE = "runtime.cache"
 
 Kind = Literal["onnx", "engine"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+FlavourName = Literal["tensorrt", "tensorrt-rtx"]
+
+FLAVOURS: tuple[FlavourName, ...] = get_args(FlavourName)
+"""The flavours of TensorRT, each of which builds and runs engines of its own."""
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,7 +96,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     every GPU from compute capability 8.0 on. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
     """
 
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    flavour: FlavourName
     version: str
     gpu: str | None
     compute_capability: str | None

@@ -31,6 +31,7 @@ from deploy.evaluation.evaluate import evaluate
 from deploy.host.cpu import usable_cores
 from deploy.host.nvidia_smi import gpu_state
 from deploy.progress import Progress, silent
+from deploy.runtime.catalog import split_backend
 from deploy.runtime.session import SessionOptions
 
 
@@ -124,7 +125,7 @@ def _under_roof(rows: Sequence[BenchRow], candidates: Sequence[Candidate], peak:
         if key not in works:
             works[key] = count_work(candidate.artifact, candidate.sizes(row.batch))
         work = works[key]
-        if work is not None and work.operations and row.backend != "null":
+        if work is not None and work.operations and split_backend(row.backend)[0].computes:
             row = replace(row, gflops=work.operations / row.p50_ms / 1e6, roof_gflops=attainable(work, peak) / 1e9)
         roofed.append(row)
     return roofed

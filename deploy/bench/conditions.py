@@ -11,6 +11,7 @@ from typing import Any
 from deploy.host.cpu import cache_bytes, cpu_model, governor, usable_cores
 from deploy.host.nvidia_smi import gpu_state
 from deploy.host.versions import versions
+from deploy.runtime.catalog import LIBRARIES
 
 
 def conditions(*, threads: int, device: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "gpu": gpu_state() if device != "cpu" else None,
         "revision": revision(),
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
     }
 
 

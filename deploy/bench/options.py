@@ -8,7 +8,7 @@ from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.shapes import parse_shapes
 from deploy.errors import UsageError
-from deploy.runtime.catalog import BACKENDS, ENGINES, split_backend
+from deploy.runtime.catalog import BACKENDS, split_backend
 
 BASELINE = "eager"
 """The baseline unless another is named."""
@@ -58,7 +58,7 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for backend in (self.baseline, *self.backends):
             split_backend(backend)
-        if split_backend(self.baseline)[0] in ENGINES:
+        if split_backend(self.baseline)[0].runs == "engine":
             raise UsageError(
                 f"`baseline` {self.baseline}: an engine cannot be the baseline; name a backend that runs the export or its module"
             )

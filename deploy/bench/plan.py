@@ -9,20 +9,15 @@ from typing import TypedDict
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import artifacts_under
 from deploy.artifact.tensors import batch_dim
-from deploy.bench.options import BenchOptions
+from deploy.bench.options import BASELINE, BenchOptions
 from deploy.bench.shapes import bench_dims, parse_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.catalog import AUTO, ENGINES, refuse_engine, split_backend
+from deploy.runtime.catalog import AUTO, refuse_engine, split_backend
 from deploy.runtime.load import import_backend
 
 BATCHES = (1, 8, 32)
 """Batch sizes unless the user asks for others or the artifact has a fixed one."""
-
-_MODULE_BACKENDS = ("eager", "compile")
-"""Backends that run the module that all artifacts descend from."""
-
-_GPU_VARIANTS = {"cuda", "tensorrt", "cuda_graph"}
 
 
 class Named(TypedDict):
@@ -131,9 +126,9 @@ def _without_engine(artifacts: Sequence[Artifact], options: BenchOptions) -> lis
     flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
     skipped = []
     for backend in options.backends:
-        name, _ = split_backend(backend)
-        if name in ENGINES and name not in flavours:
-            reason = f"{name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
+        runner, _ = split_backend(backend)
+        if runner.runs == "engine" and runner.name not in flavours:
+            reason = f"{runner.name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
             if not options.skip_missing:
                 raise BackendError(reason)
             skipped.append(Skipped(artifact=artifacts[0].shown, backend=backend, reason=reason))
@@ -157,7 +152,7 @@ def _runnable(
         except (ArtifactError, BackendError) as error:
             if named:
                 raise
-            missing = target.flavour if target else "eager"
+            missing = target.flavour if target else BASELINE
             skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
         else:
             runnable.append(artifact)
@@ -203,18 +198,17 @@ def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
     """Those of `backends`, by default of `AUTO`, that run the artifact itself and not the module."""
     target = artifact.manifest.target
     if target is not None:
-        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0] == target.flavour]
-    others = (*ENGINES, *_MODULE_BACKENDS)
-    return [backend for backend in backends or AUTO if split_backend(backend)[0] not in others]
+        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0].name == target.flavour]
+    return [backend for backend in backends or AUTO if split_backend(backend)[0].runs == "onnx"]
 
 
 def _runs_module(backend: str) -> bool:
-    return split_backend(backend)[0] in _MODULE_BACKENDS
+    return split_backend(backend)[0].runs == "module"
 
 
 def _gpu_only(backend: str) -> bool:
-    name, variant = split_backend(backend)
-    return name in ENGINES or not _GPU_VARIANTS.isdisjoint(variant)
+    runner, variant = split_backend(backend)
+    return runner.needs_gpu(variant)
 
 
 def _device(backend: str, device: str, on_gpu: bool) -> str:

@@ -11,6 +11,7 @@ from deploy.artifact.find import BUILD
 from deploy.cli.common import debug_option, device_option, progress_bar, threads_option
 from deploy.cli.options import PATH
 from deploy.errors import OutputError, UsageError
+from deploy.runtime.catalog import AUTO, BACKENDS
 
 if TYPE_CHECKING:
     from deploy.bench.candidate.loadgen import Scenario
@@ -26,8 +27,8 @@ STDOUT = Path("-")
     "backends",
     multiple=True,
     metavar="B",
-    help="onnxruntime, openvino, compile, tensorrt or tensorrt-rtx, some with a variant (onnxruntime:cuda,"
-    " eager:fp16,channels_last); may be repeated.  [default: onnxruntime, openvino, and for engines their flavour]",
+    help=f"{', '.join(BACKENDS)}, some with a variant (onnxruntime:cuda, eager:fp16,channels_last); may be repeated."
+    f"  [default: {', '.join(AUTO)}, and for engines their flavour]",
 )
 @click.option("--batch", "batches", default=None, metavar="1,8,32", help="Batch sizes.  [default: 1,8,32]")
 @click.option(

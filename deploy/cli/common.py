@@ -14,6 +14,7 @@ from deploy.cli.log import logged_by
 from deploy.cli.options import PATH
 from deploy.errors import UsageError
 from deploy.progress import Progress, silent
+from deploy.runtime.catalog import BACKENDS
 
 _QUIET_S = 2.0
 
@@ -33,8 +34,7 @@ def backend_option(function: _F) -> _F:
         default="auto",
         show_default=True,
         metavar="B",
-        help="auto, fastest, onnxruntime, openvino, tensorrt, tensorrt-rtx, eager, compile or null; some take a variant"
-        " (onnxruntime:cuda).",
+        help=f"auto, fastest, {', '.join(BACKENDS)}; some take a variant (onnxruntime:cuda).",
     )(function)
 
 

@@ -120,7 +120,7 @@ class EngineContext:
                     memory.read(host, self.stream)
                 self._pending.append((host, shape, dtype, memory))  # the memory is read when the stream comes to it
         except BaseException:
-            self._settle()
+            self.settle()
             raise
 
     def finish(self) -> list[np.ndarray]:
@@ -236,8 +236,8 @@ class EngineContext:
             self._event.hold(stream)
         self._busy_on = stream.handle
 
-    def _settle(self) -> None:
-        """After a failure: nothing may be under way when the context is used again."""
+    def settle(self) -> None:
+        """Wait until nothing is under way on the context's own stream, and drop the outputs of what was begun."""
         self.stream.synchronize()
         self._pending = []
 

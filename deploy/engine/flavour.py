@@ -2,16 +2,13 @@
 
 import importlib
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast
 
+from deploy.artifact.manifest import FLAVOURS, FlavourName
 from deploy.engine.bindings import Bindings
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import BackendError, UsageError
-
-FlavourName = Literal["tensorrt", "tensorrt-rtx"]
-
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "cpu"}
+from deploy.host.extras import extra_of
 
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX builds for when no GPU is named."""
@@ -40,13 +37,13 @@ def load_flavour(name: str = "auto") -> Flavour:
             name = "tensorrt"
         else:
             name = "tensorrt-rtx"
-    if name not in get_args(FlavourName):
-        raise UsageError(f"unknown flavour {name!r}; expected auto, tensorrt or tensorrt-rtx")
+    if name not in FLAVOURS:
+        raise UsageError(f"unknown flavour {name!r}; expected auto, {' or '.join(FLAVOURS)}")
     try:
         trt = _import(name)
     except (ImportError, OSError) as error:
-        raise BackendError(f"{name} is not installed: pip install 'deploy[{_EXTRAS[name]}]' ({error})") from error
-    flavour = Flavour(name=name, version=_version(trt), trt=trt)  # type: ignore[arg-type]
+        raise BackendError(f"{name} is not installed: pip install 'deploy[{extra_of(_module(name))}]' ({error})") from error
+    flavour = Flavour(name=name, version=_version(trt), trt=trt)
     if not flavour.builds_without_gpu and not has_gpu():
         raise BackendError(
             f"{name} {flavour.version} builds on an NVIDIA GPU, and there is none here; use --flavour tensorrt-rtx"
@@ -59,10 +56,15 @@ def _version(trt: Bindings) -> str:
 
 
 def _import(name: str) -> Bindings:
-    module = importlib.import_module(_MODULES[name])
+    module = importlib.import_module(_module(name))
     if not hasattr(module, "Builder"):
-        raise ImportError(f"the module {_MODULES[name]} is there without the library, as of stubs or of an old installation")
+        raise ImportError(f"the module {_module(name)} is there without the library, as of stubs or of an old installation")
     return cast(Bindings, module)
+
+
+def _module(name: str) -> str:
+    """The Python module of a flavour."""
+    return name.replace("-", "_")
 
 
 def _importable(name: str) -> bool:

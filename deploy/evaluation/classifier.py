@@ -9,6 +9,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec, format_specs
 from deploy.data.images import ImageInput, image_input
 from deploy.errors import UsageError
+from deploy.runtime.catalog import BACKENDS
 from deploy.words import count_of
 
 logger = logging.getLogger(__name__)
@@ -55,5 +56,5 @@ def check_names(artifact: Artifact, count: int) -> None:
 
 def warn_if_null(backend: str) -> None:
     """Log a warning that the classes mean nothing where `backend` computes nothing."""
-    if backend == "null":
-        logger.warning("null computes nothing: all logits are 0, so that classes mean nothing, and only the speed does")
+    if not BACKENDS[backend].computes:
+        logger.warning("%s computes nothing: all logits are 0, so that only the speed means something", backend)

@@ -3,10 +3,8 @@
 import platform
 from importlib import metadata
 
-LIBRARIES = ("deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 
-
-def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
+def versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Version of Python and of each installed distribution; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact, parent_record
-from deploy.artifact.manifest import ENGINE, ONNX, Manifest, Stage
+from deploy.artifact.manifest import ENGINE, FLAVOURS, ONNX, Manifest, Stage
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
@@ -56,7 +56,7 @@ class BuildTrtOptions:
     fp16_io: bool = option(False, "Inputs and outputs in FP16 too.")
     data: Path | None = option(None, "Real images for activation ranges and parity of the conversion.", metavar="IMAGEFOLDER")
     int8: bool = option(False, "Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
-    flavour: str = option("auto", "auto, tensorrt or tensorrt-rtx.", metavar="F")
+    flavour: str = option("auto", f"auto, {' or '.join(FLAVOURS)}.", metavar="F")
     shapes: tuple[str, ...] = option(
         (),
         "Range of one input's shape, such as x=1x8:4x8:9x8; the same input again begins the next optimization profile.",

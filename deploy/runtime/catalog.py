@@ -1,33 +1,73 @@
-"""The backends: their names, variants and order."""
+"""The catalog of backends: what must be known of each before its library is imported. Everything else asks here.
+
+A new backend is a file in `deploy/runtime/backends` and a line in `BACKENDS`.
+"""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import FLAVOURS
 from deploy.errors import BackendError, UsageError
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "eager", "compile", "null")
-"""Every backend, in the order in which they are listed and benchmarked. `onnxruntime:cuda` is one with a variant."""
-ENGINES = ("tensorrt", "tensorrt-rtx")
-"""Backends that run engines, each those of its own flavour; the others run ONNX files or the module."""
-VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "onnxruntime": (("cuda", "tensorrt"), ("tf32",)),
-    "tensorrt": (("cuda_graph",),),
-    "tensorrt-rtx": (("cuda_graph",),),
-    "eager": (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",)),
-    "compile": (
-        ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        ("fp16", "bf16"),
-        ("channels_last",),
-    ),
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend, as the catalog lists it; its file is `backends/<name>.py` (`_` for `-`).
+
+    runs: what it runs: the ONNX file, an engine of the flavour with its name, or the PyTorch module, rebuilt.
+    library: the Python module that it needs, such as `onnxruntime`; None if it needs none.
+    variants: what may follow its name after a colon, separated by commas (`onnxruntime:cuda,tf32`): at most one of each group.
+    gpu_variants: the variants that run on a GPU only. An engine always does.
+    listed: the variants that need more than the library; `deploy doctor` lists them beside the backend.
+    auto: whether `auto` tries it, in the order of the catalog. A backend that runs modules must not be: it runs the user's code.
+    computes: False for a backend that returns zeros, which says nothing about accuracy or arithmetic speed.
+    """
+
+    name: str
+    runs: Literal["onnx", "engine", "module"]
+    library: str | None = None
+    variants: tuple[tuple[str, ...], ...] = ()
+    gpu_variants: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+    auto: bool = False
+    computes: bool = True
+
+    def needs_gpu(self, variant: Sequence[str]) -> bool:
+        return self.runs == "engine" or not set(self.gpu_variants).isdisjoint(variant)
+
+
+_EAGER = (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",))
+_COMPILE = (("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), ("fp16", "bf16"), ("channels_last",))
+_ONNXRUNTIME = ("cuda", "tensorrt")
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("onnxruntime", "onnx", "onnxruntime", (_ONNXRUNTIME, ("tf32",)), _ONNXRUNTIME, listed=_ONNXRUNTIME, auto=True),
+        Backend("openvino", "onnx", "openvino", auto=True),
+        *(Backend(flavour, "engine", flavour.replace("-", "_"), (("cuda_graph",),)) for flavour in FLAVOURS),
+        Backend("eager", "module", "torch", _EAGER, ("cuda_graph",)),
+        Backend("compile", "module", "torch", _COMPILE),
+        Backend("null", "onnx", computes=False),
+    )
 }
-"""What may follow the name of a backend behind a colon, with commas between: at most one of each group."""
-AUTO = ("onnxruntime", "openvino")
-"""What `auto` tries, in this order. Never eager or compile: they run the model factory's code."""
+"""Every backend by name, in the order in which they are listed and benchmarked."""
+
+AUTO = tuple(backend.name for backend in BACKENDS.values() if backend.auto)
+"""The names that `auto` tries, in this order."""
+
+LIBRARIES = (
+    "deploy",
+    *dict.fromkeys(backend.library.replace("_", "-") for backend in BACKENDS.values() if backend.library is not None),
+)
+"""The distributions whose versions say what a measurement was made with."""
 
 
-def split_backend(backend: str) -> tuple[str, tuple[str, ...]]:
-    """`"eager:fp16,channels_last"` -> `("eager", ("fp16", "channels_last"))`.
+def split_backend(backend: str) -> tuple[Backend, tuple[str, ...]]:
+    """The backend and the variants that a name such as `eager:fp16,channels_last` consists of.
 
     Raises UsageError for an unknown backend or variant, and for variants that exclude one another.
     """
@@ -35,26 +75,27 @@ def split_backend(backend: str) -> tuple[str, tuple[str, ...]]:
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
     parts = tuple(variant.split(",")) if colon else ()
-    check_variant(name, parts)
-    return name, parts
+    check_variant(BACKENDS[name], parts)
+    return BACKENDS[name], parts
 
 
-def check_variant(backend: str, variant: Sequence[str]) -> None:
-    groups = VARIANTS.get(backend, ())
+def check_variant(backend: Backend, variant: Sequence[str]) -> None:
+    """Raise UsageError unless `backend` has all of these variants, and they may be combined."""
+    known = [name for group in backend.variants for name in group]
     for name in variant:
-        if not any(name in group for group in groups):
-            expected = f"one of {', '.join(name for group in groups for name in group)}" if groups else f"{backend} alone"
-            raise UsageError(f"{backend} has no variant {name!r}; expected {expected}")
-    for group in groups:
-        if len(found := [name for name in variant if name in group]) > 1:
-            raise UsageError(f"{backend}:{','.join(variant)}: {' and '.join(found)} exclude one another; name one of them")
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else f"{backend.name} alone"
+            raise UsageError(f"{backend.name} has no variant {name!r}; expected {expected}")
+    for group in backend.variants:
+        if len(chosen := [name for name in variant if name in group]) > 1:
+            raise UsageError(f"{backend.name}:{','.join(variant)}: {' and '.join(chosen)} exclude one another; name one of them")
 
 
 def refuse_engine(artifact: Artifact) -> None:
-    """Raise BackendError when `artifact` is an engine."""
+    """Raise BackendError if `artifact` is an engine."""
     manifest = artifact.manifest
     if manifest.kind == "engine":
-        flavour = manifest.target.flavour if manifest.target else "tensorrt"
+        flavour = manifest.target.flavour if manifest.target else FLAVOURS[0]
         parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
         raise BackendError(
             f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the backend {flavour}; run the ONNX"

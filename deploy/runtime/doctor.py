@@ -1,34 +1,42 @@
-"""What this machine can do: processor, GPUs, driver, and each library with its version or what is missing."""
+"""The report of `deploy doctor`: what this machine can do, and which libraries are installed or missing.
 
+It needs none of the libraries that it reports on.
+"""
+
+import importlib.util
 import platform
-from importlib import metadata
 from typing import Any
 
+from deploy.artifact.manifest import FLAVOURS
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import load_flavour
 from deploy.errors import DeployError
 from deploy.host.cpu import cpu_model, usable_cores
+from deploy.host.extras import EXTRAS
 from deploy.host.nvidia_smi import list_gpus
-from deploy.runtime.catalog import BACKENDS, ENGINES, split_backend
+from deploy.host.versions import versions
+from deploy.runtime.catalog import BACKENDS, split_backend
 from deploy.runtime.load import import_backend
+from deploy.version import __version__
 
-LISTED = ("onnxruntime", "onnxruntime:cuda", "onnxruntime:tensorrt", *BACKENDS[1:])
-"""Backends, and the variants that need more than the backend does."""
-
-_QUERY = ("name", "compute_cap", "memory.total", "driver_version")
+OPTIONAL = ("timm", "torchvision")
+"""Distributions that no extra brings by itself, or that a user may want alone."""
 
 
 def examine() -> dict[str, Any]:
-    """A JSON-like report.
+    """The report, ready for JSON.
 
-    `backends` and `flavours` are lists of `name`, `available` and either `version` or `reason`; `gpus` a list of
-    `name`, `compute_capability`, `memory_mib`, `driver`, with the reason in `gpus_missing` where it is empty.
+    `backends`, `flavours` and `optional` are lists of `name`, `available` and either `version` or `reason`. `extras` is a list
+    of `name`, `available`, `install` (the pip command) and `libraries`, each with `name` and `version`, None if it is missing.
+    `gpus` is a list of `name`, `compute_capability`, `memory_mib` and `driver`; `gpus_missing` is the reason if it is empty.
+    `torch` has `version`, `cuda` and `cuda_available`, and a `reason` if it cannot be imported.
     """
     gpus, reason = list_gpus()
     no_gpu = None if gpus or has_gpu() else f"runs on an NVIDIA GPU: {reason}"
+    listed = [f"{name}:{variant}" if variant else name for name in BACKENDS for variant in ("", *BACKENDS[name].listed)]
     return {
         "schema": 1,
-        "deploy": _version("deploy"),
+        "deploy": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
@@ -36,36 +44,32 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "gpus_missing": reason,
         "torch": _torch(),
-        "backends": [_backend(name, no_gpu) for name in LISTED],
-        "flavours": [_flavour(name) for name in ("tensorrt", "tensorrt-rtx")],
-        "optional": [_optional(name, extra) for name, extra in (("timm", "timm"), ("torchvision", "torchvision"))],
+        "backends": [_backend(name, no_gpu) for name in listed],
+        "flavours": [_flavour(name) for name in FLAVOURS],
+        "optional": [_optional(name) for name in OPTIONAL],
+        "extras": [_extra(name) for name in EXTRAS],
     }
 
 
 def _torch() -> dict[str, Any]:
-    import torch  # slow to load, and a report without it would still be of use
-
+    try:
+        import torch  # slow to load, and the report is of use without it
+    except (ImportError, OSError) as error:
+        return {"version": None, "cuda": None, "cuda_available": False, "reason": f"{error}: {_install('export')}"}
     cuda = torch.version.cuda
     return {"version": torch.__version__, "cuda": cuda, "cuda_available": torch.cuda.is_available()}
 
 
-def _backend(backend: str, no_gpu: str | None) -> dict[str, Any]:
-    """`no_gpu`: why there is no GPU, None where there is one."""
-    name, variant = split_backend(backend)
+def _backend(name: str, no_gpu: str | None) -> dict[str, Any]:
+    """The entry of a backend, with a variant if any. no_gpu: why there is no GPU, None if there is one."""
+    backend, variant = split_backend(name)
     try:
-        if name in ENGINES:
-            version: str | None = load_flavour(name).version
-        else:
-            version = _version({"eager": "torch", "compile": "torch", "null": "deploy"}.get(name, name))
-        module = import_backend(name)
-        missing = module.provider_missing(variant[0]) if variant else None
+        version = import_backend(backend).version(variant)
     except DeployError as error:
-        missing = str(error)
-    if missing is None and (variant or name in ENGINES):
-        missing = no_gpu
-    if missing is not None:
-        return {"name": backend, "available": False, "reason": missing}
-    return {"name": backend, "available": True, "version": version}
+        return {"name": name, "available": False, "reason": str(error)}
+    if no_gpu is not None and backend.needs_gpu(variant):
+        return {"name": name, "available": False, "reason": no_gpu}
+    return {"name": name, "available": True, "version": version}
 
 
 def _flavour(name: str) -> dict[str, Any]:
@@ -75,17 +79,23 @@ def _flavour(name: str) -> dict[str, Any]:
         return {"name": name, "available": False, "reason": str(error)}
 
 
-def _optional(name: str, install: str) -> dict[str, Any]:
-    version = _version(name)
+def _optional(name: str) -> dict[str, Any]:
+    version = _installed(name, name)
     if version is None:
-        return {"name": name, "available": False, "reason": f"pip install {install}"}
+        return {"name": name, "available": False, "reason": f"pip install {name}"}
     return {"name": name, "available": True, "version": version}
 
 
-def _version(distribution: str) -> str | None:
-    for candidate in (distribution, f"{distribution}-gpu"):
-        try:
-            return metadata.version(candidate)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def _extra(extra: str) -> dict[str, Any]:
+    libraries = [{"name": name, "version": _installed(module, name)} for module, name in EXTRAS[extra].items()]
+    available = all(library["version"] is not None for library in libraries)
+    return {"name": extra, "available": available, "install": _install(extra), "libraries": libraries}
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'deploy[{extra}]'"
+
+
+def _installed(module: str, distribution: str) -> str | None:
+    """The version of a distribution whose module can be found; None if it is missing."""
+    return versions((distribution,))[distribution] if importlib.util.find_spec(module) else None

@@ -15,7 +15,7 @@ from deploy.errors import BackendError
 from deploy.host.cache import cache_folder, keep
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.host.versions import versions
-from deploy.runtime.catalog import AUTO, refuse_engine
+from deploy.runtime.catalog import AUTO, LIBRARIES, refuse_engine
 from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess
 
@@ -39,7 +39,7 @@ def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
         "threads": options.threads,
         "device": options.device,
         "compute": options.compute,
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
     }
     key = request_digest(circumstances)
     entry = _read().get(key)

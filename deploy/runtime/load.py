@@ -2,15 +2,26 @@
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol, cast
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError
-from deploy.runtime.catalog import AUTO, split_backend
+from deploy.host.extras import extra_of, missing
+from deploy.runtime.catalog import AUTO, BACKENDS, Backend, split_backend
 from deploy.runtime.fastest import fastest_backend
 from deploy.runtime.session import Session, SessionOptions
+
+
+class BackendModule(Protocol):
+    """What every file in `deploy/runtime/backends` has."""
+
+    def version(self, variant: Sequence[str]) -> str:
+        """The version of the library. Raises BackendError, saying what to install, if `variant` needs more than there is."""
+
+    def open_session(self, artifact: Artifact, options: SessionOptions) -> Session: ...
 
 
 def load(
@@ -25,10 +36,10 @@ def load(
 ) -> Session:
     """Open an artifact or an `.onnx` file.
 
-    backend: a name from `deploy.runtime.catalog.BACKENDS`, with a variant of `VARIANTS` if any (`onnxruntime:cuda`); `auto`,
-        the flavour of an engine, else the first of onnxruntime and openvino that can run the artifact; or `fastest`, which
-        times these two once, in processes of their own at the optimal shape of the first profile, and remembers the choice
-        by artifact and machine in `fastest_file()`.
+    backend: a name from `deploy.runtime.catalog.BACKENDS`, with a variant if you like (`onnxruntime:cuda`). `auto` is the
+        flavour of an engine, and for anything else the first backend of `AUTO` that can run the artifact. `fastest` times
+        those once, in processes of their own at the optimal shape of the first profile, and remembers the choice by artifact
+        and machine in `fastest_file()`.
     device, threads, compute, contexts, rebuild: see `SessionOptions`.
 
     Raises ArtifactError, BackendError or UsageError.
@@ -41,27 +52,36 @@ def load(
 
 
 def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
-    """Open `artifact` with a backend of `BACKENDS`, and a variant behind a colon; `auto` is the flavour of an engine, and
-    for any other artifact the first of `AUTO` that can run it here.
+    """Open `artifact` with a backend of `BACKENDS`, with a variant after a colon if you like.
 
-    Raises UsageError for an unknown backend, BackendError when it is not installed or cannot run the artifact, ArtifactError when a
-    file of the artifact is damaged.
+    `auto` is the flavour of an engine, and for any other artifact the first of `AUTO` that can run it here. Raises UsageError
+    for an unknown backend, BackendError if it is not installed or cannot run the artifact, ArtifactError if a file of the
+    artifact is damaged.
     """
     options = options or SessionOptions()
     if backend == "auto" and artifact.manifest.target is not None:
         backend = artifact.manifest.target.flavour
     if backend != "auto":
-        name, variant = split_backend(backend)
-        return import_backend(name).open_session(artifact, dataclasses.replace(options, variant=variant))  # type: ignore[no-any-return]
+        chosen, variant = split_backend(backend)
+        return import_backend(chosen).open_session(artifact, dataclasses.replace(options, variant=variant))
     reasons = []
     for name in AUTO:
         try:
-            return import_backend(name).open_session(artifact, options)  # type: ignore[no-any-return]
+            return import_backend(BACKENDS[name]).open_session(artifact, options)
         except BackendError as error:
             reasons.append(f"{name}: {error}")
     raise BackendError(f"no backend can run {artifact.location} here: " + "; ".join(reasons))
 
 
-def import_backend(backend: str) -> Any:
-    """The module of a backend, without a variant. Raises BackendError when its library is not installed."""
-    return importlib.import_module(f"deploy.runtime.backends.{backend.replace('-', '_')}")
+def import_backend(backend: Backend) -> BackendModule:
+    """The module of a backend. Raises BackendError if its library is not installed, or cannot be imported."""
+    try:
+        return cast(BackendModule, importlib.import_module(f"deploy.runtime.backends.{backend.name.replace('-', '_')}"))
+    except ImportError as error:
+        if known := missing(error, f"the backend {backend.name}"):
+            raise known from error
+        if backend.library is None:
+            raise
+        raise BackendError(
+            f"{backend.library} cannot be imported ({error}); install it with: pip install 'deploy[{extra_of(backend.library)}]'"
+        ) from error

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -25,7 +25,7 @@ from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
-from deploy.runtime.catalog import ENGINES, check_variant, refuse_engine
+from deploy.runtime.catalog import BACKENDS, check_variant, refuse_engine
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
 
 _SEEN_SHAPES = 4096
@@ -96,9 +96,10 @@ class Session(ABC):
         self._describe(artifact.manifest)
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
-        if self.backend not in ENGINES:
+        backend = BACKENDS[self.backend]
+        if backend.runs != "engine":
             refuse_engine(artifact)
-        check_variant(self.backend, options.variant)
+        check_variant(backend, options.variant)
         if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
             asked = ":".join(filter(None, (self.backend, ",".join(options.variant))))
             raise BackendError(f"{asked} runs on {' or '.join(self.devices)} in this version, not on {options.device}")
@@ -125,6 +126,9 @@ class Session(ABC):
     @abstractmethod
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run once: checked arrays of the `native` sort by name in, outputs in order out. Thread-safe."""
+
+    def _stop(self) -> None:  # noqa: B027  (most backends have nothing to stop)
+        """Called once, before `close` waits for runs under way: wake what would wait for ever."""
 
     def _release(self) -> None:  # noqa: B027  (a backend with nothing to release need not say so)
         """Let go of what the backend holds. Called once; runs that have begun may still be under way."""
@@ -268,16 +272,26 @@ class Session(ABC):
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """The outputs of each feed, in order; a few feeds are taken ahead of the output that is read.
 
-        Where a backend can, copies to and from the device and the computation of neighbouring feeds overlap.
+        Where a backend can, copies to and from the device and the computation of neighbouring feeds overlap. An iterator that is
+        read after `close()` raises SessionClosedError.
         """
         running: deque[Future[dict[str, Any]]] = deque()
+
+        def finish() -> dict[str, Any]:
+            if self._closed:
+                raise closed_error(self.name)
+            try:
+                return running.popleft().result()
+            except CancelledError:  # by close(), while this waited
+                raise closed_error(self.name) from None
+
         try:
             for feed in feeds:
                 running.append(self.run_async(feed))
                 if len(running) > self.concurrency:
-                    yield running.popleft().result()
+                    yield finish()
             while running:
-                yield running.popleft().result()
+                yield finish()
         finally:
             for future in running:
                 future.cancel()
@@ -305,6 +319,7 @@ class Session(ABC):
             if self._closed:
                 return
             self._closed = True
+        self._stop()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._release()

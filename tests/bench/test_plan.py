@@ -11,6 +11,7 @@ from deploy.artifact.writer import ArtifactWriter
 from deploy.bench.options import BenchOptions
 from deploy.bench.plan import BATCHES, find_artifacts, make_plan
 from deploy.errors import ArtifactError, BackendError, UsageError
+from deploy.runtime.catalog import Backend
 
 
 def remake(artifact: Artifact, out: Path, **changes: object) -> Artifact:
@@ -102,8 +103,8 @@ def test_an_engine_runs_on_its_flavour_where_there_is_a_gpu(
     with pytest.raises(BackendError, match=r"tensorrt runs engines, and no artifact here is one of its"):
         candidates("tensorrt")
 
-    def missing(backend: str) -> None:
-        raise BackendError(f"{backend} is not installed")
+    def missing(backend: Backend) -> None:
+        raise BackendError(f"{backend.name} is not installed")
 
     monkeypatch.setattr("deploy.bench.plan.import_backend", missing)
     plan = make_plan([shared_lenet5, engine], BenchOptions(), named=False)

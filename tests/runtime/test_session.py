@@ -10,7 +10,7 @@ from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.tensors import random_feed
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
-from deploy.runtime.catalog import AUTO, BACKENDS, ENGINES
+from deploy.runtime.catalog import AUTO, BACKENDS
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 
@@ -240,7 +240,7 @@ def test_a_dynamic_dimension_without_a_profile_has_no_size(tmp_path_factory: pyt
         session.warmup()
 
 
-ON_THE_CPU = [name for name in BACKENDS if name not in ENGINES]
+ON_THE_CPU = [name for name, backend in BACKENDS.items() if backend.runs != "engine"]
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)

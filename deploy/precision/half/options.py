@@ -11,6 +11,8 @@ from deploy.options import option
 
 HalfPrecision = Literal["fp16", "bf16"]
 
+PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
+
 OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
 """The lowest opset that a graph may have: before 22, convolution and pooling are not defined for BF16."""
 
@@ -42,7 +44,7 @@ class ConvertOptions:
     atol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(HalfPrecision):
+        if self.precision not in PRECISIONS:
             raise UsageError(f"`precision` must be fp16 or bf16, not {self.precision!r}")
         if self.fp16_io and self.precision != "fp16":
             raise UsageError("`fp16_io` needs the precision fp16: inputs and outputs in BF16 are not supported")

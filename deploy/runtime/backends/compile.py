@@ -6,24 +6,20 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch._C._autograd import DeviceType
+
 from deploy.artifact.artifact import Artifact
-from deploy.errors import BackendError
-from deploy.runtime.catalog import VARIANTS
+from deploy.runtime.backends.eager import EagerSession, flatten
+from deploy.runtime.backends.eager import version as version  # it is torch too
+from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions
-
-try:
-    import torch
-    from torch._C._autograd import DeviceType
-
-    from deploy.runtime.backends.eager import EagerSession, flatten
-except ImportError as error:
-    raise BackendError(f"torch cannot be imported ({error}); install it with: pip install torch") from error
 
 # The compiler looks for a CUDA toolkit wherever it runs, and complains of one that has no GPU, while it compiles for the CPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 
-_MODES = VARIANTS["compile"][0]
+_MODES = BACKENDS["compile"].variants[0]
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of `torch.compile` in which, on a GPU, a run writes over the outputs of the run before: it replays CUDA graphs."""
 

@@ -12,20 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch._C._autograd import DeviceType
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
+from deploy.intake.build import rebuild
 from deploy.runtime.arrays import writable
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
-
-try:
-    import torch
-    from torch._C._autograd import DeviceType
-
-    from deploy.intake.build import rebuild
-except ImportError as error:
-    raise BackendError(f"torch cannot be imported ({error}); install it with: pip install torch") from error
 
 GRAPHS = 8
 """CUDA graphs that a session keeps at most, one for each shape of the inputs: those used last."""
@@ -333,6 +328,11 @@ def flatten(value: Any) -> list[torch.Tensor]:
     if value is None:
         return []
     raise TypeError(f"the module returned a {type(value).__name__}; expected tensors, or tuples, lists or dicts of them")
+
+
+def version(variant: Sequence[str]) -> str:
+    """The version of torch."""
+    return str(torch.__version__)
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

@@ -8,6 +8,7 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.runtime.session import Session, SessionOptions
+from deploy.version import __version__
 
 
 class NullSession(Session):
@@ -31,6 +32,11 @@ class NullSession(Session):
             if isinstance(dim, str)
         }
         return [np.zeros(spec.concrete(dims), dtype=spec.dtype) for spec in self.outputs]
+
+
+def version(variant: Sequence[str]) -> str:
+    """The version of deploy, which is all that this backend consists of."""
+    return __version__
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

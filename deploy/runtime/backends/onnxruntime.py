@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
@@ -27,11 +28,6 @@ from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import usable_cores
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
-
-try:
-    import onnxruntime
-except ImportError as error:
-    raise BackendError(f"onnxruntime cannot be imported ({error}); install it with: pip install 'deploy[cpu]'") from error
 
 SPIN_US = 100
 """How long an idle worker thread spins before it sleeps, in microseconds.
@@ -285,6 +281,14 @@ def _reason(error: Exception) -> str:
     """What the error says, less its number and code."""
     line = first_line(error)
     return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+
+
+def version(variant: Sequence[str]) -> str:
+    """The version of ONNX Runtime. Raises BackendError if it was built without the execution provider of the variant."""
+    for name in variant:
+        if name in PROVIDERS and (reason := provider_missing(name)):
+            raise BackendError(reason)
+    return str(onnxruntime.__version__)
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

@@ -41,11 +41,8 @@ def _without_telemetry() -> Iterator[None]:
             del modules[_TELEMETRY]
 
 
-try:
-    with _without_telemetry():
-        import openvino
-except ImportError as error:
-    raise BackendError(f"openvino cannot be imported ({error}); install it with: pip install 'deploy[cpu]'") from error
+with _without_telemetry():
+    import openvino
 
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
 
@@ -135,6 +132,11 @@ def _reason(error: Exception) -> str:
         line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API failed", "Summary:"))
     ]
     return " ".join(told) or " ".join(lines)
+
+
+def version(variant: Sequence[str]) -> str:
+    """The version of OpenVINO, without the number of the build."""
+    return str(openvino.__version__).partition("-")[0]
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

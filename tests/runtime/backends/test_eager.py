@@ -1,4 +1,3 @@
-import importlib
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from deploy.artifact.manifest import WEIGHTS
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import ArtifactError, BackendError, DeployError, UsageError
 from deploy.runtime.backends.eager import _Tf32
-from deploy.runtime.load import open_session
+from deploy.runtime.catalog import BACKENDS
+from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
 
 
@@ -110,8 +110,8 @@ def test_missing_torch_is_named_with_how_to_install_it(monkeypatch: pytest.Monke
     for name in ("eager", "compile"):
         monkeypatch.delitem(sys.modules, f"deploy.runtime.backends.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(BackendError, match=r"torch cannot be imported .*pip install torch"):
-        importlib.import_module(f"deploy.runtime.backends.{backend}")
+    with pytest.raises(BackendError, match=rf"the backend {backend} needs torch, .*pip install 'deploy\[export\]'"):
+        import_backend(BACKENDS[backend])
 
 
 @pytest.mark.parametrize(

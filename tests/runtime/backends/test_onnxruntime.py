@@ -1,4 +1,3 @@
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -15,15 +14,16 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import BackendError, UsageError
 from deploy.runtime.backends.onnxruntime import count_nodes, refuse_cpu_nodes, run_bound
-from deploy.runtime.load import open_session
+from deploy.runtime.catalog import BACKENDS
+from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
 
 
 def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "deploy.runtime.backends.onnxruntime", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"onnxruntime cannot be imported .*pip install 'deploy\[cpu\]'"):
-        importlib.import_module("deploy.runtime.backends.onnxruntime")
+    with pytest.raises(BackendError, match=r"the backend onnxruntime needs onnxruntime, .*pip install 'deploy\[cpu\]'"):
+        import_backend(BACKENDS["onnxruntime"])
 
 
 def test_auto_goes_on_to_the_next_backend_where_a_library_is_missing(

@@ -1,4 +1,3 @@
-import importlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,16 @@ from deploy.runtime.backends.openvino import (
     OpenVinoSession,
     openvino,
 )  # not by itself: imported so, it sends its usage statistics
-from deploy.runtime.load import open_session
+from deploy.runtime.catalog import BACKENDS
+from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
 
 
 def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "deploy.runtime.backends.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendError, match=r"openvino cannot be imported .*pip install 'deploy\[cpu\]'"):
-        importlib.import_module("deploy.runtime.backends.openvino")
+    with pytest.raises(BackendError, match=r"the backend openvino needs openvino, .*pip install 'deploy\[cpu\]'"):
+        import_backend(BACKENDS["openvino"])
 
 
 IMPORT = """
