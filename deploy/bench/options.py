@@ -8,7 +8,8 @@ from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.shapes import parse_shapes
 from deploy.errors import UsageError
-from deploy.runtime.catalog import BACKENDS, split_backend
+from deploy.options import option
+from deploy.runtime.catalog import AUTO, BACKENDS, split_backend
 
 BASELINE = "eager"
 """The baseline unless another is named."""
@@ -18,42 +19,44 @@ BASELINE = "eager"
 class BenchOptions:
     """How to benchmark.
 
-    baseline: the backend, with variants if any, that everything is compared with; it runs the export or its module.
-    backends: names from `BACKENDS`, with variants if any (`eager:fp16,channels_last`); empty: all of `AUTO` that are
-        installed and can run the artifact. Engines run on their flavour's, and on no other.
-    batches: batch sizes; empty: `BATCHES`, or the fixed batch of the artifacts.
-    seconds: time to spend on measuring, without start and warm-up. Slow models take longer: every candidate runs in at
-        least `MIN_ROUNDS` rounds.
-    shapes: `NAME=SHAPE`, such as `input=1x3x224x224`, for inputs with dynamic dimensions; the batch in it is not used. An
-        input without one takes the optimum of its profile, or the size of the images that its preprocessing makes.
-    threads: threads of every candidate, eager included; None: the physical cores that may be used.
-    device: device of every candidate, eager included. `auto` is the GPU for backends that run only there, and the CPU for
-        those that run only there; eager and compile run on the GPU if another candidate needs one, else on the CPU.
-    data: an ImageFolder whose images are the inputs; None: random numbers.
-    evaluate: an ImageFolder to measure the accuracy of every candidate on.
-    loads: loads that every candidate is also measured under, alone and at the first batch size, for `load_seconds` each.
-    scenarios: scenarios of MLPerf's LoadGen that every candidate also runs, for at least `load_seconds`; logs go below `logs`.
-    layers: also time the layers of every candidate, at the first batch size.
-    skip_missing: list a named backend that cannot run here, in place of raising an error.
-    different_models: allow artifacts of several state_dicts; their inputs and outputs must still be alike.
+    batches: empty for `BATCHES`, or the fixed batch of the artifacts.
+    seconds: without start and warm-up. Slow models take longer: every candidate runs in at least `MIN_ROUNDS` rounds.
+    shapes: an input without one takes the optimum of its profile, or the size of the images that its preprocessing makes.
+    threads: of every candidate, eager included; None: the physical cores that may be used.
+    device: of every candidate, eager included. `auto` is the GPU for backends that run only there, and the CPU for those that
+        run only there; eager and compile run on the GPU if another candidate needs one, else on the CPU.
+    loads, scenarios: what every candidate is also measured under, alone and at the first batch size.
+    different_models: the inputs and outputs of the artifacts must still be alike.
     """
 
-    baseline: str = BASELINE
-    backends: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    shapes: tuple[str, ...] = ()
-    seconds: float = 12.0
+    backends: tuple[str, ...] = option(
+        (),
+        f"{', '.join(BACKENDS)}, some with a variant (onnxruntime:cuda, eager:fp16,channels_last); may be repeated.",
+        flag="--backend",
+        metavar="B",
+        default=f"{', '.join(AUTO)}, and for engines their flavour",
+    )
+    batches: tuple[int, ...] = option((), "Batch sizes.", flag="--batch", metavar="1,8,32", default="1,8,32")
+    seconds: float = option(12.0, "Time to spend on measuring.", metavar="S")
+    shapes: tuple[str, ...] = option(
+        (),
+        "Shape of an input with dynamic dimensions, such as x=1x3x224x224; its batch is that of --batch.",
+        metavar="NAME=SHAPE",
+    )
+    baseline: str = option(BASELINE, "What all is compared with, with a variant if any.", metavar="B")
+    data: Path | None = option(None, "Images to run on.", metavar="IMAGEFOLDER", default="random numbers")
+    evaluate: Path | None = option(
+        None, "Measure the accuracy of every candidate on these.", flag="--eval", metavar="IMAGEFOLDER"
+    )
+    logs: Path = option(Path("build/loadgen"), "Where LoadGen's logs go.", metavar="DIR")
+    load_seconds: float = option(3.0, "Time of each load and scenario, for each candidate; MLPerf asks for 600.", metavar="S")
+    layers: bool = option(False, "Also time the layers, by ONNX node and torch module.")
+    skip_missing: bool = option(False, "List a named backend that cannot run here, and measure the rest.")
+    different_models: bool = option(False, "Compare artifacts that do not descend from the same state_dict.")
     threads: int | None = None
     device: str = "auto"
-    data: Path | None = None
-    evaluate: Path | None = None
     loads: tuple[Load, ...] = ()
-    load_seconds: float = 3.0
     scenarios: tuple[Scenario, ...] = ()
-    logs: Path = Path("build/loadgen")
-    layers: bool = False
-    skip_missing: bool = False
-    different_models: bool = False
 
     def __post_init__(self) -> None:
         for backend in (self.baseline, *self.backends):

@@ -2,48 +2,60 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from deploy.artifact.find import BUILD
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.find import BUILD, open_artifact
+from deploy.bench.candidate.loadgen import Scenario
+from deploy.bench.candidate.traffic import Load
+from deploy.bench.options import BenchOptions, parse_backends
 from deploy.cli.common import debug_option, device_option, progress_bar, threads_option
-from deploy.cli.options import PATH
+from deploy.cli.options import PATH, Numbers, options
 from deploy.errors import OutputError, UsageError
-from deploy.runtime.catalog import AUTO, BACKENDS
-
-if TYPE_CHECKING:
-    from deploy.bench.candidate.loadgen import Scenario
-    from deploy.bench.candidate.traffic import Load
+from deploy.options import collect
 
 STDOUT = Path("-")
 
 
 @click.command("bench")
 @click.argument("artifacts", nargs=-1, metavar="[ARTIFACT]...")
+@options(BenchOptions)
 @click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    metavar="B",
-    help=f"{', '.join(BACKENDS)}, some with a variant (onnxruntime:cuda, eager:fp16,channels_last); may be repeated."
-    f"  [default: {', '.join(AUTO)}, and for engines their flavour]",
-)
-@click.option("--batch", "batches", default=None, metavar="1,8,32", help="Batch sizes.  [default: 1,8,32]")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    default=12.0,
-    show_default=True,
-    metavar="S",
-    help="Time to spend on measuring.",
+    "--concurrency",
+    type=Numbers(int),
+    default=(),
+    metavar="1,2,4,8",
+    help="Also measure so many callers at a time, in a closed loop.",
 )
 @click.option(
-    "--shapes",
+    "--rate",
+    type=Numbers(float),
+    default=(),
+    metavar="R,...",
+    help="Also measure R requests a second, in an open loop with Poisson arrivals.",
+)
+@click.option(
+    "--scenario",
+    "scenarios",
     multiple=True,
-    metavar="NAME=SHAPE",
-    help="Shape of an input with dynamic dimensions, such as x=1x3x224x224; its batch is that of --batch.",
+    metavar="S,...",
+    help="Also run MLPerf's LoadGen: single-stream, multi-stream, server or offline; may be repeated.",
+)
+@click.option(
+    "--target-qps",
+    type=float,
+    metavar="Q",
+    help="Of --scenario server: queries a second.  [default: half of what the baseline can]",
+)
+@click.option(
+    "--target-ms",
+    type=float,
+    metavar="MS",
+    help="Of --scenario server: what 99 % of queries must keep to.  [default: ten runs of the baseline]",
 )
 @click.option(
     "--json",
@@ -56,60 +68,15 @@ STDOUT = Path("-")
 )
 @click.option("--report", type=PATH, metavar="FILE.html", help="Write the report, one file that needs no network.")
 @click.option(
-    "--baseline", default="eager", show_default=True, metavar="B", help="What all is compared with, with a variant if any."
-)
-@click.option("--data", type=PATH, metavar="IMAGEFOLDER", help="Images to run on.  [default: random numbers]")
-@click.option("--eval", "evaluate", type=PATH, metavar="IMAGEFOLDER", help="Measure the accuracy of every candidate on these.")
-@click.option("--concurrency", default=None, metavar="1,2,4,8", help="Also measure so many callers at a time, in a closed loop.")
-@click.option(
-    "--rate", default=None, metavar="R,...", help="Also measure R requests a second, in an open loop with Poisson arrivals."
-)
-@click.option(
-    "--scenario",
-    "scenarios",
-    multiple=True,
-    metavar="S,...",
-    help="Also run MLPerf's LoadGen: single-stream, multi-stream, server or offline; may be repeated.",
-)
-@click.option(
-    "--target-qps",
-    type=float,
-    default=None,
-    metavar="Q",
-    help="Of --scenario server: queries a second.  [default: half of what the baseline can]",
-)
-@click.option(
-    "--target-ms",
-    type=float,
-    default=None,
-    metavar="MS",
-    help="Of --scenario server: what 99 % of queries must keep to.  [default: ten runs of the baseline]",
-)
-@click.option(
-    "--logs", type=PATH, default=Path("build/loadgen"), show_default=True, metavar="DIR", help="Where LoadGen's logs go."
-)
-@click.option(
-    "--load-seconds",
-    type=float,
-    default=3.0,
-    show_default=True,
-    metavar="S",
-    help="Time of each load and scenario, for each candidate; MLPerf asks for 600.",
-)
-@click.option("--layers", is_flag=True, help="Also time the layers, by ONNX node and torch module.")
-@click.option("--skip-missing", is_flag=True, help="List a named backend that cannot run here, and measure the rest.")
-@click.option("--different-models", is_flag=True, help="Compare artifacts that do not descend from the same state_dict.")
-@click.option(
     "--compare",
     nargs=2,
     type=PATH,
     metavar="OLD.json NEW.json",
-    help="Measure nothing: say what became slower or faster between two --json files. Status 1 on a regression.",
+    help="Measure nothing: report what became slower or faster between two --json files. Status 1 on a regression.",
 )
 @click.option(
     "--tolerance",
     type=float,
-    default=None,
     metavar="SHARE",
     help="With --compare: share of its speed that a candidate may lose.  [default: 0.05]",
 )
@@ -118,67 +85,42 @@ STDOUT = Path("-")
 @debug_option
 def command(
     artifacts: tuple[str, ...],
-    backends: tuple[str, ...],
-    batches: str | None,
-    shapes: tuple[str, ...],
-    seconds: float,
     json_file: Path | None,
     report: Path | None,
-    baseline: str,
-    data: Path | None,
-    evaluate: Path | None,
-    concurrency: str | None,
-    rate: str | None,
-    scenarios: tuple[str, ...],
-    target_qps: float | None,
-    target_ms: float | None,
-    logs: Path,
-    load_seconds: float,
-    layers: bool,
-    skip_missing: bool,
-    different_models: bool,
     compare: tuple[Path, Path] | None,
     tolerance: float | None,
-    device: str,
-    threads: int | None,
+    **given: Any,
 ) -> int:
     """Time artifacts and backends, each in a process of its own and paired with eager PyTorch.
 
     Without arguments: all artifacts under build/ that descend from the same state_dict as the newest.
     """
     if compare is not None:
-        return _compare(compare, tolerance, json_file, nothing_else=not (artifacts or backends or batches or shapes))
+        measured = artifacts or given["backends"] or given["batches"] or given["shapes"]
+        return _compare(compare, tolerance, json_file, nothing_else=not measured)
     if tolerance is not None:
-        raise UsageError("--tolerance goes with --compare")
-    from deploy.artifact.find import open_artifact
-    from deploy.bench.bench import bench  # loads numpy and onnx
-    from deploy.bench.options import BenchOptions, parse_backends
-    from deploy.bench.plan import find_artifacts
-    from deploy.bench.report.table import print_table
-
-    options = BenchOptions(
-        backends=parse_backends(backends),
-        batches=_sizes(batches),
-        shapes=shapes,
-        seconds=seconds,
-        device=device,
-        threads=threads,
-        baseline=baseline,
-        data=data,
-        evaluate=evaluate,
-        loads=_loads(concurrency, rate),
-        load_seconds=load_seconds,
-        scenarios=_scenarios(scenarios, target_qps, target_ms),
-        logs=logs,
-        layers=layers,
-        skip_missing=skip_missing,
-        different_models=different_models,
-    )
+        raise UsageError("--tolerance needs --compare")
     if json_file is not None and json_file != STDOUT:
         _check_writable(json_file, "--json", ".json")
     if report is not None:
         _check_writable(report, "--report", ".html")
-    found = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
+    return _measure(artifacts, _bench_options(given), json_file, report)
+
+
+def _bench_options(given: dict[str, Any]) -> BenchOptions:
+    loads = [Load(concurrency=callers) for callers in given["concurrency"]] + [Load(rate=rate) for rate in given["rate"]]
+    scenarios = _scenarios(given["scenarios"], given["target_qps"], given["target_ms"])
+    backends = parse_backends(given["backends"])
+    chosen = collect(BenchOptions, {**given, "backends": backends})
+    return replace(chosen, loads=tuple(loads), scenarios=scenarios, device=given["device"], threads=given["threads"])
+
+
+def _measure(artifacts: tuple[str, ...], options: BenchOptions, json_file: Path | None, report: Path | None) -> int:
+    from deploy.bench.bench import bench  # these load onnx
+    from deploy.bench.plan import find_artifacts
+    from deploy.bench.report.table import print_table
+
+    found: list[Artifact] = [open_artifact(path) for path in artifacts] if artifacts else find_artifacts(BUILD)
     with progress_bar() as progress:
         result = bench(found, options, named=bool(artifacts), progress=progress)
     document = json.dumps(result.to_json(), indent=1) + "\n"
@@ -211,34 +153,12 @@ def _compare(files: tuple[Path, Path], tolerance: float | None, json_file: Path 
     return 1 if found.regressions else 0
 
 
-def _loads(concurrency: str | None, rate: str | None) -> "tuple[Load, ...]":
-    from deploy.bench.candidate.traffic import Load
-
-    try:
-        callers = [Load(concurrency=int(word)) for word in (concurrency or "").split(",") if word]
-        rates = [Load(rate=float(word)) for word in (rate or "").split(",") if word]
-    except ValueError as error:
-        raise UsageError(f"--concurrency and --rate take numbers such as 1,2,4: {error}") from None
-    return (*callers, *rates)
-
-
-def _scenarios(texts: tuple[str, ...], target_qps: float | None, target_ms: float | None) -> "tuple[Scenario, ...]":
-    from deploy.bench.candidate.loadgen import Scenario
-
+def _scenarios(texts: tuple[str, ...], target_qps: float | None, target_ms: float | None) -> tuple[Scenario, ...]:
     names = list(dict.fromkeys(word for text in texts for word in text.split(",")))
     if "server" not in names and (target_qps is not None or target_ms is not None):
-        raise UsageError("--target-qps and --target-ms go with --scenario server")
+        raise UsageError("--target-qps and --target-ms need --scenario server")
     targets = {"target_qps": target_qps, "target_ms": target_ms}
     return tuple(Scenario(name=name, **(targets if name == "server" else {})) for name in names)
-
-
-def _sizes(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"cannot read the batch sizes {text!r}; expected numbers such as 1,8,32")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _check_writable(path: Path, option: str, suffix: str) -> None:

@@ -40,6 +40,26 @@ def options(*kinds: type, leave_out: tuple[str, ...] = ()) -> Callable[[Command]
     return decorate
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click alone
+    """Numbers above 0 with commas between, such as `1,8,32`, as a tuple without repetitions."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            numbers = tuple(dict.fromkeys(self.kind(part) for part in value.split(",")))
+        except ValueError:
+            numbers = (0,)
+        if not all(number > 0 for number in numbers):
+            self.fail(f"cannot read {value!r}; expected numbers above 0 such as 1,8,32", param, ctx)
+        return numbers
+
+
 class _Switch(click.Option):
     """One of the flags that choose the value of the field `of`."""
 
@@ -67,6 +87,8 @@ def _click_options(each: "Field[Any]", described: Described, hint: Any) -> list[
                 )
             ]
         return [click.option(flag, each.name, is_flag=True, help=shown)]
+    if wanted == tuple[int, ...]:
+        return [click.option(flag, each.name, type=Numbers(int), default=each.default, metavar=described.metavar, help=shown)]
     if get_origin(wanted) is tuple or get_origin(wanted) in (Mapping, dict):
         return [click.option(flag, each.name, multiple=True, metavar=described.metavar, help=shown)]
     default = None if each.default is MISSING else each.default
