@@ -306,7 +306,7 @@ def test_an_input_of_the_wrong_rank(run: Run, lenet5: Artifact, tmp_path: Path) 
         (("build-trt", "--fp16", "--bf16"), "exclude"),
         (("eval",), "IMAGEFOLDER"),
         (("predict",), "no image"),
-        (("bench", "--batch", "1,x"), "batch sizes"),
+        (("bench", "--batch", "1,x"), "--batch"),
         (("exprot",), "export"),
     ],
 )
