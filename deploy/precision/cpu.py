@@ -96,7 +96,7 @@ def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = ir.tensor(tensor.numpy(), name=name)
             continue
-        array = np.require(tensor.numpy(), requirements="CA").view(stored)
+        array = np.require(tensor.numpy(), requirements=["C", "A"]).view(stored)
         weights[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
-        value.const_value = ir.ExternalTensor(_LOCATION, 0, array.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name)
+        value.const_value = ir.ExternalTensor(_LOCATION, 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name)
     return ir.to_proto(slim), weights

@@ -22,7 +22,7 @@ def slim_proto(model: ir.Model) -> onnx.ModelProto:
         if tensor.nbytes > _SMALL:
             del slim.graph.initializers[name]
             value.type = ir.TensorType(tensor.dtype)
-            value.shape = ir.Shape(tensor.shape)
+            value.shape = ir.Shape(tensor.shape.numpy())
             if not value.is_graph_input():
                 slim.graph.inputs.append(value)
         elif isinstance(tensor, ir.ExternalTensor):

@@ -23,7 +23,7 @@ def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], *, shown:
     """
     fixed = model.clone()
     for value in fixed.graph.inputs:
-        if value.name in shapes:
+        if value.name is not None and value.name in shapes:
             value.shape = ir.Shape(shapes[value.name])
     for node in fixed.graph.all_nodes():
         for value in node.outputs:

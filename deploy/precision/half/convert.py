@@ -33,9 +33,9 @@ def convert_model(
 ) -> list[Exclusion]:
     """Convert an FP32 model to half precision in place; returns the nodes left in FP32, with the reason.
 
-    Nodes stay FP32 if their activations on `feeds` or their weights do not fit, and if the definition of their operator
-    does not allow half precision. `shown`: what to call the model in an error. Raises PrecisionError for a graph that is not valid or
-    cannot run, and if an output is not finite in FP32.
+    Nodes stay FP32 if half precision cannot represent their weights or their activations on `feeds`, or if their operator
+    is not defined for it. `shown`: what to call the model in an error. Raises PrecisionError for a graph that is not valid
+    or cannot run, and if an output is not finite in FP32.
     """
     try:
         Prepare(opset=OPSET[precision])(model)

@@ -199,7 +199,9 @@ class _Probe:
         if self._stored is not None and self._node.op_type in _CORRECTED:
             others = [axis for axis in range(len(self._known[1].shape)) if axis != _CHANNEL_AXIS]
             tensor = ir.tensor(np.array(others, dtype=np.int64), name="axes")
-            axes.append(ir.Value(name="axes", type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor))
+            axes.append(
+                ir.Value(name="axes", type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+            )
             sums.append(ir.Node("", "ReduceSum", [error, axes[0]], whole, outputs=[_value("sum")]))
         graph = ir.Graph(
             list(inputs.values()),

@@ -30,18 +30,18 @@ PASS_THROUGH = frozenset(
         "Transpose", "Unsqueeze",
     )
 )  # fmt: skip
-"""Operators that only move or pick the numbers of their first input: INT8 goes through them as it is. Resize does when it
-takes the nearest."""
+"""Operators that only move or select the numbers of their first input, so that INT8 passes through them unchanged. For
+Resize, this holds in the mode `nearest`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What stays in floating point.
+    """Which nodes to leave in floating point.
 
     exclude: names of nodes (`layer4.0.conv1/Conv`) or of their modules (`layer4.0.conv1`), operators (`MatMul`: all of
         them), or patterns of names (`layer4*`).
-    float_first: the layers with weights that no other such layer comes before.
-    float_last: the layers with weights that no other such layer comes after.
+    float_first: the layers with weights that have no other such layer before them.
+    float_last: the layers with weights that have no other such layer after them.
     """
 
     exclude: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A weight that becomes INT8: its initializer, and the axis that has a scale for each index; None for one scale."""
+    """A weight that becomes INT8: its initializer, and the axis with one scale for each index, or None for a single scale."""
 
     initializer: str
     axis: int | None
@@ -62,10 +62,10 @@ class Placement:
     """Where the Q/DQ pairs go.
 
     nodes: names of the quantized Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
-    edges: activation tensor -> the (node, index of the input) that take it through its pair. In the order of the graph.
-    groups: tensors of `edges` that share one scale, each in one group at most.
+    edges: by activation tensor, the inputs (node, index) that read it through its pair, in the order of the graph.
+    groups: tensors of `edges` that share one scale. No tensor is in two groups.
     weights: the INT8 weight by node; a MatMul of two activations has none.
-    excluded: layers that could have been quantized by their operator and are not, with the reason.
+    excluded: layers with an operator in QUANTIZED that are not quantized, with the reason.
     """
 
     nodes: tuple[str, ...]
@@ -90,11 +90,11 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     left: dict[ir.Node, str] = {}
     for node in graph.all_nodes():
         if _is(node, QUANTIZED):
-            found = _layer(node, activations) if node.graph is graph else "it is in a subgraph"
-            if isinstance(found, str):
-                left[node] = found
+            layer = _layer(node, activations) if node.graph is graph else "it is in a subgraph"
+            if isinstance(layer, str):
+                left[node] = layer
             else:
-                layers[node] = found
+                layers[node] = layer
     asked = _asked(graph, layers, selection, stay or {})
     asked |= {node: stay[_name(node)] for node in graph.all_nodes() if stay and _name(node) in stay}
     for node in [node for node in layers if node in asked]:
@@ -107,8 +107,8 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
             f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for INT8" + (f" ({reasons[0]})" if reasons else "")
         )
     edges = _Edges(graph, activations, asked)
-    for node, layer in layers.items():
-        for index in layer.inputs:
+    for node, quantized in layers.items():
+        for index in quantized.inputs:
             edges.add(node, index)
     for node, index in _skips(graph, layers.keys(), asked):
         edges.add(node, index)
@@ -117,7 +117,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
         nodes=nodes,
         edges=edges.by_name(),
         groups=edges.groups(),
-        weights={_name(node): layer.weight for node, layer in layers.items() if layer.weight is not None},
+        weights={_name(node): quantized.weight for node, quantized in layers.items() if quantized.weight is not None},
         excluded=tuple(
             Exclusion(node=_name(node), reason=left[node]) for node in graph.all_nodes() if node in left and _is(node, QUANTIZED)
         ),
@@ -133,7 +133,7 @@ class _Layer:
 
 
 def _layer(node: ir.Node, activations: Collection[ir.Value]) -> _Layer | str:
-    """What of `node` is quantized, or why nothing can be."""
+    """The inputs and the weight of `node` to quantize, or the reason why it cannot be quantized."""
     first = node.inputs[0]
     if node.op_type not in WEIGHTED:
         return _Layer((0,)) if first in activations else "its input is no FP32 data"
@@ -157,11 +157,11 @@ def _layer(node: ir.Node, activations: Collection[ir.Value]) -> _Layer | str:
 
 
 def _channel_axis(node: ir.Node, rank: int) -> int | None:
-    """The axis of a weight that has a scale for each index, where TensorRT takes more than one.
+    """The axis of a weight with one scale for each index; None where a weight must have a single scale.
 
     TensorRT's kernels for transposed convolutions take scales along the *input* channels, and give wrong results for
-    those along the output channels (https://github.com/NVIDIA/TensorRT/issues/1694 and 2380), while the other runtimes
-    fuse only the latter: one scale is right everywhere. A MatMul by a stack of matrices has one scale too.
+    scales along the output channels (https://github.com/NVIDIA/TensorRT/issues/1694 and 2380), while the other runtimes
+    fuse only the latter: a single scale is right everywhere. A MatMul by a stack of matrices has a single scale too.
     """
     if node.op_type == "Conv":
         return 0
@@ -171,7 +171,7 @@ def _channel_axis(node: ir.Node, rank: int) -> int | None:
 
 
 class _Edges:
-    """The inputs of nodes that go through Q/DQ pairs, and which pairs share a scale."""
+    """Collects the inputs of nodes that get Q/DQ pairs, and determines which pairs share a scale."""
 
     def __init__(self, graph: ir.Graph, activations: Collection[ir.Value], asked: Collection[ir.Node]) -> None:
         self._activations = activations
@@ -187,7 +187,7 @@ class _Edges:
         self._uses.setdefault(value, []).append((node, index))
 
     def add_branches(self) -> None:
-        """Quantize the branches of every Concat that a quantized input comes from."""
+        """Quantize the branches of every Concat whose output reaches a quantized input."""
         pending = deque(self._uses)
         seen: set[ir.Node] = set()
         while pending:
@@ -211,7 +211,7 @@ class _Edges:
         }
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Tensors with one scale: those before and after nodes that pass it through, and the branches of a Concat."""
+        """Tensors that share a scale: those before and after nodes that only move numbers, and the branches of a Concat."""
         member = {value: {value} for value in self._uses}
         for value in self._uses:
             for other in self._sources(value):
@@ -224,7 +224,7 @@ class _Edges:
         return tuple(tuple(_name(value) for value in ordered if value in group) for group in unique.values())
 
     def _sources(self, value: ir.Value) -> Iterable[ir.Value]:
-        """The quantized tensors that the numbers of `value` come from, one step of quantization back."""
+        """The nearest quantized tensors before `value` that its numbers come from."""
         while (source := _passed_from(value)) is not None:
             value = source
             if value in self._uses:
@@ -235,12 +235,12 @@ class _Edges:
         return []
 
     def _shares(self, node: ir.Node) -> bool:
-        """Whether a node is a Concat of FP32 data alone."""
+        """Whether all branches of a Concat are FP32 data, so that they can share a scale."""
         return _is(node, ("Concat",)) and node not in self._asked and all(value in self._activations for value in node.inputs)
 
 
 def _passed_from(value: ir.Value) -> ir.Value | None:
-    """The tensor whose numbers `value` has, when its producer only moves or picks them."""
+    """The tensor that the numbers of `value` come from, if its producer only moves or selects them; else None."""
     node = value.producer()
     if node is None or not _is(node, PASS_THROUGH):
         return None
@@ -250,9 +250,9 @@ def _passed_from(value: ir.Value) -> ir.Value | None:
 
 
 def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.Node]) -> Iterable[tuple[ir.Node, int]]:
-    """Every residual Add, and the index of its skip input: the other one comes straight from a quantized layer.
+    """Every residual Add with the index of its skip input; the other input comes directly from a quantized layer.
 
-    Where both do, the skip is the one that is made earlier: TensorRT computes the sum inside the later layer.
+    If both inputs do, the skip input is the one computed earlier: TensorRT computes the sum inside the later layer.
     """
     order = {node: place for place, node in enumerate(graph)}
     for node in graph:
@@ -267,7 +267,7 @@ def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.No
 
 
 def _layer_before(value: ir.Value | None) -> ir.Node | None:
-    """The Conv, ConvTranspose, Gemm or MatMul that `value`, used once, comes straight from; an added bias counts as its own."""
+    """The Conv, ConvTranspose, Gemm or MatMul that directly makes `value`, which must be used once; an added bias is skipped."""
     while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
         node = value.producer()
         if node is None or _is(node, WEIGHTED):
@@ -280,7 +280,7 @@ def _layer_before(value: ir.Value | None) -> ir.Node | None:
 
 
 def _same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
-    """Whether nothing known of the shapes says that one is broadcast to the other."""
+    """Whether the known parts of the shapes allow that neither is broadcast to the other."""
     if first is None or second is None or first.shape is None or second.shape is None:
         return True
     if len(first.shape) != len(second.shape):
@@ -314,7 +314,7 @@ def _asked(
 
 
 def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool) -> list[ir.Node]:
-    """The layers with weights that no other such layer comes before (`first`) or after."""
+    """The layers with weights that have no other such layer before (`first`) or after them."""
     beyond: set[ir.Value] = set()
     found = []
     for node in graph if first else reversed(graph):
@@ -342,7 +342,7 @@ def _refuse_quantized(graph: ir.Graph) -> None:
 
 
 def _activations(graph: ir.Graph) -> set[ir.Value]:
-    """FP32 values of the main graph that are computed from what is in its inputs, and not from their shapes alone."""
+    """FP32 values of the main graph that depend on the content of its inputs, not only on their shapes."""
     live = set(graph.inputs)
     for node in graph:
         nested = any(
