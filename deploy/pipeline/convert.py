@@ -71,7 +71,7 @@ class _Convert:
         }
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.precision.half.entry import convert_onnx  # loads onnx and ONNX Runtime
+        from deploy.precision.half.convert import convert_onnx  # loads onnx and ONNX Runtime
 
         converted = convert_onnx(self._source, self._options, self._progress)
         converted.save(writer.path / ONNX)

@@ -12,9 +12,9 @@ import pytest
 
 from deploy.artifact.manifest import Exclusion
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.half.convert import ToHalf
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.options import OPSET, HalfPrecision
+from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import placement
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm

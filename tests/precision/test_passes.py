@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
-from deploy.precision.half.convert import ToHalf
 from deploy.precision.half.emulate import EMULATED, Emulate
+from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FOLDED, FoldBatchNorm
 from deploy.precision.int8.placement import Selection, place

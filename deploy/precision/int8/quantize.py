@@ -19,9 +19,9 @@ from deploy.data.calibration_set import CalibrationSet
 from deploy.errors import ParityError, UsageError
 from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
-from deploy.precision.half.convert import ToHalf
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.keep import nodes_to_keep
+from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.cache import Calibrated
