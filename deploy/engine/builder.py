@@ -72,12 +72,12 @@ def build_engine(
 def _check_flavour(flavour: Flavour, options: BuildOptions) -> None:
     if flavour.name != "tensorrt-rtx":
         if options.targets:
-            raise UsageError("--target is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
+            raise UsageError("`targets` is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
         return
     if options.timing_cache is not None:
-        raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
+        raise UsageError("`timing_cache`: tensorrt-rtx times nothing while building; leave it out")
     if options.version_compatible or options.hardware_compatible:
-        raise UsageError("--version-compatible and --hardware-compatible are for the flavour tensorrt; tensorrt-rtx has neither")
+        raise UsageError("`version_compatible` and `hardware_compatible` are for the flavour tensorrt; tensorrt-rtx has neither")
 
 
 def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: BuildOptions) -> None:
@@ -105,7 +105,7 @@ def _set_targets(config: Any, trt: Any, flavour: Flavour, targets: Sequence[str]
         if capability is None or not config.set_compute_capability(capability, index):
             known = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
             listed = ", ".join(f"{name[:-1]}.{name[-1]}" for name in known)
-            raise UsageError(f"--target {target}: {flavour.name} {flavour.version} builds for {listed}, and not for it")
+            raise UsageError(f"`targets` {target}: {flavour.name} {flavour.version} builds for {listed}, and not for it")
 
 
 def _add_profile(builder: "tensorrt.Builder", config: "tensorrt.IBuilderConfig", trt: Bindings, profile: Profile) -> None:

@@ -38,6 +38,6 @@ class BuildOptions:
             raise UsageError(f"`workspace` must be 1 MiB or more, not {self.workspace}")
         for target in self.targets:
             if not re.fullmatch(r"[1-9]\d*\.\d", target):
-                raise UsageError(f"`targets` are compute capabilities such as 8.6, not {target!r}")
+                raise UsageError(f"`targets` must be compute capabilities such as 8.6, not {target!r}")
         if len(set(self.targets)) < len(self.targets):
             raise UsageError("`targets` names one compute capability twice")
