@@ -106,39 +106,48 @@ class _Door:
             self._access.check({"authorization": headers.get("authorization", "")}, admin=name in _ADMIN)
 
     def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]], read: Callable[[bytes], Any]) -> Any:
-        async def guarded(request: Any, context: Any) -> Any:
-            start = time.perf_counter()
+        async def guarded(data: bytes, context: Any) -> Any:
+            start, request_id = time.perf_counter(), ""
             try:
                 self._check(name, context)
-                answer = await call(read(request), context)
+                request = read(data)
+                request_id = getattr(request, "id", "")
+                answer = await call(request, context)
             except Exception as error:
-                code, text = _code_of(error)
-                self._log(name, start, code, error)
-                await context.abort(code, text)
-            if self._log_requests:
-                self._log(name, start, grpc.StatusCode.OK, None)
+                await context.abort(*self._failed(name, start, error, request_id))
+            self._log(name, start, grpc.StatusCode.OK, request_id)
             return answer
 
         return guarded
 
     def _guarded_stream(self, name: str, call: Callable[[Any, Any], AsyncIterator[Any]], read: Callable[[Any], Any]) -> Any:
-        async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def guarded(data: Any, context: Any) -> AsyncIterator[Any]:
+            start = time.perf_counter()
             try:
                 self._check(name, context)
-                async for answer in call(read(request), context):
+                async for answer in call(read(data), context):
                     yield answer
+            except grpc.aio.AbortError:  # the method has logged the error and ended the call
+                raise
             except Exception as error:
-                await context.abort(*_code_of(error))
+                await context.abort(*self._failed(name, start, error))
 
         return guarded
 
-    def _log(self, name: str, start: float, code: Any, error: Exception | None) -> None:
+    def _failed(self, name: str, start: float, error: Exception, request_id: str = "") -> tuple[Any, str]:
+        """The status and the text that the client gets for an error, which goes into the log."""
+        code = _code_of(error)
+        self._log(name, start, code, request_id, error)
+        return code, answers.text_of(error)
+
+    def _log(self, name: str, start: float, code: Any, request_id: str, error: Exception | None = None) -> None:
         unexpected = error is not None and not isinstance(error, DeployError)
         if not (self._log_requests or unexpected or code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAUTHENTICATED)):
             return
         took_ms = round((time.perf_counter() - start) * 1e3, 3)
         level = logging.ERROR if code == grpc.StatusCode.INTERNAL else logging.INFO
-        extra = {"method": name, "status": code.name, "ms": took_ms, **({"error": str(error)} if error else {})}
+        extra = {"method": name, "status": code.name, "ms": took_ms}
+        extra |= {key: value for key, value in (("request_id", request_id), ("error", error and str(error))) if value}
         logger.log(level, "rpc", extra=extra, exc_info=error if unexpected else None)
 
     # What the server is and how it is.
@@ -235,14 +244,19 @@ class _Door:
         return build_response(used, asked, results)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        answer = message("inference.ModelStreamInferResponse")
+        name, answer = "ModelStreamInfer", message("inference.ModelStreamInferResponse")
         async for request in requests:
+            start = time.perf_counter()
             try:
-                yield answer(infer_response=await self.ModelInfer(request, None))
-            except DeployError as error:
-                failed = answer(error_message=str(error))
-                failed.infer_response.id = request.id
-                yield failed
+                response = answer(infer_response=await self.ModelInfer(request, None))
+                self._log(name, start, grpc.StatusCode.OK, request.id)
+            except Exception as error:
+                code, text = self._failed(name, start, error, request.id)
+                if not isinstance(error, DeployError):
+                    await context.abort(code, text)
+                response = answer(error_message=text)
+                response.infer_response.id = request.id
+            yield response
 
 
 async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -250,7 +264,8 @@ async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) ->
         yield read(data)
 
 
-def _code_of(error: Exception) -> tuple[Any, str]:
+def _code_of(error: Exception) -> Any:
+    """The gRPC status of an error."""
     if isinstance(error, DeadlineError):
-        return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
-    return _STATUS.get(answers.status_of(error), grpc.StatusCode.INTERNAL), answers.text_of(error)
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return _STATUS.get(answers.status_of(error), grpc.StatusCode.INTERNAL)

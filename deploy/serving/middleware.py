@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.errors import DeployError
+from deploy.errors import DeployError, UnavailableError
 from deploy.serving.answers import status_of, text_of
 from deploy.serving.guard import Access
 
@@ -34,11 +34,12 @@ class Guard:
     `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
     """
 
-    def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool, crowded: Callable[[], bool]) -> None:
         self._app = app
         self._infer = infer
         self._access = access
         self._log_requests = log_requests
+        self._crowded = crowded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,6 +63,8 @@ class Guard:
         path = scope["path"]
         error: str | None = None
         try:
+            if self._crowded():
+                raise UnavailableError("the server has as many connections as it takes")
             if not _OPEN.fullmatch(path):
                 self._access.check(headers, admin=_ADMIN.match(path) is not None)
             if found := _INFER.fullmatch(path):

@@ -1,7 +1,7 @@
 """The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from deploy.evaluation.classifier import classifier, likeliest
 from deploy.serving import answers, metrics
 from deploy.serving.body import read_body
 from deploy.serving.guard import Access, Limits, check_image
+from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
 from deploy.serving.protocol import build_response, parse_request, priority_of, timeout_of
@@ -26,12 +27,19 @@ _MOST_TOP = 1000
 
 
 def make_app(
-    models: Models, *, access: Access, limits: Limits, log_requests: bool = False, replica: str | None = None
+    models: Models,
+    *,
+    access: Access,
+    limits: Limits,
+    log_requests: bool = False,
+    replica: str | None = None,
+    crowded: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
     """The ASGI application over `models`.
 
-    replica: what this one is called, where it is one of several behind one address: its metrics bear the name, and models are
-    neither loaded nor unloaded in it alone.
+    replica: the name of this server, if it is one of several behind one address: its metrics have the name as a label, and it refuses
+    to load and unload models.
+    crowded: whether the server has too many connections; requests are then refused with 503.
     """
     door = _Door(models, limits, replica)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
@@ -53,7 +61,8 @@ def make_app(
             Route(f"{base}/config", door.config, methods=["GET"]),
             Route(f"{base}/stats", door.statistics, methods=["GET"]),
         ]
-    return Guard(Router(routes, redirect_slashes=False), door.infer, access, log_requests=log_requests)
+    router = Router(routes, redirect_slashes=False)
+    return Lingering(Guard(router, door.infer, access, log_requests=log_requests, crowded=crowded))
 
 
 class _Door:

@@ -38,7 +38,12 @@ class HttpDoor:
 
     @classmethod
     async def open(cls, models: Models, options: ServerOptions) -> "HttpDoor":
-        app = make_app(models, access=options.access, limits=options.limits, log_requests=options.log_requests)
+        def crowded() -> bool:
+            # As uvicorn's `limit_concurrency` counts, whose own answer is no JSON and does not linger.
+            state = server.server_state
+            return max(len(state.connections), len(state.tasks)) >= options.connections
+
+        app = make_app(models, access=options.access, limits=options.limits, log_requests=options.log_requests, crowded=crowded)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -47,7 +52,6 @@ class HttpDoor:
             proxy_headers=False,
             lifespan="off",
             ws="none",
-            limit_concurrency=options.connections,
             timeout_graceful_shutdown=round(options.drain_s) or 1,
             ssl_certfile=options.tls_cert,
             ssl_keyfile=options.tls_key,

@@ -177,15 +177,11 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read_whole(server: 
 def test_a_body_of_unknown_length_is_counted_while_it_comes(server: Server) -> None:
     host, _, port = server.http.partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
-    try:
+    with contextlib.closing(connection):
         connection.request(
             "POST", INFER, body=iter([b" " * (1 << 18)] * 8), encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
         )
         assert connection.getresponse().status == 413
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # it was cut off before the answer could be read
-    finally:
-        connection.close()
     assert call(server, "/v2/health/live")[0] == 200
 
 

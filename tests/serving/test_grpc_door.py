@@ -1,0 +1,138 @@
+"""What the gRPC door logs: an error is in the log whether it came of a single call or of a stream, with the id of its request."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from deploy.artifact.artifact import Artifact
+from deploy.errors import BackendError, InputError, QueueFullError, UnavailableError
+from deploy.runtime.batching.batcher import BatcherOptions
+from deploy.serving.grpc_door import GrpcDoor
+from deploy.serving.grpc_messages import message
+from deploy.serving.models import ModelOptions, Models
+from deploy.serving.options import ServerOptions
+from deploy.serving.source import ModelSource
+
+REQUEST = message("inference.ModelInferRequest")
+RESPONSES = {"ModelInfer": "ModelInferResponse", "ModelStreamInfer": "ModelStreamInferResponse"}
+BUG = ZeroDivisionError("division by zero")
+FAILING = BackendError("the device is lost")
+
+
+def request(id_: str = "", model: str = "net", pixels: int = 28) -> Any:
+    made = REQUEST(model_name=model, id=id_)
+    made.inputs.add(name="input", datatype="FP32", shape=[1, 1, 28, pixels])
+    made.raw_input_contents.append(np.zeros((1, 1, 28, pixels), np.float32).tobytes())
+    return made
+
+
+def talk(artifact: Artifact, method: str, requests: Sequence[Any], error: Exception | None, **options: Any) -> list[Any]:
+    """The answers to `requests`, sent over one call of a stream or one after the other; `error` is what the model then raises.
+
+    Where the call itself fails its status takes the place of the answer.
+    """
+
+    async def main() -> list[Any]:
+        models = Models([ModelSource(name="net", path=artifact.path)], ModelOptions(batching=BatcherOptions(max_rows=4)))
+        models.load_all()
+        if error is not None:
+
+            async def infer(*_: Any, **__: Any) -> Any:
+                raise error
+
+            models.infer = infer  # type: ignore[method-assign]
+        door = await GrpcDoor.open(models, ServerOptions(http_port=None, grpc_port=0, **options))
+        try:
+            async with grpc.aio.insecure_channel(door.address) as channel:
+                return await ask(channel)
+        finally:
+            await door.close()
+            models.close()
+
+    async def ask(channel: Any) -> list[Any]:
+        answers: list[Any] = []
+        call = getattr(channel, "stream_stream" if method == "ModelStreamInfer" else "unary_unary")(
+            f"/inference.GRPCInferenceService/{method}",
+            request_serializer=lambda sent: sent if isinstance(sent, bytes) else sent.SerializeToString(),
+            response_deserializer=message(f"inference.{RESPONSES[method]}").FromString,
+        )
+        try:
+            if method == "ModelStreamInfer":
+                async for answer in call(iter(requests), timeout=30):
+                    answers.append(answer)
+            else:
+                for sent in requests:
+                    answers.append(await call(sent, timeout=30))
+        except grpc.RpcError as failed:
+            answers.append(failed.code())  # type: ignore[attr-defined]
+        return answers
+
+    return asyncio.run(main())
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.getMessage() == "rpc"]
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+@pytest.mark.parametrize("error", [BUG, FAILING, ValueError("a bug")])
+def test_an_error_in_the_server_is_logged_with_the_id_of_its_request(
+    shared_lenet5: Artifact, caplog: pytest.LogCaptureFixture, method: str, error: Exception
+) -> None:
+    caplog.set_level(logging.INFO, "deploy")
+    answers = talk(shared_lenet5, method, [request("mine-7")], error)
+    (record,) = logged(caplog)
+    assert (record.levelname, record.method, record.status) == ("ERROR", method, "INTERNAL")  # type: ignore[attr-defined]
+    assert (record.request_id, record.error) == ("mine-7", str(error))  # type: ignore[attr-defined]
+    assert bool(record.exc_info) == (error is not FAILING), "the traceback of a bug"
+    if method == "ModelStreamInfer" and error is FAILING:
+        assert [(answer.error_message, answer.infer_response.id) for answer in answers] == [("the device is lost", "mine-7")]
+    else:
+        assert answers == [grpc.StatusCode.INTERNAL]
+
+
+def test_an_error_that_does_not_end_the_stream_is_logged_for_each_request(
+    shared_lenet5: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "deploy")
+    answers = talk(shared_lenet5, "ModelStreamInfer", [request("a"), request("b")], FAILING)
+    assert [answer.error_message for answer in answers] == [str(FAILING)] * 2
+    assert [record.request_id for record in logged(caplog)] == ["a", "b"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+@pytest.mark.parametrize("error", [InputError("no"), QueueFullError("later"), UnavailableError("gone")])
+def test_errors_of_clients_and_of_the_moment_are_logged_where_all_requests_are(
+    shared_lenet5: Artifact, caplog: pytest.LogCaptureFixture, method: str, error: Exception
+) -> None:
+    caplog.set_level(logging.INFO, "deploy")
+    talk(shared_lenet5, method, [request("x")], error)
+    assert not logged(caplog)
+    talk(shared_lenet5, method, [request("x")], error, log_requests=True)
+    (record,) = logged(caplog)
+    assert (record.levelname, record.request_id, record.error) == ("INFO", "x", str(error))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_every_request_is_logged_when_asked_for(shared_lenet5: Artifact, caplog: pytest.LogCaptureFixture, method: str) -> None:
+    caplog.set_level(logging.INFO, "deploy")
+    answers = talk(shared_lenet5, method, [request("1"), request(), request("3")], None, log_requests=True)
+    assert len(answers) == 3
+    records = logged(caplog)
+    assert [(record.method, record.status) for record in records] == [(method, "OK")] * 3  # type: ignore[attr-defined]
+    assert [getattr(record, "request_id", None) for record in records] == ["1", None, "3"]
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_bytes_that_are_no_message_and_callers_without_a_token_are_refused_and_logged(
+    shared_lenet5: Artifact, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    caplog.set_level(logging.INFO, "deploy")
+    assert talk(shared_lenet5, method, [b"\xff\xff"], None, log_requests=True) == [grpc.StatusCode.INVALID_ARGUMENT]
+    assert talk(shared_lenet5, method, [request()], None, token="a-token-of-24-characters") == [grpc.StatusCode.UNAUTHENTICATED]
+    assert [record.status for record in logged(caplog)] == ["INVALID_ARGUMENT", "UNAUTHENTICATED"]  # type: ignore[attr-defined]
