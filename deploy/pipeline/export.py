@@ -223,7 +223,8 @@ def _stage(
     request = {
         "factory": built.factory,
         "args": dict(built.args),
-        "files": [file.sha256 for file in built.source_files],
+        "files": [[file.path, file.sha256] for file in built.source_files],
+        "folder": built.folder,
         "weights": file_digest(options.weights) if options.weights else None,
         "match": options.match,
         "allow_partial": options.allow_partial,
