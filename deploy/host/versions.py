@@ -1,30 +1,34 @@
-"""Versions of Python and of installed distributions. Imports none of them."""
+"""Versions of Python, of this package and of other distributions. Imports none of them."""
 
 import platform
 from importlib import metadata
 
+from deploy.version import __version__
 
-def versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Version of Python and of each installed distribution; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in names:
+_TOOLS = ("deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+"""What the making of an artifact depends on."""
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution or of its GPU build, `onnxruntime-gpu`; None if neither is installed.
+
+    `deploy` itself need not be installed: it also runs from a checkout.
+    """
+    if distribution == "deploy":
+        return __version__
+    for name in (distribution, f"{distribution}-gpu"):
         try:
-            found[name] = metadata.version(name)
+            return metadata.version(name)
         except metadata.PackageNotFoundError:
-            # The GPU build of ONNX Runtime is another distribution of the same module.
-            found[name] = _version_or_none("onnxruntime-gpu") if name == "onnxruntime" else None
-    return found
+            continue
+    return None
 
 
-def _version_or_none(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(distributions: tuple[str, ...]) -> dict[str, str | None]:
+    """The version of Python and of every distribution; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: version_of(name) for name in distributions}}
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the packages that take part in making artifacts."""
-    packages = ("deploy", "torch", "onnx", "onnx-ir", "onnxscript")
-    found = {name: metadata.version(name) for name in packages}
-    return found | {"onnxruntime": versions(("onnxruntime",))["onnxruntime"] or "unknown"}
+    """The versions of the packages that take part in making artifacts, `unknown` for one that is not installed."""
+    return {name: version_of(name) or "unknown" for name in _TOOLS}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def test_a_file_that_cannot_be_kept_is_a_warning(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING, "deploy"):
         keep(tmp_path / "taken" / "file", b"content", "the thing")
     assert "the thing cannot be kept in" in caplog.text
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=oct)
+def test_what_is_kept_has_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        keep(tmp_path / "a" / "file", b"content", "it")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a" / "file").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o777 & ~umask
 
 
 def test_what_was_changed_longest_ago_is_removed_first_and_the_newest_stays(tmp_path: Path) -> None:

@@ -35,6 +35,37 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def write_package(folder: Path) -> None:
+    package = folder / "nets"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("from torch.nn import Linear\n")
+    (package / "small.py").write_text("from .parts import Linear\ndef make():\n    return Linear(6, 3)\n")
+
+
+@pytest.mark.parametrize("spec", ["nets.small:make", "nets/small.py:make"])
+def test_a_project_that_moved_is_exported_again_and_can_be_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spec: str
+) -> None:
+    write_package(tmp_path / "before")
+    monkeypatch.chdir(tmp_path / "before")
+    first = deploy.export(tmp_path / "out", model=spec, inputs=["x=1x6"])
+    with caplog.at_level("INFO", "deploy"):
+        assert deploy.export(tmp_path / "out", model=spec, inputs=["x=1x6"]) == first
+    assert caplog.text.count("is up to date") == 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    with caplog.at_level("INFO", "deploy"):
+        second = deploy.export(tmp_path / "out", model=spec, inputs=["x=1x6"])
+    assert caplog.text.count("is up to date") == 1
+    assert {Path(file.path).parents[1].name for file in second.manifest.source.files} == {"after"}
+    feed = {"x": np.ones((2, 6), dtype=np.float32)}
+    with deploy.load(second, "eager") as eager, deploy.load(second, "onnxruntime") as session:
+        (expected,), (found,) = eager.run(feed).values(), session.run(feed).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_manifest_says_where_the_artifact_comes_from(tmp_path: Path) -> None:
     weights = tmp_path / "trained.pth"
     torch.save({"state_dict": ARCHITECTURES["lenet5"].create(num_classes=7).state_dict()}, weights)

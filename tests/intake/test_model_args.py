@@ -5,7 +5,6 @@ import pytest
 
 from deploy.errors import UsageError
 from deploy.intake.model_args import parse_model_args, record_args, recorded_args
-from deploy.intake.reference import ReferenceRecipe
 
 
 @pytest.mark.parametrize(
@@ -58,14 +57,3 @@ def test_model_arguments_that_cannot_be_meant_or_recorded_are_refused(texts: lis
 def test_recorded_arguments_survive_json_with_tuples_and_lists_told_apart() -> None:
     args = {"depths": (2, (3,)), "layers": [1, (2,)], "options": {"a": (1,), "b": None}, "rate": 0.5}
     assert recorded_args(json.loads(json.dumps(record_args(args)))) == args
-
-
-def test_reference_recipe_refuses_unknown_names_and_arguments() -> None:
-    with pytest.raises(UsageError, match=r"unknown architecture 'lenet'; did you mean 'lenet5'.*or torchvision:NAME"):
-        ReferenceRecipe("lenet")
-    with pytest.raises(
-        UsageError, match=r"cannot build convnet with drop=0\.1: convnet takes no argument 'drop'; did you mean 'dropout'"
-    ):
-        ReferenceRecipe("convnet").build({"drop": 0.1})
-    with pytest.raises(UsageError, match="cannot build mobilenet_v1 with width='wide': "):
-        ReferenceRecipe("mobilenet_v1").build({"width": "wide"})
