@@ -3,7 +3,7 @@
     python examples/demo.py        (or `make demo`)
 
 runs the commands that it prints, writes build/demo.md and build/demo.png, and fails when a net is less accurate than it
-must be or FP16 or INT8 loses accuracy. Weights that are newer than the data and the training program are not trained again.
+must be or loses accuracy in FP16 or INT8. Weights that are newer than the data and the training program are kept.
 """
 
 import json
@@ -21,6 +21,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from deploy.words import count_of
+
 HERE = Path(os.path.relpath(Path(__file__).parent))
 BUILD = Path("build")
 DIGITS = BUILD / "digits"
@@ -29,6 +31,8 @@ LEAST_TOP1 = {"lenet5": 96.0, "convnet": 97.0}
 MOST_LOST = {"fp16": 0.2, "int8": 0.5}
 """Points of top-1 that each precision may lose."""
 BATCHES = (1, 32)
+SHADES = ("#1f5fa8", "#9cc3ea")
+"""Colours of the batch sizes."""
 BENCH_S = 8
 BACKENDS = {
     "eager": "PyTorch eager",
@@ -64,38 +68,40 @@ def main() -> None:
 
 
 def walk(net: str) -> list[Row]:
-    """Take one net the whole way."""
+    """Take one net the whole way: the rows of the table."""
     weights = BUILD / f"{net}.pth"
+    train(net, weights)
+    artifacts, engines = make(net, weights)
+    return [*measure(net, artifacts), *(engine_row(net, engine) for engine in engines)]
+
+
+def train(net: str, weights: Path) -> None:
+    """Train a net, unless its weights are newer than the data and the training program."""
     sources = (HERE / "train.py", DIGITS / "digits.json")
     if weights.exists() and all(weights.stat().st_mtime > source.stat().st_mtime for source in sources):
         print(f"{weights} is up to date; delete it to train again", flush=True)
     else:
         python(HERE / "train.py", "--arch", net, "--data", DIGITS, "--output", weights)
-    fp32, fp16, int8 = BUILD / net, BUILD / f"{net}-fp16", BUILD / f"{net}-int8"
-    engines = (BUILD / f"{net}-fp16-trt", BUILD / f"{net}-int8-fp16-trt")
-    classes = DIGITS / "classes.txt"
+
+
+def make(net: str, weights: Path) -> tuple[list[Path], list[Path]]:
+    """The ONNX artifacts in FP32, FP16 and INT8, and the engines in FP16 and INT8."""
+    fp32, fp16, int8 = artifacts = [BUILD / net, BUILD / f"{net}-fp16", BUILD / f"{net}-int8"]
+    engines = [BUILD / f"{net}-fp16-trt", BUILD / f"{net}-int8-fp16-trt"]
+    classes, calib, held = DIGITS / "classes.txt", DIGITS / "calib", DIGITS / "eval"
     deploy("export", "--arch", net, "--weights", weights, "--preprocess", "mnist", "--classes", classes, "-o", fp32)
-    deploy("convert", fp32, "--fp16", "--data", DIGITS / "calib", "-o", fp16)
-    calib, held = DIGITS / "calib", DIGITS / "eval"
+    deploy("convert", fp32, "--fp16", "--data", calib, "-o", fp16)
     deploy("quantize", fp32, "--calib", calib, "--eval", held, "--max-drop", MOST_LOST["int8"], "-o", int8)
     deploy("build-trt", fp32, "--fp16", "-o", engines[0])
     deploy("build-trt", fp32, "--int8", "--fp16", "--calib", calib, "-o", engines[1])
-    timings = BUILD / f"{net}-bench.json"
+    return artifacts, engines
+
+
+def measure(net: str, artifacts: list[Path]) -> list[Row]:
+    """Benchmark the artifacts, and evaluate them on every backend that they were timed on."""
+    timings, report = BUILD / f"{net}-bench.json", BUILD / f"{net}-report.html"
     batches = ",".join(map(str, BATCHES))
-    deploy(
-        "bench",
-        fp32,
-        fp16,
-        int8,
-        "--batch",
-        batches,
-        "--seconds",
-        BENCH_S,
-        "--json",
-        timings,
-        "--report",
-        BUILD / f"{net}-report.html",
-    )
+    deploy("bench", *artifacts, "--batch", batches, "--seconds", BENCH_S, "--json", timings, "--report", report)
     results: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in json.loads(timings.read_text())["results"]:
         results.setdefault((result["artifact"], result["backend"]), {})[result["batch"]] = result
@@ -104,59 +110,46 @@ def walk(net: str) -> list[Row]:
     for (artifact, backend), bench in results.items():
         accuracy = deploy_json("eval", artifact, DIGITS / "eval", "--backend", backend)
         print(f"top-1 {accuracy['top1']:.2f} %, top-{accuracy['k']} {accuracy['top5']:.2f} % of {accuracy['images']:,} images")
-        first = next(iter(bench.values()))
-        rows.append(
-            Row(
-                net=net,
-                runs_on=backend,
-                precision=first["precision"],
-                top1=accuracy["top1"],
-                size=sizes[artifact],
-                bench=bench,
-            )
-        )
-    for engine in engines:
-        manifest = deploy_json("inspect", engine)
-        share = manifest["precision_share"]
-        parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "fp32") if share[name] > 0]
-        rows.append(
-            Row(
-                net=net,
-                runs_on=manifest["target"]["flavour"],
-                precision=f"{', '.join(parts)} ({share['from']})",
-                top1=None,
-                size=payload_bytes(manifest),
-                bench={},
-            )
-        )
+        precision = next(iter(bench.values()))["precision"]
+        rows.append(Row(net=net, runs_on=backend, precision=precision, top1=accuracy["top1"], size=sizes[artifact], bench=bench))
     return rows
 
 
+def engine_row(net: str, engine: Path) -> Row:
+    """An engine with its precision share; it is not timed, for that needs a GPU."""
+    manifest = deploy_json("inspect", engine)
+    share = manifest["precision_share"]
+    parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "fp32") if share[name] > 0]
+    precision = f"{', '.join(parts)} ({share['from']})"
+    flavour = manifest["target"]["flavour"]
+    return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=payload_bytes(manifest), bench={})
+
+
 def payload_bytes(manifest: dict[str, Any]) -> int:
-    """Bytes of what is run: the engine, or the ONNX file with its external data."""
+    """Bytes of the engine, or of the ONNX file with its external data."""
     files = {name: record["bytes"] for name, record in manifest["files"].items() if name != "weights.safetensors"}
     return int(files.get("engine.plan") or sum(files.values()))
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """What is less accurate than it must be."""
-    found = []
+    """The rows that are less accurate than they must be, in words."""
+    failed = []
     full = {(row.net, row.runs_on): row.top1 for row in rows if row.precision == "fp32"}
     for row in rows:
         name = f"{row.net} in {row.precision} on {row.runs_on}"
         if row.top1 is None:
             continue
         if row.top1 < LEAST_TOP1[row.net]:
-            found.append(f"{name}: top-1 is {row.top1:.2f} %; at least {LEAST_TOP1[row.net]:g} % is expected")
+            failed.append(f"{name}: top-1 is {row.top1:.2f} %; at least {LEAST_TOP1[row.net]:g} % is expected")
         before = full.get((row.net, row.runs_on))
         most = MOST_LOST.get(row.precision, 0)
         if before is not None and before - row.top1 > most:
-            found.append(f"{name}: top-1 fell from {before:.2f} % to {row.top1:.2f} %; at most {most} points may be lost")
-    return found
+            failed.append(f"{name}: top-1 fell from {before:.2f} % to {row.top1:.2f} %; at most {most} points may be lost")
+    return failed
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, aligned, so that it can be read as it stands too."""
+    """The table in Markdown, aligned, so that it is readable as plain text too."""
     head = ["model", "runs on", "precision", "top-1", "size"]
     for batch in BATCHES:
         head += [f"batch {batch}: p50", "images/s", "speed-up"]
@@ -185,13 +178,13 @@ def markdown(rows: list[Row]) -> str:
 
 
 def conditions() -> str:
-    """What the figures mean, and what they were measured on."""
+    """What the figures mean, and what they were measured on: the versions are those of what is installed."""
     known = [json.loads((BUILD / f"{net}-bench.json").read_text())["conditions"] for net in LEAST_TOP1]
-    versions = ", ".join(f"{name} {version}" for name, version in known[0]["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in known[0]["versions"].items() if version)
     return (
         "Top-1 on 1,000 real digits kept out of training. p50: median latency of a batch; speed-up: over eager PyTorch in the"
         " same rounds, with its 95 % interval. Engines: share of the multiply-accumulates in each precision, as read from the engine or from its typed network."
-        f"\n{known[0]['cpu']}, {known[0]['threads']} threads; load average"
+        f"\n{known[0]['cpu']}, {count_of(known[0]['threads'], 'thread')}; load average"
         f" {' and '.join(str(entry['load_average'][0]) for entry in known)} before the two benchmarks; {versions}."
     )
 
@@ -205,44 +198,52 @@ def draw(rows: list[Row], path: Path) -> None:
         len(timed), 2, figsize=(10, 1.2 + 0.62 * sum(heights)), dpi=100, squeeze=False, layout="constrained",
         gridspec_kw={"width_ratios": [3, 1.15], "height_ratios": heights},
     )  # fmt: skip
-    shades = ("#1f5fa8", "#9cc3ea")
     for (speed, accuracy), (net, lines) in zip(grid, timed.items(), strict=True):
-        places = range(len(lines))
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        # A spread that is wider than the picture, as on a busy machine, runs out of it; the table has its figures.
-        limit = 1.5 * max(result["speedup"] for row in lines for result in row.bench.values())
-        for index, (batch, colour) in enumerate(zip(BATCHES, shades, strict=True)):
-            results = [row.bench[batch] for row in lines]
-            middle = [result["speedup"] for result in results]
-            spread = [
-                [result["speedup"] - result["speedup_low"] for result in results],
-                [result["speedup_high"] - result["speedup"] for result in results],
-            ]
-            at = [place + (index - 0.5) * 0.38 for place in places]
-            speed.barh(
-                at, middle, 0.36, color=colour, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}"
-            )
-            for y, result in zip(at, results, strict=True):
-                end = (min(result["speedup_high"], 0.9 * limit), y)
-                text = f"{result['speedup']:.1f}x"
-                speed.annotate(text, end, (6, 0), textcoords="offset points", va="center", fontsize=9, bbox=behind)
-        speed.axvline(1, color="#888888", linewidth=1, linestyle=":")
-        speed.set_yticks(places, [f"{BACKENDS.get(row.runs_on, row.runs_on)}, {row.precision.upper()}" for row in lines])
-        speed.set_xlim(0, limit)
-        speed.invert_yaxis()
-        speed.set_title(f"{net}: speed-up over eager PyTorch, with spread", loc="left", fontsize=11)
-        accuracy.plot([row.top1 for row in lines], places, "o", markersize=9, color="#2f7d46", clip_on=False)
-        for y, row in zip(places, lines, strict=True):
-            accuracy.text((row.top1 or 0) - 0.2, y, f"{row.top1:.1f} %", va="center", ha="right", fontsize=9)
-        accuracy.axvline(LEAST_TOP1[net], color="#b03030", linewidth=1, linestyle="--")
-        accuracy.set_xlim(min(95.0, *(row.top1 or 0 for row in lines)), 100)
+        draw_speed(speed, net, lines)
+        draw_accuracy(accuracy, net, lines)
         accuracy.set_ylim(speed.get_ylim()[::-1])
-        accuracy.set_yticks([])
         accuracy.invert_yaxis()
-        accuracy.set_title(f"top-1 (at least {LEAST_TOP1[net]:g} %)", loc="left", fontsize=11)
     grid[0][0].legend(loc="upper right", frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def draw_speed(axes: Any, net: str, rows: list[Row]) -> None:
+    """Bars of the speed-ups, one for each row and batch size."""
+    places = range(len(rows))
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    # A spread that is wider than the picture, as on a busy machine, runs out of it; the table has its figures.
+    limit = 1.5 * max(result["speedup"] for row in rows for result in row.bench.values())
+    for index, (batch, colour) in enumerate(zip(BATCHES, SHADES, strict=True)):
+        results = [row.bench[batch] for row in rows]
+        middle = [result["speedup"] for result in results]
+        spread = [
+            [result["speedup"] - result["speedup_low"] for result in results],
+            [result["speedup_high"] - result["speedup"] for result in results],
+        ]
+        at = [place + (index - 0.5) * 0.38 for place in places]
+        axes.barh(at, middle, 0.36, color=colour, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}")
+        for y, result in zip(at, results, strict=True):
+            end = (min(result["speedup_high"], 0.9 * limit), y)
+            text = f"{result['speedup']:.1f}x"
+            axes.annotate(text, end, (6, 0), textcoords="offset points", va="center", fontsize=9, bbox=behind)
+    axes.axvline(1, color="#888888", linewidth=1, linestyle=":")
+    axes.set_yticks(places, [f"{BACKENDS.get(row.runs_on, row.runs_on)}, {row.precision.upper()}" for row in rows])
+    axes.set_xlim(0, limit)
+    axes.invert_yaxis()
+    axes.set_title(f"{net}: speed-up over eager PyTorch, with spread", loc="left", fontsize=11)
+
+
+def draw_accuracy(axes: Any, net: str, rows: list[Row]) -> None:
+    """Dots of the top-1 accuracies, beside the bars, and a line at the least that the net must reach."""
+    places = range(len(rows))
+    axes.plot([row.top1 for row in rows], places, "o", markersize=9, color="#2f7d46", clip_on=False)
+    for y, row in zip(places, rows, strict=True):
+        axes.text((row.top1 or 0) - 0.2, y, f"{row.top1:.1f} %", va="center", ha="right", fontsize=9)
+    axes.axvline(LEAST_TOP1[net], color="#b03030", linewidth=1, linestyle="--")
+    axes.set_xlim(min(95.0, *(row.top1 or 0 for row in rows)), 100)
+    axes.set_yticks([])
+    axes.set_title(f"top-1 (at least {LEAST_TOP1[net]:g} %)", loc="left", fontsize=11)
 
 
 def python(*arguments: object) -> None:

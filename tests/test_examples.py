@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -205,6 +206,22 @@ def test_the_picture_is_a_thousand_pixels_wide(demo, rows, tmp_path):
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width == 1000
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+@pytest.mark.parametrize(
+    ("versions", "threads", "shown"),
+    [
+        ({"torch": "2.14", "tensorrt": None, "tensorrt-rtx": "1.7"}, 1, "1 thread; load average 0.5 and 0.5 before the two benchmarks; torch 2.14, tensorrt-rtx 1.7."),
+        ({"torch": "2.14", "tensorrt": "11.2", "openvino": None}, 2, "2 threads; load average 0.5 and 0.5 before the two benchmarks; torch 2.14, tensorrt 11.2."),
+        ({"onnxruntime": None, "torch": "2.14"}, 16, "16 threads; load average 0.5 and 0.5 before the two benchmarks; torch 2.14."),
+    ],
+)  # fmt: skip
+def test_the_conditions_name_only_what_is_installed(demo, tmp_path, monkeypatch, versions, threads, shown):
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    where = {"cpu": "AMD", "threads": threads, "load_average": [0.5, 0, 0], "versions": versions}
+    for net in demo.LEAST_TOP1:
+        (tmp_path / f"{net}-bench.json").write_text(json.dumps({"conditions": where}))
+    assert demo.conditions().splitlines()[-1] == f"AMD, {shown}"
 
 
 def test_the_demo_fails_when_accuracy_is_missing(demo, rows):

@@ -186,6 +186,29 @@ def parse_shape(text: str) -> tuple[Dim, ...]:
     return tuple(dims)
 
 
+def parse_shapes(text: str, *, what: str, expected: str, counts: Sequence[int] = (1,)) -> tuple[str, tuple[tuple[Dim, ...], ...]]:
+    """`"x=1x3:8x3:32x3"` -> `("x", ((1, 3), (8, 3), (32, 3)))`: a name, and the shapes after it with colons between them.
+
+    counts: how many shapes there may be. what, expected: words for the error. Raises UsageError.
+    """
+    name, _, rest = text.partition("=")
+    parts = rest.split(":")
+    if not name or not all(parts) or len(parts) not in counts:
+        raise UsageError(f"cannot read {what} {text!r}; expected {expected}")
+    return name, tuple(parse_shape(part) for part in parts)
+
+
+def parse_fixed_shapes(
+    text: str, *, what: str, expected: str, counts: Sequence[int] = (1,)
+) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """As `parse_shapes`, for shapes of numbers only."""
+    name, shapes = parse_shapes(text, what=what, expected=expected, counts=counts)
+    fixed = tuple(tuple(dim for dim in shape if isinstance(dim, int)) for shape in shapes)
+    if fixed != shapes:
+        raise UsageError(f"{what} {text!r} must be numbers; expected {expected}")
+    return name, fixed
+
+
 def format_shape(shape: Sequence[Dim]) -> str:
     """`(1, 3, "H", "W")` -> `"1x3xHxW"`; a scalar is `"scalar"`. Long expressions are shown as letters: see `dim_letters`."""
     return _format_shape(shape, dim_letters([shape]))

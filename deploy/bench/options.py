@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
-from deploy.bench.shapes import parse_shapes
+from deploy.bench.shapes import read_shapes
 from deploy.errors import UsageError
 from deploy.options import option
 from deploy.runtime.catalog import AUTO, BACKENDS, split_backend
@@ -68,7 +68,7 @@ class BenchOptions:
         for batch in self.batches:
             if batch < 1:
                 raise UsageError(f"the batch size must be 1 or more, not {batch}")
-        parse_shapes(self.shapes)
+        read_shapes(self.shapes)
         if not self.seconds > 0:
             raise UsageError(f"`seconds` must be more than 0, not {self.seconds:g}")
         if not self.load_seconds > 0:

@@ -10,7 +10,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import artifacts_under
 from deploy.artifact.tensors import batch_dim
 from deploy.bench.options import BASELINE, BenchOptions
-from deploy.bench.shapes import bench_dims, parse_shapes
+from deploy.bench.shapes import bench_dims, read_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
 from deploy.runtime.catalog import AUTO, refuse_engine, split_backend
@@ -104,7 +104,7 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     root = _root(_as_named(roots, artifacts), options.baseline)
     for artifact in runnable:
         _check_specs(root, artifact)
-    dims = bench_dims(root.manifest, parse_shapes(options.shapes))
+    dims = bench_dims(root.manifest, read_shapes(options.shapes))
     batches = options.batches or _default_batches(runnable)
     pairs = [
         (artifact, backend, _fitting(artifact, batches, options.batches))

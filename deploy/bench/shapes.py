@@ -3,48 +3,43 @@
 from collections.abc import Mapping, Sequence
 
 from deploy.artifact.manifest import Manifest
-from deploy.artifact.tensors import batch_dim, default_dims, format_shape, parse_shape
+from deploy.artifact.tensors import batch_dim, default_dims, format_shape, parse_fixed_shapes
 from deploy.errors import InputError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """`["input=1x3x224x224"]` -> shapes by input name. Raises UsageError."""
     shapes: dict[str, tuple[int, ...]] = {}
     for text in texts:
-        name, equals, rest = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"cannot read --shapes {text!r}; expected NAME=SHAPE, such as input=1x3x224x224")
+        name, (shape,) = parse_fixed_shapes(text, what="`shapes`", expected="NAME=SHAPE, such as input=1x3x224x224")
         if name in shapes:
-            raise UsageError(f"--shapes names {name!r} twice")
-        shape = tuple(dim for dim in parse_shape(rest) if isinstance(dim, int))
-        if len(shape) != len(rest.split("x")):
-            raise UsageError(f"--shapes {text!r} must be numbers, such as input=1x3x224x224")
+            raise UsageError(f"`shapes` names {name!r} twice")
         shapes[name] = shape
     return shapes
 
 
 def bench_dims(manifest: Manifest, shapes: Shapes) -> dict[str, int]:
-    """A size for every symbolic dimension of the inputs but the batch: that of `shapes`, else the default.
+    """A size for every symbolic dimension of the inputs except the batch: that in `shapes`, else the default.
 
-    Raises UsageError for shapes that the inputs cannot have, and for a dimension that nothing gives a size.
+    Raises UsageError for shapes that the inputs cannot have, and for a dimension without a size.
     """
     specs = manifest.inputs
     unknown = [name for name in shapes if name not in [spec.name for spec in specs]]
     if unknown:
-        raise UsageError(f"--shapes: unknown input {unknown[0]!r}; expected one of {', '.join(spec.name for spec in specs)}")
+        raise UsageError(f"`shapes`: unknown input {unknown[0]!r}; expected one of {', '.join(spec.name for spec in specs)}")
     batch = batch_dim(specs)
     asked: dict[str, int] = {}
     for spec in specs:
         if shape := shapes.get(spec.name):
-            if len(shape) == len(spec.shape):  # the batch is another option's: any number will do
+            if len(shape) == len(spec.shape):  # `batches` decides the batch: any number will do
                 shape = tuple(1 if dim == batch else size for dim, size in zip(spec.shape, shape, strict=True))
             try:
                 spec.check(spec.dtype, shape, asked)
             except InputError as error:
-                raise UsageError(f"--shapes: {error}") from error
-    remedy = "say it with --shapes NAME=SHAPE, such as --shapes input=1x3x224x224"
+                raise UsageError(f"`shapes`: {error}") from error
+    remedy = "give it with `shapes` NAME=SHAPE, such as input=1x3x224x224"
     image = manifest.preprocess.shape if manifest.preprocess else None
     sizes = default_dims(specs, manifest.profiles, image, known=asked, remedy=remedy)
     return {dim: size for dim, size in sizes.items() if dim != batch}

@@ -25,7 +25,7 @@ def command(as_json: bool) -> None:
         f"CPU       {report['cpu']}, {report['cores']} cores",
     ]
     lines += [
-        f"GPU       {gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_mib']} MiB, driver {gpu['driver']}"
+        f"GPU       {gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_mib'] or '?'} MiB, driver {gpu['driver']}"
         for gpu in report["gpus"]
     ] or [f"GPU       none: {report['gpus_missing']}"]
     cuda = "CUDA works" if torch["cuda_available"] else "CUDA cannot be used here"

@@ -1,11 +1,14 @@
-"""What nvidia-smi reports of the GPUs."""
+"""What nvidia-smi reports about the GPUs."""
 
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
-_QUERY = {
+from deploy.errors import BackendError
+
+_STATE = {
     "name": "name",
     "driver_version": "driver",
     "clocks.sm": "sm_mhz",
@@ -15,46 +18,58 @@ _QUERY = {
     "power.draw": "watts",
     "clocks_event_reasons.active": "throttling",
 }
-"""What nvidia-smi is asked for, and the key it is kept by; `throttling` is the bit mask of the reasons, in hexadecimal."""
+"""Fields of nvidia-smi and their keys in `gpu_state`; `throttling` is the bit mask of the reasons, in hexadecimal."""
 
 _LISTED = ("name", "compute_cap", "memory.total", "driver_version")
 
 _IDLE_BITS = 0x1 | 0x2
 """nvmlClocksEventReasonGpuIdle and ...ApplicationsClocksSetting of nvml.h: nothing holds the clocks back."""
 
+_TIMEOUT_S = 20
 
-def gpu_peak_bytes() -> int | None:
-    """GPU memory that this process has in use, as the driver tells; None where there is none.
 
-    After its runs that is the peak: the allocators of torch, TensorRT and ONNX Runtime keep what they once had.
+def query(kind: str, fields: Sequence[str], *options: str) -> list[dict[str, str]]:
+    """The rows of `nvidia-smi --query-KIND=FIELDS`, by field; numbers are without units.
+
+    Raises BackendError when nvidia-smi is not installed, fails, or answers something else.
     """
     command = shutil.which("nvidia-smi")
     if command is None:
-        return None
-    query = [command, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        raise BackendError("no NVIDIA driver here (nvidia-smi is not installed): engines can be built with tensorrt-rtx, not run")
+    asked = [command, f"--query-{kind}={','.join(fields)}", "--format=csv,noheader,nounits", *options]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        output = subprocess.run(asked, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendError(f"nvidia-smi failed: {error}") from error
+    rows = []
+    for line in output.splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(fields):
+            raise BackendError(f"nvidia-smi failed: it answered {line!r} when asked for {', '.join(fields)}")
+        rows.append(dict(zip(fields, values, strict=True)))
+    return rows
+
+
+def gpu_peak_bytes() -> int | None:
+    """GPU memory that this process uses, according to the driver; None without a GPU or where the driver does not report it.
+
+    After the runs of a benchmark this is the peak: the allocators of torch, TensorRT and ONNX Runtime keep their memory.
+    """
+    try:
+        rows = query("compute-apps", ("pid", "used_memory"))
+    except BackendError:
         return None
-    rows = [line.split(",") for line in done.stdout.splitlines()]
-    used = [
-        int(row[1]) << 20 for row in rows if len(row) == 2 and row[0].strip() == str(os.getpid()) and row[1].strip().isdecimal()
-    ]
-    return sum(used) or None
+    ours = [row["used_memory"] for row in rows if row["pid"] == str(os.getpid())]
+    return sum(int(mib) << 20 for mib in ours if mib.isdecimal()) or None
 
 
 def gpu_state() -> dict[str, str] | None:
-    """Name, driver, clocks, temperature, power and throttling of the first GPU now; None where nvidia-smi does not say."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits", "--id=0"]
+    """Name, driver, clocks, temperature, power and throttling of the first GPU now; None without one."""
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        rows = query("gpu", tuple(_STATE), "--id=0")
+    except BackendError:
         return None
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return dict(zip(_QUERY.values(), values, strict=True))
+    return {key: rows[0][field] for field, key in _STATE.items()} if rows else None
 
 
 def throttled(state: dict[str, str] | None) -> bool:
@@ -66,16 +81,18 @@ def throttled(state: dict[str, str] | None) -> bool:
 
 
 def list_gpus() -> tuple[list[dict[str, Any]], str | None]:
-    """GPUs as nvidia-smi lists them, and why there are none."""
-    if shutil.which("nvidia-smi") is None:
-        return [], "no NVIDIA driver here (nvidia-smi is not installed): engines can be built with tensorrt-rtx, not run"
-    command = ["nvidia-smi", f"--query-gpu={','.join(_LISTED)}", "--format=csv,noheader,nounits"]
+    """The GPUs, and the reason when there are none. `memory_mib` is None where the driver does not report it."""
     try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (subprocess.SubprocessError, OSError) as error:
-        return [], f"nvidia-smi failed: {error}"
-    gpus = []
-    for line in output.splitlines():
-        name, capability, memory, driver = [part.strip() for part in line.split(",")]
-        gpus.append({"name": name, "compute_capability": capability, "memory_mib": int(memory), "driver": driver})
+        rows = query("gpu", _LISTED)
+    except BackendError as error:
+        return [], str(error)
+    gpus = [
+        {
+            "name": row["name"],
+            "compute_capability": row["compute_cap"],
+            "memory_mib": int(row["memory.total"]) if row["memory.total"].isdecimal() else None,
+            "driver": row["driver_version"],
+        }
+        for row in rows
+    ]
     return gpus, None if gpus else "nvidia-smi lists no GPU"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shape
+from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
 from deploy.errors import UsageError
 from deploy.intake.build import BuiltModel
 
@@ -15,13 +15,18 @@ logger = logging.getLogger(__name__)
 BATCH = "batch"
 
 
+_EXPECTED = f"NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}"
+
+
 def parse_input(text: str) -> TensorSpec:
     """`"image=1x3x224x224:float32"` -> the spec; float32 when no dtype is given. Raises UsageError."""
-    name, equals, rest = text.partition("=")
-    shape, colon, dtype = rest.partition(":")
-    if not equals or not name or not shape or (colon and dtype not in DTYPES):
-        raise UsageError(f"cannot read the input {text!r}; expected NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}")
-    return TensorSpec(name=name, dtype=dtype or "float32", shape=parse_shape(shape))
+    shape_text, _, dtype = text.rpartition(":")
+    if "=" not in shape_text:  # no dtype, or a colon in the name
+        shape_text, dtype = text, "float32"
+    if dtype not in DTYPES:
+        raise UsageError(f"cannot read the input {text!r}; expected {_EXPECTED}")
+    name, (shape,) = parse_shapes(shape_text, what="the input", expected=_EXPECTED)
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:

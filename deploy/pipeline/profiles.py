@@ -2,25 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_shape
+from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec, default_profile, parse_fixed_shapes
 from deploy.errors import UsageError
 
+_EXPECTED = "NAME=MIN:OPT:MAX, such as input=1x3x224x224:8x3x224x224:32x3x224x224"
 
-def parse_shapes(text: str) -> tuple[str, ShapeRange]:
+
+def parse_range(text: str) -> tuple[str, ShapeRange]:
     """`"input=1x3x224x224:8x3x224x224:32x3x224x224"` -> name and range; one shape alone stands for all three.
 
     Raises UsageError.
     """
-    name, equals, rest = text.partition("=")
-    parts = rest.split(":")
-    if not equals or not name or len(parts) not in (1, 3):
-        raise UsageError(
-            f"cannot read the shapes {text!r}; expected NAME=MIN:OPT:MAX, such as input=1x3x224x224:8x3x224x224:32x3x224x224"
-        )
-    shapes = [parse_shape(part) for part in parts]
-    if any(isinstance(dim, str) for shape in shapes for dim in shape):
-        raise UsageError(f"the shapes {text!r} must be numbers")
-    low, best, high = [tuple(int(dim) for dim in shape) for shape in (shapes if len(shapes) == 3 else shapes * 3)]
+    name, shapes = parse_fixed_shapes(text, what="`shapes`", expected=_EXPECTED, counts=(1, 3))
+    low, best, high = shapes if len(shapes) == 3 else shapes * 3
     return name, ShapeRange(min=low, opt=best, max=high)
 
 
@@ -33,7 +27,7 @@ def make_profiles(texts: Sequence[str], inputs: Sequence[TensorSpec], known: Seq
     asked: list[dict[str, ShapeRange]] = []
     names = [spec.name for spec in inputs]
     for text in texts:
-        name, shapes = parse_shapes(text)
+        name, shapes = parse_range(text)
         if name not in names:
             raise UsageError(f"--shapes: unknown input {name!r}; expected one of {', '.join(names)}")
         if not asked or name in asked[-1]:

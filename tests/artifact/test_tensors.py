@@ -12,7 +12,9 @@ from deploy.artifact.tensors import (
     default_profile,
     format_shape,
     format_specs,
+    parse_fixed_shapes,
     parse_shape,
+    parse_shapes,
     random_feed,
     row_count,
     slice_rows,
@@ -37,6 +39,36 @@ def test_shapes_are_read_and_written(text, shape):
 def test_a_shape_that_cannot_be_read_is_named(text):
     with pytest.raises(UsageError, match="cannot read the shape"):
         parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts", "expected"),
+    [
+        ("x=1x3", (1,), ("x", ((1, 3),))),
+        ("x=NxH", (1,), ("x", (("N", "H"),))),
+        ("a:0=1:2:3", (1, 3), ("a:0", ((1,), (2,), (3,)))),
+        ("x=4", (1, 3), ("x", ((4,),))),
+    ],
+)
+def test_shapes_with_a_name_are_read(text, counts, expected):
+    assert parse_shapes(text, what="it", expected="NAME=SHAPE", counts=counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x", "cannot read `shapes` 'x'; expected NAME=SHAPE"),
+        ("=1x2", "cannot read `shapes` '=1x2'; expected NAME=SHAPE"),
+        ("x=", "cannot read `shapes` 'x='; expected NAME=SHAPE"),
+        ("x=1:2", "cannot read `shapes` 'x=1:2'; expected NAME=SHAPE"),
+        ("x=1x0", "cannot read the shape '1x0': '0' is neither a positive number nor a name"),
+        ("x=1xH", "`shapes` 'x=1xH' must be numbers; expected NAME=SHAPE"),
+    ],
+)
+def test_shapes_that_cannot_be_read_are_refused_in_the_words_of_the_option(text, message):
+    with pytest.raises(UsageError) as caught:
+        parse_fixed_shapes(text, what="`shapes`", expected="NAME=SHAPE")
+    assert str(caught.value) == message
 
 
 def test_a_scalar_has_a_shape_in_words():

@@ -8,7 +8,7 @@ from deploy.artifact.tensors import ShapeRange, TensorSpec
 from deploy.bench.bench import bench
 from deploy.bench.options import BenchOptions
 from deploy.bench.plan import make_plan
-from deploy.bench.shapes import bench_dims, parse_shapes, shown_shapes
+from deploy.bench.shapes import bench_dims, read_shapes, shown_shapes
 from deploy.errors import UsageError
 
 
@@ -25,19 +25,19 @@ def manifest(shared_lenet5: Artifact) -> Manifest:
     return dynamic(shared_lenet5)
 
 
-@pytest.mark.parametrize("text", ["x", "=1x2", "x=", "x=1x3xHx4", "x=1x0", "x=1:2"])
+@pytest.mark.parametrize("text", ["x", "=1x2", "x=", "x=1x3xHx4", "x=1x0", "x=1:2", "x=1:"])
 def test_text_that_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"shape"):
         BenchOptions(shapes=(text,))
 
 
 def test_an_input_named_twice_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--shapes names 'x' twice"):
-        parse_shapes(["x=1x2", "x=1x2"])
+    with pytest.raises(UsageError, match=r"`shapes` names 'x' twice"):
+        read_shapes(["x=1x2", "x=1x2"])
 
 
 def test_shapes_give_the_sizes_whatever_batch_they_name(manifest: Manifest) -> None:
-    dims = bench_dims(manifest, parse_shapes(["x=7x3x64x80"]))
+    dims = bench_dims(manifest, read_shapes(["x=7x3x64x80"]))
     assert dims == {"H": 64, "W": 80}
     assert shown_shapes(manifest, dims) == {"x": "batchx3x64x80"}
 
@@ -59,7 +59,7 @@ def test_the_layout_of_the_preprocessing_is_heeded(shared_lenet5: Artifact) -> N
 
 @pytest.mark.parametrize("preprocess", [None, Preprocess(), Preprocess(resize=256)])
 def test_a_dimension_without_a_size_names_the_option(shared_lenet5: Artifact, preprocess: Preprocess | None) -> None:
-    with pytest.raises(UsageError, match=r"x: float32 batchx3xHxW: .* gives 'H' a size: say it with --shapes NAME=SHAPE"):
+    with pytest.raises(UsageError, match=r"x: float32 batchx3xHxW: .* gives 'H' a size: give it with `shapes` NAME=SHAPE"):
         bench_dims(dynamic(shared_lenet5, preprocess=preprocess), {})
 
 
@@ -74,7 +74,7 @@ def test_a_dimension_without_a_size_names_the_option(shared_lenet5: Artifact, pr
 def test_shapes_that_the_inputs_cannot_have_are_refused(
     manifest: Manifest, shapes: dict[str, tuple[int, ...]], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=rf"--shapes: {message}"):
+    with pytest.raises(UsageError, match=rf"`shapes`: {message}"):
         bench_dims(manifest, shapes)
 
 
@@ -82,7 +82,7 @@ def test_inputs_that_share_a_dimension_must_agree(shared_lenet5: Artifact) -> No
     inputs = [TensorSpec(name=name, dtype="float32", shape=("batch", "length")) for name in ("x", "y")]
     manifest = dynamic(shared_lenet5, inputs=inputs)
     assert bench_dims(manifest, {"y": (1, 5)}) == {"length": 5}  # one of them is enough
-    with pytest.raises(UsageError, match=r"--shapes: 'y' has shape 1x6: 'length' is 6 here and 5 in another input"):
+    with pytest.raises(UsageError, match=r"`shapes`: 'y' has shape 1x6: 'length' is 6 here and 5 in another input"):
         bench_dims(manifest, {"x": (1, 5), "y": (1, 6)})
 
 
@@ -99,5 +99,5 @@ def test_a_dynamic_model_is_measured_at_the_shapes_asked_for(resizable: Artifact
         ("eager", 1), ("onnxruntime", 1), ("eager", 2), ("onnxruntime", 2),
     ]  # fmt: skip
     assert result.conditions["shapes"] == {"x": "batchx3x20x24"}
-    with pytest.raises(UsageError, match=r"say it with --shapes"):
+    with pytest.raises(UsageError, match=r"give it with `shapes`"):
         bench([resizable], BenchOptions(backends=("onnxruntime",)))

@@ -47,7 +47,11 @@ def test_no_missing_distribution_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(metadata, "version", fail)
     assert set(tool_versions().values()) == {__version__, "unknown"}
-    assert set(versions(("deploy", "no-such-distribution")).values()) == {".".join(map(str, sys.version_info[:3])), __version__, None}
+    assert set(versions(("deploy", "no-such-distribution")).values()) == {
+        ".".join(map(str, sys.version_info[:3])),
+        __version__,
+        None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from deploy.pipeline.export_interface import check_classes, default_preprocess, 
 def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
     assert parse_input("ids=1xN:int64") == TensorSpec(name="ids", dtype="int64", shape=(1, "N"))
     assert parse_input("x=1x3").dtype == "float32"
-    for bad in ("x", "x=", "=1x3", "x=1x3:float99"):
+    assert parse_input("x:0=1x3") == TensorSpec(name="x:0", dtype="float32", shape=(1, 3))
+    assert parse_input("x:0=1x3:int8") == TensorSpec(name="x:0", dtype="int8", shape=(1, 3))
+    for bad in ("x", "x=", "=1x3", "x=1x3:float99", "x=1x3:", "x=:int8", "x=1x3:1x3", "x:int8"):
         with pytest.raises(UsageError, match="cannot read the input"):
             parse_input(bad)
     path = tmp_path / "classes.txt"

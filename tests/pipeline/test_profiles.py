@@ -8,7 +8,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.errors import UsageError
-from deploy.pipeline.profiles import make_profiles, parse_shapes
+from deploy.pipeline.profiles import make_profiles, parse_range
 
 
 def test_shapes_make_the_profile_of_a_dynamic_input(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_shapes_that_contradict_one_another_are_refused_by_the_names_of_both(ran
 
 
 def test_one_shape_stands_for_all_three() -> None:
-    assert parse_shapes("x=2x3") == ("x", ShapeRange(min=(2, 3), opt=(2, 3), max=(2, 3)))
+    assert parse_range("x=2x3") == ("x", ShapeRange(min=(2, 3), opt=(2, 3), max=(2, 3)))
 
 
 def test_an_input_that_is_named_again_begins_the_next_profile() -> None:
