@@ -8,7 +8,7 @@ import click
 from deploy.artifact.summary import summary
 from deploy.cli.common import debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.options import options
-from deploy.precision.half.options import ConvertOptions
+from deploy.precision.formats import ConvertOptions
 
 
 @click.command("convert")

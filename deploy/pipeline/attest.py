@@ -24,9 +24,9 @@ from deploy.evidence.parity import TOLERANCES, Parity, compare
 from deploy.evidence.timing import Ratio, paired_ratio, sample
 from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
+from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.convert import convert_onnx
 from deploy.precision.half.emulate import Emulate
-from deploy.precision.half.options import ConvertOptions
 from deploy.precision.macs import count_macs
 from deploy.precision.prepare import Prepare
 from deploy.progress import Progress

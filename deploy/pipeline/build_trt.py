@@ -29,7 +29,8 @@ from deploy.pipeline import engine_cache
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
 from deploy.pipeline.stage import PathLike, default_out, fp32_source, open_source, run_stage
-from deploy.precision.half.options import IMAGES, ConvertOptions, HalfPrecision
+from deploy.precision.formats import IMAGES, ConvertOptions
+from deploy.precision.half.options import HalfPrecision
 from deploy.precision.int8.options import QuantizeOptions, quantize_settings
 from deploy.progress import Progress, silent
 

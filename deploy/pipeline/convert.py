@@ -1,7 +1,8 @@
 """The stage `convert`: an FP32 ONNX artifact in half precision, with the evidence that it still computes the same."""
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,15 +14,18 @@ from deploy.data.images import image_input
 from deploy.host.versions import tool_versions
 from deploy.options import collect
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
-from deploy.precision.half.options import IMAGES, ConvertOptions, HalfPrecision
+from deploy.precision.formats import FORMATS, IMAGES, ConvertOptions, ConvertPrecision
 from deploy.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from deploy.precision.converted import Converted
 
 
 def convert(
     artifact: Artifact | PathLike,
     out: PathLike | None = None,
     *,
-    precision: HalfPrecision,
+    precision: ConvertPrecision,
     fp16_io: bool = False,
     data: PathLike | None = None,
     progress: Progress = silent,
@@ -71,9 +75,8 @@ class _Convert:
         }
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.precision.half.convert import convert_onnx  # loads onnx and ONNX Runtime
-
-        converted = convert_onnx(self._source, self._options, self._progress)
+        module = importlib.import_module(FORMATS[self._options.precision].module)  # loads onnx and ONNX Runtime
+        converted: Converted = module.convert_onnx(self._source, self._options, self._progress)
         converted.save(writer.path / ONNX)
         return descendant(
             self._source,

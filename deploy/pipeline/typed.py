@@ -10,8 +10,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.data.calibration_set import CalibrationSet
+from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.convert import convert_onnx
-from deploy.precision.half.options import ConvertOptions
 from deploy.precision.int8.options import QuantizeOptions
 from deploy.precision.int8.quantize import quantize_onnx
 from deploy.progress import Progress

@@ -19,7 +19,7 @@ from deploy.options import described_fields, option
 from deploy.pipeline.build_trt import BuildTrtOptions
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
-from deploy.precision.half.options import ConvertOptions
+from deploy.precision.formats import ConvertOptions
 from deploy.precision.int8.options import QuantizeOptions
 
 

@@ -21,10 +21,10 @@ from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionErro
 from deploy.host.versions import tool_versions
 from deploy.pipeline import convert, stage
 from deploy.pipeline.convert import convert_artifact
+from deploy.precision.formats import ConvertOptions
 from deploy.precision.half import convert as entry
 from deploy.precision.half import rewrite as half
 from deploy.precision.half.convert import convert_onnx
-from deploy.precision.half.options import ConvertOptions
 
 FP16 = ConvertOptions(precision="fp16")
 

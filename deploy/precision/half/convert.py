@@ -2,40 +2,23 @@
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Exclusion
-from deploy.artifact.onnxfile import load_model, model_specs, save_model
+from deploy.artifact.onnxfile import load_model, model_specs
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, random_feeds, row_count
 from deploy.data.image_folder import image_feeds
 from deploy.errors import ParityError
 from deploy.evidence.parity import PARITY_BATCHES, Parity, compare
+from deploy.precision.converted import Converted
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
+from deploy.precision.formats import IMAGES, ConvertOptions
 from deploy.precision.half.emulate import Emulate
-from deploy.precision.half.options import IMAGES, ConvertOptions
 from deploy.precision.half.rewrite import convert_model
 from deploy.progress import Progress, silent
 
 _IMAGE_BATCH = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """A graph in half precision, its inputs and outputs, the nodes left in FP32 and its parity with the FP32 graph."""
-
-    model: ir.Model
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    exclusions: list[Exclusion]
-    parity: Parity
-
-    def save(self, path: Path) -> None:
-        """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
-        save_model(self.model, path)
 
 
 def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress = silent) -> Converted:
