@@ -59,10 +59,10 @@ def add_peers(parser: argparse.ArgumentParser, target: str = "peers") -> None:
 
 
 def check_peers(python: Path, target: str = "peers") -> Path:
-    """The absolute path of the peers' interpreter. Exits where there is none."""
+    """The absolute path of the peers' interpreter. Exits if there is none."""
     if not python.exists():
         sys.exit(f"no Python at {python}: run `make {target}`, or name the interpreter of the peers' environment with --peers")
-    return python.absolute()  # not resolved: a virtual environment is known by the link
+    return python.absolute()  # not resolved: the link is what makes it the interpreter of its environment
 
 
 # Turns
@@ -201,7 +201,7 @@ class Goal:
 
 
 def exit_status(goals: Iterable[Goal]) -> int:
-    """0 where all goals are met, else 1."""
+    """0 if all goals are met, else 1."""
     return 0 if all(goal.met for goal in goals) else 1
 
 
@@ -238,7 +238,7 @@ def conditions_here(device: str = "cpu") -> dict[str, Any]:
 
 
 def conditions_line(measured: Mapping[str, Any]) -> str:
-    """The conditions of a document in one line: the processor, what it was used with, versions of what is installed, time."""
+    """The conditions of a document in one line: the processor, threads, load, versions of what is installed, time."""
     threads = count_of(measured["threads"], "thread") if "threads" in measured else count_of(measured["cores"], "core")
     busy = f", load average {measured['load_average'][0]} before" if "load_average" in measured else ""
     parts = [f"{measured['cpu']}, {threads}{busy}", shown_versions(measured.get("versions", {})), measured.get("time", "")]
@@ -267,7 +267,7 @@ def publish(name: str, document: Mapping[str, Any], text: str, folder: Path = RE
 def encode(document: Mapping[str, Any]) -> str:
     """`document` as JSON of at most MOST_BYTES: where it is larger, raw samples (`samples_ms`) are thinned until it fits.
 
-    Nothing else is left out; a thinned document says so in `thinned`. Raises ValueError where it does not fit even so.
+    Nothing else is left out; a thinned document has a note, `thinned`. Raises ValueError if it does not fit even then.
     """
     every = 1
     while every <= 4096:

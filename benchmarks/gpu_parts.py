@@ -1,6 +1,6 @@
-"""What `gpu_report.py` measures, a part at a time: engines of the reference architectures against PyTorch on the same GPU.
+"""The parts of `gpu_report.py`: engines of the reference architectures against PyTorch on the same GPU.
 
-Everything is paired: the candidates of a table take turns, round by round, on the same input.
+The candidates of a table are paired: they take turns, round by round, on the same input.
 """
 
 import threading
@@ -56,7 +56,7 @@ class Setting:
             torch.cuda.synchronize()
 
     def open(self, artifact: Artifact, backend: str, contexts: int = 1) -> Session:
-        """A session; of an engine with `backend` its variant behind the flavour, on the CPU its typed ONNX file."""
+        """A session. For an engine, `backend` is the variant after its flavour; on the CPU its typed ONNX file runs instead."""
         target = artifact.manifest.target
         if target is None:
             return open_session(artifact, backend, SessionOptions(device=self.device if "onnxruntime" not in backend else "auto"))
@@ -67,12 +67,12 @@ class Setting:
 
 def parts() -> dict[str, Callable[[Setting], dict[str, Any]]]:
     """The parts by name, in the order in which they are measured."""
-    found: dict[str, Callable[[Setting], dict[str, Any]]] = {"overhead": overhead}
+    named: dict[str, Callable[[Setting], dict[str, Any]]] = {"overhead": overhead}
     for name in MODELS:
         for precision in PRECISIONS:
-            found[f"{name}-{precision}"] = _bound(name, precision)
-    found["resnet50-autotune"] = autotune
-    return found
+            named[f"{name}-{precision}"] = _bound(name, precision)
+    named["resnet50-autotune"] = autotune
+    return named
 
 
 def _bound(name: str, precision: str) -> Callable[[Setting], dict[str, Any]]:
@@ -128,20 +128,22 @@ def _row(setting: Setting, sessions: Mapping[str, Session], batch: int) -> dict[
     off = [difference(result[name].cpu().numpy(), expected[name].cpu().numpy()) for name in expected]
     return {
         "batch": batch,
-        "latency_ms": {label: _latency(found) for label, found in rounds.items()},
+        "latency_ms": {label: _latency(samples) for label, samples in rounds.items()},
         "gpu_ms": {label: _gpu_ms(setting, lambda s=session: s.run(feed)) for label, session in sessions.items()},
         "speedup": {
             label: {other: _ratio(rounds[other], rounds[label]) for other in rounds if other not in ("engine", label)}
             for label in ("engine", "engine, CUDA graph")
         },
         "parity": {"max_abs": max(each.max_abs for each in off), "cosine": min(each.cosine for each in off)},
-        "samples_ms": {label: [[round(value * 1e3, 5) for value in part] for part in found] for label, found in rounds.items()},
+        "samples_ms": {
+            label: [[round(value * 1e3, 5) for value in part] for part in samples] for label, samples in rounds.items()
+        },
     }
 
 
 def overhead(setting: Setting) -> dict[str, Any]:
     """What the session adds to the bare engine, on CUDA tensors and from numpy, in FP16."""
-    found: dict[str, Any] = {}
+    overheads: dict[str, Any] = {}
     for name, batch in (("resnet50", 8), ("lenet5", 1)):
         engine, _ = _built(setting, _exported(setting, name), "fp16")
         with setting.open(engine, "") as session, setting.open(engine, ":cuda_graph") as graphs:
@@ -158,15 +160,15 @@ def overhead(setting: Setting) -> dict[str, Any]:
                 "copies": copies,
             }
             rounds = _alternate(setting, runs)
-        medians = {label: _latency(each)["p50"] for label, each in rounds.items()}
-        found[f"{name}, batch {batch}"] = {
+        medians = {label: _latency(samples)["p50"] for label, samples in rounds.items()}
+        overheads[f"{name}, batch {batch}"] = {
             "p50_ms": medians,
             "session_over_bare": _ratio(rounds["session"], rounds["bare"]),
             "session_more_us": (medians["session"] - medians["bare"]) * 1e3,
             "graph_more_us": (medians["session, CUDA graph"] - medians["bare, CUDA graph"]) * 1e3,
             "numpy_over_copy_and_compute": medians["session from numpy"] / (medians["copies"] + medians["bare"]),
         }
-    return {"overhead": found}
+    return {"overhead": overheads}
 
 
 def autotune(setting: Setting) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def autotune(setting: Setting) -> dict[str, Any]:
             }
             runs = {"engine": _on_device(setting, session, feed), "compile": _on_device(setting, compiled, feed)}
             rounds = _alternate(setting, runs)
-            latencies = {label: _latency(each) for label, each in rounds.items()}
+            latencies = {label: _latency(samples) for label, samples in rounds.items()}
             rows.append({"batch": batch, "latency_ms": latencies, "speedup": _ratio(rounds["compile"], rounds["engine"])})
     return {"autotune": rows}
 
@@ -236,7 +238,7 @@ def _on_device(setting: Setting, session: Session, feed: Mapping[str, Any]) -> R
 
 
 def _alternate(setting: Setting, runs: Mapping[str, Run]) -> dict[str, list[list[float]]]:
-    """Seconds of every candidate, round by round; the order turns, so that none always follows the same one."""
+    """Seconds of every candidate, round by round, after a warm-up."""
     for run in runs.values():
         for _ in range(3):  # compiles, captures, tunes
             run()
@@ -246,19 +248,19 @@ def _alternate(setting: Setting, runs: Mapping[str, Run]) -> dict[str, list[list
 
 
 def _latency(rounds: Rounds) -> dict[str, float]:
-    found = latency([value * 1e3 for part in rounds for value in part])
-    return {"p50": found.p50, "p90": found.p90, "p99": found.p99}
+    times = latency([value * 1e3 for part in rounds for value in part])
+    return {"p50": times.p50, "p90": times.p90, "p99": times.p99}
 
 
 def _ratio(baseline: Rounds, candidate: Rounds) -> dict[str, float]:
-    found = paired_ratio(baseline, candidate)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    ratio = paired_ratio(baseline, candidate)
+    return {"value": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
 def _gpu_ms(setting: Setting, run: Run, runs: int = 50) -> float:
-    """Milliseconds on the GPU of one run, by events around many that are given to it one after the other.
+    """Milliseconds of one run on the GPU, by events around many runs that are queued one after the other.
 
-    Where the CPU gives them more slowly than the GPU takes them, it is the CPU's time.
+    If the CPU queues them more slowly than the GPU runs them, it is the CPU's time.
     """
     setting.wait()
     if setting.dry:
@@ -275,12 +277,12 @@ def _gpu_ms(setting: Setting, run: Run, runs: int = 50) -> float:
 
 
 def _throughput(setting: Setting, engine: Artifact, batch: int, seconds: float = 0.5) -> dict[str, float]:
-    """Images per second by the number of contexts, each with a thread and a stream of its own."""
-    found = {}
+    """Images per second by the number of contexts; each context has its own thread and stream."""
+    rates = {}
     for contexts in CONTEXTS:
         with setting.open(engine, "", contexts) as session:
-            found[str(contexts)] = _images_per_s(setting, session, batch, contexts, seconds)
-    return found
+            rates[str(contexts)] = _images_per_s(setting, session, batch, contexts, seconds)
+    return rates
 
 
 def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, seconds: float) -> float:
@@ -316,7 +318,7 @@ def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, 
 
 
 def _copies(setting: Setting, host: Mapping[str, np.ndarray], outputs: Mapping[str, torch.Tensor]) -> Run:
-    """The numpy arrays to the GPU and outputs of that size back into numpy arrays: what copying alone takes."""
+    """Copies the numpy arrays to the GPU, and outputs of the same size back into numpy arrays."""
     inputs = [torch.from_numpy(array) for array in host.values()]
     there = [x.to(setting.device) for x in inputs]
 
@@ -339,7 +341,7 @@ class _Bare:
 def _bare(setting: Setting, engine: Artifact, feed: Mapping[str, torch.Tensor], session: Session) -> _Bare:
     """The engine without a session: `execute_async_v3` in a loop, and replays of a CUDA graph of it.
 
-    On the CPU the session itself, for there is no engine.
+    On the CPU, which runs no engine, the session itself.
     """
     if setting.dry:
         return _Bare(run=lambda: session.run(feed), replay=lambda: session.run(feed))
@@ -370,5 +372,5 @@ def _bare(setting: Setting, engine: Artifact, feed: Mapping[str, torch.Tensor], 
         graph.replay()
         setting.wait()
 
-    run.owners = (logger, loaded, context, results)  # type: ignore[attr-defined]  # TensorRT's objects do not hold one another
+    run.owners = (logger, loaded, context, results)  # type: ignore[attr-defined]  # TensorRT's objects do not keep one another alive
     return _Bare(run=run, replay=replay)

@@ -60,8 +60,8 @@ def main() -> None:
         failed = measure(args.part or missing, setting, args.parts)
         if failed:
             sys.exit(f"failed: {', '.join(failed)}; the others are kept, and the report can be written with --merge")
-    found = read(args.parts)
-    publish(slug(found[0]["conditions"]["gpu"]), {"schema": 1, "parts": found}, report(found), args.results)
+    measured = read(args.parts)
+    publish(slug(measured[0]["conditions"]["gpu"]), {"schema": 1, "parts": measured}, report(measured), args.results)
     return None
 
 
@@ -73,13 +73,13 @@ def measure(names: Sequence[str], setting: Setting, folder: Path) -> list[str]:
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
         try:
-            found = parts()[name](setting)
+            figures = parts()[name](setting)
         except Exception:
             traceback.print_exc()
             failed.append(name)
             continue
         seconds = time.perf_counter() - start
-        document = {"part": name, "seconds": round(seconds, 1), "conditions": described(setting), **found}
+        document = {"part": name, "seconds": round(seconds, 1), "conditions": described(setting), **figures}
         (folder / f"{name}.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
         print(f"{name}: {seconds:.0f} s{'' if seconds <= LONGEST_S else ', longer than a part should take'}", flush=True)
     return failed
@@ -87,53 +87,53 @@ def measure(names: Sequence[str], setting: Setting, folder: Path) -> list[str]:
 
 def described(setting: Setting) -> dict[str, Any]:
     gpu = "no GPU (dry run)" if setting.dry else torch.cuda.get_device_name()
-    found = conditions_here(setting.device)
+    where = conditions_here(setting.device)
     libraries = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
-    return found | {"gpu": gpu, "driver": driver_version(), "cuda": torch.version.cuda, "versions": versions(libraries)}
+    return where | {"gpu": gpu, "driver": driver_version(), "cuda": torch.version.cuda, "versions": versions(libraries)}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The parts that have been measured, in order. Exits when there are none, or when they come from several GPUs."""
     files = [folder / f"{name}.json" for name in parts()]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    if not found:
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    if not measured:
         sys.exit(f"no part in {folder}: measure one first")
-    if len(gpus := {part["conditions"]["gpu"] for part in found}) > 1:
+    if len(gpus := {part["conditions"]["gpu"] for part in measured}) > 1:
         sys.exit(f"{folder} holds parts of several GPUs: {', '.join(sorted(gpus))}")
-    return found
+    return measured
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def report(found: Sequence[Mapping[str, Any]]) -> str:
+def report(measured: Sequence[Mapping[str, Any]]) -> str:
     """The report as Markdown: the goals, then a table for each architecture."""
-    where = found[0]["conditions"]
-    missing = [name for name in parts() if name not in {part["part"] for part in found}]
-    reached = [*goals(found), *([f"not measured: {', '.join(missing)}"] if missing else [])]
+    where = measured[0]["conditions"]
+    missing = [name for name in parts() if name not in {part["part"] for part in measured}]
+    reached = [*goals(measured), *([f"not measured: {', '.join(missing)}"] if missing else [])]
     lines = [f"# Engines on {where['gpu']}\n", f"\n## Goals\n\n{bullets(reached)}"]
     for model in MODELS:
-        measured = [part for part in found if part.get("model") == model]
-        if measured:
+        engines_of_model = [part for part in measured if part.get("model") == model]
+        if engines_of_model:
             lines.append(f"\n## {model}\n\n")
-            lines.append(engines(measured))
-            for part in measured:
+            lines.append(engines(engines_of_model))
+            for part in engines_of_model:
                 lines.append(f"\n{part['precision'].upper()}: milliseconds (p50), and how many times as fast the engine is\n\n")
                 lines.append(speeds(part))
-                lines += [f"\n{label} is not there: {reason}\n" for label, reason in part["missing"].items()]
+                lines += [f"\n{label} is missing: {reason}\n" for label, reason in part["missing"].items()]
     lines.append(
         f"\n{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, {where['cpu']}, {count_of(where['cores'], 'core')}; {shown_versions(where['versions'])};"
-        f" {where['time']}.\nLatency: a run and the wait for it, from CUDA tensors but where it says numpy. GPU: by events around runs"
+        f" {where['time']}.\nLatency: a run and the wait for it, from CUDA tensors unless it says numpy. GPU: by events around runs"
         " back to back.\nSpeed-up: the p50 of the other over that of the engine with its CUDA graph, in the same rounds, with its 95 %"
         " interval.\n"
     )
     return "".join(lines)
 
 
-def goals(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def goals(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """The measured figures beside their goals, in words; a goal that was not measured is listed as such."""
-    by_part = {part["part"]: part for part in found}
+    by_part = {part["part"]: part for part in measured}
     lines = []
     over = by_part.get("overhead", {}).get("overhead")
     if over:
@@ -181,7 +181,7 @@ def speeds(part: Mapping[str, Any]) -> str:
     header = ["batch", "engine", "CUDA graph", "GPU", "from numpy", *labels, *(f"images/s, {count}" for count in CONTEXTS)]
     rows = []
     for row in part["rows"]:
-        p50 = {label: found["p50"] for label, found in row["latency_ms"].items()}
+        p50 = {label: times["p50"] for label, times in row["latency_ms"].items()}
         cells = [p50["engine"], p50["engine, CUDA graph"], row["gpu_ms"]["engine, CUDA graph"], p50["engine from numpy"]]
         against = [f"{p50[label]:.3f} ({times(row['speedup']['engine, CUDA graph'][label])})" for label in labels]
         rows.append([str(row["batch"]), *(f"{cell:.3f}" for cell in cells), *against, *(f"{value:,.0f}" for value in row["throughput"].values())])  # fmt: skip

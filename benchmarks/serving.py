@@ -1,11 +1,11 @@
-"""What `deploy serve` costs, and what it gives beside LitServe and MLServer: one run, one machine, one client.
+"""The overhead of `deploy serve`, and its throughput beside LitServe and MLServer: one run, one machine, one client.
 
     make serving-peers
     python benchmarks/serving.py
 
 - `resnet34` in INT8 on OpenVINO, single images from 8 callers in a closed loop: images a second over those of the bare session at its best
   batch (goal: at least 0.9). The server computes two batches of 2 at a time (`--max-batch 2 --instances 2`), each on a stream of OpenVINO's
-  with a thread of its own, while the other callers' images wait; the bare session one batch on both threads.
+  with its own thread, while the images of the other callers wait; the bare session computes one batch on both threads.
 - `lenet5`: p50 of REST with binary tensors and one caller, less p50 of the bare session (goal: under 0.5 ms).
 - `lenet5`, 32 callers: requests a second over those of LitServe and of MLServer, all with JSON (goal: at least 2). With binary tensors too.
 
@@ -91,15 +91,15 @@ def closed_loop(port: int, request: bytes, callers: int, seconds: float) -> tupl
             stack.callback(caller.socket.close)
             selector.register(caller.socket, selectors.EVENT_READ, caller)
             caller.ask()
-        found: list[float] = []
+        times_ms: list[float] = []
         start = now = time.perf_counter()
         while now - start < seconds:
             for key, _ in selector.select():
                 if key.data.hear():
                     now = time.perf_counter()
-                    found.append((now - key.data.began) * 1e3)
+                    times_ms.append((now - key.data.began) * 1e3)
                     key.data.ask()
-        return len(found) / (now - start), found
+        return len(times_ms) / (now - start), times_ms
 
 
 def post(path: str, body: bytes, header_length: int | None = None) -> bytes:
@@ -135,7 +135,7 @@ class Running:
     def loop(self, request: bytes, callers: int, seconds: float) -> tuple[float, list[float]]:
         self._signal("CONT")
         gc.collect()
-        gc.disable()  # this process holds torch: to go through all of that would be the client's time
+        gc.disable()  # this process holds torch: a collection of all its objects would count as the client's time
         try:
             return closed_loop(self._port, request, callers, seconds)
         finally:
@@ -163,8 +163,8 @@ def server(command: list[str], port: int, ready: str) -> Iterator[Running]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 def ours(artifact: Artifact, backend: str, *options: str) -> Any:
@@ -218,9 +218,9 @@ def resnet34(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
             return best * len(samples) / sum(samples)
 
         request = binary("net", x)
-        found = in_turns({"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds, warm_up=1)
-    ratios = [server / session for server, session in zip(found["server"], found["session"], strict=True)]
-    return {"best_batch": best, "by_batch": rates, **found, "ratio": statistics.median(ratios)}
+        rates_by_side = in_turns({"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds, warm_up=1)
+    ratios = [server / session for server, session in zip(rates_by_side["server"], rates_by_side["session"], strict=True)]
+    return {"best_batch": best, "by_batch": rates, **rates_by_side, "ratio": statistics.median(ratios)}
 
 
 def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 DATA holds the four .gz files of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747; Debian's package
 dataset-fashion-mnist has them). CACHE gets two ImageFolders, calib/ (images of the training set that no training sees)
-and eval/ (the test set), and a state_dict, NET.pth, with NET.preprocess.json for each net. What is there already is kept.
+and eval/ (the test set), and a state_dict, NET.pth, with NET.preprocess.json for each net. Files that exist are kept.
 The same seed on the same machine gives the same weights.
 """
 
@@ -32,7 +32,7 @@ CALIBRATION = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """What is trained and how: `side` is that of the input in pixels, `images` of the training set are used."""
+    """A net and its training. side: height and width of the input in pixels. images: how many of the training set are used."""
 
     arch: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def write_folder(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def prepare(net: Net, images: np.ndarray) -> Tensor:
-    """(N, 1, side, side) float32: one channel, for the others are the same."""
+    """(N, 1, side, side) float32: one channel, because the others are the same."""
     preprocess = net.preprocess
     return torch.from_numpy(np.stack([preprocess(Image.fromarray(pixels))[:1] for pixels in images]))
 
@@ -117,10 +117,10 @@ def train(name: str, net: Net, data: Path, seed: int = 0) -> tuple[nn.Module, fl
     model.eval()
     pixels, labels = read(data, "t10k")
     with torch.inference_mode():
-        found = torch.cat(
+        predicted = torch.cat(
             [model(x.expand(-1, net.channels, -1, -1)).argmax(1) for x in prepare(net, pixels).split(500)]
         )  # fmt: skip
-    return model, float((found.numpy() == labels).mean())
+    return model, float((predicted.numpy() == labels).mean())
 
 
 def ensure_folders(data: Path, cache: Path) -> None:

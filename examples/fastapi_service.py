@@ -1,4 +1,4 @@
-"""A service of one's own: a deploy session and its batcher inside a FastAPI application.
+"""Your own service: a deploy session and its batcher inside a FastAPI application.
 
 pip install 'deploy[cpu]' fastapi uvicorn
 MODEL=build/convnet-int8 uvicorn examples.fastapi_service:app

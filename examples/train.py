@@ -2,8 +2,8 @@
 
     python examples/train.py --arch lenet5 [--data build/digits] [--epochs N] [--output build/lenet5.pth] [--logs build/runs]
 
-The images come through `deploy.artifact.preprocess`, so that training sees the pixels that `deploy eval` sees. TensorBoard logs:
-loss, learning rate and accuracy, under LOGS/ARCH. The same seed on the same machine gives the same weights.
+The images go through `deploy.artifact.preprocess`, so that training sees the same pixels as `deploy eval`. TensorBoard logs of
+loss, learning rate and accuracy go to LOGS/ARCH. The same seed on the same machine gives the same weights.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def jitter(images: Tensor, background: float) -> Tensor:
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     affine = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
-    # What comes in at the edges is background, not the grey that 0 means after normalization.
+    # The new pixels at the edges are background, not 0, which is a grey after normalization.
     return functional.grid_sample(images - background, grid, align_corners=False) + background
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("build/runs"), help="TensorBoard logs; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
-    # Batches as small as these gain little from a second thread, and lose much to it where the cores are shared.
+    # Batches this small gain little from a second thread, and lose much to it on shared cores.
     torch.set_num_threads(1)
     output = options.output or Path("build", f"{options.arch}.pth")
     start = time.perf_counter()

@@ -4,8 +4,8 @@
 
 IMAGES.txt names the calibration images, one path a line: the same that our calibration draws. They go through
 `deploy.artifact.preprocess` and the threads of `deploy.calibration.imagefolder`, which need numpy and Pillow only. Each tool is
-used as its own documents advise for INT8 convolutional nets; ONNX Runtime's is told to be symmetric, with which
-TensorRT takes the result. The versions in use go to standard output as JSON.
+used as its own documents advise for INT8 convolutional nets; ONNX Runtime's is set to symmetric ranges, because TensorRT
+accepts only those. The versions in use go to standard output as JSON.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def onnxruntime(tool: str, model: Path, stream: Iterator[np.ndarray], name: str,
             quant_format=QuantFormat.QDQ,
             per_channel=not tool.endswith("-tensor"),
             calibrate_method=methods[tool.removesuffix("-tensor")],
-            # Symmetric and without INT32 biases: what TensorRT's parser takes.
+            # Symmetric and without INT32 biases, as TensorRT's parser requires.
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
         )
 

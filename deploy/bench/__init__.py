@@ -1,1 +1,1 @@
-"""Candidates paired with the baseline, each in a process of its own."""
+"""Benchmarks: artifacts on backends, in separate processes, in turns with a baseline."""

@@ -1,4 +1,4 @@
-"""What this machine is and what runs on it: the conditions of a measurement. Loads none of the libraries it names."""
+"""The conditions of a measurement: the machine, its load and the versions in use. Loads none of the libraries it names."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
 
 
 def revision(folder: Path | None = None) -> str | None:
-    """The git revision of the user's current folder, with `+` where files differ from it; None where there is none."""
+    """The git revision of the user's current folder, with `+` if files differ from it; None outside a repository."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -179,19 +179,19 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
 
     An artifact that cannot be opened is left out with a warning. Raises UsageError when there are none.
     """
-    found = artifacts_under(build)
-    if not found:
+    artifacts = artifacts_under(build)
+    if not artifacts:
         raise UsageError(f"no artifacts under {build}: name one, or make one with `deploy export`")
-    newest = found[-1].manifest.source.state_dict
-    return [artifact for artifact in found if artifact.manifest.source.state_dict == newest]
+    newest = artifacts[-1].manifest.source.state_dict
+    return [artifact for artifact in artifacts if artifact.manifest.source.state_dict == newest]
 
 
 def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
     """Raise BackendError unless the engine can run here, on one of `backends` if any are named."""
-    found = _backends(artifact, backends)
-    if not has_gpu() or not found:
+    usable = _backends(artifact, backends)
+    if not has_gpu() or not usable:
         refuse_engine(artifact)
-    import_backend(split_backend(found[0])[0])
+    import_backend(split_backend(usable[0])[0])
 
 
 def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
@@ -243,8 +243,8 @@ def _root(roots: Sequence[Artifact], baseline: str) -> Artifact:
     root = next((root for root in roots if _fixed_batch(root) is None), roots[0])
     if root.manifest.source.factory is None and _runs_module(baseline):
         raise ArtifactError(
-            f"{root.shown} does not say which model it is made of, so there is no eager baseline to compare with:"
-            " benchmark an artifact that `deploy export` made of a model, or name another `baseline`, such as onnxruntime"
+            f"{root.shown} does not name the model that it was made from, so there is no eager baseline to compare with:"
+            " benchmark an artifact that `deploy export` made from a model, or name another `baseline`, such as onnxruntime"
         )
     return root
 

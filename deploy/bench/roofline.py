@@ -1,4 +1,4 @@
-"""How much of what the machine can do a candidate reaches: the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009)."""
+"""The roofline model: the share of the machine's speed that a candidate reaches (Williams, Waterman, Patterson, CACM 52(4), 2009)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,17 +14,17 @@ from deploy.errors import PrecisionError
 from deploy.precision.macs import count_macs
 
 _SIDES = (512, 768, 1536)
-"""Rows and columns of the matrices that are multiplied: which of them is fastest depends on the caches."""
+"""Rows and columns of the matrices to multiply: which size is fastest depends on the caches."""
 
 _COPIED = 96 << 20
-"""Bytes that are copied: more than the caches hold."""
+"""Bytes to copy: more than the caches hold."""
 
 _SECONDS = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """What this machine does at best: FP32 operations a second of a matrix product, bytes a second of a copy (read and written)."""
+    """The best speeds of this machine: FP32 operations a second of a matrix product, bytes a second of a copy (read and written)."""
 
     flops: float
     bytes_per_s: float
@@ -32,17 +32,20 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Of one run: operations, two for each multiply-accumulate of Conv, ConvTranspose, Gemm and MatMul, and the bytes that must be
-    moved at least: every weight, input and output once."""
+    """The work of one run.
+
+    operations: two for each multiply-accumulate of Conv, ConvTranspose, Gemm and MatMul. nbytes: the least that must be moved,
+    which is every weight, input and output once.
+    """
 
     operations: int
     nbytes: int
 
 
 def measure_peak() -> Peak:
-    """Time a matrix product and a copy, on the processor, with the threads that numpy takes: the best of many.
+    """Time a matrix product and a copy on the processor, with numpy's own number of threads: the best of many runs.
 
-    It is what a library gets out of the processor, and not what its data sheet says: other kernels may go a little beyond.
+    This is the speed that a library reaches, not that of the data sheet: other kernels may be a little faster.
     """
     rng = np.random.default_rng(0)
     flops = 0.0
@@ -57,17 +60,17 @@ def measure_peak() -> Peak:
 
 def _best(run: Callable[[], object]) -> float:
     run()
-    found: list[float] = []
+    seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
-    while not found or time.perf_counter() < end:
+    while not seconds or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
-    """The work of one run with these sizes of symbolic dimensions; None where the graph does not tell."""
+    """The work of one run with these sizes of symbolic dimensions; None if it cannot be counted from the graph."""
     manifest = artifact.manifest
     shapes = {spec.name: spec.concrete(sizes) for spec in manifest.inputs}
     model = ir.load(artifact.onnx_path)
@@ -85,7 +88,7 @@ def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
 
 
 def attainable(work: Work, peak: Peak) -> float:
-    """Operations a second that the roof allows: the peak, or less where moving the bytes takes longer."""
+    """Operations a second that the roof allows: the peak, or less if moving the bytes takes longer."""
     if not work.operations:
         return 0.0
     return min(peak.flops, work.operations / work.nbytes * peak.bytes_per_s)

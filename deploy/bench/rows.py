@@ -1,4 +1,4 @@
-"""What a benchmark found, and the document of `deploy bench --json`."""
+"""The results of a benchmark, and the document of `deploy bench --json`."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,15 +16,15 @@ class BenchRow:
     """One candidate at one batch size, from numpy arrays to numpy arrays.
 
     images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over the baseline, see
-    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` where the interval spans 1.
-    max_abs_error: the largest difference to the baseline's outputs on the same input, None where only one of the two is
-    finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: of the
-    process of the candidate, libraries included; gpu_bytes is None without a GPU. size_bytes: what is run, on disk.
+    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` if the interval spans 1.
+    max_abs_error: the largest difference to the baseline's outputs on the same input, None if only one of the two is
+    finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: memory of
+    the candidate's process, libraries included; gpu_bytes is None without a GPU. size_bytes: size on disk of what runs.
     top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
-    gflops: operations a second at p50, in 10^9; roof_gflops: what the machine would allow at most in FP32, see
-    `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and where the graph does not tell its operations.
-    gpu_ms, h2d_ms, d2h_ms: the computation on the GPU and the copies to and from it, by CUDA events, each at p50; None on the
-    CPU. samples_ms: every run that was timed, in order; rounds: how many of them each round has.
+    gflops: operations a second at p50, in 10^9; roof_gflops: the most that the machine allows in FP32, see
+    `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and if the operations of the graph cannot be counted.
+    gpu_ms, h2d_ms, d2h_ms: p50 of the computation on the GPU and of the copies to and from it, by CUDA events; None on the
+    CPU. samples_ms: every timed run, in order; rounds: the number of them in each round.
     """
 
     artifact: str
@@ -61,10 +61,10 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRow:
-    """One candidate under load, see `load.put_on`. concurrency or rate: which load; the other is None.
+    """One candidate under load, see `traffic.put_on`. concurrency or rate: which load; the other is None.
 
-    requests_per_s: answered, over the time that it took: under the rate where the candidate cannot keep up with it; some are
-    then `unanswered`, and among the samples with the time that they had waited.
+    requests_per_s: answered requests over the time that they took; less than the rate if the candidate cannot keep up. The
+    others are then `unanswered`, and are among the samples with the time that they had waited.
     """
 
     artifact: str
@@ -86,9 +86,9 @@ class LoadRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenarioRow:
-    """One candidate in one of LoadGen's scenarios, see `loadgen.Judged`. batch: samples in a batch at most.
+    """One candidate in one of LoadGen's scenarios, see `loadgen.Judged`. batch: largest number of samples in a batch.
 
-    target_qps, target_ms: of `server`, else None. logs: the folder of LoadGen's own logs.
+    target_qps, target_ms: those of `server`, else None. logs: the folder of LoadGen's own logs.
     """
 
     artifact: str
@@ -112,7 +112,7 @@ class ScenarioRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LayersRow:
-    """Where the time of one candidate goes: its layers in the order in which they run."""
+    """The times of one candidate's layers, in the order in which they run."""
 
     artifact: str
     precision: str
@@ -123,10 +123,10 @@ class LayersRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """All that was measured. `failures` are those of `skipped` that began to run and broke: the work failed.
+    """Everything that was measured. skipped: candidates that cannot run here. failures: those that started and broke.
 
-    baseline: what the speed-ups are over, as a backend. interrupted: by Ctrl-C, before all was measured. artifacts: what
-    was measured or skipped and all that it descends from, parents first, with the evidence of each.
+    baseline: the backend that the speed-ups are over. interrupted: by Ctrl-C, before everything was measured. artifacts: the
+    artifacts that were measured or skipped and all their ancestors, parents first, with their evidence.
     """
 
     conditions: dict[str, Any]
@@ -161,5 +161,5 @@ class BenchResult:
 
 
 def verdict_of(speed: Ratio) -> str:
-    """`faster` or `slower` than the baseline, or `no difference` where the interval spans 1."""
+    """`faster` or `slower` than the baseline, or `no difference` if the interval spans 1."""
     return "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no difference"

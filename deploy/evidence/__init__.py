@@ -1,1 +1,1 @@
-"""Pure measuring with numpy alone: parity and timing."""
+"""Measurements with numpy alone: parity and timing."""

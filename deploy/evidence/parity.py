@@ -1,4 +1,4 @@
-"""How far outputs are from a reference, and how far they may be."""
+"""Parity: how far outputs are from a reference, and how far they may be."""
 
 import math
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ PARITY_BATCHES = (1, 2, 5)
 class Tolerance:
     """Outputs agree when every `|actual - expected| <= atol + rtol * max|expected|`.
 
-    The largest magnitude of the whole expected tensor stands on the right, not that of the single element: rounding
-    errors of a sum scale with its terms, and an element may be near zero by cancellation alone.
+    The right side has the largest magnitude of the whole expected tensor, not that of the single element: rounding errors of
+    a sum scale with its terms, and an element may be near zero only because its terms cancel.
     """
 
     rtol: float
@@ -25,7 +25,7 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         if not (self.rtol >= 0 and self.atol >= 0):
-            raise UsageError(f"tolerances must be 0 or more, not rtol={self.rtol} and atol={self.atol}")
+            raise UsageError(f"`rtol` and `atol` must be 0 or more, not {self.rtol} and {self.atol}")
 
 
 TOLERANCES = {
@@ -35,7 +35,7 @@ TOLERANCES = {
     "int8": Tolerance(rtol=5e-1, atol=1e-3),
 }
 """Default tolerances by precision. FP16 carries 11 significant bits and BF16 8; errors grow over tens of layers. INT8 has
-256 levels over the range of a whole tensor: the tolerance finds what is broken, and accuracy says what is good enough."""
+256 levels over the range of a whole tensor: its tolerance only detects what is broken; accuracy decides what is good enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Difference:
     """One output against its reference.
 
     max_abs: the largest |actual - expected|, in the output's unit.
-    max_rel: max_abs divided by the largest |expected| (max_abs itself where the reference is all zeros).
+    max_rel: max_abs divided by the largest |expected| (max_abs itself if the reference is all zeros).
     cosine: cosine of the angle between the two, flattened; 1 when both are zero.
-    sqnr_db: signal-to-noise ratio in dB, 10 log10(sum expected^2 / sum (actual - expected)^2); None where the two are
+    sqnr_db: signal-to-noise ratio in dB, 10 log10(sum expected^2 / sum (actual - expected)^2); None if the two are
         equal or the reference is all zeros.
     """
 
@@ -68,8 +68,8 @@ class ParityCase:
 class Parity:
     """Evidence that an artifact computes what its parent computes.
 
-    against: what the outputs were compared with (`eager`, or the parent's digest).
-    by: what computed them (a backend and its version, or `emulation` of half precision).
+    against: the reference (`eager`, or the parent's digest).
+    by: what computed the outputs (a backend and its version, or `emulation` of half precision).
     """
 
     against: str
@@ -85,15 +85,14 @@ class Parity:
             max_abs=max(difference.max_abs for difference in differences),
             max_rel=max(difference.max_rel for difference in differences),
             cosine=min(difference.cosine for difference in differences),
-            sqnr_db=min((found.sqnr_db for found in differences if found.sqnr_db is not None), default=None),
+            sqnr_db=min((difference.sqnr_db for difference in differences if difference.sqnr_db is not None), default=None),
         )
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> Difference:
     """Compare two arrays of one shape; computed in float64.
 
-    Non-finite elements count as equal when they are the same in both (the same infinity, or NaN in both); otherwise
-    `max_abs` and `max_rel` are infinite.
+    Non-finite elements are equal if both are the same infinity or both are NaN; otherwise `max_abs` and `max_rel` are infinite.
     """
     a = np.asarray(actual, dtype=np.float64).ravel()
     b = np.asarray(expected, dtype=np.float64).ravel()
@@ -123,7 +122,7 @@ def compare(
 ) -> ParityCase:
     """Compare all outputs of one batch. `what` names the artifact in the error.
 
-    Raises ParityError when there are other outputs, or one has another shape or differs by more than `tolerance`.
+    Raises ParityError when the names of the outputs differ, or an output has another shape or differs by more than `tolerance`.
     """
     if set(actual) != set(expected):
         raise ParityError(f"{what} has the outputs {', '.join(sorted(actual))}; the reference has {', '.join(sorted(expected))}")
@@ -134,14 +133,14 @@ def compare(
             raise ParityError(
                 f"{what}: output {name!r} has shape {result.shape} at batch {batch}; the reference has {reference.shape}"
             )
-        found = difference(result, reference)
+        off = difference(result, reference)
         values = np.asarray(reference, dtype=np.float64)
         scale = float(np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(initial=0.0))
         limit = tolerance.atol + tolerance.rtol * scale
-        if not found.max_abs <= limit:
+        if not off.max_abs <= limit:
             raise ParityError(
-                f"{what}: output {name!r} is off by {found.max_abs:.3g} at batch {batch} on {data} input; at most {limit:.3g} is allowed"
-                f" (rtol {tolerance.rtol:g} of {scale:.3g}, atol {tolerance.atol:g}; cosine {found.cosine:.6f})"
+                f"{what}: output {name!r} is off by {off.max_abs:.3g} at batch {batch} on {data} input; at most {limit:.3g} is allowed"
+                f" (rtol {tolerance.rtol:g} of {scale:.3g}, atol {tolerance.atol:g}; cosine {off.cosine:.6f})"
             )
-        differences[name] = found
+        differences[name] = off
     return ParityCase(data=data, batch=batch, outputs=differences)

@@ -1,4 +1,4 @@
-"""Latencies and what they say: percentiles, throughput, and the ratio of two series measured in alternating rounds."""
+"""Timing: samples, their percentiles, and the ratio of two series that were measured in alternating rounds."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 Rounds = Sequence[Sequence[float]]
-"""Samples of one candidate, round by round; every round has at least one."""
+"""Samples of one candidate, round by round; every round has at least one sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def latency(samples: Sequence[float]) -> Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times faster than the baseline, with the ends of its confidence interval, of 95 % unless it says otherwise."""
+    """How many times as fast as the baseline, with the ends of its confidence interval (95 % by default)."""
 
     value: float
     low: float
@@ -43,7 +43,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """A ratio of two medians, and what it is in each of many draws of rounds, (RESAMPLES,)."""
+    """A ratio of two medians, and its values in RESAMPLES random draws of rounds, (RESAMPLES,)."""
 
     value: float
     draws: np.ndarray
@@ -54,15 +54,15 @@ def paired_ratio(baseline: Rounds, candidate: Rounds, *, seed: int = 0, confiden
 
     The value is the median of all samples of the baseline over that of the candidate: the ratio of the two p50. Low and
     high are the percentile bootstrap (Efron 1979; Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section
-    13.3): the quantiles that leave out `confidence` of that ratio over 2,000 draws of as many rounds with replacement. Whole
-    rounds are drawn, the same for both: samples of one round are not independent, and what slows a round slows both.
+    13.3): the quantiles of that ratio, over 2,000 draws of as many rounds with replacement, that hold `confidence` between them.
+    Whole rounds are drawn, the same for both: samples of one round are not independent, and what slows a round slows both.
     """
-    found = bootstrap(baseline, candidate, seed=seed)
-    return interval(found.value, found.draws, confidence)
+    ratio = bootstrap(baseline, candidate, seed=seed)
+    return interval(ratio.value, ratio.draws, confidence)
 
 
 def bootstrap(baseline: Rounds, candidate: Rounds, *, seed: int = 0) -> Bootstrap:
-    """The ratio of `paired_ratio` and its draws. Raises ValueError for other than equally many rounds, one at least."""
+    """The ratio of `paired_ratio` and its draws. Raises ValueError unless both have the same number of rounds, at least one."""
     if len(baseline) != len(candidate) or not baseline:
         raise ValueError(f"expected as many rounds of both, and at least one, not {len(baseline)} and {len(candidate)}")
     count = len(baseline)
@@ -79,7 +79,7 @@ def interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) ->
 
 
 def _medians(rounds: Rounds, draws: np.ndarray) -> np.ndarray:
-    """The median of all samples for each row of `draws`, which says how often each round is counted."""
+    """The median of all samples for each row of `draws`, which holds how often each round is counted."""
     owners = np.repeat(np.arange(len(rounds)), [len(samples) for samples in rounds])
     values = np.concatenate([*rounds])
     order = np.argsort(values)
@@ -90,10 +90,10 @@ def _medians(rounds: Rounds, draws: np.ndarray) -> np.ndarray:
 def settle(
     run: Callable[[], object], *, limit_s: float, window_s: float = 0.05, tolerance: float = 0.05, first_s: float | None = None
 ) -> float:
-    """Call `run` until its time stops changing; the median seconds of the last window.
+    """Call `run` until its time stops changing; returns the median seconds of the last window.
 
-    Runs go in windows of `window_s`, one run at least. It has settled when the medians of two windows in a row differ by
-    at most `tolerance`, or when `limit_s` is over. first_s: seconds of a run before, which is a window where it was so long.
+    Runs are grouped in windows of `window_s`, with at least one run. The time has settled when the medians of two windows in a
+    row differ by at most `tolerance`, or after `limit_s`. first_s: seconds of an earlier run, a window if it was long enough.
     """
     start = time.perf_counter()
     previous = first_s if first_s is not None and first_s >= window_s else None
@@ -107,7 +107,7 @@ def settle(
 
 
 def sample(run: Callable[[], object], seconds: float, most: int | None = None) -> list[float]:
-    """Seconds of each of the calls of `run` made in `seconds`: one at least, `most` at most."""
+    """Call `run` for `seconds`, at least once and at most `most` times; returns the seconds of each call."""
     samples: list[float] = []
     clock = time.perf_counter
     start = now = clock()

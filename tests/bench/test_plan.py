@@ -142,7 +142,9 @@ def test_artifacts_of_other_shapes_are_not_compared(shared_lenet5: Artifact, tmp
 
 
 def test_a_bare_onnx_file_has_no_baseline(tiny_onnx: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"tiny.onnx does not say which model it is made of, so there is no eager baseline"):
+    with pytest.raises(
+        ArtifactError, match=r"tiny.onnx does not name the model that it was made from, so there is no eager baseline"
+    ):
         make_plan([open_onnx(tiny_onnx)], BenchOptions(), named=True)
 
 

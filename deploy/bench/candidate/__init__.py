@@ -1,1 +1,1 @@
-"""What is timed: one artifact on one backend in a process of its own."""
+"""A candidate: one artifact on one backend, in its own process."""

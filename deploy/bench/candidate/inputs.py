@@ -1,4 +1,4 @@
-"""The inputs that candidates are timed on: the same for all, random or real, in turns, and larger than the cache together."""
+"""The inputs that candidates are timed on: the same for all, random or images, several in turns that exceed the cache together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from deploy.runtime.worker.feeds import random_inputs, wanted_feeds
 
 
 def make_feeds(artifact: Artifact, specs: tuple[TensorSpec, ...], dims: Mapping[str, int], data: Path | None) -> list[Feed]:
-    """Feeds of these sizes, two at least, larger than the cache together as far as MOST and MOST_BYTES let them.
+    """At least two feeds of these sizes, together larger than the cache, within the limits MOST and MOST_BYTES.
 
-    Random ones are the same in every process: standard normal, never zeros. data: an ImageFolder to take images of instead,
-    as many as there are. Raises BackendError where memory is out, DataError for a folder that holds too few images.
+    Random feeds are the same in every process: standard normal, never zeros. data: an ImageFolder whose images are used
+    instead, as many as there are. Raises BackendError when there is not enough memory, DataError when there are too few images.
     """
     try:
         if data is None:
@@ -31,5 +31,5 @@ def _images(artifact: Artifact, specs: tuple[TensorSpec, ...], dims: Mapping[str
     wanted = min(wanted_feeds(random_feed(specs, dims)), 64)  # decoding takes time
     feeds = [feed for feed in image_feeds(artifact, data, batch_size=rows, count=rows * wanted) if row_count(feed) == rows]
     if not feeds:
-        raise DataError(f"--data {data} holds too few images for a batch of {rows}")
+        raise DataError(f"`data` {data} holds too few images for a batch of {rows}")
     return feeds if len(feeds) > 1 else feeds * 2

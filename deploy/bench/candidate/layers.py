@@ -1,7 +1,7 @@
-"""Which ONNX nodes and torch modules the layers of a backend are made of.
+"""The ONNX nodes and torch modules that a backend's layers consist of.
 
-Backends fuse nodes, and name what comes of it after one of them, or after a tensor. Nodes that no name leads to were
-fused into the layer that computes what they take.
+Backends fuse nodes, and name the fused layer after one of the nodes, or after a tensor. A node that no layer is named after
+was fused into the layer that computes its inputs.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -13,22 +13,22 @@ from deploy.artifact.artifact import Artifact
 from deploy.runtime.profiling import LayerTime
 
 _MARKS = ("fused ",)
-"""What ONNX Runtime puts before a name."""
+"""Prefixes that ONNX Runtime puts before a name."""
 
 
-def named_layers(artifact: Artifact, found: Sequence[LayerTime]) -> list[LayerTime]:
-    """The layers of a run of `artifact`, or of the module that it descends from.
+def named_layers(artifact: Artifact, layers: Sequence[LayerTime]) -> list[LayerTime]:
+    """The layers of a run of `artifact`, or of the module that it descends from, with their nodes and modules.
 
-    A torch module is known where `deploy export` made the ONNX file of one: it names every node `MODULE/OPERATOR`.
+    Torch modules are known if `deploy export` made the ONNX file from a module: it names every node `MODULE/OPERATOR`.
     """
     root = artifact.root()
     exported = onnx.load(root.onnx_path, load_external_data=False).graph
     modules = {module_of(node.name) for node in exported.node} if root.manifest.source.factory is not None else set()
-    if any(layer.modules for layer in found):
-        by_module = [tuple(node.name for node in exported.node if module_of(node.name) in layer.modules) for layer in found]
-        return [replace(layer, nodes=part) for layer, part in zip(found, by_module, strict=True)]
-    nodes = _nodes(onnx.load(artifact.onnx_path, load_external_data=False).graph, found)
-    return [replace(layer, nodes=part, modules=_modules(part, modules)) for layer, part in zip(found, nodes, strict=True)]
+    if any(layer.modules for layer in layers):
+        by_module = [tuple(node.name for node in exported.node if module_of(node.name) in layer.modules) for layer in layers]
+        return [replace(layer, nodes=part) for layer, part in zip(layers, by_module, strict=True)]
+    nodes = _nodes(onnx.load(artifact.onnx_path, load_external_data=False).graph, layers)
+    return [replace(layer, nodes=part, modules=_modules(part, modules)) for layer, part in zip(layers, nodes, strict=True)]
 
 
 def module_of(node: str) -> str:
@@ -37,27 +37,27 @@ def module_of(node: str) -> str:
 
 
 def _modules(nodes: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
-    """The modules of the nodes; a pair of QuantizeLinear and DequantizeLinear belongs to the module whose weight it is of."""
-    found = [module_of(node) for node in nodes]
-    found = [name if name in known else name.removesuffix(".weight") for name in found]
-    return tuple(dict.fromkeys(name for name in found if name in known))
+    """The modules of the nodes; a QuantizeLinear or DequantizeLinear of a weight belongs to the module of that weight."""
+    names = [module_of(node) for node in nodes]
+    names = [name if name in known else name.removesuffix(".weight") for name in names]
+    return tuple(dict.fromkeys(name for name in names if name in known))
 
 
-def _nodes(graph: onnx.GraphProto, found: Sequence[LayerTime]) -> list[tuple[str, ...]]:
+def _nodes(graph: onnx.GraphProto, layers: Sequence[LayerTime]) -> list[tuple[str, ...]]:
     """The nodes of each layer."""
     nodes = {node.name: node for node in graph.node if node.op_type != "Constant"}
     producers = {name: node for node in nodes.values() for name in node.output}
     order = {name: index for index, name in enumerate(nodes)}
     owners: dict[str, int] = {}  # node -> layer
     anchored: list[str | None] = []
-    for index, layer in enumerate(found):
+    for index, layer in enumerate(layers):
         for name in layer.nodes:
             owners.setdefault(name, index)
         anchor, exact = (None, False) if layer.nodes else _anchor(layer.name, nodes, producers)
         anchored.append(anchor)
         if anchor is not None and exact:
             owners.setdefault(anchor, index)
-            if layer.name not in nodes:  # it bears the name of what comes out: back to what it computes with
+            if layer.name not in nodes:  # named after its output: follow the graph back to the operator that computes it
                 for name in _chain(nodes[anchor], layer.operator, producers):
                     owners.setdefault(name, index)
     for name in sorted(nodes, key=order.__getitem__):
@@ -66,14 +66,14 @@ def _nodes(graph: onnx.GraphProto, found: Sequence[LayerTime]) -> list[tuple[str
             known = [maker for maker in makers if maker in owners]
             if known:
                 owners[name] = owners[max(known, key=order.__getitem__)]
-    members: list[list[str]] = [[] for _ in found]
+    members: list[list[str]] = [[] for _ in layers]
     for name in sorted(owners, key=lambda name: order.get(name, -1)):
         members[owners[name]].append(name)
     return [tuple(members[index]) or ((anchor,) if anchor is not None else ()) for index, anchor in enumerate(anchored)]
 
 
 def _anchor(name: str, nodes: dict[str, onnx.NodeProto], producers: dict[str, onnx.NodeProto]) -> tuple[str | None, bool]:
-    """The node that a layer's name leads to, and whether it is that node or its output and not something beside it."""
+    """The node that a layer is named after, and whether the name is exact: that of the node or its output, and not only a part of it."""
     for mark in _MARKS:
         name = name.removeprefix(mark)
     if name in nodes:
@@ -88,14 +88,14 @@ def _anchor(name: str, nodes: dict[str, onnx.NodeProto], producers: dict[str, on
 
 
 def _parts(name: str, known: Iterable[str]) -> Iterable[str]:
-    """The names in `known` that `name` begins or ends with, set off by `_` or `/`."""
+    """The names in `known` that `name` begins or ends with, separated by `_` or `/`."""
     return (
-        each for each in known if each and (name.startswith((f"{each}_", f"{each}/")) or name.endswith((f"_{each}", f"/{each}")))
+        part for part in known if part and (name.startswith((f"{part}_", f"{part}/")) or name.endswith((f"_{part}", f"/{part}")))
     )
 
 
 def _chain(last: onnx.NodeProto, operator: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """The nodes from `last` back to the nearest of that operator, along the first way there; none where there is no such."""
+    """The nodes from `last` back to the nearest node of that operator, along the first path to it; empty if there is none."""
     operator = operator.removeprefix("Fused")
     ways = [[last]]
     seen = {last.name}
@@ -105,7 +105,7 @@ def _chain(last: onnx.NodeProto, operator: str, producers: dict[str, onnx.NodePr
             return [node.name for node in way]
         if len(way) > 4:
             continue
-        # The operand made last comes first: of an Add behind a convolution, not the shortcut.
+        # The first operand comes first: at an Add after a convolution, the convolution and not the shortcut.
         for value in way[-1].input:
             node = producers.get(value)
             if node is not None and node.name not in seen:
@@ -115,6 +115,6 @@ def _chain(last: onnx.NodeProto, operator: str, producers: dict[str, onnx.NodePr
 
 
 def shares(layers: Sequence[LayerTime]) -> list[tuple[LayerTime, float]]:
-    """The layers with their shares of the time of all, the longest first."""
+    """The layers with their shares of the total time, the longest first."""
     whole = sum(layer.ms for layer in layers)
     return [(layer, layer.ms / whole if whole else 0.0) for layer in sorted(layers, key=lambda layer: -layer.ms)]

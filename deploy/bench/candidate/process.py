@@ -1,4 +1,4 @@
-"""The parent's side of a candidate's process: what a benchmark asks of it beyond rounds."""
+"""The parent's side of a candidate's process: the requests of a benchmark besides rounds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,16 +16,16 @@ class CandidateProcess(WorkerProcess):
     program = "deploy.bench.candidate.worker"
 
     def prepare(self, dims: Mapping[str, int], outputs: Path | None = None, data: Path | None = None) -> Prepared:
-        """As of every worker process; `data` is an ImageFolder of what is fed in place of random numbers."""
+        """As in every worker process; `data` is an ImageFolder whose images are fed in place of random numbers."""
         return self._prepare({"dims": dict(dims), "outputs": outputs and str(outputs), "data": data and str(data)})
 
     def load(self, load: Load, seconds: float) -> Answered:
-        """What comes of `load` for so many seconds, on the inputs that were prepared last."""
+        """The answers under `load` for `seconds`, on the inputs that were prepared last."""
         self._send({"do": "load", "load": asdict(load), "seconds": seconds})
         return Answered(**self._receive())
 
     def judge(self, scenario: Scenario, rows: int, run_s: float, seconds: float, folder: Path) -> Judged:
-        """What LoadGen says of the inputs that were prepared last, in batches of up to `rows`; see `loadgen.run_scenario`."""
+        """LoadGen's verdict on the inputs that were prepared last, in batches of up to `rows`; see `loadgen.run_scenario`."""
         asked = {"scenario": asdict(scenario), "rows": rows, "run_s": run_s, "seconds": seconds, "folder": str(folder)}
         self._send({"do": "judge", **asked})
         reply = self._receive()
@@ -34,11 +34,13 @@ class CandidateProcess(WorkerProcess):
     def layers(self) -> tuple[LayerTime, ...]:
         """The layers of a run on the inputs that were prepared last."""
         self._send({"do": "layers"})
-        told = self._receive()["layers"]
-        return tuple(LayerTime(**{**each, "nodes": tuple(each["nodes"]), "modules": tuple(each["modules"])}) for each in told)
+        reply = self._receive()["layers"]
+        return tuple(
+            LayerTime(**{**layer, "nodes": tuple(layer["nodes"]), "modules": tuple(layer["modules"])}) for layer in reply
+        )
 
     def device_times(self) -> DeviceTimes | None:
-        """Time on the GPU, and of the copies, of the inputs that were prepared last; None where there is none."""
+        """Times of the computation on the GPU and of the copies, for the inputs that were prepared last; None without a GPU."""
         self._send({"do": "device_times"})
-        told = self._receive()["times"]
-        return DeviceTimes(**told) if told is not None else None
+        times = self._receive()["times"]
+        return DeviceTimes(**times) if times is not None else None

@@ -1,4 +1,4 @@
-"""Load on one session: callers that wait for their answers, or requests that come whether or not the last were answered."""
+"""Load on one session: callers that wait for their answers, or requests that come at a rate, answered or not."""
 
 import itertools
 import threading
@@ -13,31 +13,31 @@ from deploy.errors import UsageError
 from deploy.runtime.session import Session
 
 _SPIN_S = 2e-4
-"""How long before a request is due its thread stops sleeping: a sleep may last that much longer."""
+"""A thread stops sleeping this long before its request is due: a sleep may last that much longer than asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One sort of load. concurrency: callers in a closed loop. rate: requests a second in an open loop, Poisson arrivals."""
+    """A load. concurrency: callers in a closed loop. rate: requests a second in an open loop, with Poisson arrivals."""
 
     concurrency: int | None = None
     rate: float | None = None
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
-            raise UsageError("a load is either a concurrency or a rate")
+            raise UsageError("a load is either a `concurrency` or a `rate`")
         if self.concurrency is not None and self.concurrency < 1:
-            raise UsageError(f"--concurrency must be 1 or more, not {self.concurrency}")
+            raise UsageError(f"`concurrency` must be 1 or more, not {self.concurrency}")
         if self.rate is not None and not self.rate > 0:
-            raise UsageError(f"--rate must be more than 0 requests a second, not {self.rate:g}")
+            raise UsageError(f"`rate` must be more than 0 requests a second, not {self.rate:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """Seconds of each request, and how long all of it took. Of an open loop, each from when it was due.
+    """Seconds of each request, and of the whole. In an open loop, a request counts from when it was due.
 
     unanswered: requests of an open loop that had not begun when twice the time was over; they are among the latencies with
-    the time that they had waited by then, which is less than what they would have taken.
+    the time that they had waited by then, which is less than they would have taken.
     """
 
     latencies_s: list[float]
@@ -46,10 +46,10 @@ class Answered:
 
 
 def put_on(session: Session, load: Load, next_feed: Callable[[], dict[str, np.ndarray]], seconds: float) -> Answered:
-    """Load `session` for `seconds`; an error of a run is raised.
+    """Put `session` under load for `seconds`; an error of a run is raised.
 
     Closed loop: `concurrency` threads call `run` one run after the other. Open loop: requests are due at times drawn from a
-    Poisson process and answered in their order by as many threads as the session has use for (`Session.concurrency`); a
+    Poisson process and answered in order by as many threads as the session can use (`Session.concurrency`); a
     request that waits for them has its latency counted from when it was due, so that a stall is not hidden (coordinated
     omission: Tene, How NOT to Measure Latency, 2013).
     """
@@ -84,8 +84,8 @@ def _closed(seconds: float) -> Callable[[], Iterator[None]]:
 def _run(
     session: Session, sources: list[Callable[[], Iterator[float | None]]], next_feed: Callable[[], dict[str, np.ndarray]]
 ) -> Answered:
-    """A thread for each source of requests: when each is due, seconds after the start, or None for at once."""
-    found: list[list[float]] = [[] for _ in sources]
+    """Run a thread for each source, which yields when its requests are due: seconds after the start, or None for at once."""
+    latencies_s: list[list[float]] = [[] for _ in sources]
     errors: list[Exception] = []
     gate = threading.Barrier(len(sources) + 1)
     feeds = threading.Lock()
@@ -103,7 +103,7 @@ def _run(
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(sources, found, strict=True)]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(sources, latencies_s, strict=True)]
     for thread in threads:
         thread.start()
     start = time.perf_counter()
@@ -113,11 +113,11 @@ def _run(
     elapsed = time.perf_counter() - start
     if errors:
         raise errors[0]
-    return Answered(latencies_s=list(itertools.chain.from_iterable(found)), elapsed_s=elapsed)
+    return Answered(latencies_s=list(itertools.chain.from_iterable(latencies_s)), elapsed_s=elapsed)
 
 
 def _sleep_until(at: float) -> float:
-    """Wait until `at` on the performance counter; `at` itself, at once where it is past."""
+    """Wait until `at` on the performance counter, and return `at`; returns at once if it is past."""
     left = at - time.perf_counter()
     if left > _SPIN_S:
         time.sleep(left - _SPIN_S)

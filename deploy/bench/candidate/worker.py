@@ -1,4 +1,4 @@
-"""The process that one candidate runs in: what a benchmark asks of it beyond rounds."""
+"""The process of a candidate: how it answers the requests of a benchmark besides rounds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,8 +25,8 @@ class CandidateWorker(child.Worker):
         if request["do"] == "judge":
             return self._judge(session, request)
         if request["do"] == "layers":
-            found = session.layer_times(next(self._feeds))
-            return {"layers": [asdict(layer) for layer in named_layers(artifact, found)]}
+            layers = named_layers(artifact, session.layer_times(next(self._feeds)))
+            return {"layers": [asdict(layer) for layer in layers]}
         if request["do"] == "device_times":
             times = session.device_times(next(self._feeds))
             return {"times": asdict(times) if times is not None else None}

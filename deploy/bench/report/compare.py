@@ -1,4 +1,4 @@
-"""Two benchmark documents: what became slower or faster from one to the other."""
+"""A comparison of two benchmark documents: what became slower or faster."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from deploy.errors import UsageError
 from deploy.evidence.timing import Ratio, bootstrap, interval
 
 TOLERANCE = 0.05
-"""Share of its speed that a candidate may lose."""
+"""The share of its speed that a candidate may lose."""
 
 Key = tuple[str, str, int]
 """Artifact, backend, batch."""
@@ -23,8 +23,8 @@ Key = tuple[str, str, int]
 class Change:
     """One candidate in both documents.
 
-    speed: how many times as fast as before, both relative to the baseline of their own run, so that another clock rate of
-    the machine does not count; of the baseline itself, by its time. p50_ms: before and now.
+    speed: how many times as fast as before, both relative to the baseline of their own run, so that a change of the machine's
+    clock rate does not count; for the baseline itself, by its time. p50_ms: before and now.
     """
 
     artifact: str
@@ -38,7 +38,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is in both documents, and what is in the old or the new one alone."""
+    """The candidates in both documents, and those in only one of them."""
 
     changes: tuple[Change, ...]
     only_old: tuple[Key, ...]
@@ -49,9 +49,9 @@ class Comparison:
     def regressions(self) -> tuple[Change, ...]:
         """Candidates that lost more than `tolerance` of their speed, with an interval that does not reach 1."""
         return tuple(
-            each
-            for each in self.changes
-            if not each.is_baseline and each.speed.value < 1 - self.tolerance and each.speed.high < 1
+            change
+            for change in self.changes
+            if not change.is_baseline and change.speed.value < 1 - self.tolerance and change.speed.high < 1
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Comparison:
             "schema": SCHEMA,
             "tolerance": self.tolerance,
             "changes": [asdict(change) for change in self.changes],
-            "regressions": [[each.artifact, each.backend, each.batch] for each in self.regressions],
+            "regressions": [[change.artifact, change.backend, change.batch] for change in self.regressions],
             "only_old": self.only_old,
             "only_new": self.only_new,
         }
@@ -69,14 +69,14 @@ class Comparison:
 def compare_files(old: Path, new: Path, tolerance: float = TOLERANCE) -> Comparison:
     """Compare two documents that `deploy bench --json` wrote.
 
-    Raises UsageError for a file that is none, is of another schema, or has another baseline, and when nothing is in both.
+    Raises UsageError for a file that is no such document, has another schema or another baseline, and when they share no candidate.
     """
     if not 0 <= tolerance < 1:
-        raise UsageError(f"--tolerance must be 0 or more and less than 1, not {tolerance:g}")
+        raise UsageError(f"`tolerance` must be 0 or more and less than 1, not {tolerance:g}")
     before, now = _read(old), _read(new)
     if before["baseline"] != now["baseline"]:
         raise UsageError(
-            f"{old} is measured against {before['baseline']} and {new} against {now['baseline']}: they do not compare"
+            f"{old} is measured against {before['baseline']} and {new} against {now['baseline']}: they cannot be compared"
         )
     rows = [{_key(row): row for row in document["results"]} for document in (before, now)]
     changes = [_change(rows[0], rows[1], key) for key in rows[0] if key in rows[1]]
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
+        raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict) or "results" not in document or "schema" not in document:
         raise UsageError(f"{path} is not a document of `deploy bench --json`")
     if document["schema"] != SCHEMA:

@@ -89,10 +89,10 @@ def test_documents_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot read .*: No such file"):
         compare_files(tmp_path / "none.json", tmp_path / "old.json")
     (tmp_path / "text.json").write_text("text")
-    with pytest.raises(UsageError, match="is no JSON"):
+    with pytest.raises(UsageError, match="is not JSON"):
         compare_files(tmp_path / "text.json", tmp_path / "old.json")
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(UsageError, match="not a document of"):
         compare_files(tmp_path / "other.json", tmp_path / "old.json")
-    with pytest.raises(UsageError, match="--tolerance must be 0 or more"):
+    with pytest.raises(UsageError, match="`tolerance` must be 0 or more"):
         compare(tmp_path, good, good, tolerance=1.5)
