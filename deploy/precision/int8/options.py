@@ -48,7 +48,7 @@ class QuantizeOptions:
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if not 50 <= self.percentile <= 100:
-            raise UsageError(f"the percentile must be 50 to 100, not {self.percentile:g}")
+            raise UsageError(f"`percentile` must be 50 to 100, not {self.percentile:g}")
         if self.batch_size < 1:
             raise UsageError(f"`batch_size` must be 1 or more, not {self.batch_size}")
 

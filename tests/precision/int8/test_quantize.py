@@ -75,7 +75,7 @@ def test_the_file_is_read_once(tmp_path, monkeypatch, floats):
     read = []
     load = onnx.load
     monkeypatch.setattr(onnx, "load", lambda *args, **options: read.append(args) or load(*args, **options))
-    quantize_onnx(artifact, data_for(artifact), QuantizeOptions(equalize=True, floats=floats))
+    quantize_onnx(artifact, data_for(artifact), QuantizeOptions(equalize=True, fp16=floats == "fp16"))
     assert len(read) == 1
 
 
