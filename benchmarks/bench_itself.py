@@ -23,6 +23,7 @@ from deploy.bench.candidate.inputs import make_feeds
 from deploy.bench.rows import verdict_of
 from deploy.bench.run import ROUNDS
 from deploy.evidence.timing import paired_ratio, sample
+from deploy.words import count_of
 
 GOAL_US = 1.0
 GOAL_SHARE = 0.95
@@ -70,7 +71,7 @@ def measure(trials: int) -> dict[str, Any]:
 
 def goals(document: Mapping[str, Any]) -> list[Goal]:
     added, slower, equal = document["overhead_us"], document["slower_share"], document["equal_share"]
-    trials = f"of {document['trials']} trials (goal: {GOAL_SHARE:.0%})"
+    trials = f"of {count_of(document['trials'], 'trial')} (goal: {GOAL_SHARE:.0%})"
     return [
         Goal(text=f"timing adds {added:.2f} µs to a sample (goal: at most {GOAL_US:g})", met=added <= GOAL_US),
         Goal(text=f"1.05 ms is called slower than 1.00 ms in {slower:.0%} {trials}", met=slower >= GOAL_SHARE),
