@@ -80,13 +80,13 @@ def engine_share(
         it compiles many nodes into one kernel, but keeps the types. times: milliseconds by layer; may be empty.
     """
     by_node = dict(typed)
-    for layer in sorted(layers, key=lambda layer: layer.computes):  # layers that compute come last: the others only move data
-        for node in layer.nodes:
+    for info in sorted(layers, key=lambda info: info.computes):  # layers that compute come last: the others only move data
+        for node in info.nodes:
             if node in macs:
-                by_node[node] = layer.precision
-    timed = [(layer.precision, times[layer.name]) for layer in layers if layer.name in times]
+                by_node[node] = info.precision
+    timed = [(info.precision, times[info.name]) for info in layers if info.name in times]
     shares = _shares((by_node[node], count) for node, count in macs.items() if count)
-    counted = _shares((layer.precision, 1) for layer in layers)
+    counted = _shares((info.precision, 1) for info in layers)
     return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
 
 

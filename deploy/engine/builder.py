@@ -170,12 +170,14 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
             done.set()
 
     done = threading.Event()  # Thread.join forgets the thread when Ctrl-C interrupts it (CPython issue 90882)
-    threading.Thread(target=work, name="deploy build", daemon=True).start()
+    thread = threading.Thread(target=work, name="deploy build", daemon=True)
     try:
+        thread.start()  # Ctrl-C may come as early as that
         done.wait()
     except BaseException:
         monitor.cancelled.set()  # TensorRT checks it at every step
-        done.wait()
+        if thread.ident is not None:
+            done.wait()
         raise
     if monitor.failure is not None:
         raise monitor.failure
