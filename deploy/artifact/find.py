@@ -1,4 +1,4 @@
-"""Artifacts from the disk: what a user may name as one, a directory or a bare `.onnx` file, and all that a folder holds."""
+"""Opens an artifact by its path, a directory or a bare `.onnx` file, and lists the artifacts in a folder."""
 
 import logging
 import os
@@ -9,33 +9,30 @@ from deploy.artifact.manifest import MANIFEST
 from deploy.errors import ArtifactError, UsageError
 
 BUILD = Path("build")
-"""Where artifacts go, and are looked for, when no directory is named."""
+"""The default folder for artifacts."""
 
 
 def open_artifact(path: Path | str) -> Artifact:
-    """The artifact at `path`: a directory, or a bare `.onnx` file. Raises ArtifactError, UsageError for what is no path."""
+    """The artifact at `path`: a directory, or a bare `.onnx` file. Raises ArtifactError, and UsageError for a value that is no path."""
     if not isinstance(path, str | os.PathLike):
         raise UsageError(f"expected an artifact, or the path of one or of an .onnx file, not {path!r}")
     path = Path(path)
     if path.suffix == ".onnx" and not path.is_dir():
-        from deploy.artifact.onnxfile import open_onnx  # loads onnx, which a service that embeds the runtime need not
+        from deploy.artifact.onnxfile import open_onnx  # loads onnx, which a service does not need
 
         return open_onnx(path)
     return Artifact.open(path)
 
 
 def artifacts_under(build: Path) -> list[Artifact]:
-    """All artifacts at any depth under `build`, in the order in which they were made.
-
-    One that cannot be opened is left out with a warning.
-    """
-    found = []
+    """All artifacts at any depth under `build`, oldest first. Logs a warning for one that cannot be opened."""
+    artifacts = []
     for manifest in sorted(build.rglob(MANIFEST)):
         if any(part.startswith(".") for part in manifest.relative_to(build).parts):
             continue  # an artifact that is being written
         try:
-            found.append(Artifact.open(manifest.parent))
+            artifacts.append(Artifact.open(manifest.parent))
         except ArtifactError as error:
             logging.getLogger(__name__).warning("left out: %s", error)
     # The time in the manifest is in whole seconds.
-    return sorted(found, key=lambda artifact: (artifact.manifest.created, (artifact.path / MANIFEST).stat().st_mtime_ns))
+    return sorted(artifacts, key=lambda artifact: (artifact.manifest.created, (artifact.path / MANIFEST).stat().st_mtime_ns))

@@ -50,5 +50,5 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
     )
 
 
-def _classifier(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None
+def _classifier(artifact: Artifact) -> bool:
+    return artifact.manifest.kind == "onnx" and artifact.manifest.preprocess is not None

@@ -48,5 +48,5 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
         click.echo(f"{prediction.path}: " + ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes))
 
 
-def _classifier(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None
+def _classifier(artifact: Artifact) -> bool:
+    return artifact.manifest.kind == "onnx" and artifact.manifest.preprocess is not None

@@ -134,7 +134,7 @@ def test_a_batch_that_the_module_fixes_is_named_with_the_line_that_fixes_it(
         f"{type(module).__name__} cannot be exported: {path}:{line_number(path, line)} in forward of {name}: {line}:"
         " the module's code fixes the dimension `batch` that should stay dynamic"
     )
-    assert "--static-batch" in second
+    assert "`static_batch`" in second
     assert capfd.readouterr().err == ""
 
 
