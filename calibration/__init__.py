@@ -1,1 +1,1 @@
-"""From images to statistics to thresholds. Imports neither `deploy` nor `models`."""
+"""Reads images, collects statistics, and chooses thresholds. Imports neither `deploy` nor `models`."""

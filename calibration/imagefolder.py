@@ -1,4 +1,4 @@
-"""Labelled images in folders: one folder a class, as torchvision's ImageFolder has it, and a stream of batches of them."""
+"""Labelled images in folders, one folder for each class as in torchvision's ImageFolder, and batches of them."""
 
 import os
 import random
@@ -14,23 +14,23 @@ import numpy as np
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
-"""File names that end so, in any case, are taken for images."""
+"""The suffixes of image files, in lower case."""
 
 Sample = tuple[Path, int]
 """An image file, and the index of its class in `ImageFolder.classes`."""
 
 
 class ImageFolderError(ValueError):
-    """A folder that does not hold images in one folder a class, or images that do not make one batch."""
+    """A folder that is no ImageFolder, or images that do not fit into one batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """The images under `root`, one folder a class.
+    """The images under `root`, which has one folder for each class.
 
-    classes: names of the class folders, sorted.
+    classes: the names of the class folders, sorted.
     samples: the images, sorted by class and then by path.
-    ignored: how many files that are no images by name, or lie in no class folder, were left out (hidden ones not counted).
+    ignored: the number of files, hidden ones aside, that have no image suffix or are in no class folder.
     """
 
     root: Path
@@ -39,10 +39,10 @@ class ImageFolder:
     ignored: int
 
     def sample(self, count: int, seed: int = 0) -> tuple[Sample, ...]:
-        """`count` images drawn at random, evenly over the classes; all of them, shuffled, where there are no more.
+        """`count` images, drawn at random and evenly over the classes; all images, shuffled, if there are not more.
 
-        The classes take turns, so that every run of consecutive images is as mixed as it can be, and the draw of fewer
-        images is the beginning of the draw of more. Raises ImageFolderError when `count` is not 1 or more.
+        The classes take turns, so that consecutive images are mixed as well as possible, and a smaller sample is the
+        beginning of a larger one. Raises ImageFolderError if `count` is below 1.
         """
         if count < 1:
             raise ImageFolderError(f"a sample of {count} images was asked for; expected 1 or more")
@@ -59,10 +59,10 @@ class ImageFolder:
 
 
 def scan(root: Path) -> ImageFolder:
-    """Find the images under `root`: its folders are the classes, and images may lie at any depth in them.
+    """The images under `root`, whose folders are the classes. Images may be at any depth in them.
 
-    Hidden files and folders are skipped; links to folders are followed. Raises ImageFolderError, saying what is wrong,
-    when there is no such folder, no class folder in it or a class folder without images.
+    Hidden files and folders are skipped, and links to folders are followed. Raises ImageFolderError if there is no such
+    folder, or no class folder in it, or a class folder without images.
     """
     if not root.is_dir():
         raise ImageFolderError(f"{root} is not a folder" if root.exists() else f"no folder at {root}")
@@ -96,12 +96,12 @@ def scan(root: Path) -> ImageFolder:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name of the file is that of an image."""
+    """Whether the suffix of the file is that of an image."""
     return path.suffix.lower() in SUFFIXES
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files under `folder` but the hidden ones, sorted. Every folder is entered once, however often it is linked to.
+    """All files under `folder` that are not hidden, sorted. A folder with several links to it is read once.
 
     Raises ImageFolderError for a folder that cannot be read.
     """
@@ -130,11 +130,11 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and labels, in order: (N, C, H, W) float32 and (N,) int64; the last batch may be smaller.
 
-    `load` makes one (C, H, W) array of a file; `workers` threads (None: one a CPU core, at most 8) call it ahead of
-    need, by one batch at most, so that memory does not grow with the number of images. What `load` raises comes
-    through, with a note that names the file; with `skip`, an image for which it raises an Exception is left out, the
-    batch is filled from those that follow, and `skip` is told, in order and in the thread of the caller; what `skip`
-    raises ends the stream. Raises ImageFolderError for images whose arrays differ in shape.
+    `load` makes a (C, H, W) array of a file. `workers` threads (None: one for each CPU core, at most 8) call it up to one
+    batch ahead of need, so that memory does not grow with the number of images. An error of `load` is raised with a note
+    that names the file. With `skip`, an image whose `load` raises an Exception is left out, the next images fill the batch,
+    and `skip` is called with the error, in order and in the thread of the caller; if `skip` raises, the stream ends.
+    Raises ImageFolderError for images whose arrays have different shapes.
     """
     if batch_size < 1:
         raise ImageFolderError(f"batch size must be 1 or more, not {batch_size}")

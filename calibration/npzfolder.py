@@ -1,4 +1,4 @@
-"""Feeds for models whose input is not one image: a folder of .npz files, each with one array per model input."""
+"""Feeds for models whose input is not one image: a folder of .npz files that have one array for every model input."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ class NpzFolderError(ValueError):
 def scan(root: Path) -> tuple[Path, ...]:
     """The .npz files under `root`, at any depth, sorted. Hidden files and folders are skipped, links to folders followed.
 
-    Raises NpzFolderError, saying what is wrong, when there is no such folder or no .npz file in it.
+    Raises NpzFolderError if there is no such folder or no .npz file in it.
     """
     if not root.is_dir():
         raise NpzFolderError(f"{root} is not a folder" if root.exists() else f"no folder at {root}")
@@ -24,11 +24,11 @@ def scan(root: Path) -> tuple[Path, ...]:
         files = walk(root)
     except ImageFolderError as error:
         raise NpzFolderError(str(error)) from error
-    found = tuple(path for path in files if path.suffix.lower() == SUFFIX)
-    if not found:
+    archives = tuple(path for path in files if path.suffix.lower() == SUFFIX)
+    if not archives:
         other = f"{len(files)} files, but none that ends in {SUFFIX}" if files else "nothing"
         raise NpzFolderError(f"{root} holds {other}; expected one {SUFFIX} file a feed, with one array per model input")
-    return found
+    return archives
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -40,9 +40,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:  # numpy leaves a damaged file open
             archive = np.load(file, allow_pickle=False)
-            # A bare .npy is an array, without a name.
+            # A bare .npy has an array without a name.
             feed = {name: archive[name] for name in archive.files} if isinstance(archive, np.lib.npyio.NpzFile) else {}
-    except Exception as error:  # a damaged archive raises nearly anything: zlib, zipfile and numpy each have errors of their own
+    except Exception as error:  # zlib, zipfile and numpy raise many kinds of errors for a damaged archive
         raise NpzFolderError(f"{path} cannot be read as arrays: {error or type(error).__name__}; {advice}") from error
     strange = [name for name, array in feed.items() if not isinstance(array, np.ndarray)]
     if strange or not feed:

@@ -1,4 +1,4 @@
-"""From a histogram of magnitudes to the amplitude at which 8-bit quantization clips: the scale is that over 127."""
+"""Chooses, from a histogram of magnitudes, where 8-bit quantization clips. The scale is this threshold over 127."""
 
 from typing import Literal, get_args
 
@@ -13,45 +13,46 @@ LEVELS = 127
 """Positive levels of symmetric INT8: a magnitude x becomes round(x / scale), at most 127."""
 
 PARTS = 128
-"""Parts of equal width into which `entropy` quantizes a distribution."""
+"""The number of equal parts into which `entropy` quantizes a distribution."""
 
 MOST_BINS = 2896
-"""`mse` and `entropy` look at this many bins at most (2048 times the square root of two): more are merged in pairs.
+"""`mse` and `entropy` use at most this many bins (2048 times the square root of two); more are merged in pairs.
 
-A histogram doubles the width of its bins where amax passes a power of two, as that of a sigmoid or a softmax may or may
-not do with the batch size. The merged bins are the same on either side.
+A histogram doubles the width of its bins when amax passes a power of two. For a sigmoid or a softmax, this may depend on
+the batch size. The merged bins are the same on both sides of the power of two.
 """
 
 REACH = 8
-"""Errors and divergences are averaged over so many candidates on either side before the least one is taken.
+"""Errors and divergences are averaged over this many candidates on both sides before the smallest is chosen.
 
-Single values of the tail make both jagged, with near ties many bins apart, among which the last digits of the activations,
-which differ with the batch size, would decide. The averages have hardly any, and cost less than 0.1 dB of
-signal-to-noise ratio but for activations that take a few values only (1 dB on those of two values).
+Single values in the tail make both curves jagged, with nearly equal minima many bins apart. The last digits of the
+activations, which differ with the batch size, would decide between them. The averaged curves have hardly any such minima.
+They cost less than 0.1 dB of signal-to-noise ratio, except for activations with only a few values (1 dB for two values).
 """
 
 ENTROPY_LOSS = 2.0
-"""`entropy` chooses among the thresholds whose mean squared error is at most so many times the least (3 dB)."""
+"""`entropy` chooses among the thresholds whose mean squared error is at most this multiple of the smallest (3 dB)."""
 
 
 class ThresholdError(ValueError):
-    """A method that does not exist, or a percentile out of range."""
+    """An unknown method, or a percentile out of range."""
 
 
 def threshold(histogram: Histogram, method: Method, *, percentile: float = 99.99) -> float:
-    """The magnitude to clip at, in the unit of the values: in (0, amax], or 0.0 where no value but zero was counted.
+    """The magnitude to clip at, in the unit of the values: in (0, amax], or 0.0 if all values are zero.
 
     - `max`: the largest magnitude. Nothing is clipped.
     - `percentile`: `percentile` per cent of all magnitudes, zeros included, are not clipped (Wu et al. 2020,
       arXiv:2004.09602, on calibration); 100 is the same as `max`.
-    - `mse`: least mean squared error of the quantized values; see `squared_errors`.
-    - `entropy`: least Kullback-Leibler divergence of the quantized distribution (Migacz 2017); see `divergences`. KL knows
-      how often a value comes, but not how far clipping moves it: by itself it cuts heavy tails off, and costs 9 dB of
-      signal-to-noise ratio on a Laplace distribution with 0.01 % of outliers and 20 dB on the entries of a softmax. So
-      only thresholds whose squared error is at most ENTROPY_LOSS times the least are candidates, which is our addition.
+    - `mse`: the smallest mean squared error of the quantized values; see `squared_errors`.
+    - `entropy`: the smallest Kullback-Leibler divergence of the quantized distribution (Migacz 2017); see `divergences`. KL
+      measures how often a value occurs, but not how far clipping moves it. Alone it cuts off heavy tails, which costs 9 dB
+      of signal-to-noise ratio on a Laplace distribution with 0.01 % of outliers and 20 dB on the entries of a softmax.
+      Therefore, and this is our addition, only thresholds whose squared error is at most ENTROPY_LOSS times the smallest
+      are candidates.
 
     `mse` and `entropy` try the edges of 1449 to MOST_BINS bins, and `amax`; `percentile` interpolates within a bin. All
-    values of the last bin are taken to be `amax`, so that constant and saturated activations keep their level.
+    values in the last bin count as `amax`, so that constant and saturated activations keep their level.
 
     Raises ThresholdError for an unknown method and for a percentile outside (0, 100].
     """
@@ -84,10 +85,10 @@ def _percentile(counts: np.ndarray, percentile: float) -> float:
 
 
 def squared_errors(counts: np.ndarray, amax: float, clips: np.ndarray) -> np.ndarray:
-    """The mean squared error of quantization for each threshold in `clips`, rounding and clipping together; unit: bin width squared.
+    """The mean squared error of rounding and clipping for every threshold in `clips`, in squared bin widths.
 
     counts: (n,) float64, not all zero, without the exact zeros, which have no error. amax: in the last bin; clips: (m,), in
-    (0, amax]; both in bin widths.
+    (0, amax]. The unit of both is the bin width.
 
     E(t) is the integral of p(x) (x - q(x))^2, where q rounds to the nearest of j t / 127, j = 0 to 127: rounding noise and
     clipping distortion together (Banner et al. 2019, arXiv:1810.05723). The density p is taken to be constant within a bin,
@@ -115,7 +116,7 @@ def squared_errors(counts: np.ndarray, amax: float, clips: np.ndarray) -> np.nda
     moment_above = moment[index] - inside * (border + index) / 2
     d = step[:, 0]
     errors = square - 2 * d * moment_above.sum(axis=1) + d * d * (above_border @ (2 * level + 1))
-    return np.asarray(np.maximum(errors, 0))  # a difference of large numbers may end below zero
+    return np.asarray(np.maximum(errors, 0))  # rounding may make the difference of large numbers negative
 
 
 def _mse(counts: np.ndarray, amax: float) -> float:
@@ -124,20 +125,21 @@ def _mse(counts: np.ndarray, amax: float) -> float:
 
 
 def _candidates(counts: np.ndarray, amax: float, first: int) -> np.ndarray:
-    """The edges of the bins from `first` on, and `amax` in place of those around it, which it cannot be told from."""
+    """The edges of the bins from `first` on, with `amax` in place of the edges around it, which are equivalent to it."""
     return np.append(np.arange(first, len(counts) - 1, dtype=np.float64), amax)
 
 
 def divergences(counts: np.ndarray, clips: np.ndarray) -> np.ndarray:
-    """The Kullback-Leibler divergence KL(P || Q) for each threshold in `clips`; infinite where Q is zero and P is not.
+    """The Kullback-Leibler divergence KL(P || Q) for every threshold in `clips`; infinite if Q is zero where P is not.
 
-    counts: (n,) float64, without the exact zeros: every scale represents them, and their spike in bin 0, spread over the
-    first part, would make each wider threshold look worse, so that half of zeros after a ReLU would halve the threshold
+    counts: (n,) float64, without the exact zeros. Every scale represents zeros, but their peak in bin 0, spread over the first
+    part, would make wider thresholds look worse: if half of the values after a ReLU are zero, the threshold would be halved
     (NVIDIA's pytorch-quantization overwrites bin 0 with bin 1 for the same reason). clips: (m,) int, in bins, PARTS to n.
 
-    For the threshold i: P is the first i bins, all that lies above added to the last of them; Q is the first i bins in
-    PARTS parts of equal width, each spread evenly over those of its bins that are not empty in P. Both are normalised
-    (Migacz, "8-bit Inference with TensorRT", GTC 2017, "Entropy Calibration - pseudocode"). All is read off cumulative sums.
+    For the threshold i, P is the first i bins, with everything above added to the last of them. Q is the first i bins in
+    PARTS parts of equal width, and every part is spread evenly over those of its bins that are not empty in P. Both are
+    normalised (Migacz, "8-bit Inference with TensorRT", GTC 2017, "Entropy Calibration - pseudocode"). All values are
+    computed from cumulative sums.
     """
     empty = np.zeros(1)
     mass = np.concatenate((empty, np.cumsum(counts)))
@@ -149,7 +151,7 @@ def divergences(counts: np.ndarray, clips: np.ndarray) -> np.ndarray:
     borders = clips[:, None] * np.arange(PARTS + 1) // PARTS
     part = np.diff(mass[borders], axis=1)
     bins = np.diff(filled[borders], axis=1)
-    bins[:, -1] += (last == 0) & (outside > 0)  # filled in P by what lies above
+    bins[:, -1] += (last == 0) & (outside > 0)  # filled in P by the values above
     reference = part.copy()
     reference[:, -1] += outside
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -172,23 +174,23 @@ def _entropy(counts: np.ndarray, amax: float) -> float:
     clips, allowed = clips[PARTS - 1 :], allowed[PARTS - 1 :]
     divergence = divergences(counts, np.append(clips[:-1].astype(np.intp), len(counts)))
     allowed &= np.isfinite(divergence)
-    if not allowed.any():  # the values that matter lie in fewer bins than there are parts
+    if not allowed.any():  # the values that matter are in fewer bins than there are parts
         return _mse(counts, amax)
     return _least(clips, np.where(allowed, _averaged(divergence), np.inf))
 
 
 def _averaged(values: np.ndarray) -> np.ndarray:
-    """Averages of the finite values over REACH neighbours on either side, with weights that fall linearly."""
+    """Averages of the finite values over REACH neighbours on both sides, with linearly decreasing weights."""
     positions = np.arange(len(values))
     finite = np.isfinite(values)
     filled = np.interp(positions, positions[finite], values[finite])
-    padded = np.pad(filled, REACH, mode="reflect", reflect_type="odd")  # continues a slope, and keeps the ends
+    padded = np.pad(filled, REACH, mode="reflect", reflect_type="odd")  # continues a slope and keeps the end values
     weights = np.bartlett(2 * REACH + 3)[1:-1]
     return np.convolve(padded, weights / weights.sum(), mode="valid")
 
 
 def _least(clips: np.ndarray, values: np.ndarray) -> float:
-    """Where `values` is least: the lowest point of the parabola through the least one and its neighbours, where it has both."""
+    """The position of the minimum of `values`: that of the parabola through the smallest value and its two neighbours."""
     best = int(np.argmin(values))
     clip = float(clips[best])
     if 0 < best < len(clips) - 1 and np.isfinite(values[best - 1 : best + 2]).all():

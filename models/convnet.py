@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class ConvNet(nn.Module):
     """Two blocks of convolution, ReLU and pooling with 32 and 64 channels, then 1024 features, 256 and the classes.
 
-    The 5 x 5 convolutions are not padded, so that 64 maps of 4 x 4, 1024 features, are left; dropout before each linear layer.
+    The 5 x 5 convolutions have no padding, which leaves 64 maps of 4 x 4, 1024 features. There is dropout before the linear layers.
     In: N x 1 x 28 x 28 float32. Out: logits, N x num_classes float32.
     Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks", NeurIPS 2012, for
     the ReLU and the dropout.

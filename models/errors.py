@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class ModelError(ValueError):
-    """An architecture, an argument or a layer that does not exist."""
+    """An unknown architecture, argument or layer."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

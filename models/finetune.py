@@ -1,4 +1,4 @@
-"""Helpers for fine-tuning: a new head, frozen layers, fresh weights."""
+"""Helpers for fine-tuning: a new head, frozen layers, new weights."""
 
 import math
 from functools import partial
@@ -15,11 +15,11 @@ _HEADS = ("fc", "heads", "head", "classifier")
 
 
 def replace_head(module: nn.Module, num_classes: int, name: str | None = None) -> nn.Module:
-    """Put a fresh layer with `num_classes` outputs in the place of the last linear layer or convolution; the new layer.
+    """Replace the last linear layer or convolution by a new layer with `num_classes` outputs, and return the new layer.
 
-    The head is looked for in `fc`, `heads`, `head` and `classifier`, then in the whole module; `name` names it.
+    The head is searched in `fc`, `heads`, `head` and `classifier`, then in the whole module, unless `name` is given.
     The new layer has the old one's dtype, device and bias, and Xavier (linear) or Kaiming (convolution) weights.
-    Raises ModelError when there is no such layer.
+    Raises ModelError if there is no such layer.
     """
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
     if name is None:
@@ -56,10 +56,10 @@ def replace_head(module: nn.Module, num_classes: int, name: str | None = None) -
 
 
 def freeze(module: nn.Module, *prefixes: str) -> None:
-    """Stop the parameters under each prefix (`layer1`, `model.0`, ...) from training; all of them without a prefix.
+    """Exclude the parameters under the prefixes (`layer1`, `model.0`, ...) from training; without a prefix, all of them.
 
-    A frozen BatchNorm goes to eval mode and stays there, even after `module.train()`, so that its running statistics
-    do not move. Raises ModelError, before anything is frozen, for a prefix that names nothing.
+    A frozen BatchNorm stays in eval mode, even after `module.train()`, so that its running statistics do not change.
+    Raises ModelError for an unknown prefix, before anything is frozen.
     """
     known = [name for name, _ in module.named_modules() if name] + [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
@@ -76,7 +76,7 @@ def freeze(module: nn.Module, *prefixes: str) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and frozen(name):
             layer.eval()
-            # On the instance, so that it survives copying and pickling and the class stays what it is.
+            # On the instance, so that it survives copying and pickling and does not change the class.
             layer.train = partial(_stay_in_eval, layer)  # type: ignore[method-assign]
 
 
@@ -85,16 +85,16 @@ def _stay_in_eval(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
 
 
 def initialize_weights(module: nn.Module) -> None:
-    """Fresh weights for every layer of `module`, in place.
+    """Give every layer of `module` new random weights, in place.
 
     Convolutions: Kaiming normal, fan-out, ReLU (He et al. 2015, arXiv:1502.01852, section 2.2, as torchvision's ResNet).
-    Linear layers: Xavier uniform (Glorot, Bengio, AISTATS 2010, formula 16). BatchNorm and GroupNorm: ones, running
-    statistics as new. Biases: zeros.
+    Linear layers: Xavier uniform (Glorot, Bengio, AISTATS 2010, formula 16). BatchNorm and GroupNorm: ones, and new
+    running statistics. Biases: zeros.
     """
     for layer in module.modules():
         if isinstance(layer, _ConvNd):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            with torch.no_grad():  # torch counts the outputs of all groups: a depthwise net would fade to nothing
+            with torch.no_grad():  # torch's fan-out counts all groups, which makes the weights of a depthwise net far too small
                 layer.weight.mul_(math.sqrt(layer.groups))
         elif isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

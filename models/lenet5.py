@@ -8,7 +8,7 @@ from torch.nn import functional
 class LeNet5(nn.Module):
     """LeNet-5 with ReLU and max pooling in place of the paper's scaled tanh and trainable subsampling.
 
-    The first convolution is padded by 2, which makes the paper's 32 x 32 of a 28 x 28 digit.
+    The first convolution pads a 28 x 28 digit by 2 to the paper's 32 x 32.
     In: N x 1 x 28 x 28 float32. Out: logits, N x num_classes float32.
     LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 86(11), 1998,
     section II.B.

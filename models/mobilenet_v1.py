@@ -13,7 +13,7 @@ BLOCKS = (
 
 
 def channels(count: int, width: float) -> int:
-    """`count` channels times the width multiplier, at least 8 (paper, section 3.3; the floor is that of TensorFlow's slim)."""
+    """`count` channels times the width multiplier, at least 8 (paper, section 3.3; the minimum is TensorFlow slim's)."""
     return max(8, int(count * width))
 
 
@@ -27,7 +27,7 @@ def conv_bn(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def conv_dw(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """A depthwise 3 x 3 and a pointwise 1 x 1 convolution, each with BatchNorm and ReLU (paper, figure 3)."""
+    """A depthwise 3 x 3 and a pointwise 1 x 1 convolution, both followed by BatchNorm and ReLU (paper, figure 3)."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, kernel_size=3, stride=stride, padding=1, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),
@@ -39,7 +39,7 @@ def conv_dw(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def stages(count: int, width: float) -> list[nn.Sequential]:
-    """The stem and the blocks after it, `count` in all. Raises ModelError for a width that is not above 0."""
+    """The stem and the blocks that follow it, `count` in total. Raises ModelError if the width is not above 0."""
     if not width > 0:
         raise ModelError(f"the width multiplier of mobilenet_v1 must be above 0, not {width}")
     inputs = channels(32, width)
@@ -72,12 +72,12 @@ class MobileNetV1(nn.Module):
 
 
 class MobileNetV1Features(nn.Module):
-    """The stem and the first six blocks of MobileNet v1, `conv1` to `conv7`; all seven feature maps.
+    """The stem and the first six blocks of MobileNet v1, `conv1` to `conv7`; returns all seven feature maps.
 
     In: N x 3 x H x W float32, any size from 16 up. Out: seven float32 maps; with width 1 N x 32 x H/2 x W/2,
     N x 64 x H/2 x W/2, N x 128 x H/4 x W/4 (twice), N x 256 x H/8 x W/8 (twice), N x 512 x H/16 x W/16 (sizes rounded up).
-    Its tensors are the first of `MobileNetV1` in the same order. `num_classes` does nothing, for there is no head: it is
-    taken so that every architecture can be made in the same way. Paper: `MobileNetV1`.
+    Its tensors are the first ones of `MobileNetV1`, in the same order. `num_classes` has no effect, because there is no head:
+    it is an argument so that all architectures are made in the same way. Paper: see `MobileNetV1`.
     """
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Segmentation of range images: two inputs, one dense output."""
+"""A segmentation net for range images: two inputs, one dense output."""
 
 import torch
 from torch import Tensor, nn

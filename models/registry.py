@@ -20,8 +20,8 @@ from .resnet import resnet18, resnet34, resnet50
 class Architecture:
     """One reference architecture.
 
-    inputs: the shape of each input by name, float32, the leading 1 being the batch.
-    preprocess: name of the preset that makes the input of an image (`imagenet`, `mnist`); None where no image goes in.
+    inputs: the shape of every float32 input by name; the leading 1 is the batch.
+    preprocess: the name of the preset for images (`imagenet`, `mnist`); None if the inputs are no images.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Architecture:
         return {name: parameter.default for name, parameter in inspect.signature(self.build).parameters.items()}
 
     def create(self, **args: Any) -> nn.Module:
-        """A new module with random weights, in training mode. Raises ModelError for an argument it does not take."""
+        """A new module with random weights, in training mode. Raises ModelError for an unknown argument."""
         known = self.arguments
         for name in args:
             if name not in known:
@@ -109,7 +109,7 @@ ARCHITECTURES = {
 
 
 def get(name: str) -> Architecture:
-    """The architecture `name`. Raises ModelError, with near names, when there is none."""
+    """The architecture `name`. Raises ModelError, with similar names, if there is none."""
     try:
         return ARCHITECTURES[name]
     except KeyError:

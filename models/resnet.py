@@ -1,4 +1,4 @@
-"""ResNet-18, -34 and -50, with the parameter names of torchvision, so that its checkpoints load strictly."""
+"""ResNet-18, -34 and -50, with torchvision's parameter names, so that its checkpoints load strictly."""
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    """A strided 1 x 1 convolution where the shape changes, else None for the identity."""
+    """A strided 1 x 1 convolution if the shape changes, else None for the identity."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(outputs))

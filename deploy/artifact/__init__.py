@@ -1,1 +1,1 @@
-"""Artifacts on the disk: the manifest, reading, finding, writing, and what describes their tensors."""
+"""Artifacts on disk: the manifest, reading, finding and writing them, and the description of their tensors."""

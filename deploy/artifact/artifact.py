@@ -1,4 +1,4 @@
-"""An artifact on the disk: a directory and its manifest, opened, verified, and followed to its parents."""
+"""An artifact on disk, a directory with a manifest: opening it, verifying it, and following it to its parents."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from deploy.errors import ArtifactError, UsageError
 class Artifact:
     """A directory and its manifest. `payload` is the file that is run.
 
-    A bare ONNX file is an artifact too, made in memory: `path` is then the file's own directory.
+    For a bare ONNX file the manifest is made in memory, `path` is the folder of the file and `bare` its name.
     """
 
     path: Path
@@ -24,7 +24,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path | str) -> "Artifact":
-        """Read the manifest of the artifact at `path`. Raises ArtifactError; hashes of the payload: `verify`."""
+        """Read the manifest of the artifact at `path`. Raises ArtifactError. Does not check the payload: see `verify`."""
         path = Path(path)
         if not path.exists():
             raise ArtifactError(f"no artifact at {path}")
@@ -60,12 +60,12 @@ class Artifact:
 
     @property
     def location(self) -> Path:
-        """What the user would type to name it."""
+        """The path that a user would type."""
         return self.path / self.bare if self.bare else self.path
 
     @property
     def shown(self) -> str:
-        """The location as a message shows it: relative where it lies under the current folder."""
+        """The location in messages: relative if it is under the current folder."""
         try:
             return str(Path(os.path.abspath(self.location)).relative_to(Path.cwd()))
         except ValueError:
@@ -73,14 +73,14 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes of what is run: the engine, or the ONNX file with its external data."""
+        """The size in bytes of the engine, or of the ONNX file with its external data; without the weights for rebuilding."""
         names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]
         return sum(self.manifest.files[name].bytes for name in names)
 
     def verify(self, *, weights: bool = True) -> None:
         """Compare every file of the payload with its size and hash. Raises ArtifactError naming the file.
 
-        With `weights=False` the state_dict is left out, which only rebuilding the eager module reads.
+        With `weights=False` the state_dict is not read: it is needed only to rebuild the eager module.
         """
         for name, record in self.manifest.files.items():
             if name == WEIGHTS and not weights:
@@ -95,9 +95,9 @@ class Artifact:
                 raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest; make the artifact again")
 
     def parent(self) -> "Artifact | None":
-        """The artifact this one was made from. Raises ArtifactError when it is gone or replaced.
+        """The artifact from which this one was made. Raises ArtifactError if it is gone or was replaced.
 
-        None for an export, and for what was made of a bare ONNX file, which is then only checked to be there unchanged.
+        None for an export and for an artifact made of a bare ONNX file; for the latter the file must be unchanged.
         """
         record = self.manifest.parent
         if record is None:
@@ -110,18 +110,18 @@ class Artifact:
                 raise ArtifactError(f"the parent of {self.location} has changed: {path}; make {self.location} again")
             return None
         try:
-            found = Artifact.open(path)
+            parent = Artifact.open(path)
         except ArtifactError as error:
             raise ArtifactError(f"the parent of {self.location} cannot be used: {error}") from error
-        if found.manifest.digest != record.digest:
+        if parent.manifest.digest != record.digest:
             raise ArtifactError(
-                f"the parent of {self.location} has changed: {path} has digest {found.manifest.digest[:12]},"
+                f"the parent of {self.location} has changed: {path} has digest {parent.manifest.digest[:12]},"
                 f" and {record.digest[:12]} was used; make {self.location} again"
             )
-        return found
+        return parent
 
     def root(self) -> "Artifact":
-        """The export at the end of the line of parents, which holds the weights. Raises ArtifactError."""
+        """The first ancestor: the export, which has the weights. Raises ArtifactError."""
         artifact = self
         while (parent := artifact.parent()) is not None:
             artifact = parent
@@ -129,7 +129,7 @@ class Artifact:
 
 
 def standing(out: Path, stage: Stage) -> Artifact | None:
-    """The artifact at `out` when the same stage made it from the same inputs and it is undamaged, else None."""
+    """The artifact at `out` if the same stage made it from the same inputs and it is undamaged, else None."""
     if not (out / MANIFEST).is_file():
         return None
     try:
@@ -144,6 +144,6 @@ def standing(out: Path, stage: Stage) -> Artifact | None:
 
 
 def parent_record(artifact: Artifact, out: Path) -> Parent:
-    """`artifact` as the parent of what is written to `out`, by a path relative to it."""
+    """The record that makes `artifact` the parent of an artifact at `out`, with a path relative to `out`."""
     path = os.path.relpath(os.path.realpath(artifact.location), os.path.realpath(out))
     return Parent(path=path, digest=artifact.manifest.digest)

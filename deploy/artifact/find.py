@@ -1,4 +1,4 @@
-"""Artifacts from the disk: what a user may name as one, a directory or a bare `.onnx` file, and all that a folder holds."""
+"""Opens an artifact by its path, a directory or a bare `.onnx` file, and lists the artifacts in a folder."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from deploy.errors import ArtifactError, UsageError
 from deploy.host.extras import missing
 
 BUILD = Path("build")
-"""Where artifacts go, and are looked for, when no directory is named."""
+"""The default folder for artifacts."""
 
 
 def open_artifact(path: Path | str) -> Artifact:
@@ -33,17 +33,14 @@ def open_artifact(path: Path | str) -> Artifact:
 
 
 def artifacts_under(build: Path) -> list[Artifact]:
-    """All artifacts at any depth under `build`, in the order in which they were made.
-
-    One that cannot be opened is left out with a warning.
-    """
-    found = []
+    """All artifacts at any depth under `build`, oldest first. Logs a warning for one that cannot be opened."""
+    artifacts = []
     for manifest in sorted(build.rglob(MANIFEST)):
         if any(part.startswith(".") for part in manifest.relative_to(build).parts):
             continue  # an artifact that is being written
         try:
-            found.append(Artifact.open(manifest.parent))
+            artifacts.append(Artifact.open(manifest.parent))
         except ArtifactError as error:
             logging.getLogger(__name__).warning("left out: %s", error)
     # The time in the manifest is in whole seconds.
-    return sorted(found, key=lambda artifact: (artifact.manifest.created, (artifact.path / MANIFEST).stat().st_mtime_ns))
+    return sorted(artifacts, key=lambda artifact: (artifact.manifest.created, (artifact.path / MANIFEST).stat().st_mtime_ns))

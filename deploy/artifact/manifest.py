@@ -1,7 +1,7 @@
-"""The artifact: a directory with a payload and a manifest that says what it is, whole or not there.
+"""The manifest of an artifact: what it is, where it comes from, its files with their hashes, and the evidence about it.
 
-The hashes find damage and editing by mistake. They do not find malice: whoever can write the directory can write
-fitting hashes, and an engine file is executable code.
+The hashes reveal damage and accidental edits, but not malice: whoever can write the directory can also write matching
+hashes, and an engine file is executable code.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ ONNX = "model.onnx"
 WEIGHTS = "weights.safetensors"
 ENGINE = "engine.plan"
 RUNTIME_CACHE = "runtime.cache"
-"""Beside an engine, what tensorrt-rtx compiled at run time. It can be found again, so that no manifest lists it."""
+"""The kernels that tensorrt-rtx compiled at run time, beside an engine. No manifest lists the file: it can be made again."""
 
 Kind = Literal["onnx", "engine"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -33,28 +33,28 @@ FLAVOURS: tuple[FlavourName, ...] = get_args(FlavourName)
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Size in bytes and SHA-256 (hexadecimal) of one file of the payload."""
+    """The size in bytes and the SHA-256, in hexadecimal, of one file of the payload."""
 
     bytes: int
     sha256: str
 
 
 class SourceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of the user's own Python files that the model was built from: absolute path and SHA-256."""
+    """One of the user's Python files that the model was built from: its absolute path and SHA-256."""
 
     path: str
     sha256: str
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the weights and the computation come from; the same in every artifact derived from one export.
+    """The origin of the weights and the computation; the same in all descendants of one export.
 
     factory: `lenet5`, `torchvision:resnet18`, `/path/net.py:Net`, `pkg.mod:Net`; None for a bare ONNX file.
     args: the factory's keyword arguments.
-    files: the user's files that were imported to build the module, the factory's own first.
-    folder: the current folder then, from which the user's modules were importable; None where none was needed.
-    weights: name of the checkpoint file; None when the weights are random or came with an ONNX file.
-    state_dict: SHA-256 of the weights, which descendants share (of the whole file for a bare ONNX file).
+    files: the user's files that were imported to build the module, the factory's file first.
+    folder: the current folder at the export, from which the user's modules were importable; None if not needed.
+    weights: the name of the checkpoint file; None if the weights are random or are those of an ONNX file.
+    state_dict: the SHA-256 of the weights, the same in all descendants (for a bare ONNX file, of the whole file).
     random: the weights were never trained.
     """
 
@@ -68,28 +68,28 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The artifact this one was made from: path relative to this artifact's directory, and digest."""
+    """The artifact from which this one was made: its path, relative to this artifact's directory, and its digest."""
 
     path: str
     digest: str
 
 
 class Exclusion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A node that a precision pass left in FP32, and why."""
+    """A node that a precision pass left in FP32, and the reason."""
 
     node: str
     reason: str
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The stage that made the artifact, and the digest of all that went into it."""
+    """The stage that made the artifact, and the digest of all its inputs and options."""
 
     name: str
     request: str
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine was built with and for.
+    """The TensorRT flavour that built an engine, and the GPUs that it runs on.
 
     gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
     engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
@@ -133,13 +133,13 @@ class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an INT8 artifact came by its scales.
+    """How the scales of an INT8 artifact were determined.
 
-    data: SHA-256 over the content of the calibration data; None for feeds that could be read only once.
-    rows: images, or rows of feeds, that were seen. skipped: files that could not be read.
-    equalized: ranges were equalized across layers first.
-    floats: the precision of what is not INT8.
-    layers: the noise of every quantized node by itself, the noisiest first.
+    data: the SHA-256 of the calibration data; None for feeds that can be read only once.
+    rows: the number of images, or of rows of feeds. skipped: files that could not be read.
+    equalized: the ranges were equalized across layers before.
+    floats: the precision of everything that is not INT8.
+    layers: the noise of every quantized node alone, the noisiest first.
     """
 
     data: str | None
@@ -172,9 +172,9 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an artifact says of itself. `digest` is the SHA-256 of all the rest but `created`, as canonical JSON.
+    """All that an artifact records about itself. `digest` is the SHA-256 of everything but itself and `created`.
 
-    parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, where a GPU ran it.
+    parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
     """
 
     format: int
@@ -202,7 +202,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     digest: str = ""
 
     def sealed(self) -> Self:
-        """A copy whose `digest` fits its content."""
+        """A copy with the right `digest`."""
         return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": "", "created": ""}))
 
     def to_json(self) -> str:
@@ -210,12 +210,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def request_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-like value in canonical form: keys sorted, no spaces."""
+    """The SHA-256 of a JSON-like value in canonical form: keys sorted, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """The SHA-256 of a file, which is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

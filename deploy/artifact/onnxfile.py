@@ -1,4 +1,4 @@
-"""Reading ONNX files: what goes in and out of a graph, and a bare `.onnx` file as an artifact."""
+"""Reads and writes ONNX files: the inputs and outputs of a graph, and a bare `.onnx` file as an artifact."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Weights over this go into a file of their own: a protobuf message cannot exceed 2 GiB."""
+"""Weights above this size go into a separate file, because a protobuf message cannot exceed 2 GiB."""
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -32,7 +32,7 @@ _DTYPES: dict[int, str] = {
 
 
 def open_onnx(path: Path) -> Artifact:
-    """A bare ONNX file as an artifact in memory, its weights taken for trained. Raises ArtifactError."""
+    """A bare ONNX file as an artifact whose manifest is in memory; its weights count as trained. Raises ArtifactError."""
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
     check_onnx(path)
@@ -81,14 +81,14 @@ def load_model(path: Path) -> ir.Model:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph of an ONNX file, external data left on disk."""
+    """The graph of an ONNX file without its external data."""
     return onnx.load(path, load_external_data=False)
 
 
 def save_model(model: ir.Model, path: Path, *, external_over: int | None = None) -> None:
-    """Write `path`, with the weights beside it in `<name>.data` when they exceed `external_over` bytes.
+    """Write `path`; weights of more than `external_over` bytes go into `<name>.data` beside it.
 
-    By default that is `EXTERNAL_DATA_BYTES`. Raises OSError.
+    The default limit is `EXTERNAL_DATA_BYTES`. Raises OSError.
     """
     limit = EXTERNAL_DATA_BYTES if external_over is None else external_over
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
@@ -96,17 +96,17 @@ def save_model(model: ir.Model, path: Path, *, external_over: int | None = None)
 
 
 def check_onnx(path: Path) -> None:
-    """Raise ArtifactError when the file at `path` does not pass onnx.checker."""
+    """Raise ArtifactError if the file at `path` does not pass onnx.checker."""
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf and the checker raise errors of several families
-        found = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
-        node = f" (node {found[1]!r}, {found[2]})" if found else ""
+        culprit = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
+        node = f" (node {culprit[1]!r}, {culprit[2]})" if culprit else ""
         raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}{node}") from error
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:
-    """Names of the files, relative to the ONNX file, that hold its external data."""
+    """The files with the external data, relative to the ONNX file."""
     return {
         entry.value
         for tensor in graph.initializer
@@ -117,14 +117,14 @@ def external_files(graph: onnx.GraphProto) -> set[str]:
 
 
 def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of a graph, initializers left out. Raises ArtifactError for one that is not a plain tensor."""
+    """The inputs, without initializers, and the outputs of a graph. Raises ArtifactError for one that is not a plain tensor."""
     initializers = {tensor.name for tensor in graph.initializer}
     inputs = [_spec(value) for value in graph.input if value.name not in initializers]
     return inputs, [_spec(value) for value in graph.output]
 
 
 def model_specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of a graph in memory, as `graph_specs` gives them for one in a file."""
+    """The inputs and outputs of a graph in memory: see `graph_specs`."""
     graph = onnx.GraphProto()
     graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
     graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)

@@ -1,4 +1,4 @@
-"""From an image to the array that a model takes: part of the manifest, and the same code everywhere.
+"""Makes the array that a model takes of an image. It is part of the manifest; all commands use the same code.
 
 The arithmetic is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on a PIL image, without torch.
 """
@@ -80,7 +80,7 @@ class Preprocess:
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """(channels, height, width) of every result, in the order of `layout`; None where images keep sizes of their own."""
+        """(channels, height, width) of every result, in the order of `layout`; None if images keep different sizes."""
         size = self.crop if self.crop is not None else self.resize if isinstance(self.resize, tuple) else None
         if size is None:
             return None
@@ -89,7 +89,7 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocess":
-        """From the JSON form; every key optional. Raises UsageError for an unknown key or a value that does not fit."""
+        """From the JSON form, in which every key is optional. Raises UsageError for an unknown key or a bad value."""
         known = {field.name for field in fields(cls)}
         unknown = [key for key in value if key not in known]
         if unknown:
@@ -109,13 +109,13 @@ class Preprocess:
         except (TypeError, ValueError) as error:
             raise UsageError(f"preprocess: {name} is {value[name]!r}: {error}") from error
         channels = options.get("channels", 3)
-        if channels == 1:  # one value for grey unless said otherwise
+        if channels == 1:  # defaults for grey
             options = {"mean": (0.0,), "std": (1.0,)} | options
         return cls(**options)
 
     @classmethod
     def load(cls, spec: str, size: tuple[int, int] | None) -> "Preprocess":
-        """From a preset's name or a JSON file. `size` is the input's (height, width), None where it is dynamic.
+        """From a preset's name or a JSON file. `size` is the (height, width) of the input, None if it is dynamic.
 
         Raises UsageError.
         """
@@ -163,7 +163,7 @@ class Preprocess:
         return result if self.layout == "chw" else np.ascontiguousarray(result.transpose(1, 2, 0))
 
     def open(self, source: Path | str | bytes) -> np.ndarray:
-        """Read an image file, or the bytes of one, and call self on it. Raises DataError naming the file."""
+        """Read an image file, or its bytes, and preprocess it. Raises DataError with the name of the file."""
         name = "the image" if isinstance(source, bytes) else str(source)
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -172,7 +172,7 @@ class Preprocess:
             raise DataError(f"no image at {name}") from None
         except UnidentifiedImageError:
             raise DataError(f"{name} is not an image that Pillow can read") from None
-        except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged files
+        except Exception as error:  # Pillow's decoders fail in many ways on damaged files
             raise DataError(f"{name} cannot be read: {error}") from error
         try:
             return self(image)
@@ -183,9 +183,9 @@ class Preprocess:
 def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
     """The preset `name` for inputs of `size` (height, width); its crop follows the input size.
 
-    A square crop is taken of the image with its shorter side resized to 8/7 of the crop for `imagenet` (256 for 224),
-    to the crop itself for the others. For an oblong one both sides are resized, so that no image is padded. Where
-    `size` is None (dynamic) `imagenet` takes 224 and the others leave the image as it is.
+    For a square crop the shorter side of the image is resized: for `imagenet` to 8/7 of the crop (256 for 224), for the
+    others to the crop itself. For an oblong crop both sides are resized, so that no image is padded. If `size` is None
+    (dynamic), `imagenet` takes 224 and the others do not resize.
 
     Raises UsageError for an unknown name.
     """

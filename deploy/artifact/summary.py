@@ -1,4 +1,4 @@
-"""Artifacts as text."""
+"""Describes artifacts in text."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ _QUIET_DB = 60
 
 
 def summary(artifact: Artifact) -> str:
-    """What an artifact is and its evidence, a line each."""
+    """The kind, inputs, outputs and evidence of an artifact, in lines."""
     manifest = artifact.manifest
     kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
     lines = [f"{artifact.shown}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
@@ -52,7 +52,7 @@ def summary(artifact: Artifact) -> str:
 
 
 def evidence(manifest: Manifest) -> list[str]:
-    """What is known of an artifact, a line each: parity, accuracy, calibration, precision share."""
+    """The evidence about an artifact, in lines: parity, accuracy, calibration, precision share."""
     lines = []
     if manifest.parity:
         lines.append(f"parity: {parity_text(manifest.parity)}")
@@ -98,7 +98,7 @@ def _parts(shares: Mapping[str, float]) -> str:
 
 
 def calibration_text(calibration: Calibration) -> list[str]:
-    """What the scales were made of, and the noisiest layers."""
+    """The calibration data and method, and the noisiest layers."""
     extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
     weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
     rows = count_of(calibration.rows, "image" if calibration.kind == "images" else "row")
@@ -128,7 +128,7 @@ def drop_text(points: float) -> str:
 
 
 def exclusions_text(manifest: Manifest) -> list[str]:
-    """The nodes that stayed in a higher precision, at most ten of them, a line each."""
+    """The nodes that stayed in a higher precision, one in a line, at most ten."""
     exclusions = manifest.exclusions
     label = "not INT8" if manifest.precision == "int8" else "in FP32"
     lines = [_row(label, f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
@@ -138,7 +138,7 @@ def exclusions_text(manifest: Manifest) -> list[str]:
 
 
 def megabytes(size: int) -> str:
-    """Bytes in units of 10^3, 10^6 or 10^9, to three digits."""
+    """A size in bytes, in units of 10^3, 10^6 or 10^9 with three digits: `12.3 kB`."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"

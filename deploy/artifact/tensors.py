@@ -1,4 +1,4 @@
-"""What goes in and out of a model: names, dtypes and shapes, and the range of shapes an engine is built for."""
+"""The inputs and outputs of a model: names, dtypes and shapes, feeds, and the range of shapes of an engine."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +21,16 @@ DTYPES = (
 )  # fmt: skip
 
 DEFAULT_BATCH = (1, 8, 32)
-"""Batch sizes (min, opt, max) of the profile that an engine gets when none is asked for."""
+"""The batch sizes (min, opt, max) of the default profile of an engine."""
 
 EXAMPLE_BATCH = 2
-"""Batch size of the example input of an export: torch.export fixes dimensions of size 1 for good."""
+"""The batch size of the example input of an export: torch.export would make a dimension of size 1 static."""
 
 _READABLE = 20
 """Characters that an expression for a dimension may have in messages and summaries."""
 
-# Sizes for symbolic dimensions other than the batch while exporting, in order of appearance: unlike one another, so that
-# the exporter cannot take two for one, and multiples of 32, which encoder-decoders ask for.
+# The sizes of symbolic dimensions other than the batch during an export, in order of appearance: all different, so that the
+# exporter cannot confuse two dimensions, and multiples of 32, which encoder-decoders need.
 _EXAMPLE_SIZES = (224, 192, 160, 128, 96)
 
 
@@ -38,8 +38,7 @@ _EXAMPLE_SIZES = (224, 192, 160, 128, 96)
 class TensorSpec:
     """One input or output: its name, its dtype (a numpy name, or `bfloat16`) and its shape.
 
-    A dimension is a positive int or the name of a symbolic dimension; two tensors that use the same name have the
-    same size there.
+    A dimension is a positive int or the name of a symbolic dimension. The same name means the same size in all tensors.
     """
 
     name: str
@@ -55,16 +54,16 @@ class TensorSpec:
 
     @property
     def dynamic(self) -> tuple[str, ...]:
-        """Names of the symbolic dimensions, in order, each once."""
+        """The names of the symbolic dimensions, in order, without repetition."""
         return tuple(dict.fromkeys(dim for dim in self.shape if isinstance(dim, str)))
 
     def __str__(self) -> str:
         return format_specs([self])
 
     def check(self, dtype: str, shape: Sequence[int], dims: dict[str, int]) -> None:
-        """Compare a dtype and a shape with this spec; sizes of symbolic dimensions are noted in `dims`.
+        """Compare a dtype and a shape with this spec, and add the sizes of symbolic dimensions to `dims`.
 
-        Raises InputError when they differ, or when a symbolic dimension has another size than `dims` says.
+        Raises InputError if they differ, or if a symbolic dimension has another size than in `dims`.
         """
         if dtype != self.dtype:
             raise InputError(f"{self.name!r} is {dtype}; expected {self}")
@@ -83,7 +82,7 @@ class TensorSpec:
                 )
 
     def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every symbolic dimension replaced. Raises UsageError for one that `dims` lacks."""
+        """The shape with the sizes in `dims` for symbolic dimensions. Raises UsageError for a dimension that `dims` lacks."""
         missing = [dim for dim in self.dynamic if dim not in dims]
         if missing:
             raise UsageError(f"{self} needs a size for {', '.join(repr(self._short(dim)) for dim in missing)}")
@@ -96,7 +95,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeRange:
-    """Smallest, optimal and largest shape of one input of an engine."""
+    """The smallest, optimal and largest shape of one input of an engine."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -113,22 +112,22 @@ class ShapeRange:
 
 
 Profile = dict[str, ShapeRange]
-"""A shape range for every input, by name."""
+"""The shape range of every input, by name."""
 
 
 def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
-    """Name of the symbolic batch dimension: the first dimension of the first input that has a symbolic one there."""
+    """The name of the symbolic batch: the first dimension of the first input that begins with a symbolic one; else None."""
     return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
 
 
 def rows_join(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether feeds can be put together row by row, and their results taken apart: all tensors begin with the symbolic batch."""
+    """Whether feeds can be concatenated, and their results split: all tensors must begin with the symbolic batch."""
     batch = batch_dim(inputs)
     return batch is not None and all(spec.shape and spec.shape[0] == batch for spec in (*inputs, *outputs))
 
 
 def default_profile(specs: Sequence[TensorSpec]) -> Profile | None:
-    """The profile with batch sizes `DEFAULT_BATCH`; None when a dimension other than the batch is symbolic."""
+    """The profile with the batch sizes `DEFAULT_BATCH`; None if a dimension other than the batch is symbolic."""
     batch = batch_dim(specs)
     if any(dim != batch for spec in specs for dim in spec.dynamic):
         return None
@@ -151,10 +150,10 @@ def default_dims(
     known: Mapping[str, int],
     remedy: str,
 ) -> dict[str, int]:
-    """A size for every symbolic dimension: of `known`, else the optimum of the first profile, else that of `image`.
+    """A size for every symbolic dimension: from `known`, else the optimum of the first profile, else from `image`.
 
-    image: the shape of what preprocessing makes, without the batch; of use where the model has one input of that rank.
-    A first dimension that none of them gives a size is 1. Raises UsageError, which ends with `remedy`, for any other.
+    image: the shape of a preprocessed image without the batch, used if the model has one input of that rank.
+    If none of them has a size, a first dimension is 1; for any other, a UsageError that ends with `remedy` is raised.
     """
     sizes = dict(known)
     for spec in specs:
@@ -164,12 +163,12 @@ def default_dims(
         sources.append((1,))
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str) and dim not in sizes:
-                found = next((source[axis] for source in sources if axis < len(source)), None)
-                if found is None:
+                size = next((source[axis] for source in sources if axis < len(source)), None)
+                if size is None:
                     raise UsageError(
                         f"{spec}: neither a profile nor a crop in the preprocessing gives {spec._short(dim)!r} a size: {remedy}"
                     )
-                sizes[dim] = found
+                sizes[dim] = size
     return sizes
 
 
@@ -238,16 +237,16 @@ def _format_shape(shape: Sequence[Dim], letters: Mapping[str, str]) -> str:
 
 
 def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, int]:
-    """Sizes for all symbolic dimensions, for the example input and for parity on random input."""
+    """Sizes of all symbolic dimensions for the example input of an export and for parity on random input."""
     others = [dim for dim in dict.fromkeys(dim for spec in specs for dim in spec.dynamic) if dim != batch]
     sizes = {dim: _EXAMPLE_SIZES[index % len(_EXAMPLE_SIZES)] for index, dim in enumerate(others)}
     return sizes | ({batch: EXAMPLE_BATCH} if batch else {})
 
 
 def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> Feed:
-    """Random arrays that fit `specs`: standard normal for floats, 0 to 9 for integers, coin flips for booleans.
+    """Random arrays for `specs`: standard normal floats, integers from 0 to 9, booleans with equal chances.
 
-    `dims` gives the size of every symbolic dimension. `bfloat16` inputs come as float32, for numpy has no such dtype.
+    `dims` has the size of every symbolic dimension. `bfloat16` inputs are float32 arrays, because numpy has no bfloat16.
     """
     rng = np.random.default_rng(seed)
     feed: Feed = {}
@@ -264,9 +263,9 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
 
 
 def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[Feed]:
-    """Random feeds at the batch sizes of `PARITY_BATCHES`; as many, of other seeds, where the batch is fixed.
+    """Random feeds with the batch sizes `PARITY_BATCHES`; if the batch is fixed, as many feeds with different seeds.
 
-    `dims` gives the size of every other symbolic dimension.
+    `dims` has the size of every other symbolic dimension.
     """
     batch = batch_dim(specs)
     return [

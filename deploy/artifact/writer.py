@@ -1,4 +1,4 @@
-"""Writing artifacts: whole or not there."""
+"""Writes artifacts, completely or not at all."""
 
 import contextlib
 import ctypes
@@ -22,15 +22,15 @@ from deploy.errors import DeployError, OutputError
 
 
 def check_output(out: Path, source: Artifact | None = None) -> None:
-    """Raise OutputError, before any work, when `out` is something that is not ours to replace or cannot be written.
+    """Raise OutputError, before any work, if `out` must not be replaced or cannot be written.
 
-    With `source`, what the output is made from: also when `out` is the source or one of those that it descends from, lies
-    inside one, or holds one.
+    `source` is the artifact that the output is made from: `out` must not be the source or one of its ancestors, nor lie in
+    one or contain one.
     """
     if out.is_symlink():
-        raise OutputError(f"{out} is a symbolic link; give the directory that it points to, or choose another -o")
+        raise OutputError(f"{out} is a symbolic link; give the directory that it points to, or choose another `out`")
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} exists and is not a directory; choose another -o")
+        raise OutputError(f"{out} exists and is not a directory; choose another `out`")
     if out.is_dir() and (entries := {path.name for path in out.iterdir()}):
         try:
             head = json.loads((out / MANIFEST).read_bytes())
@@ -39,11 +39,11 @@ def check_output(out: Path, source: Artifact | None = None) -> None:
             ours = False
         if not ours:
             raise OutputError(
-                f"{out} exists and is not an artifact of deploy; nothing was changed: choose another -o or remove it"
+                f"{out} exists and is not an artifact of deploy; nothing was changed: choose another `out` or remove it"
             )
         if foreign := sorted(entries - {MANIFEST, RUNTIME_CACHE, *head["files"]}):
             raise OutputError(
-                f"{out} holds {foreign[0]!r} beside the artifact; nothing was changed: choose another -o or move it"
+                f"{out} holds {foreign[0]!r} beside the artifact; nothing was changed: choose another `out` or move it"
             )
     _protect(out, source)
     folder = next(parent for parent in Path(os.path.abspath(out)).parents if parent.exists())
@@ -57,19 +57,19 @@ def _protect(out: Path, source: Artifact | None) -> None:
         home = Path(os.path.realpath(source.path))
         inside = home in place.parents and source.bare is None  # beside a bare file is where its output goes
         if place == home or place in home.parents or inside:
-            raise OutputError(f"{out} is, holds or lies in {source.shown}, which the output is made from; choose another -o")
+            raise OutputError(f"{out} is, holds or lies in {source.shown}, which the output is made from; choose another `out`")
         source = source.parent()
 
 
 class ArtifactWriter:
-    """Writes an artifact beside `out` and puts it in place in one atomic step.
+    """Writes an artifact beside `out` and moves it there in one atomic step.
 
         with ArtifactWriter(out) as writer:
             ...  # write files into writer.path
             artifact = writer.commit(manifest_without_files)
 
-    A process that dies at any point leaves the old artifact, the new one or none, each whole, and perhaps a hidden
-    `.NAME.*.partial` directory beside it, which the next writer of the same `out` removes. An OSError inside the
+    If the process dies, `out` is the old artifact, the new one or missing, but never incomplete. A hidden directory
+    `.NAME.*.partial` may remain beside it until the next writer of the same `out` removes it. An OSError inside the
     block (a full disk, say) becomes an OutputError, and an error that names the hidden directory names `out` instead.
     """
 
@@ -83,7 +83,7 @@ class ArtifactWriter:
             raise OutputError(f"cannot make the directory {self.out.parent}: {error.strerror}") from error
         self._remove_stale()
         lock = None
-        while lock is None:  # another writer may take a directory for stale before it is locked
+        while lock is None:  # another writer may remove the directory before it is locked
             self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.partial"
             try:
                 self.path.mkdir()
@@ -95,7 +95,7 @@ class ArtifactWriter:
     def _remove_stale(self) -> None:
         for path in self.out.parent.glob(f".{self.out.name}.*.partial"):
             lock = _lock(path)
-            if lock is not None:  # nobody holds it: whoever wrote it is dead
+            if lock is not None:  # nobody holds the lock: the writer is dead
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
@@ -103,16 +103,16 @@ class ArtifactWriter:
         return self
 
     def describe(self, manifest: Manifest) -> Artifact:
-        """What has been written so far, hashed, as an artifact that can be opened before it is in place."""
+        """The files that have been written so far, hashed, as an artifact that can be opened before the commit."""
         files = {
             path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path)) for path in sorted(self.path.iterdir())
         }
         return Artifact(self.path, msgspec.structs.replace(manifest, files=files))
 
     def commit(self, manifest: Manifest) -> Artifact:
-        """Seal the manifest and put the directory in place. Returns the artifact at `out`.
+        """Seal the manifest and move the directory to `out`. Returns the artifact there.
 
-        Files are hashed unless `manifest` comes from `describe` and lists them.
+        Hashes the files unless `manifest` lists them already, as that of `describe` does.
         """
         files = manifest.files or self.describe(manifest).manifest.files
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -128,7 +128,7 @@ class ArtifactWriter:
         return Artifact(self.out, sealed)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the artifact that was replaced
+        shutil.rmtree(self.path, ignore_errors=True)  # the failed attempt, or the artifact that was replaced
         os.close(self._lock)
         if error is not None:
             for folder in self._made:
@@ -145,7 +145,7 @@ class ArtifactWriter:
 
 
 def _lock(path: Path) -> int | None:
-    """Take the lock of a directory: its descriptor, or None when another process holds it or it is gone."""
+    """Lock a directory and return its descriptor; None if another process holds the lock or the directory is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -159,9 +159,9 @@ def _lock(path: Path) -> int | None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    """Give a file the mode that the umask asks for, whatever the library that wrote it chose: safetensors writes 0600.
+    """Give a file the mode that follows from the umask. Libraries choose others: safetensors writes 0600.
 
-    A file with other hard links, such as one in a cache, is replaced by a copy, so that their mode stays as it is.
+    A file with other hard links, in a cache for example, is replaced by a copy, so that the mode of these does not change.
     """
     status = path.stat()
     if stat.S_IMODE(status.st_mode) == mode:
@@ -182,7 +182,7 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(new: Path, out: Path) -> None:
-    """Make `out` be what `new` is. Where `out` stands, the two change places; `new` is then what was replaced."""
+    """Move `new` to `out`. If `out` exists, the two change places, and `new` is the old artifact afterwards."""
     try:
         os.rename(new, out)  # nothing there, or an empty directory
         return
@@ -196,7 +196,7 @@ def _put_in_place(new: Path, out: Path) -> None:
     number = ctypes.get_errno()
     if number not in (errno.EINVAL, errno.ENOSYS):
         raise OSError(number, os.strerror(number), str(out))
-    # The file system cannot exchange: for a moment there is no artifact, but never half of one.
+    # The file system cannot exchange: for a moment there is no artifact, but never an incomplete one.
     old = new.with_name(new.name.removesuffix(".partial") + ".old.partial")
     os.rename(out, old)
     os.rename(new, out)

@@ -12,6 +12,7 @@ import click
 
 from deploy.errors import DeployError
 from deploy.version import __version__
+from deploy.words import did_you_mean
 
 # Name -> module of deploy.cli and what --help says; the module's `command` is the click command.
 _COMMANDS = {
@@ -43,11 +44,8 @@ class _Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            import difflib  # slow to import, and needed for this error alone
-
-            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Expected one of {', '.join(_COMMANDS)}."
-            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+            hint = did_you_mean(args[0], _COMMANDS) or f"; expected one of {', '.join(_COMMANDS)}"
+            raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

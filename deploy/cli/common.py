@@ -120,3 +120,8 @@ def _bar() -> Iterator[Progress]:
 def fp32(found: Artifact) -> bool:
     """Whether the artifact is ONNX in FP32."""
     return found.manifest.kind == "onnx" and found.manifest.precision == "fp32"
+
+
+def classifier(found: Artifact) -> bool:
+    """Whether the artifact is ONNX that images can be fed to."""
+    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None

@@ -4,9 +4,9 @@ import json
 
 import click
 
-from deploy.artifact.artifact import Artifact
 from deploy.cli.common import (
     backend_option,
+    classifier,
     debug_option,
     device_option,
     json_option,
@@ -35,7 +35,7 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
 
     if len(paths) not in (1, 2):
         raise UsageError(f"expected [ARTIFACT] IMAGEFOLDER, not {len(paths)} arguments")
-    artifact = open_or_newest(paths[0] if len(paths) == 2 else None, "classifier", _classifier)
+    artifact = open_or_newest(paths[0] if len(paths) == 2 else None, "classifier", classifier)
     with progress_bar() as progress:
         result = evaluate(
             artifact, paths[-1], backend=backend, batch_size=batch_size, device=device, threads=threads, progress=progress
@@ -48,7 +48,3 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
         f"{artifact.shown} on {result.backend}: top-1 {result.top1:.2f} %, {top5}, {count_of(result.images, 'image')},"
         f" {result.images_per_s:.0f} images/s with decoding"
     )
-
-
-def _classifier(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None

@@ -14,17 +14,17 @@ from deploy.errors import ArtifactError
 @debug_option
 def command(artifact: str | None, as_json: bool) -> None:
     """Show what an artifact is, where it came from and its evidence, and verify its hashes."""
-    found = open_or_newest(artifact, "artifact", lambda _: True)
-    found.verify()
+    opened = open_or_newest(artifact, "artifact", lambda _: True)
+    opened.verify()
     if as_json:
-        click.echo(found.manifest.to_json(), nl=False)
+        click.echo(opened.manifest.to_json(), nl=False)
         return
-    click.echo(summary(found))
-    manifest = found.manifest
+    click.echo(summary(opened))
+    manifest = opened.manifest
     rows = [("digest", manifest.digest)]
     if manifest.created:
         rows.append(("made", f"{manifest.created} by {manifest.stage.name}"))
-    rows += _origin(found)
+    rows += _origin(opened)
     if manifest.preprocess:
         shown = {key: value for key, value in manifest.preprocess.to_json().items() if value is not None}
         rows.append(("images", ", ".join(f"{key} {value}" for key, value in shown.items())))
@@ -37,7 +37,7 @@ def command(artifact: str | None, as_json: bool) -> None:
 
 
 def _origin(artifact: Artifact) -> list[tuple[str, str]]:
-    """The line of parents back to the weights; a parent that is gone or changed is said."""
+    """The parents, back to the weights; or the reason why a parent cannot be used."""
     rows: list[tuple[str, str]] = []
     current: Artifact = artifact
     try:

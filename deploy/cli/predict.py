@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import MANIFEST
 from deploy.cli.common import (
     backend_option,
+    classifier,
     debug_option,
     device_option,
     json_option,
@@ -37,7 +37,7 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
     images = [Path(path) for path in paths[named:]]
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
-    artifact = open_or_newest(paths[0] if named else None, "classifier", _classifier)
+    artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
     with progress_bar() as progress:
         predictions = predict(artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress)
     if as_json:
@@ -46,7 +46,3 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
         return
     for prediction in predictions:
         click.echo(f"{prediction.path}: " + ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes))
-
-
-def _classifier(found: Artifact) -> bool:
-    return found.manifest.kind == "onnx" and found.manifest.preprocess is not None

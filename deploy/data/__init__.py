@@ -1,1 +1,1 @@
-"""What goes into a model: images and calibration data."""
+"""Reads the data for models: images and calibration data."""

@@ -1,4 +1,4 @@
-"""The data that an artifact is calibrated on: images of an ImageFolder, a folder of `.npz` feeds, or feeds in memory."""
+"""Calibration data: images of an ImageFolder, a folder of `.npz` feeds, or feeds in memory."""
 
 import hashlib
 import logging
@@ -22,19 +22,19 @@ from deploy.errors import DataError, InputError, UsageError
 logger = logging.getLogger(__name__)
 
 IMAGES = 512
-"""Images, or `.npz` files, that are used where no number is asked for and there are as many."""
+"""The default number of images or `.npz` files."""
 
 SKIPPED = 0.05
-"""Share of the images that may be unreadable; with more, something is wrong with the folder."""
+"""The share of images that may be unreadable. If there are more, something is wrong with the folder."""
 
 _NAMED = 5
 
 
 class CalibrationSet(ABC):
-    """Feeds for the inputs `specs`, in an order that is always the same.
+    """Feeds for the inputs `specs`, always in the same order.
 
-    count: how many images or files are to be read; None where only reading tells.
-    skipped: after reading, the files that could not be read and were left out.
+    count: the number of images or files; None if it is not known before they are read.
+    skipped: after reading, the files that could not be read.
     """
 
     kind: Literal["images", "npz", "feeds"]
@@ -46,11 +46,11 @@ class CalibrationSet(ABC):
 
     @abstractmethod
     def digest(self) -> str | None:
-        """SHA-256 over the content that is read, in order; None where it can be read only once."""
+        """The SHA-256 of the content, in order; None if it can be read only once."""
 
     @abstractmethod
     def feeds(self, batch_size: int) -> Iterator[Feed]:
-        """The feeds, of `batch_size` rows at most where the batch is symbolic. Raises DataError or UsageError."""
+        """The feeds, with at most `batch_size` rows if the batch is symbolic. Raises DataError or UsageError."""
 
 
 class _Images(CalibrationSet):
@@ -145,11 +145,11 @@ class _Feeds(CalibrationSet):
 def calibration_set(
     artifact: Artifact, data: Path | str | Iterable[Mapping[str, np.ndarray]], count: int | None = None
 ) -> CalibrationSet:
-    """The first `count` feeds of `data` for `artifact`; of images, a sample drawn evenly over the classes.
+    """The first `count` feeds of `data` for `artifact`. Images are a random sample, drawn evenly over the classes.
 
-    A folder with `.npz` files right in it is one of feeds; any other folder must be an ImageFolder. None: `IMAGES`, or
-    all there are, and all of an iterable. Raises DataError for a folder that cannot be used, UsageError when the artifact
-    does not take images or `count` is not 1 or more.
+    A folder that directly contains `.npz` files has feeds; any other folder must be an ImageFolder. The default of `count`
+    is `IMAGES` for a folder, or fewer if it has fewer, and all of an iterable. Raises DataError for a folder that cannot be
+    used, UsageError if the artifact takes no images or `count` is below 1.
     """
     if count is not None and count < 1:
         raise UsageError(f"the number of images must be 1 or more, not {count}")
@@ -165,7 +165,7 @@ def calibration_set(
 
 
 def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:
-    """`feed` as the model takes it: a missing batch dimension added, cut to `batch_size` rows where the batch is symbolic."""
+    """`feed` as the model takes it: with a batch dimension, and in pieces of `batch_size` rows if the batch is symbolic."""
     names = [spec.name for spec in specs]
     if sorted(feed) != sorted(names):
         raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {format_specs(specs)}")

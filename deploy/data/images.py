@@ -13,7 +13,7 @@ from deploy.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInput:
-    """The one image input of an artifact, and how it is made of an image file."""
+    """The image input of an artifact, with the preprocessing that makes it of an image file."""
 
     spec: TensorSpec
     preprocess: Preprocess
@@ -21,7 +21,7 @@ class ImageInput:
     def load(self, path: Path) -> np.ndarray:
         """One preprocessed image, float32, without the batch dimension.
 
-        Raises DataError naming the file when it cannot be read, UsageError when the array does not fit the input.
+        Raises DataError with the name of a file that cannot be read, UsageError if the array does not fit the input.
         """
         image = self.preprocess.open(path)
         expected = self.spec.shape[1:]
@@ -33,9 +33,9 @@ class ImageInput:
         return image
 
     def batch_size(self, wanted: int) -> tuple[int, str]:
-        """The batch size to use where `wanted` was asked for, and why it is another (else "").
+        """The batch size to use in place of `wanted`, and the reason if it is another, else "".
 
-        Raises UsageError when `wanted` is not 1 or more.
+        Raises UsageError if `wanted` is below 1.
         """
         if wanted < 1:
             raise UsageError(f"the batch size must be 1 or more, not {wanted}")
@@ -43,12 +43,12 @@ class ImageInput:
         if isinstance(batch, int):
             return batch, "" if batch == wanted else f"the model takes batches of {batch} only"
         if self.preprocess.shape is None and any(isinstance(dim, str) for dim in self.spec.shape[1:]):
-            return 1, "" if wanted == 1 else "images go one by one, for the preprocessing leaves them in many sizes"
+            return 1, "" if wanted == 1 else "images go one by one, because the preprocessing leaves them in many sizes"
         return wanted, ""
 
 
 def image_input(artifact: Artifact) -> ImageInput:
-    """The image input of `artifact`. Raises UsageError when it has another sort of input, or no preprocessing."""
+    """The image input of `artifact`. Raises UsageError if it has other inputs, or no preprocessing."""
     specs, preprocess = artifact.manifest.inputs, artifact.manifest.preprocess
     if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("float32", "float16"):
         raise UsageError(

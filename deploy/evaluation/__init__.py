@@ -1,1 +1,1 @@
-"""Accuracy and predictions of an artifact, and the gate that compares two."""
+"""Measures the accuracy of artifacts, compares two, and predicts single images."""

@@ -1,4 +1,4 @@
-"""What makes an artifact an image classifier, and the likeliest classes of its logits."""
+"""Image classifiers: checks that an artifact is one, and names the likeliest classes of its logits."""
 
 import logging
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ logger = logging.getLogger(__name__)
 
 
 def likeliest(logits: np.ndarray, names: Sequence[str] | None, top: int) -> list[tuple[tuple[str, float], ...]]:
-    """Of each row of logits (N, classes) the `top` likeliest classes, best first, with their probabilities.
+    """The `top` likeliest classes of every row of logits (N, classes), best first, with their probabilities.
 
-    A class is called by its index where there are no names.
+    Without `names` the name of a class is its index.
     """
-    found = []
+    classes = []
     for row in softmax(logits):
         best = np.argsort(-row, kind="stable")[:top]
-        found.append(tuple((names[index] if names else str(index), float(row[index])) for index in best))
-    return found
+        classes.append(tuple((names[index] if names else str(index), float(row[index])) for index in best))
+    return classes
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, (N, classes) float64, of logits of that shape."""
+    """The probabilities, (N, classes) float64, for logits of the same shape."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     powers = np.exp(shifted)
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
-    """The image input and the logits of an artifact. Raises UsageError when it is no image classifier."""
+    """The image input and the output (logits) of an artifact. Raises UsageError if it is no image classifier."""
     source, outputs = image_input(artifact), artifact.manifest.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         raise UsageError(f"{artifact.location} gives {format_specs(outputs)}; expected one output of shape batch x classes")
@@ -46,7 +46,7 @@ def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
 
 
 def check_names(artifact: Artifact, count: int) -> None:
-    """Raise UsageError when the manifest has class names, and not `count` of them."""
+    """Raise UsageError if the manifest has class names, but not `count` of them."""
     names = artifact.manifest.classes
     if names is not None and len(names) != count:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on labelled images, and what it says of single ones."""
+"""Measures the accuracy of a classifier on labelled images."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -23,14 +23,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Accuracy on a folder of images, and speed.
+    """The accuracy on a folder of images, and the speed.
 
-    top1, top5: per cent of the images whose class is the first, or among the first `k`, by logit; of equal logits the
-        lower index goes first. A NaN is never right.
-    k: 5, or the number of classes where there are fewer: `top5` is then 100 by definition.
-    images_per_s: of the whole pipeline, from the files (reading, decoding, preprocessing) to the logits, after one
-        batch to warm up. What the model alone does is measured by bench.
-    ranks: (images,) how many classes came before the right one, by image in the order of the folder.
+    top1, top5: the percentage of images whose class has the largest logit, or one of the `k` largest. Of equal logits the
+        lower index comes first; a NaN is never right.
+    k: 5, or the number of classes if there are fewer, which makes `top5` 100 by definition.
+    images_per_s: of the whole pipeline from the files (reading, decoding, preprocessing) to the logits, after one batch of
+        warm-up. `deploy bench` measures the model alone.
+    ranks: (images,) the number of classes before the right one for every image, in the order of the folder.
     """
 
     top1: float
@@ -56,14 +56,14 @@ def evaluate(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Accuracy of a classifier on an ImageFolder, preprocessed as its manifest says.
+    """Measure the accuracy of a classifier on an ImageFolder, with the preprocessing in its manifest.
 
-    A folder's name is looked up among the class names of the manifest, so that it may hold some of the classes only;
-    without names there, the folders in sorted order are the classes, and must be as many. A model with a fixed batch
-    is fed batches of that size, whatever `batch_size` says; `progress` tells so.
+    Class folders are matched with the class names in the manifest, so the ImageFolder may have only some of the classes.
+    If the manifest has no names, the sorted folders are the classes, and there must be as many. For a model with a fixed
+    batch, `batch_size` is ignored, and `progress` reports it.
 
-    Raises UsageError when the model is no image classifier or has no preprocessing, DataError for a folder or an image
-    that cannot be used, and as `deploy.load` does.
+    Raises UsageError if the model is no image classifier or has no preprocessing, DataError for a folder or an image that
+    cannot be used, and the errors of `deploy.load`.
     """
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     source, logits = classifier(artifact)
@@ -72,7 +72,7 @@ def evaluate(
     size, reason = source.batch_size(batch_size)
     what = f"evaluating {artifact.manifest.name}" + (f" ({reason})" if reason else "")
     samples = [(path, labels[index]) for path, index in images.samples]
-    found: list[np.ndarray] = []
+    rank_batches: list[np.ndarray] = []
     done = 0
     with load(artifact, backend, device, threads=threads) as session:
         warn_if_null(session.backend)
@@ -84,12 +84,12 @@ def evaluate(
             scores = session.run(feed)[logits.name][: len(expected)]
             check_names(artifact, scores.shape[1])
             _check_folders(artifact, images, scores.shape[1])
-            found.append(ranks(scores, expected))
+            rank_batches.append(ranks(scores, expected))
             top = min(5, scores.shape[1])
             done += len(expected)
             progress(what, done, len(samples))
         seconds = time.perf_counter() - start
-        rank = np.concatenate(found)
+        rank = np.concatenate(rank_batches)
         return Evaluation(
             top1=100 * float((rank == 0).mean()),
             top5=100 * float((rank < top).mean()),
@@ -108,15 +108,15 @@ def check_evaluation(artifact: Artifact, folder: Path | str) -> None:
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the right one: (N,) for logits (N, classes) and labels (N,). A NaN counts against."""
+    """The number of classes before the right one, (N,), for logits (N, classes) and labels (N,). A NaN is never right."""
     right = logits[np.arange(len(labels)), labels][:, None]
-    before = ~(logits <= right)  # what is greater, and everything when a NaN is involved
+    before = ~(logits <= right)  # greater ones, and all comparisons with a NaN
     before |= (logits == right) & (np.arange(logits.shape[1]) < labels[:, None])
     return np.asarray(before.sum(axis=1))
 
 
 def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list[int]:
-    """The index among the logits of each folder. Raises DataError for a folder that is no class of the model."""
+    """The index of every folder among the logits. Raises DataError for a folder that is no class of the model."""
     names = artifact.manifest.classes
     if names is None:
         count = logits.shape[1]
@@ -139,7 +139,7 @@ def _labels(artifact: Artifact, images: ImageFolder, logits: TensorSpec) -> list
 
 
 def _check_folders(artifact: Artifact, images: ImageFolder, count: int) -> None:
-    """Raise DataError when the model's classes have no names and are not as many as the folders."""
+    """Raise DataError if the model has no class names and the number of folders is not that of its classes."""
     if artifact.manifest.classes is None and len(images.classes) != count:
         raise DataError(
             f"{images.root} has {count_of(len(images.classes), 'class folder')} and {artifact.location}"

@@ -1,4 +1,4 @@
-"""The accuracy gate: what a precision costs on labelled images, and whether that is too much."""
+"""The accuracy gate: measures the accuracy that a lower precision costs, and refuses too much of it."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ _Z95 = 1.959964
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """folder: an ImageFolder to evaluate on. max_drop: how many points of top-1 accuracy may be lost on it."""
+    """The images and the limit of an accuracy gate.
+
+    folder: an ImageFolder to evaluate on. max_drop: how many points of top-1 accuracy may be lost on it.
+    """
 
     folder: Path
     max_drop: float = 1.0
@@ -34,15 +37,15 @@ class Gate:
         check_evaluation(artifact, self.folder)
 
     def request(self) -> dict[str, Any]:
-        """What the verdict depends on: the images, by path, size and time of change, and the limit."""
+        """All that the verdict depends on: the path, size and modification time of the images, and the limit."""
         images = read_folder(self.folder)
-        found = [(path, path.stat()) for path, _ in images.samples]
-        files = [[str(path.relative_to(self.folder)), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+        stats = [(path, path.stat()) for path, _ in images.samples]
+        files = [[str(path.relative_to(self.folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return {"images": files, "max_drop": self.max_drop}
 
 
 def check_accuracy(before: Artifact, after: Artifact, gate: Gate, hint: str, progress: Progress) -> Accuracy:
-    """Evaluate both artifacts on the same images. Raises AccuracyError, ending with `hint`, when too much is lost."""
+    """Evaluate both artifacts on the same images. Raises AccuracyError, which ends with `hint`, if too much is lost."""
     first = evaluate(before, gate.folder, progress=progress)
     second = evaluate(after, gate.folder, progress=progress)
     drop, low, high = paired_drop(first.ranks == 0, second.ranks == 0)
@@ -66,7 +69,7 @@ def check_accuracy(before: Artifact, after: Artifact, gate: Gate, hint: str, pro
 
 
 def paired_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """Points of accuracy lost, with its 95 % interval, of two vectors (images,) of bool: right or not, on the same images.
+    """The points of accuracy lost, and the ends of the 95 % interval; before, after: (images,) bool, whether each is right.
 
     The interval is that of Bonett and Price 2012 (Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data, J. Educ. Behav. Stat. 37(4)): it holds for few images, and without disagreement.

@@ -1,4 +1,4 @@
-"""The likeliest classes of single images."""
+"""Predicts the likeliest classes of single images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from deploy.runtime.load import load
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The likeliest classes of one image, best first, each with its probability (0 to 1: softmax of the logits)."""
+    """The likeliest classes of one image, best first, with their probabilities (0 to 1: softmax of the logits)."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]
@@ -36,10 +36,10 @@ def predict(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> list[Prediction]:
-    """The `top` likeliest classes (all, where there are fewer) of every image, in the order given.
+    """The `top` likeliest classes of every image, or all classes if there are fewer, in the order of `paths`.
 
-    A directory stands for the images at any depth in it, sorted. A class without a name in the manifest is called by
-    its index. Raises as `evaluate` does.
+    A directory means all images at any depth in it, sorted. If the manifest has no class names, the name of a class is its
+    index. Raises the errors of `evaluate`.
     """
     if top < 1:
         raise UsageError(f"top must be 1 or more, not {top}")
@@ -52,20 +52,20 @@ def predict(
     size, reason = source.batch_size(batch_size)
     what = f"predicting with {artifact.manifest.name}" + (f" ({reason})" if reason else "")
     samples = [(file, 0) for file in files]
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     with load(artifact, backend, device, threads=threads) as session:
         warn_if_null(session.backend)
         for feed, rows in image_batches(source, samples, size):
             scores = session.run(feed)[logits.name][: len(rows)]
             check_names(artifact, scores.shape[1])
             for classes in likeliest(scores, artifact.manifest.classes, top):
-                found.append(Prediction(path=files[len(found)], classes=classes))
-            progress(what, len(found), len(files))
-    return found
+                predictions.append(Prediction(path=files[len(predictions)], classes=classes))
+            progress(what, len(predictions), len(files))
+    return predictions
 
 
 def _expand(path: Path) -> list[Path]:
-    """`path` itself, or the images in it. Raises DataError when it is a directory without images, or does not exist."""
+    """`path` itself, or the images in it. Raises DataError if it does not exist or is a directory without images."""
     if path.is_dir():
         return images_under(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What is kept between runs, because it can be found again: in $XDG_CACHE_HOME/deploy, or in ~/.cache/deploy."""
+"""The cache: files in $XDG_CACHE_HOME/deploy, or in ~/.cache/deploy, that can be deleted and made again."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ ENGINES = "engines"
 """The folder of the cache that holds engines, directories and single files."""
 
 LIMIT_BYTES = 4 << 30
-"""What a folder of large files holds at most."""
+"""The limit of a folder of large files."""
 
 
 def cache_folder() -> Path:
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def keep(path: Path, content: bytes, what: str) -> None:
-    """Write a file of the cache, whole or not at all. Where that cannot be done, a warning says that `what` is not kept."""
+    """Write a file of the cache, completely or not at all. If it fails, log a warning that `what` is not kept."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def keep(path: Path, content: bytes, what: str) -> None:
 
 
 def trim(folder: Path, limit: int = LIMIT_BYTES) -> None:
-    """Remove what was changed longest ago from `folder` until the rest is within `limit` bytes; the newest entry stays."""
+    """Remove the oldest entries of `folder` until the rest has at most `limit` bytes; the newest entry always stays."""
     times, sizes = {}, {}
     for entry in folder.iterdir():
         try:

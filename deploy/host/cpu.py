@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cpu_model() -> str:
-    """Name of the processor, as the kernel gives it."""
+    """The name of the processor, as the kernel reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -16,10 +16,10 @@ def cpu_model() -> str:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use, less where a control group allows less time.
+    """The number of physical cores that this process may use, or fewer if a control group allows less time.
 
-    It is the number of threads where none is asked for: ONNX Runtime's own choice, for one, counts the cores of the whole
-    machine, and a container that may use two of 64 cores then has 64 threads.
+    This is the default number of threads. ONNX Runtime's default is the number of cores of the whole machine: a container
+    that may use two of 64 cores would run 64 threads.
     """
     cpus = os.sched_getaffinity(0)
     cores = {_siblings(cpu) for cpu in cpus}
@@ -27,7 +27,7 @@ def usable_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The logical CPUs that share a core with `cpu`; itself where the kernel does not say."""
+    """The logical CPUs that share a core with `cpu`; only `cpu` if the kernel does not report them."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
@@ -35,7 +35,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota(default: int) -> int:
-    """CPUs' worth of time that the control group (version 2) allows; `default` where there is no limit."""
+    """The number of CPUs whose time the control group (version 2) allows; `default` if there is no limit."""
     try:
         limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def _quota(default: int) -> int:
 
 
 def cache_bytes() -> int | None:
-    """Size of the largest cache of the processor; None where the kernel does not say."""
+    """The size in bytes of the largest cache of the processor; None if the kernel does not report it."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text(encoding="ascii").strip()
@@ -54,7 +54,7 @@ def cache_bytes() -> int | None:
 
 
 def governor() -> str | None:
-    """How the kernel sets the clock rate (`performance`, `schedutil`); None where it does not say, as in most virtual machines."""
+    """The kernel's policy for the clock rate, such as `performance`; None if unknown, as in most virtual machines."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="ascii").strip()
     except OSError:

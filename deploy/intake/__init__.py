@@ -1,1 +1,1 @@
-"""From a name and weights to a module, and to ONNX."""
+"""Makes a module of a name and weights, and an ONNX graph of the module."""

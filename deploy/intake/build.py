@@ -1,4 +1,4 @@
-"""From a name to a module: building it, loading a checkpoint into it, and building it again from an artifact."""
+"""Builds a module from a name, loads a checkpoint into it, and rebuilds it from an artifact."""
 
 import os
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ from deploy.intake.weightsfile import load_saved
 
 _NUM_CLASSES = "num_classes"
 _PROBE = 1000
-"""Number of classes that a factory which must be given one is first called with, to compare it with the checkpoint."""
+"""The number of classes that a factory is first called with if it needs one, to compare the module with the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltModel:
-    """A module and what is known of it.
+    """A module, and what is known about it.
 
     module: on the CPU, in eval mode.
     factory, args, source_files, folder: as the manifest's `source` records them (`args` in JSON form).
-    inputs: float32, the leading 1 of each shape being the batch; None where only the user knows.
-    outputs: names in order, None where unknown.
-    preprocess: a preset's name, or what the library that defines the net does with an image.
-    num_classes: what the head was built with, None where unknown.
+    inputs: float32; the leading 1 of every shape is the batch. None if only the user knows them.
+    outputs: names in order; None if unknown.
+    preprocess: the name of a preset, or the preprocessing of the library that defines the net.
+    num_classes: of the head; None if unknown.
     """
 
     module: nn.Module
@@ -62,15 +62,15 @@ def build_model(
     allow_partial: bool = False,
     seed: int = 0,
 ) -> tuple[BuiltModel, LoadReport | None]:
-    """Build a module and load `weights` into it; the report is None where there are none.
+    """Build a module and load `weights` into it. The report is None if `weights` is None.
 
     arch: a reference architecture, `torchvision:NAME` or `timm:NAME`; model: `FILE.py:FACTORY` or `pkg.mod:FACTORY`,
-    exactly one of the two. args: the factory's keyword arguments. num_classes: passed to the factory; where not given it
-    is read from the head of the checkpoint. match, allow_partial: see `load_weights`. seed: of random weights, which are
-    the same each time; the global random state is left as it was. Nothing is downloaded.
+    exactly one of the two. args: the factory's keyword arguments. num_classes: passed to the factory; by default it is read
+    from the head of the checkpoint. match, allow_partial: see `load_weights`. seed: of the random weights, so that they are
+    always the same; the global random state does not change. Nothing is downloaded.
 
-    Raises UsageError for an unknown architecture, arguments that the factory does not take and a number of classes that
-    must be given, FactoryError when the module cannot be built, CheckpointError when the weights do not fit.
+    Raises UsageError for an unknown architecture, for arguments that the factory does not take and when `num_classes` is
+    needed, FactoryError when the module cannot be built, CheckpointError when the weights do not fit.
     """
     if (arch is None) == (model is None):
         raise UsageError("name what to build: either an architecture or a model's FILE.py:FACTORY")
@@ -81,7 +81,7 @@ def build_model(
     if num_classes is not None and not recipe.takes_classes:
         raise UsageError(f"{recipe.factory} takes no {_NUM_CLASSES}")
     if num_classes is None and recipe.needs_classes and state is None:
-        raise UsageError(f"{recipe.factory} must be given the number of classes: --num-classes N")
+        raise UsageError(f"{recipe.factory} must be given the number of classes: set `num_classes`")
 
     if num_classes is not None:
         args[_NUM_CLASSES] = num_classes
@@ -91,7 +91,7 @@ def build_model(
     report = None if state is None else load_weights(module, state, match=match, allow_partial=allow_partial)
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
     if lazy:
-        raise FactoryError(f"{recipe.factory} leaves {lazy[0]!r} without a shape (a lazy layer): give its size, or --weights")
+        raise FactoryError(f"{recipe.factory} leaves {lazy[0]!r} without a shape (a lazy layer): give its size, or `weights`")
     interface = recipe.describe(module, args)
     built = BuiltModel(
         module=module,
@@ -108,9 +108,9 @@ def build_model(
 
 
 def rebuild(artifact: Artifact) -> nn.Module:
-    """The eager module that the line of `artifact` was exported from, with its weights, on the CPU in eval mode.
+    """The eager module that `artifact`, or the first of its ancestors, was exported from: on the CPU, in eval mode.
 
-    Runs the factory's code, after comparing the user's files with the digests of the export. Raises ArtifactError when a
+    Runs the factory's code after it has compared the user's files with the digests in the manifest. Raises ArtifactError when a
     parent or the weights are missing or damaged, FactoryError when there is no module to rebuild, a file has changed or
     the factory fails, CheckpointError when the weights do not fit what it made.
     """
@@ -125,7 +125,7 @@ def rebuild(artifact: Artifact) -> nn.Module:
     try:
         recipe = _recipe(source.factory, source.folder)
         module = _make(recipe, recorded_args(source.args), seed=0)
-    except UsageError as error:  # no option of the command that rebuilds: the library is another than at the export
+    except UsageError as error:  # not the fault of this caller: the library has changed since the export
         raise FactoryError(f"{root.location} cannot be rebuilt: {error}") from error
     recorded = {file.path for file in source.files}
     strangers = [file.path for file in recipe.source_files if file.path not in recorded]
@@ -156,14 +156,14 @@ def _arch_recipe(arch: str) -> Recipe:
 
         return TimmRecipe(name)
     raise UsageError(f"unknown architecture {arch!r}; expected a reference architecture, torchvision:NAME or timm:NAME"
-                     f" (a factory of your own is --model {arch})")  # fmt: skip
+                     f" (a factory of your own is `model` {arch})")  # fmt: skip
 
 
 def _split_classes(args: dict[str, Any], num_classes: int | None) -> tuple[dict[str, Any], int | None]:
-    """`num_classes` may come as a model argument too."""
+    """Takes `num_classes` out of the model arguments, where it may also be given."""
     given = args.pop(_NUM_CLASSES, None)
     if given is not None and num_classes is not None and given != num_classes:
-        raise UsageError(f"--num-classes {num_classes} and --model-arg num_classes={given} contradict one another")
+        raise UsageError(f"`num_classes` {num_classes} and `model_args` num_classes={given} contradict one another")
     num_classes = given if num_classes is None else num_classes
     if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0):
         raise UsageError(f"the number of classes must be a whole number, not {num_classes!r}")
@@ -180,24 +180,22 @@ def _make(recipe: Recipe, args: Mapping[str, Any], seed: int) -> nn.Module:
 def _make_for(
     recipe: Recipe, args: dict[str, Any], state: StateDict | None, match: Literal["name", "order"], seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build with the number of classes that the checkpoint has: made once, compared, and made again where it differs."""
+    """Build with the number of classes in the checkpoint: build once, compare, and build again if the number differs."""
     first = args | ({_NUM_CLASSES: _PROBE} if recipe.needs_classes else {})
     module = _make(recipe, first, seed)
     if state is None or not recipe.names_classes:
         return module, first
-    found = infer_num_classes(module, state, match)
+    classes = infer_num_classes(module, state, match)
     if not mismatches(module, state, match):
-        if recipe.needs_classes and found != _PROBE:
-            raise UsageError(
-                f"the number of classes of {recipe.factory} cannot be read from the checkpoint: give --num-classes N"
-            )
+        if recipe.needs_classes and classes != _PROBE:
+            raise UsageError(f"the number of classes of {recipe.factory} cannot be read from the checkpoint: set `num_classes`")
         return module, first
-    if found is not None:
-        second = args | {_NUM_CLASSES: found}
+    if classes is not None:
+        second = args | {_NUM_CLASSES: classes}
         other = _make(recipe, second, seed)
         if not mismatches(other, state, match):
             return other, second
-    return module, first  # another difference than the number of classes, which loading will tell
+    return module, first  # more differs than the number of classes: loading reports it
 
 
 def _verified_weights(root: Artifact) -> Path:

@@ -22,10 +22,10 @@ CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",
     "state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema",
 )  # fmt: skip
-"""Keys under which the weights are looked for, in this order: trained weights before their moving average."""
+"""Keys that may hold the weights, in the order they are tried: trained weights before their moving average."""
 
 _HARMLESS: list[Any] = [
-    # What training loops keep beside the weights (a metric, the options): data, and building it runs nothing else.
+    # Data that training loops save beside the weights, such as a metric or the options. Unpickling these types runs no code.
     argparse.Namespace,
     pathlib.PosixPath,
     np.dtype,
@@ -43,8 +43,8 @@ _HARMLESS: list[Any] = [
 def read_state_dict(path: Path) -> StateDict:
     """The weights in a `.safetensors` file, or in what torch.save wrote (`.pt`, `.pth`, `.tar`, ...), on the CPU.
 
-    Reads with `weights_only=True`. The weights may be the file's content or lie under one of `CONTAINERS`, nested up to
-    three deep; the result says where (`found_under`) and what else was there (`others`).
+    Reads with `weights_only=True`. The weights may be the whole file, or be under one of the keys in `CONTAINERS`, nested up
+    to three levels deep: `found_under` of the result is the key, and `others` are the keys of other weights beside it.
 
     Raises CheckpointError for a file that is missing, truncated, no checkpoint, a TorchScript archive, a pickle that
     would run code, or one that holds no weights.
@@ -74,12 +74,12 @@ def _load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>|type (<class '[\w.]+'>)", str(error))
-        if found is None:
+        culprit = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>|type (<class '[\w.]+'>)", str(error))
+        if culprit is None:
             raise CheckpointError(f"{path} is not a checkpoint: expected what torch.save writes, or .safetensors") from error
         raise CheckpointError(
-            f"{path} is a pickle that would run code when loaded: it asks for {next(filter(None, found.groups()))}, and only"
-            " tensors and plain values are read.\nWhere you trust the file, convert it:"
+            f"{path} is a pickle that would run code when loaded: it asks for {next(filter(None, culprit.groups()))}, and only"
+            " tensors and plain values are read.\nIf you trust the file, convert it:"
             " torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW) for a whole module, or save the"
             " state_dict alone"
         ) from error
@@ -91,7 +91,7 @@ def _load_pickle(path: Path) -> Any:
         ):  # a zip archive without its end
             raise CheckpointError(f"{path} is {'truncated' if start else 'empty'}: copy it again") from error
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or repr(error)}") from error
-    # The legacy reader raises whatever the damaged bytes lead to: EOFError, KeyError, UnicodeDecodeError, struct.error, ...
+    # The legacy reader raises many kinds of errors for damaged bytes: EOFError, KeyError, UnicodeDecodeError, struct.error, ...
     except Exception as error:
         reason = str(error).partition(". ")[0] or type(error).__name__
         if isinstance(error, KeyError | UnicodeDecodeError | AssertionError):
@@ -100,10 +100,10 @@ def _load_pickle(path: Path) -> Any:
 
 
 def _refuse_other_archives(path: Path) -> None:
-    """Raise CheckpointError for archives of torch and others that are no checkpoint, saying what to do."""
+    """Raise CheckpointError, with advice, for archives that are not checkpoints: of torch and of other programs."""
     try:
         with path.open("rb") as file:
-            if file.read(262)[257:] == b"ustar":  # `.tar` is what many name a checkpoint, and here it is one
+            if file.read(262)[257:] == b"ustar":  # many checkpoints are named `.tar`, but this is a real archive
                 raise CheckpointError(f"{path} is a tar archive: unpack it and give the checkpoint inside")
         if not zipfile.is_zipfile(path):
             return
@@ -123,14 +123,14 @@ def _refuse_other_archives(path: Path) -> None:
 
 
 def _find(content: Mapping[Any, Any], path: Path, depth: int = 3) -> tuple[str, Mapping[Any, Any], tuple[str, ...]]:
-    """Where the weights are: the key ("" for the top), the mapping, and the keys of other weights beside it."""
+    """The key of the weights ("" for the whole file), the weights, and the keys of other weights beside them."""
     nested = {key: value for key, value in content.items() if isinstance(value, Mapping) and _has_weights(value, depth - 1)}
     known = [key for key in CONTAINERS if key in nested]
     if not known and _has_tensors(content):
         return "", content, ()
     if not known and len(nested) > 1:
         raise CheckpointError(
-            f"{path} holds several sets of weights: {', '.join(map(repr, nested))}; save the one you want to a file of its own"
+            f"{path} holds several sets of weights: {', '.join(map(repr, nested))}; save the one you want to a separate file"
         )
     if not nested:
         keys = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
@@ -146,7 +146,7 @@ def _has_tensors(value: Mapping[Any, Any]) -> bool:
 
 
 def _has_weights(value: Mapping[Any, Any], depth: int) -> bool:
-    """Whether there are tensors by name in `value` itself or, `depth` deep, under one of the known keys."""
+    """Whether `value` has named tensors, directly or under one of the known keys, up to `depth` levels deep."""
     if _has_tensors(value):
         return True
     inner = [value[key] for key in CONTAINERS if isinstance(value.get(key), Mapping)]

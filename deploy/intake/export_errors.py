@@ -1,4 +1,4 @@
-"""Why a module cannot be exported, with the line of the user's own code that stands in the way."""
+"""Explains why a module cannot be exported, with the line of the user's code that prevents it."""
 
 import inspect
 import linecache
@@ -22,9 +22,9 @@ def explain(
     user_files: Sequence[str],
     fixed: str | None,
 ) -> str:
-    """Two lines on why the export failed: where, in the user's own file if it is known, and why; and what to do.
+    """Two lines about a failed export: the place in the user's file, if it is known, with the reason; and what to do.
 
-    program: what torch.export made; None when it is what failed. fixed: the line by `fixed_at`.
+    program: the result of torch.export, None if torch.export itself failed. fixed: the line that `fixed_at` returned.
     """
     chain = list(_chain(error))
     where = line_of(error, user_files) or (_line_of_node(chain, program, user_files) if program is not None else None)
@@ -47,11 +47,11 @@ def explain(
 
 
 def fixed_reason(dims: Sequence[str]) -> tuple[str, str]:
-    """What to say of a module that works with one size only of `dims`: the reason and the remedy."""
-    noun, names = ("dimension", "dimensions")[len(dims) > 1], ", ".join(f"`{dim}`" for dim in dims)
+    """The reason and the remedy in the error for a module that works with only one size of `dims`."""
+    noun, names = ("dimension", "dimensions")[len(dims) > 1], ", ".join(repr(dim) for dim in dims)
     return (
         f"the module's code fixes the {noun} {names} that should stay dynamic",
-        "compute with x.shape as it is (no int(), loop or fixed number), or export with --static-batch and numbers in --input",
+        "compute with x.shape as it is (no int(), loop or fixed number), or export with `static_batch` and numbers in `inputs`",
     )
 
 
@@ -67,17 +67,17 @@ def line_of(error: BaseException, user_files: Sequence[str]) -> str | None:
 def fixed_at(
     module: torch.nn.Module, args: tuple[torch.Tensor, ...], shapes: tuple[Any, ...], user_files: Sequence[str]
 ) -> str | None:
-    """The line of the user's code at which torch.export first takes a dynamic dimension for a number; None where there is none.
+    """The line of the user's code at which torch.export first makes a number of a dynamic dimension; None if it never does.
 
-    torch's own error names the dimension and not the line, so the export, which failed, is run again and watched.
+    torch's error names the dimension but not the line, so the export that failed runs a second time and is observed.
     """
-    found: list[str] = []
+    lines: list[str] = []
     replace = ShapeEnv._set_replacement
 
     def watched(self: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
         if target.is_number and str(symbol).startswith("s"):  # `u0` is a size that depends on data
             frames = ((frame, line) for frame, line in traceback.walk_stack(None) if frame.f_code.co_filename in user_files)
-            found.extend(_place(frame, line) for frame, line in list(frames)[:1])
+            lines.extend(_place(frame, line) for frame, line in list(frames)[:1])
         replace(self, symbol, target, message)
 
     setattr(ShapeEnv, "_set_replacement", watched)  # noqa: B010  # mypy forbids to assign a method
@@ -87,11 +87,11 @@ def fixed_at(
         pass
     finally:
         setattr(ShapeEnv, "_set_replacement", replace)  # noqa: B010  # as above
-    return next(iter(found), None)
+    return next(iter(lines), None)
 
 
 def size_branches(program: torch.export.ExportedProgram, inputs: Sequence[TensorSpec], user_files: Sequence[str]) -> list[str]:
-    """Where the user's own code branches on a size: the graph holds the branch that was taken, whatever the size."""
+    """Warnings about the lines of the user's code that branch on a size: the graph has only the branch that was taken."""
     nodes = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     values = [nodes[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     names = {
@@ -102,17 +102,17 @@ def size_branches(program: torch.export.ExportedProgram, inputs: Sequence[Tensor
         if isinstance(dim, str)
     }
     mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
-    found = []
+    warnings = []
     for guard in mode.shape_env.guards if mode is not None and mode.shape_env is not None else ():
-        frame = guard.sloc.framework_loc  # where the size was asked for: in torch, unless the code itself compares it
+        frame = guard.sloc.framework_loc  # where the size was read: in torch, unless the user's code compares it
         if frame is not None and frame.filename in user_files:
             rule = f"{guard.expr.lhs} {guard.expr.rel_op} {guard.expr.rhs}" if guard.expr.is_Relational else str(guard.expr)
             rule = re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), rule)
-            found.append(
+            warnings.append(
                 f"{frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').rstrip(':')}: the module branches on a size, and the graph holds"
                 f" one branch: it is right only where {rule}"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(warnings))
 
 
 def _place(frame: FrameType, line: int) -> str:
@@ -122,7 +122,7 @@ def _place(frame: FrameType, line: int) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those it was raised from, outermost first."""
+    """The error and its causes, outermost first."""
     current: BaseException | None = error
     while current is not None:
         yield current
@@ -130,7 +130,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _line_of_node(chain: Sequence[BaseException], program: torch.export.ExportedProgram, user_files: Sequence[str]) -> str | None:
-    """Where the node that an error speaks of was made: torch.export keeps a stack trace and the module path of each."""
+    """The line that made the node which an error names: torch.export keeps a stack trace and a module path for every node."""
     text = " ".join(str(error) for error in chain)
     # Compared without leading underscores: linalg_svd is _linalg_svd once decomposed.
     named = {name.lstrip("_") for name in re.findall(r"node %(\w+)", text)}
@@ -149,7 +149,7 @@ def _line_of_node(chain: Sequence[BaseException], program: torch.export.Exported
 
 
 def _fixed_dims(text: str, module: torch.nn.Module, inputs: Sequence[TensorSpec]) -> list[str]:
-    """The dimensions that torch complains of, by the names of the specs; all dynamic ones where it does not say."""
+    """The dimensions in torch's complaint, by their names in the specs; all dynamic ones if it names none."""
     parameters = list(inspect.signature(module.forward).parameters)
     by_name = dict(zip(parameters, inputs, strict=False))
     named = re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text)

@@ -1,4 +1,4 @@
-"""A torch module to an ONNX graph: torch.export, then PyTorch's ONNX exporter, which folds BatchNorm into convolutions."""
+"""Converts a torch module to an ONNX graph: torch.export, then PyTorch's ONNX exporter, which folds BatchNorm into Conv."""
 
 import io
 import logging
@@ -54,8 +54,8 @@ def export_graph(
     """Export `module`, called with the tensors of `feed` in the order of `inputs`.
 
     Symbolic dimensions of `inputs` stay dynamic. `outputs` names the flattened outputs in order. `user_files` are the
-    Python files that an error should point into. Raises ExportError, with the module and line in the user's own file
-    where there is one. A branch of the user's code on a size, of which the graph holds one side only, is logged.
+    Python files that an error should point into. Raises ExportError, with the module and the line in the user's file if it is
+    known. Logs a warning if the user's code branches on a size, because the graph has only one side of the branch.
     """
     dynamic = [{axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs]
     args = tuple(feed[spec.name] for spec in inputs)
@@ -86,12 +86,12 @@ def export_graph(
 
 
 def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
-    """Give symbolic dimensions the names of the specs, wherever torch's own (`s77`) stand, in expressions too."""
+    """Replace torch's names of symbolic dimensions (`s77`) by those of the specs, also inside expressions."""
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
-        for found, dim in zip(value.shape or (), spec.shape, strict=True):
-            if isinstance(found, ir.SymbolicDim) and found.value and isinstance(dim, str):
-                names[found.value] = dim
+        for symbol, dim in zip(value.shape or (), spec.shape, strict=True):
+            if isinstance(symbol, ir.SymbolicDim) and symbol.value and isinstance(dim, str):
+                names[symbol.value] = dim
     if not names:
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
@@ -108,16 +108,16 @@ def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name every node after the torch module it comes from (`layer1.0.conv1/Conv`), and drop the exporter's notes.
+    """Name every node after its torch module (`layer1.0.conv1/Conv`), and delete the exporter's metadata.
 
-    Reports speak of nodes by name; the notes hold paths of the machine that exported.
+    Reports name nodes. The metadata contains paths of the machine that exported.
     """
     taken: dict[str, int] = {}
     for node in model.graph.all_nodes():
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_MODULE_KEY, ""))
         owner = next((scope for scope in reversed(scopes[:-1]) if scope), "")
         weight = next((value.name for value in node.inputs[1:] if value is not None and value.is_initializer()), None)
-        if weight and re.search(r"\.weight(_|$)", weight):  # a Conv that a BatchNorm was folded into bears the latter's scope
+        if weight and re.search(r"\.weight(_|$)", weight):  # a Conv with a folded BatchNorm has the scope of the BatchNorm
             owner = weight[: weight.rindex(".weight")]
         name = f"{owner}/{node.op_type}" if owner else node.op_type
         taken[name] = taken.get(name, 0) + 1
@@ -134,7 +134,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's log and prints, which repeat what the error says over many lines, off the screen."""
+    """Hides the exporter's log and prints, which repeat the error over many lines."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Fitting a state_dict into a module: names, prefixes, order, shapes; and the weights file of an artifact."""
+"""Fits a state_dict into a module: by names, without the prefixes of wrappers, or by order; and compares shapes."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,22 +14,22 @@ from deploy.errors import CheckpointError, UsageError
 from deploy.intake.options import Match
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-"""What wrappers put before names: DataParallel and AveragedModel, torch.compile, and the usual attributes of training
-modules that hold the net."""
+"""Prefixes of names: of DataParallel and AveragedModel, of torch.compile, and of the usual attribute that holds the net in
+a training module."""
 
 INFIXES = (".module.", "._orig_mod.")
-"""What is left in the middle of names when a part of the net was wrapped."""
+"""The same in the middle of names, when a part of the net was wrapped."""
 
 _COUNTER = "num_batches_tracked"
 _LISTED = 10
 
 
 class StateDict(dict[str, Tensor]):
-    """Tensors by name, in the order of the file, and where they come from.
+    """Tensors by name, in the order of the file, and their origin.
 
-    found_under: the key that held them, "" for the file itself; others: keys of other weights in the same file.
+    found_under: the key that holds them, "" for the whole file; others: keys of other weights in the same file.
     ordered: whether the order is that of the module that was saved (safetensors sorts).
-    metadata: versions of the modules that were saved, by which torch reads old layouts; None where none were kept.
+    metadata: versions of the saved modules, which torch needs to read old layouts; None if the file has none.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StateDict(dict[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """A tensor of another shape, or integer where a float is expected. `name` is the module's, `key` the checkpoint's."""
+    """A tensor with a wrong shape, or integers in place of floats. `name` is the module's, `key` the checkpoint's."""
 
     name: str
     key: str
@@ -67,13 +67,13 @@ class Mismatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What became of each tensor. Names are the module's, those of `unexpected` the checkpoint's without the prefix.
+    """What happened to every tensor. Names are the module's; those in `unexpected` are the checkpoint's without the prefix.
 
     missing: tensors of the module that the checkpoint lacks; they keep their values.
-    unexpected: tensors of the checkpoint that the module has no place for.
-    stripped: the prefixes taken off, in order; `.module.` for one taken out of the middle.
+    unexpected: tensors of the checkpoint that the module does not have.
+    stripped: the prefixes that were removed, in order; `.module.` is one in the middle of names.
     found_under, others: see StateDict.
-    `num_batches_tracked`, which inference does not read, is in none of the lists.
+    `num_batches_tracked` is in none of the lists, because inference does not read it.
     """
 
     match: Match
@@ -91,7 +91,7 @@ class LoadReport:
         return not self.missing and not self.mismatched
 
     def summary(self) -> str:
-        """One line: how many tensors were loaded, from where, and what was left."""
+        """One line: how many tensors were loaded, from which key, and which were not."""
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         parts = [f"{len(self.loaded)} of {total} tensors loaded by {self.match}"]
         if self.found_under:
@@ -114,19 +114,19 @@ def load_weights(
 ) -> LoadReport:
     """Copy the tensors of `state` into `module`, converted to its floating dtypes.
 
-    By name, after taking off those of `PREFIXES` that make more names match; or by order, first to first, for a
-    checkpoint whose names differ: every shape must fit, and what it has beyond the module's last tensor is left out and
-    reported. With `allow_partial` what fits is loaded; by order that is all before the first that does not fit.
+    By name, after removing those of `PREFIXES` that make more names match. Or by order, for a checkpoint with other names:
+    every shape must fit, and tensors after the module's last one are left out and reported. With `allow_partial` the
+    tensors that fit are loaded; by order, these are all tensors before the first that does not fit.
 
-    Raises CheckpointError when a tensor is missing, unexpected or of another shape, or when nothing fits at all. The
-    module may then be loaded in part.
+    Raises CheckpointError when a tensor is missing, is unexpected or has another shape, or when nothing fits. Some tensors
+    may have been loaded by then.
     """
     pairs, stripped = _pairs(module, state, match)
     expected = _tensors(module)
     mismatched = _mismatched(expected, state, pairs)
     unexpected: tuple[str, ...] = ()
     if match == "order":
-        if mismatched:  # nothing behind the first is sure to be what its place says
+        if mismatched:  # after the first mismatch, no place is certain any more
             names = list(pairs)
             pairs = {name: pairs[name] for name in names[: names.index(mismatched[0].name)]}
             mismatched = mismatched[:1]
@@ -136,9 +136,9 @@ def load_weights(
     fitting = OrderedDict((name, state[key]) for name, key in pairs.items() if name not in off)
     metadata = _metadata(module, state, match, stripped)
     if metadata is not None:
-        fitting._metadata = metadata  # type: ignore[attr-defined]  # where nn.Module.load_state_dict looks for them
+        fitting._metadata = metadata  # type: ignore[attr-defined]  # nn.Module.load_state_dict reads it there
     try:
-        # torch has the last word on names, for a module may translate those of its older versions.
+        # torch decides about names, because a module may translate the names of its older versions.
         result = module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{_place(state)} cannot be loaded into {type(module).__name__}: {error}") from error
@@ -161,15 +161,15 @@ def load_weights(
 
 
 def mismatches(module: nn.Module, state: Mapping[str, Tensor], match: Match = "name") -> tuple[Mismatch, ...]:
-    """The tensors of `state` that pair with one of `module` by name, or by order, and have another shape."""
+    """The tensors of `state` whose counterpart in `module`, by name or by order, has another shape."""
     return _mismatched(_tensors(module), state, _pairs(module, state, match)[0])
 
 
 def infer_num_classes(module: nn.Module, state: Mapping[str, Tensor], match: Match = "name") -> int | None:
     """The number of classes that `state` was trained for, read from its head.
 
-    The head is where the shapes part: all tensors that differ do so in one dimension, of the same size in all. Where
-    none differ, it is the last tensor that pairs. None when the shapes part in any other way.
+    The head is where the shapes differ: in one dimension, by the same two sizes in all tensors that differ. If none differ,
+    the head is the last tensor with a counterpart. None if the shapes differ in any other way.
     """
     pairs, _ = _pairs(module, state, match)
     expected = _tensors(module)
@@ -192,7 +192,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _pairs(module: nn.Module, state: Mapping[str, Tensor], match: Match) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Names (the module's, or those it does not know) to the checkpoint's keys, and the prefixes taken off."""
+    """The checkpoint's keys by name (the module's names, and others that it does not have), and the removed prefixes."""
     expected = _tensors(module)
     if match == "order":
         if not getattr(state, "ordered", True):
@@ -234,20 +234,20 @@ def _strip(name: str, prefixes: Sequence[str]) -> str:
 
 
 def _mismatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> tuple[Mismatch, ...]:
-    found = []
+    mismatched = []
     for name, key in pairs.items():
         target, tensor = expected.get(name), state[key]
         if target is None or is_lazy(target):
             continue
         if target.dim() == 0 and tensor.shape == (1,):
-            continue  # scalars were saved so by torch 0.3
+            continue  # torch 0.3 saved scalars this way
         if tensor.shape != target.shape or (target.is_floating_point() and not tensor.is_floating_point()):
-            found.append(Mismatch(name=name, key=key, found=tuple(tensor.shape), expected=tuple(target.shape)))
-    return tuple(found)
+            mismatched.append(Mismatch(name=name, key=key, found=tuple(tensor.shape), expected=tuple(target.shape)))
+    return tuple(mismatched)
 
 
 def _metadata(module: nn.Module, state: Mapping[str, Tensor], match: Match, stripped: tuple[str, ...]) -> dict[str, Any] | None:
-    """Versions of the modules, by the module's names; those of `module` itself where the file's format keeps none."""
+    """Versions of the modules, by the module's names; those of `module` itself if the file format has none."""
     if match == "order" or not getattr(state, "ordered", True):
         current: dict[str, Any] | None = getattr(module.state_dict(), "_metadata", None)
         return current
@@ -284,13 +284,13 @@ def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) 
     names = [name for name in _tensors(module) if not name.endswith(_COUNTER)]
     classes = infer_num_classes(module, state, report.match) if report.mismatched and not report.missing else None
     if classes is not None and report.mismatched[-1].name in names[-2:]:
-        return f"--num-classes {classes}, which is what the head of the checkpoint has"
+        return f"`num_classes` {classes}, as in the head of the checkpoint"
     if report.complete:
-        return "--allow-partial, which leaves the unexpected out, or the architecture that has them"
+        return "`allow_partial`, which leaves the unexpected out, or the architecture that has them"
     if report.match == "name" and getattr(state, "ordered", True):
         pairs, _ = _pairs(module, state, "order")
         if len(pairs) == len(names) and not _mismatched(_tensors(module), state, pairs):
-            return f"--match order, by which all {len(names)} tensors fit"
+            return f"`match` order, by which all {len(names)} tensors fit"
     if not report.loaded:
         return "another architecture: nothing of this one is in the checkpoint"
-    return "the architecture and the arguments that it was trained with, or --allow-partial to load what fits"
+    return "the architecture and the arguments that it was trained with, or `allow_partial` to load what fits"

@@ -130,7 +130,7 @@ class UserModules:
             ) from error
 
     def shadow_hint(self, error: BaseException) -> str:
-        """A hint, on a line of its own, if `error` names a module that both the user and the standard library have."""
+        """A hint, on a separate line, if `error` names a module that both the user and the standard library have."""
         if not isinstance(error, ImportError | AttributeError):
             return ""
         named = {*re.findall(r"'(\w+)", str(error)), (getattr(error, "name", None) or "").partition(".")[0]}

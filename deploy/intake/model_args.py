@@ -1,4 +1,4 @@
-"""Arguments of a model factory: from the command line, and to the manifest and back."""
+"""The arguments of a model factory: parsed from text, and written to the manifest and read back."""
 
 import ast
 import json
@@ -14,9 +14,9 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
     """`["depths=(2, 2)", "act=relu", "bias=false"]` -> `{"depths": (2, 2), "act": "relu", "bias": False}`.
 
-    A value is a Python literal (numbers, strings in quotes, tuples, lists, dicts), true, false or none in any case, and
-    else a string. Raises UsageError for a text without `=`, a name that is none or given twice, and a value that begins
-    as a tuple, list, dict or quoted string and is none.
+    A value is a Python literal (a number, a quoted string, a tuple, a list, a dict), or true, false or none in any case;
+    anything else is a string. Raises UsageError for a text without `=`, for an invalid or repeated name, and for a value
+    that begins like a tuple, list, dict or quoted string and is not one.
     """
     args: dict[str, Any] = {}
     for text in texts:
@@ -41,7 +41,7 @@ def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def record_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """`args` for the manifest: JSON, tuples marked as such. Raises UsageError for what cannot be written so."""
+    """`args` as JSON for the manifest, with tuples marked. Raises UsageError for a value that JSON cannot hold."""
     recorded = {name: _to_json(value, name) for name, value in args.items()}
     try:
         json.dumps(recorded, allow_nan=False)
@@ -51,7 +51,7 @@ def record_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_args(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that `record_args` recorded."""
+    """The arguments that `record_args` wrote to the manifest."""
     return {name: _from_json(value) for name, value in recorded.items()}
 
 

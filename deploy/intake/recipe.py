@@ -1,4 +1,4 @@
-"""A recipe: how to make one module, whatever library or file its factory is in; and its arguments in JSON."""
+"""A recipe makes one module: the common interface to our architectures, to libraries and to the user's files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from deploy.errors import DeployError, FactoryError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """What a module takes and gives, as far as its recipe knows.
+    """The inputs and outputs of a module, as far as its recipe knows them.
 
-    inputs: the leading 1 of each shape is the batch. outputs: names in order.
-    preprocess: name of a preset, or how the library that defines the net prepares an image.
+    inputs: the leading 1 of every shape is the batch. outputs: names in order.
+    preprocess: the name of a preset, or the preprocessing of the library that defines the net.
     """
 
     inputs: tuple[TensorSpec, ...] | None = None
@@ -29,10 +29,10 @@ class Interface:
 class Recipe(ABC):
     """How to make one module.
 
-    factory: its name in the manifest. source_files: the user's own files that it came from, after `build`.
-    folder: the current folder that the user's modules were imported from; None where none was needed.
-    takes_classes: whether `num_classes` may be given; names_classes: whether it is known to be an argument.
-    needs_classes: whether it must be given. default_classes: its default where that is known.
+    factory: its name in the manifest. source_files: after `build`, the user's files that the module was made from.
+    folder: the current folder, if the user's modules were imported from it; else None.
+    takes_classes: whether `num_classes` may be given; names_classes: whether it is certainly an argument.
+    needs_classes: whether it must be given. default_classes: its default; None if unknown.
     """
 
     factory: str
@@ -45,15 +45,15 @@ class Recipe(ABC):
 
     @abstractmethod
     def build(self, args: Mapping[str, Any]) -> nn.Module:
-        """A new module. Raises UsageError for arguments that it does not take, FactoryError when it fails otherwise."""
+        """A new module. Raises UsageError for arguments that the factory does not take, FactoryError if it fails otherwise."""
 
     @abstractmethod
     def describe(self, module: nn.Module, args: Mapping[str, Any]) -> Interface:
-        """What a module made with `args` takes and gives."""
+        """The inputs and outputs of a module that was made with `args`."""
 
 
 def cannot_build(factory: str, args: Mapping[str, Any], error: Exception) -> DeployError:
-    """What to raise for a library's `error`: a UsageError where arguments were given, which are then to blame."""
+    """The error to raise for a library's `error`: a UsageError if there are arguments, because they are the likely cause."""
     given = ", ".join(f"{name}={value!r}" for name, value in args.items())
     if given:
         return UsageError(f"cannot build {factory} with {given}: {error}")
@@ -61,7 +61,7 @@ def cannot_build(factory: str, args: Mapping[str, Any], error: Exception) -> Dep
 
 
 def refuse_pretrained(factory: str, args: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise UsageError for an argument by which a library would download weights."""
+    """Raise UsageError for an argument that makes a library download weights."""
     for name in names:
         if args.get(name):
-            raise UsageError(f"{factory}: {name}={args[name]!r} would download weights; give them with --weights FILE")
+            raise UsageError(f"{factory}: {name}={args[name]!r} would download weights; give them with `weights`")

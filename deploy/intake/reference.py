@@ -1,4 +1,4 @@
-"""The recipe of a reference architecture."""
+"""The recipe for our reference architectures."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Recipes for timm's models. Nothing is downloaded."""
+"""The recipe for timm's models. Nothing is downloaded."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class TimmRecipe(Recipe):
     def __init__(self, name: str) -> None:
         self.factory = f"timm:{name}"
         self._name = name
-        # A name with a colon or a slash is an address to timm, which it would download from.
+        # For timm a name with a colon or a slash is an address to download from.
         if ":" in name or "/" in name or not timm.is_model(name):
             raise UsageError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
@@ -56,7 +56,7 @@ class TimmRecipe(Recipe):
 
 
 def eval_preprocess(config: Mapping[str, Any], height: int, width: int) -> Preprocess | None:
-    """timm's own transform for evaluation, for an input of that size; None where `Preprocess` cannot say it (borders).
+    """timm's transform for evaluation at this input size; None if `Preprocess` cannot express it (borders).
 
     The shorter side to the crop's size over `crop_pct`, as in timm.data.transforms_factory.transforms_imagenet_eval.
     """

@@ -1,4 +1,4 @@
-"""Recipes for torchvision's classifiers and segmenters. Nothing is downloaded."""
+"""The recipe for torchvision's classifiers and segmenters. Nothing is downloaded."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class TorchvisionRecipe(Recipe):
         if "weights_backbone" in inspect.signature(models.get_model_builder(self._name)).parameters:
             options.setdefault("weights_backbone", None)
         if self._name in ("googlenet", "inception_v3"):
-            options.setdefault("init_weights", True)  # its default, and a warning without it
+            options.setdefault("init_weights", True)  # the default; torchvision warns if it is not given
         try:
             module: nn.Module = models.get_model(self._name, **options)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -69,9 +69,9 @@ def _task(name: str) -> str:
 
 
 def _return_tensors(module: nn.Module) -> None:
-    """Make a segmenter return its tensors (a lone one, or a tuple), where torchvision returns a dict of them.
+    """Make a segmenter return a tensor or a tuple of tensors in place of torchvision's dict.
 
-    The class is replaced, not the module wrapped, so that the names of the parameters stay torchvision's.
+    This replaces the class instead of wrapping the module, so that parameters keep their names in torchvision.
     """
     kind = type(module)
     forward: Callable[..., Any] = kind.forward

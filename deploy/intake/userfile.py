@@ -87,7 +87,7 @@ class UserRecipe(Recipe):
             except TypeError as error:
                 raise UsageError(
                     f"{self.factory} does not take these arguments: {error}; it is {self._name}{self._signature}"
-                    " (--model-arg NAME=VALUE)"
+                    " (`model_args` NAME=VALUE)"
                 ) from error
 
 

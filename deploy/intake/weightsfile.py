@@ -1,4 +1,4 @@
-"""Weights in a safetensors file, with what safetensors cannot hold: tensors that share memory."""
+"""The weights of an artifact in a safetensors file, including tensors that share memory, which safetensors does not support."""
 
 import json
 from collections import OrderedDict
@@ -15,9 +15,9 @@ _ALIASES = "aliases"
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the state_dict of `module` as safetensors, for `load_saved`; tensors that are one tensor are written once.
+    """Write the state_dict of `module` as safetensors, to be read by `load_saved`. Identical tensors are written once.
 
-    The file depends on the names and values alone. Raises CheckpointError for what safetensors cannot hold.
+    The file depends only on names and values. Raises CheckpointError for a value that safetensors cannot hold.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -35,9 +35,9 @@ def save_weights(module: nn.Module, path: Path) -> None:
             continue
         seen[place] = name
         storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # a view of another: safetensors wants its own
+        tensors[name] = tensor.clone() if storage in storages else tensor  # a view: safetensors wants separate memory
         storages.add(storage)
-    # One entry, for safetensors writes several in an order of its own.
+    # One entry only, because safetensors writes several in no fixed order.
     metadata = {_ALIASES: json.dumps(aliases, sort_keys=True)} if aliases else None
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
@@ -46,7 +46,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_saved(module: nn.Module, path: Path) -> None:
-    """Load what `save_weights` wrote, strictly. Raises CheckpointError when it is damaged or the module another."""
+    """Load a file of `save_weights`, strictly. Raises CheckpointError if it is damaged or belongs to another module."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
@@ -54,7 +54,7 @@ def load_saved(module: nn.Module, path: Path) -> None:
         state.update({name: state[kept] for name, kept in aliases.items()})
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    state._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # the layout is today's
+    state._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # the file has the current layout
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -45,5 +45,5 @@ def test_the_interval_covers_the_true_drop_in_19_of_20_samples():
 
 
 def test_a_limit_outside_0_to_100_points_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="`max_drop`"):
+    with pytest.raises(UsageError, match="`max_drop` must be 0 to 100 points"):
         Gate(folder=tmp_path, max_drop=-1)

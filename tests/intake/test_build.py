@@ -114,10 +114,10 @@ def test_number_of_classes_of_a_users_factory_is_read_too(project: Path) -> None
 
 def test_number_of_classes_that_must_be_given_and_cannot_be_read_is_asked_for(project: Path) -> None:
     (project / "net.py").write_text(NET.format(default=""))
-    with pytest.raises(UsageError, match=r"net\.py:Net must be given the number of classes: --num-classes N"):
+    with pytest.raises(UsageError, match=r"net\.py:Net must be given the number of classes: set `num_classes`"):
         build_model(model="net.py:Net")
     torch.save({"other": torch.ones(3)}, project / "w.pt")
-    with pytest.raises(UsageError, match="cannot be read from the checkpoint: give --num-classes N"):
+    with pytest.raises(UsageError, match="cannot be read from the checkpoint: set `num_classes`"):
         build_model(model="net.py:Net", weights=project / "w.pt")
 
 
@@ -130,7 +130,7 @@ def test_another_architecture_is_not_mistaken_for_another_number_of_classes(tmp_
 
 def test_given_number_of_classes_is_not_overruled_by_the_checkpoint(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path / "w.pt", create("lenet5", num_classes=7))
-    with pytest.raises(CheckpointError, match="Try: --num-classes 7"):
+    with pytest.raises(CheckpointError, match="Try: `num_classes` 7"):
         build_model(arch="lenet5", num_classes=5, weights=weights)
     built, report = build_model(arch="lenet5", num_classes=5, weights=weights, allow_partial=True)
     assert report is not None

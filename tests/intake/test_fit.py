@@ -110,9 +110,9 @@ def test_error_counts_and_lists_what_does_not_fit_with_both_shapes() -> None:
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        (lambda s: {**s, "fc3.weight": torch.ones(7, 84), "fc3.bias": torch.ones(7)}, "--num-classes 7"),
-        (lambda s: {f"layer{index}": tensor for index, tensor in enumerate(s.values())}, "--match order, by which all 10"),
-        (lambda s: {**s, "extra": torch.ones(1)}, "--allow-partial"),
+        (lambda s: {**s, "fc3.weight": torch.ones(7, 84), "fc3.bias": torch.ones(7)}, "`num_classes` 7"),
+        (lambda s: {f"layer{index}": tensor for index, tensor in enumerate(s.values())}, "`match` order, by which all 10"),
+        (lambda s: {**s, "extra": torch.ones(1)}, "`allow_partial`"),
         (lambda s: {"other.weight": torch.ones(3)}, "another architecture"),
         (lambda s: {**s, "conv2.weight": torch.ones(16, 6, 3, 3)}, "the architecture and the arguments"),
     ],

@@ -76,7 +76,7 @@ def test_unknown_model_is_refused_with_near_names() -> None:
 
 
 def test_arguments_that_would_download_are_refused() -> None:
-    with pytest.raises(UsageError, match="weights='DEFAULT' would download weights; give them with --weights FILE"):
+    with pytest.raises(UsageError, match="weights='DEFAULT' would download weights; give them with `weights`"):
         build_model(arch="torchvision:resnet18", args={"weights": "DEFAULT"})
 
 

@@ -265,7 +265,7 @@ def test_only_undamaged_fp32_onnx_artifacts_are_taken(artifact, tmp_path):
     engine = Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, kind="engine"))
     with pytest.raises(UsageError, match="is an engine"):
         convert_artifact(engine, tmp_path / "again", FP16)
-    with pytest.raises(OutputError, match="choose another -o"):
+    with pytest.raises(OutputError, match="choose another `out`"):
         convert_artifact(artifact, artifact.path, FP16)
     data = bytearray(artifact.payload.read_bytes())
     data[len(data) // 2] ^= 1
