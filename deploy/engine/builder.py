@@ -160,23 +160,25 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
     outcome: list[Any] = []
+    begun, done = threading.Event(), threading.Event()  # Thread.join forgets a thread once Ctrl-C interrupts it (CPython 90882)
 
     def work() -> None:
+        begun.set()
         try:
+            if monitor.cancelled.is_set():
+                return
             outcome.append(network.builder.build_serialized_network(network.definition, config))
         except BaseException as error:
             outcome.append(error)
         finally:
             done.set()
 
-    done = threading.Event()  # Thread.join forgets the thread when Ctrl-C interrupts it (CPython issue 90882)
-    thread = threading.Thread(target=work, name="deploy build", daemon=True)
     try:
-        thread.start()  # Ctrl-C may come as early as that
+        threading.Thread(target=work, name="deploy build", daemon=True).start()
         done.wait()
     except BaseException:
         monitor.cancelled.set()  # TensorRT checks it at every step
-        if thread.ident is not None:
+        if begun.is_set():  # else Ctrl-C came before the thread did, which will then do nothing
             done.wait()
         raise
     if monitor.failure is not None:

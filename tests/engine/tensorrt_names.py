@@ -20,13 +20,13 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 OBJECTS = {
     "engine/attestation.py": {"network", "layer", "operand", "operands", "tensor"},
-    "engine/callbacks.py": set(),
     "engine/builder.py": {"builder", "config", "optimization"},
     "engine/log.py": set(),
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
     "engine/context.py": {"_context"},
-    "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "cache", "_cache", "inspector"},
+    "engine/callbacks.py": set(),
+    "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "_cache", "inspector"},
 }
 """By file, the variables and attributes that hold objects of TensorRT."""
 
