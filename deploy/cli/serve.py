@@ -69,21 +69,24 @@ _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
     help="Pixels of an image at most.",
 )
 @click.option(
-    "--body-timeout", type=float, default=30.0, show_default=True, metavar="S", help="Time for a request to come whole."
+    "--body-timeout", "body_s", type=float, default=30.0, show_default=True, metavar="S", help="Time for a request to come whole."
 )
 @click.option(
     "--stop-delay",
+    "stop_delay_s",
     type=float,
     default=1.0,
     show_default=True,
     metavar="S",
     help="On SIGTERM: time to be not ready before closing.",
 )
-@click.option("--drain-timeout", type=float, default=30.0, show_default=True, metavar="S", help="Time for requests under way.")
+@click.option(
+    "--drain-timeout", "drain_s", type=float, default=30.0, show_default=True, metavar="S", help="Time for requests under way."
+)
 @click.option("--log-requests", is_flag=True, help="Log every request, not only errors.")
 @click.option(
     "--ray",
-    "ray_address",
+    "address",
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
@@ -128,11 +131,11 @@ def command(
     insecure: bool,
     max_request_mb: int,
     max_pixels: int,
-    body_timeout: float,
-    stop_delay: float,
-    drain_timeout: float,
+    body_s: float,
+    stop_delay_s: float,
+    drain_s: float,
     log_requests: bool,
-    ray_address: str | None,
+    address: str | None,
     replicas: int | None,
     max_replicas: int | None,
     replicas_per_node: int | None,
@@ -150,10 +153,8 @@ def command(
     """
     from deploy.runtime.batching.batcher import BatcherOptions
     from deploy.serving.guard import Limits, read_token
-    from deploy.serving.log import log_as_json
     from deploy.serving.models import ModelOptions
-    from deploy.serving.options import ServerOptions
-    from deploy.serving.server import serve
+    from deploy.serving.options import RayOptions, ServerOptions
     from deploy.serving.source import ModelSource
 
     batching = BatcherOptions(max_rows=max_batch, delay_ms=delay_ms, queue_rows=queue_rows, instances=instances)
@@ -166,9 +167,9 @@ def command(
         tls_cert=tls_cert,
         tls_key=tls_key,
         insecure=insecure,
-        limits=Limits(request_bytes=max_request_mb << 20, image_pixels=max_pixels, body_s=body_timeout),
-        stop_delay_s=stop_delay,
-        drain_s=drain_timeout,
+        limits=Limits(request_bytes=max_request_mb << 20, image_pixels=max_pixels, body_s=body_s),
+        stop_delay_s=stop_delay_s,
+        drain_s=drain_s,
         log_requests=log_requests,
     )
     placed = {
@@ -181,19 +182,20 @@ def command(
         "detach": detach or None,
     }
     given: dict[str, Any] = {name: value for name, value in placed.items() if value is not None}
-    if ray_address is None and given:
+    if address is None and given:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} goes with --ray")
-    if ray_address is not None:
+    if address is not None:
         if click.get_current_context().get_parameter_source("grpc_port") is ParameterSource.COMMANDLINE:
             raise UsageError("--ray serves over REST alone: leave --grpc-port out")
-        from deploy.serving.ray_serve import RayOptions, serve_on_ray
-
-        on = RayOptions(address=ray_address or None, **given)
+        on = RayOptions(address=address or None, **given)
     if not models:
         raise UsageError("Missing argument 'ARTIFACT|NAME=PATH[@VERSION]...'.")
     sources = [ModelSource.parse(text) for text in models]
     model_options = ModelOptions(backend=backend, device=device, threads=threads, batching=batching)
-    log_as_json()
-    if ray_address is not None:
+    if address is not None:
+        from deploy.serving.ray_serve import serve_on_ray
+
         return serve_on_ray(sources, model_options, options, on)
+    from deploy.serving.server import serve
+
     return serve(sources, model_options, options)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.errors import DataError, RefusedError, UsageError
+from deploy.errors import RefusedError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("request_bytes", "image_pixels", "body_s"):
             if getattr(self, name) <= 0:
-                raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}")
+                raise UsageError(f"`{name}` must be more than 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,25 +95,3 @@ def read_token(path: Path) -> str:
     if mode & 0o007:
         raise UsageError(f"{path} can be read by everybody: chmod 600 {path}")
     return text
-
-
-def check_image(data: bytes, most_pixels: int) -> None:
-    """Raise DataError for what is no JPEG or PNG, and for one of more pixels than `most_pixels`; nothing is decoded for that."""
-    import io
-    import warnings
-
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                width, height = image.size
-    except Image.DecompressionBombError:
-        raise DataError(f"the image has too many pixels; {most_pixels:,} are the most that is taken") from None
-    except UnidentifiedImageError:
-        raise DataError("the body is neither a JPEG nor a PNG") from None
-    except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged files
-        raise DataError(f"the image cannot be read: {error}") from error
-    if width * height > most_pixels:
-        raise DataError(f"the image has {width} x {height} pixels; {most_pixels:,} are the most that is taken")

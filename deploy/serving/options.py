@@ -1,4 +1,4 @@
-"""Where and how to serve."""
+"""The options of a server: where it listens, who may call, how it stops, and how it is spread over a Ray cluster."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,14 +6,20 @@ from pathlib import Path
 from deploy.errors import UsageError
 from deploy.serving.guard import Access, Limits, is_loopback
 
+LOCAL = "local"
+"""The address that stands for Ray on this machine alone, which is started with the server and ends with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where and how to serve. A port of 0 takes a free one; None leaves the door shut.
+    """Where and how to serve.
 
-    insecure: a host that other machines reach is allowed without a token and without TLS. stop_delay_s: on SIGTERM, how long the
-    server says that it is not ready and still takes requests, so that balancers can turn away. drain_s: how long it then
-    waits for requests under way. connections: at most at a time over REST.
+    http_port, grpc_port: 0 takes a free port; None opens no REST or gRPC door.
+    insecure: allow a host that other machines can reach without a token and without TLS.
+    stop_delay_s: how long the server goes on taking requests after SIGTERM while it reports that it is not ready, so that load
+        balancers can turn away.
+    drain_s: how long it then waits for the requests that it is computing.
+    connections: the most that are open at a time over REST.
     """
 
     host: str = "127.0.0.1"
@@ -35,20 +41,61 @@ class ServerOptions:
             if port is not None and not 0 <= port < 65536:
                 raise UsageError(f"a port must be between 0 and 65535, not {port}")
         if self.http_port is None and self.grpc_port is None:
-            raise UsageError("both doors are shut: leave one of --no-http and --no-grpc out")
+            raise UsageError("both doors are shut: give `http_port` or `grpc_port` (leave out `no_http` or `no_grpc`)")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise UsageError("--tls-cert and --tls-key go together")
+            raise UsageError("`tls_cert` and `tls_key` go together")
         for file in (self.tls_cert, self.tls_key):
             if file is not None and not file.is_file():
                 raise UsageError(f"no file {file}")
         if not is_loopback(self.host) and self.token is None and self.tls_cert is None and not self.insecure:
             raise UsageError(
-                f"--host {self.host} opens the server to other machines: give it a token (--token-file FILE) or TLS (--tls-cert,"
-                " --tls-key), or say --insecure"
+                f"`host` {self.host} opens the server to other machines: give it a token (`token_file`) or TLS (`tls_cert`,"
+                " `tls_key`), or say `insecure`"
             )
-        if self.stop_delay_s < 0 or self.drain_s < 0 or self.connections < 1:
-            raise UsageError("--stop-delay and --drain-timeout must be 0 or more, and connections 1 or more")
+        for name in ("stop_delay_s", "drain_s"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be 0 or more, not {getattr(self, name):g}")
+        if self.connections < 1:
+            raise UsageError(f"`connections` must be 1 or more, not {self.connections}")
 
     @property
     def access(self) -> Access:
         return Access(loopback=is_loopback(self.host), token=self.token, admin_token=self.admin_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """How many replicas there are on a Ray cluster, and where.
+
+    address: the address of the cluster, as `ray.init` takes it; "local" starts Ray on this machine; None takes the cluster of this
+        machine, or "local" if there is none.
+    replicas, max_replicas: the least and the most; Ray keeps the number of requests in a replica near `target_requests`.
+    replicas_per_node: the most on one node.
+    replica_cpus, replica_gpus: what Ray sets aside for a replica. A replica computes with as many threads as it has CPUs unless
+        `threads` says otherwise.
+    detach: leave the application running on the cluster.
+    """
+
+    address: str | None = None
+    replicas: int = 1
+    max_replicas: int | None = None
+    replicas_per_node: int | None = None
+    target_requests: float = 16.0
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
+    detach: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or (self.replicas_per_node is not None and self.replicas_per_node < 1):
+            raise UsageError("`replicas` and `replicas_per_node` must be 1 or more")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UsageError(f"`max_replicas` {self.max_replicas} must not be less than `replicas` {self.replicas}")
+        if not self.target_requests > 0 or not self.replica_cpus >= 0 or not self.replica_gpus >= 0:
+            raise UsageError("`target_requests` must be more than 0, `replica_cpus` and `replica_gpus` 0 or more")
+        if self.detach and self.address in (None, LOCAL):
+            raise UsageError("`detach` needs the address of a cluster: Ray that is started here ends with this process")
+        if self.address is not None and Path(self.address).exists():
+            raise UsageError(
+                f"{self.address} is a path, not the address of a cluster: on the command line, put --ray behind the artifacts,"
+                f" or write --ray={LOCAL}"
+            )

@@ -7,9 +7,15 @@ every node, and batches on its own.
 import logging
 import signal
 import threading
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
+
+try:
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+except ImportError as error:  # Ray without its extra `serve` lacks one of several libraries: all come with ours
+    raise ImportError(str(error), name="ray") from error
 
 from starlette.types import ASGIApp
 
@@ -17,65 +23,17 @@ from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError, UsageError
 from deploy.serving.log import log_as_json
 from deploy.serving.models import ModelOptions, Models
-from deploy.serving.options import ServerOptions
+from deploy.serving.options import RayOptions, ServerOptions
 from deploy.serving.rest_app import make_app
 from deploy.serving.source import ModelSource
-
-try:
-    import ray
-    from ray import serve as ray_serve
-    from ray.serve.context import _get_global_client
-except ImportError as error:
-    raise BackendError(
-        f"deploy serve --ray needs packages that are missing ({error}); install them with: pip install 'deploy[ray]'"
-    ) from error
 
 logger = logging.getLogger("deploy.serving")
 
 APP = "deploy"
 """The name of the application on the cluster; one that is there is replaced, replica by replica."""
 
-LOCAL = "local"
-"""The address that means: no cluster, but Ray on this machine, for as long as the server runs."""
-
 _START_ATTEMPTS = 3
 _LOOK_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayOptions:
-    """Where the replicas go and how many.
-
-    address: of the cluster, as `ray.init` takes it; "local" starts Ray on this machine; None is the cluster of this machine, or
-    "local" where there is none.
-    replicas: at least, and max_replicas at most; between them Ray keeps the requests under way near `target_requests` for each
-    replica. replicas_per_node: at most. replica_cpus and replica_gpus: what Ray sets aside for a replica, which computes with as many threads
-    unless told otherwise. detach: leave the application running on the cluster.
-    """
-
-    address: str | None = None
-    replicas: int = 1
-    max_replicas: int | None = None
-    replicas_per_node: int | None = None
-    target_requests: float = 16.0
-    replica_cpus: float = 1.0
-    replica_gpus: float = 0.0
-    detach: bool = False
-
-    def __post_init__(self) -> None:
-        if self.replicas < 1 or (self.replicas_per_node is not None and self.replicas_per_node < 1):
-            raise UsageError("--replicas and --replicas-per-node must be 1 or more")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise UsageError(f"--max-replicas {self.max_replicas} must not be less than --replicas {self.replicas}")
-        if not self.target_requests > 0 or not self.replica_cpus >= 0 or not self.replica_gpus >= 0:
-            raise UsageError("--target-requests must be more than 0, --replica-cpus and --replica-gpus 0 or more")
-        if self.detach and self.address in (None, LOCAL):
-            raise UsageError("--detach needs the address of a cluster: Ray that is started here ends with this process")
-        if self.address is not None and Path(self.address).exists():
-            raise UsageError(
-                f"--ray {self.address}: this is a path, and no address of a cluster; put --ray behind the artifacts, or say"
-                f" --ray={LOCAL}"
-            )
 
 
 def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> int:
@@ -84,11 +42,11 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
     Raises ArtifactError for an artifact that is damaged here, UsageError, and BackendError where the cluster cannot be reached or
     no replica starts.
     """
+    log_as_json("ray", "ray.serve")
     sources = [replace(source, path=source.path.resolve()) for source in sources]
     app = application(sources, models, options, on)
     for source in sources:
         open_artifact(source.path).verify(weights=False)
-    log_as_json("ray", "ray.serve")
     _connect(on)
     stop = threading.Event()
     # Only now: Ray puts its own handlers in the place of others.
@@ -117,11 +75,11 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
     Raises UsageError for what cannot be had on a cluster.
     """
     if options.http_port is None:
-        raise UsageError("--ray serves over REST: leave --no-http out")
+        raise UsageError("Ray serves over REST: give `http_port` (leave out `no_http`)")
     if options.http_port == 0:
-        raise UsageError("--ray opens the same port on every node: --http-port cannot be 0")
+        raise UsageError("`http_port` cannot be 0 on Ray, which opens the same port on every node")
     if options.admin_token is not None:
-        raise UsageError("--ray has no admin calls: deploy again to load models anew, and no request is lost")
+        raise UsageError("there are no admin calls on Ray: deploy again to load the models anew; no request is lost")
     Models(sources, models)  # says which names and versions are wrong
     if models.threads is None and on.replica_cpus >= 1:
         models = replace(models, threads=int(on.replica_cpus))
@@ -189,7 +147,7 @@ def _open_door(options: ServerOptions) -> str:
         if getattr(found, name) != value:
             raise UsageError(
                 f"Ray Serve runs on this cluster with {name} {getattr(found, name)}, not {value}, and cannot change it: say the same"
-                " --host, --http-port, --tls-cert and --tls-key, or `serve shutdown` first"
+                " `host`, `http_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
             )
     scheme = "https" if options.tls_cert else "http"
     return f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"

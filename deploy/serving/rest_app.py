@@ -15,7 +15,8 @@ from deploy.errors import InputError, RefusedError, UnavailableError, UsageError
 from deploy.evaluation.classifier import classifier, likeliest
 from deploy.serving import answers, metrics
 from deploy.serving.body import read_body
-from deploy.serving.guard import Access, Limits, check_image
+from deploy.serving.guard import Access, Limits
+from deploy.serving.images import check_image
 from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served

@@ -6,18 +6,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import uvicorn
+
 from deploy.errors import BackendError
 from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
-
-try:
-    import uvicorn
-
-    from deploy.serving.rest_app import make_app
-except ImportError as error:
-    raise BackendError(
-        f"deploy serve needs packages that are missing ({error}); install them with: pip install 'deploy[serving]'"
-    ) from error
+from deploy.serving.rest_app import make_app
 
 
 class _Http(uvicorn.Server):

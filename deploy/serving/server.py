@@ -6,29 +6,45 @@ import logging
 import signal
 from typing import Any
 
+from deploy.serving.log import log_as_json
 from deploy.serving.models import ModelOptions, Models
 from deploy.serving.options import ServerOptions
-from deploy.serving.rest_door import HttpDoor
 from deploy.serving.source import ModelSource
 
 logger = logging.getLogger("deploy.serving")
 
 
 def serve(sources: list[ModelSource], models: ModelOptions, options: ServerOptions) -> int:
-    """Load the models, open the doors and serve until SIGTERM or SIGINT; the exit status.
+    """Load the models, open the doors and serve until SIGTERM or SIGINT; the exit status. The log goes to standard error as JSON.
 
-    Raises what loading raises, and OSError where a port is taken.
+    Raises what loading raises, OSError where a port is taken, and ImportError for a library of the extra `serving` that is missing.
     """
+    log_as_json()
+    kinds = _kinds_of_doors(options)  # a missing library is reported before the models are loaded
     served = Models(sources, models)
     try:
         served.load_all()
         gc.collect()
-        gc.freeze()  # what is there now stays: not to be gone through again and again while requests wait
+        gc.freeze()  # the objects of now stay: the collector need not go through them while requests wait
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(served, options))
+            runner.run(_serve(served, options, kinds))
     finally:
         served.close()
     return 0
+
+
+def _kinds_of_doors(options: ServerOptions) -> list[Any]:
+    """The classes of the doors to open. The libraries of a door that stays shut are not needed."""
+    kinds: list[Any] = []
+    if options.http_port is not None:
+        from deploy.serving.rest_door import HttpDoor
+
+        kinds.append(HttpDoor)
+    if options.grpc_port is not None:
+        from deploy.serving.grpc_door import GrpcDoor
+
+        kinds.append(GrpcDoor)
+    return kinds
 
 
 def _loop_factory() -> Any:
@@ -39,19 +55,15 @@ def _loop_factory() -> Any:
     return uvloop.new_event_loop
 
 
-async def _serve(models: Models, options: ServerOptions) -> None:
+async def _serve(models: Models, options: ServerOptions, kinds: list[Any]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     doors: list[Any] = []
     try:
-        if options.http_port is not None:
-            doors.append(await HttpDoor.open(models, options))
-        if options.grpc_port is not None:
-            from deploy.serving.grpc_door import GrpcDoor
-
-            doors.append(await GrpcDoor.open(models, options))
+        for kind in kinds:
+            doors.append(await kind.open(models, options))
         for door in doors:
             logger.info("serving", extra={"door": door.name, "address": door.address, "models": list(models.names)})
         await stop.wait()

@@ -46,11 +46,11 @@ class TritonOptions:
     def __post_init__(self) -> None:
         for name in ("instances", "keep_versions"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, not {getattr(self, name)}")
+                raise UsageError(f"`{name}` must be 1 or more, not {getattr(self, name)}")
         if self.max_batch is not None and self.max_batch < 1:
-            raise UsageError(f"max_batch must be 1 or more, not {self.max_batch}")
+            raise UsageError(f"`max_batch` must be 1 or more, not {self.max_batch}")
         if self.delay_us < 0:
-            raise UsageError(f"delay_us must be 0 or more, not {self.delay_us}")
+            raise UsageError(f"`delay_us` must be 0 or more, not {self.delay_us}")
 
 
 def export_triton(sources: Sequence[ModelSource], repository: Path, options: TritonOptions | None = None) -> list[Path]:
@@ -65,7 +65,7 @@ def export_triton(sources: Sequence[ModelSource], repository: Path, options: Tri
     planned: list[tuple[ModelSource, Artifact, str]] = []
     for source in sources:
         artifact = open_artifact(source.path)
-        artifact.verify()
+        artifact.verify(weights=False)
         _check_runnable(artifact, options)
         if any((other.name, other.version) == (source.name, source.version) for other, _, _ in planned):
             raise UsageError(f"{source.name} version {source.version} is named twice: NAME=PATH@VERSION tells them apart")
@@ -186,7 +186,7 @@ def _check_runnable(artifact: Artifact, options: TritonOptions) -> None:
             " build one with `deploy build-trt --flavour tensorrt`, or export the ONNX artifact"
         )
     if options.cpu:
-        raise UsageError(f"{artifact.shown} is an engine: it runs on a GPU, leave out --cpu")
+        raise UsageError(f"{artifact.shown} is an engine, which runs on a GPU: leave out `cpu`")
 
 
 def _write_version(artifact: Artifact, folder: Path) -> Path:

@@ -9,6 +9,8 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ class Server:
     """A running `deploy serve`; `log` are its lines on standard error."""
 
     def __init__(self, arguments: list[str], env: dict[str, str] | None = None, doors: Sequence[str] = ("http", "grpc")) -> None:
-        ports = [] if "--ray" in arguments else ["--http-port", "0", "--grpc-port", "0"]
+        ports = [] if "--ray" in arguments else [text for door in doors for text in (f"--{door}-port", "0")]
         command = [sys.executable, "-m", "deploy", "serve", *ports, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
         self.log: list[dict[str, Any]] = []
@@ -79,6 +81,25 @@ class Server:
         self._reader.join(10)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+def call(
+    server: Server, path: str, data: Any = None, headers: dict[str, str] | None = None, method: str | None = None
+) -> tuple[int, Any, Any]:
+    """Status, JSON document and headers of the answer of the REST door, to a POST when there are `data`."""
+    request = urllib.request.Request(f"http://{server.http}{path}", data=data, headers=headers or {}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read() or b"{}"), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read() or b"{}"), error.headers
+
+
+def body(rows: int = 1) -> bytes:
+    """A request in JSON for `lenet5`."""
+    data = np.zeros((rows, 1, 28, 28)).reshape(-1).tolist()
+    return json.dumps({"inputs": [{"name": "input", "datatype": "FP32", "shape": [rows, 1, 28, 28], "data": data}]}).encode()
 
 
 class Caller:

@@ -20,36 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from PIL import Image
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import DataError, RefusedError, UsageError
-from deploy.serving.guard import Access, Limits, check_image, is_loopback, read_token
+from deploy.serving.guard import Access, Limits, is_loopback, read_token
+from deploy.serving.images import check_image
 from deploy.serving.options import ServerOptions
 from deploy.serving.source import ModelSource
 
-from .conftest import Server
+from .conftest import Server, body, call
 
 TOKEN, ADMIN = "a-token-of-24-characters", "another-for-the-admin-call"
-
-
-def call(
-    server: Server, path: str, data: Any = None, headers: dict[str, str] | None = None, method: str | None = None
-) -> tuple[int, Any, Any]:
-    request = urllib.request.Request(f"http://{server.http}{path}", data=data, headers=headers or {}, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read() or b"{}"), answer.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.loads(error.read() or b"{}"), error.headers
-
-
-def body(rows: int = 1) -> bytes:
-    data = np.zeros((rows, 1, 28, 28)).reshape(-1).tolist()
-    return json.dumps({"inputs": [{"name": "input", "datatype": "FP32", "shape": [rows, 1, 28, 28], "data": data}]}).encode()
 
 
 @pytest.fixture(scope="module")

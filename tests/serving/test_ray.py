@@ -21,7 +21,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.errors import UsageError
 from deploy.serving.models import ModelOptions
-from deploy.serving.options import ServerOptions
+from deploy.serving.options import RayOptions, ServerOptions
 from deploy.serving.source import ModelSource
 
 from .conftest import SOAK, Caller, Server
@@ -30,7 +30,7 @@ pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster
 
-from deploy.serving.ray_serve import RayOptions, application
+from deploy.serving.ray_serve import application
 
 CLIENTS = 16 if SOAK else 4
 SECONDS = 30.0 if SOAK else 3.0
@@ -255,12 +255,12 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
     ("options", "said"),
     [
         ({"replicas": 0}, "1 or more"),
-        ({"replicas": 3, "max_replicas": 2}, "--max-replicas 2 must not be less than --replicas 3"),
+        ({"replicas": 3, "max_replicas": 2}, "`max_replicas` 2 must not be less than `replicas` 3"),
         ({"replicas_per_node": 0}, "1 or more"),
         ({"target_requests": 0.0}, "more than 0"),
         ({"replica_gpus": -1.0}, "0 or more"),
-        ({"detach": True}, "--detach needs the address of a cluster"),
-        ({"address": "/"}, "this is a path"),
+        ({"detach": True}, "`detach` needs the address of a cluster"),
+        ({"address": "/"}, "is a path, not the address"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
@@ -271,7 +271,7 @@ def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"http_port": None}, "--no-http"),
+        ({"http_port": None}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
         ({"admin_token": "x" * 20}, "no admin calls"),
     ],

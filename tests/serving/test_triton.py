@@ -105,7 +105,7 @@ def test_an_engine_becomes_a_plan_and_one_of_tensorrt_rtx_is_refused_with_the_re
     with pytest.raises(BackendError, match="is a tensorrt-rtx engine, which Triton cannot run"):
         export_triton([source(shared_lenet5, "other"), source(rtx)], tmp_path / "repo")
     assert not (tmp_path / "repo/other").exists()  # nothing of the rest either
-    with pytest.raises(UsageError, match="leave out --cpu"):
+    with pytest.raises(UsageError, match="leave out `cpu`"):
         export_triton([source(plan, "third")], tmp_path / "repo", TritonOptions(cpu=True))
 
 
