@@ -58,14 +58,14 @@ def option_names(kind: type) -> list[str]:
     return [each.name for each, _ in described_fields(kind)]
 
 
-def collect(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Make the dataclass `kind` from those of the `given` arguments that are its options.
+def collect(kind: type[T], given: Mapping[str, Any], **others: Any) -> T:
+    """Make the dataclass `kind` from those of the `given` arguments that are its options, and `others` for fields that are none.
 
     Strings become paths, and lists tuples, where the field is one. Raises what the checks of `kind` raise.
     """
     hints = get_type_hints(kind)
     chosen = {each.name: _fit(given[each.name], hints[each.name]) for each, _ in described_fields(kind) if each.name in given}
-    return kind(**chosen)
+    return kind(**chosen, **others)
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,9 @@ def command(
 def _bench_options(given: dict[str, Any]) -> BenchOptions:
     loads = [Load(concurrency=callers) for callers in given["concurrency"]] + [Load(rate=rate) for rate in given["rate"]]
     scenarios = _scenarios(given["scenarios"], given["target_qps"], given["target_ms"])
-    backends = parse_backends(given["backends"])
-    chosen = collect(BenchOptions, {**given, "backends": backends})
-    return replace(chosen, loads=tuple(loads), scenarios=scenarios, device=given["device"], threads=given["threads"])
+    chosen = {**given, "backends": parse_backends(given["backends"])}
+    others = {"device": given["device"], "threads": given["threads"]}
+    return collect(BenchOptions, chosen, loads=tuple(loads), scenarios=scenarios, **others)
 
 
 def _measure(artifacts: tuple[str, ...], options: BenchOptions, json_file: Path | None, report: Path | None) -> int:

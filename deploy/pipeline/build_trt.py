@@ -150,7 +150,7 @@ def preflight(
 def _options(given: Mapping[str, Any]) -> BuildTrtOptions:
     build = collect(BuildOptions, given)
     quantization = given["quantization"] or QuantizeOptions()
-    return dataclasses.replace(collect(BuildTrtOptions, given), build=build, quantization=quantization)
+    return collect(BuildTrtOptions, given, build=build, quantization=quantization)
 
 
 def _calibration(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.errors import RefusedError, UsageError
+from deploy.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,8 @@ class Limits:
     have come whole."""
 
     request_bytes: int = 64 << 20
-    image_pixels: int = 50_000_000
-    body_s: float = 30.0
+    image_pixels: int = option(50_000_000, "The most pixels of an image.", flag="--max-pixels", metavar="N")
+    body_s: float = option(30.0, "Time for a request to come whole.", flag="--body-timeout", metavar="S")
 
     def __post_init__(self) -> None:
         for name in ("request_bytes", "image_pixels", "body_s"):

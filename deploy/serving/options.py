@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.errors import UsageError
+from deploy.options import option
 from deploy.serving.guard import Access, Limits, is_loopback
 
 LOCAL = "local"
@@ -14,27 +15,25 @@ LOCAL = "local"
 class ServerOptions:
     """Where and how to serve.
 
-    http_port, grpc_port: 0 takes a free port; None opens no REST or gRPC door.
-    insecure: allow a host that other machines can reach without a token and without TLS.
-    stop_delay_s: how long the server goes on taking requests after SIGTERM while it reports that it is not ready, so that load
-        balancers can turn away.
-    drain_s: how long it then waits for the requests that it is computing.
+    http_port, grpc_port: None opens no REST or gRPC door.
+    stop_delay_s: after SIGTERM the server goes on taking requests for so long while it reports that it is not ready, so that
+        load balancers can turn away.
     connections: the most that are open at a time over REST.
     """
 
-    host: str = "127.0.0.1"
-    http_port: int | None = 8000
-    grpc_port: int | None = 8001
+    host: str = option("127.0.0.1", "Address to listen on.", metavar="H")
+    http_port: int | None = option(8000, "Port of the REST door; 0 takes a free one.", metavar="P")
+    grpc_port: int | None = option(8001, "Port of the gRPC door; 0 takes a free one.", metavar="P")
+    tls_cert: Path | None = option(None, "Certificate chain in PEM; with --tls-key.", metavar="FILE")
+    tls_key: Path | None = option(None, "Private key in PEM.", metavar="FILE")
+    insecure: bool = option(False, "Allow a --host that other machines can reach without a token and TLS.")
+    stop_delay_s: float = option(1.0, "On SIGTERM: time to report not ready before closing.", flag="--stop-delay", metavar="S")
+    drain_s: float = option(30.0, "Then the time to finish running requests.", flag="--drain-timeout", metavar="S")
+    log_requests: bool = option(False, "Log every request, not only errors.")
     token: str | None = None
     admin_token: str | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    insecure: bool = False
     limits: Limits = field(default_factory=Limits)
     connections: int = 1024
-    stop_delay_s: float = 1.0
-    drain_s: float = 30.0
-    log_requests: bool = False
 
     def __post_init__(self) -> None:
         for port in (self.http_port, self.grpc_port):
@@ -69,21 +68,16 @@ class RayOptions:
 
     address: the address of the cluster, as `ray.init` takes it; "local" starts Ray on this machine; None takes the cluster of this
         machine, or "local" if there is none.
-    replicas, max_replicas: the least and the most; Ray keeps the number of requests in a replica near `target_requests`.
-    replicas_per_node: the most on one node.
-    replica_cpus, replica_gpus: what Ray sets aside for a replica. A replica computes with as many threads as it has CPUs unless
-        `threads` says otherwise.
-    detach: leave the application running on the cluster.
     """
 
     address: str | None = None
-    replicas: int = 1
-    max_replicas: int | None = None
-    replicas_per_node: int | None = None
-    target_requests: float = 16.0
-    replica_cpus: float = 1.0
-    replica_gpus: float = 0.0
-    detach: bool = False
+    replicas: int = option(1, "With --ray: the least number of replicas.", metavar="N")
+    max_replicas: int | None = option(None, "With --ray: the most replicas; Ray scales.", metavar="N", default="as --replicas")
+    replicas_per_node: int | None = option(None, "With --ray: the most replicas on one node.", metavar="N")
+    target_requests: float = option(16.0, "With --max-replicas: running requests of a replica that Ray scales to.", metavar="N")
+    replica_cpus: float = option(1.0, "With --ray: CPUs of a replica, and its threads unless --threads.", metavar="N")
+    replica_gpus: float = option(0.0, "With --ray: GPUs of a replica.", metavar="N")
+    detach: bool = option(False, "With --ray ADDRESS: leave once it is deployed; it goes on.")
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or (self.replicas_per_node is not None and self.replicas_per_node < 1):

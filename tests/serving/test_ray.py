@@ -286,7 +286,7 @@ def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], said: s
 def test_options_of_ray_go_with_ray(arguments: list[str], versions: list[Artifact], run: Callable[..., Any]) -> None:
     finished = run("serve", versions[0].path, *arguments)
     assert finished.status == 2
-    assert f"{arguments[0]} goes with --ray" in finished.err
+    assert f"{arguments[0]} needs --ray" in finished.err
 
 
 def test_there_is_no_grpc_door(versions: list[Artifact], run: Callable[..., Any]) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from deploy.artifact.tensors import rows_join
 from deploy.errors import DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
+from deploy.options import option
 from deploy.runtime.batching.execution import Done, execute, hand_out, ours, run
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue
 from deploy.runtime.session import Session
@@ -44,14 +45,15 @@ class BatcherOptions:
     max_rows: the most rows of a batch; None: the most that a profile of the session takes, else `DEFAULT_ROWS`. If any input or
         output lacks a symbolic batch dimension, each request is a batch, of any size.
     delay_ms: how long the first request of a batch waits for others. With 0, a batch is all that waits when the session is free.
-    queue_rows: the most rows that may wait; further requests are refused.
-    instances: the number of batches in the session at a time; None: the session's `concurrency`.
+    instances: None for the session's `concurrency`.
     """
 
-    max_rows: int | None = None
-    delay_ms: float = 0.0
-    queue_rows: int = 1024
-    instances: int | None = None
+    max_rows: int | None = option(
+        None, "The most rows of a batch.", flag="--max-batch", metavar="N", default="what the profile takes, or 32"
+    )
+    delay_ms: float = option(0.0, "How long the first request of a batch waits for others.", metavar="MS")
+    queue_rows: int = option(1024, "The most rows that may wait for a model; beyond: 503.", flag="--queue", metavar="N")
+    instances: int | None = option(None, "Batches in a model at a time.", metavar="N", default="what its backend can use")
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "queue_rows", "instances"):
