@@ -10,9 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -254,23 +253,6 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"replicas": 0}, "1 or more"),
-        ({"replicas": 3, "max_replicas": 2}, "`max_replicas` 2 must not be less than `replicas` 3"),
-        ({"replicas_per_node": 0}, "1 or more"),
-        ({"target_requests": 0.0}, "more than 0"),
-        ({"replica_gpus": -1.0}, "0 or more"),
-        ({"detach": True}, "`detach` needs the address of a cluster"),
-        ({"address": "/"}, "is a path, not the address"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        RayOptions(**options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
         ({"http_port": None}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
         ({"admin_token": "x" * 20}, "no admin calls"),
@@ -280,26 +262,6 @@ def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], said: s
     source = ModelSource(name="net", path=versions[0].path)
     with pytest.raises(UsageError, match=said):
         application([source], ModelOptions(), ServerOptions(**options), RayOptions())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("arguments", [["--replicas", "2"], ["--detach"], ["--replica-gpus", "1"]])
-def test_options_of_ray_go_with_ray(arguments: list[str], versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", versions[0].path, *arguments)
-    assert finished.status == 2
-    assert f"{arguments[0]} goes with --ray" in finished.err
-
-
-def test_there_is_no_grpc_door(versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", versions[0].path, "--grpc-port", 8001, "--ray")
-    assert finished.status == 2
-    assert "--ray serves over REST alone" in finished.err
-
-
-@pytest.mark.parametrize("arguments", [["--ray", "ARTIFACT"], ["ARTIFACT", "--ray", "ARTIFACT"]])
-def test_an_artifact_is_not_taken_for_an_address(arguments: list[str], versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", *[text.replace("ARTIFACT", str(versions[0].path)) for text in arguments])
-    assert finished.status == 2
-    assert "put --ray behind the artifacts" in finished.err
 
 
 def test_scaling_is_rays(versions: list[Artifact]) -> None:
