@@ -183,7 +183,7 @@ def command(
     }
     given: dict[str, Any] = {name: value for name, value in placed.items() if value is not None}
     if address is None and given:
-        raise UsageError(f"--{next(iter(given)).replace('_', '-')} goes with --ray")
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} needs --ray")
     if address is not None:
         if click.get_current_context().get_parameter_source("grpc_port") is ParameterSource.COMMANDLINE:
             raise UsageError("--ray serves over REST alone: leave --grpc-port out")

@@ -26,7 +26,7 @@ logger = logging.getLogger("deploy.serving")
 class ModelOptions:
     """How models are opened and batched: see `deploy.load` and `BatcherOptions`.
 
-    warmup: run each batch size once before requests come.
+    warmup: run every batch size once before requests come.
     """
 
     backend: str = "auto"

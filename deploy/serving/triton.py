@@ -71,7 +71,7 @@ def export_triton(sources: Sequence[ModelSource], repository: Path, options: Tri
             raise UsageError(f"{source.name} version {source.version} is named twice: NAME=PATH@VERSION tells them apart")
         folder = repository / source.name / source.version
         if folder.exists():
-            raise OutputError(f"{folder} is there already: give the model another version, NAME=PATH@VERSION")
+            raise OutputError(f"{folder} exists already: give the model another version, NAME=PATH@VERSION")
         planned.append((source, artifact, config_pbtxt(source.name, artifact, options)))
     written = []
     for source, artifact, config in planned:

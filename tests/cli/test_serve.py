@@ -25,10 +25,10 @@ def test_an_option_that_is_refused_is_named_as_the_command_line_spells_it(
 
 
 @pytest.mark.parametrize("arguments", [["--replicas", "2"], ["--detach"], ["--replica-gpus", "1"]])
-def test_options_of_ray_go_with_ray(arguments: list[str], shared_lenet5: Artifact, run: Callable[..., Any]) -> None:
+def test_options_of_ray_need_ray(arguments: list[str], shared_lenet5: Artifact, run: Callable[..., Any]) -> None:
     finished = run("serve", shared_lenet5.path, *arguments)
     assert finished.status == 2
-    assert f"{arguments[0]} goes with --ray" in finished.err
+    assert f"{arguments[0]} needs --ray" in finished.err
 
 
 def test_there_is_no_grpc_door(shared_lenet5: Artifact, run: Callable[..., Any]) -> None:

@@ -43,9 +43,9 @@ class Server:
         self.other: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        found = {door: self._address(door).rpartition("//")[2] for door in doors}
-        self.http = found.get("http", "")
-        self.grpc = found.get("grpc", "")
+        addresses = {door: self._address(door).rpartition("//")[2] for door in doors}
+        self.http = addresses.get("http", "")
+        self.grpc = addresses.get("grpc", "")
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -39,6 +39,6 @@ def test_a_body_of_unknown_length_is_counted_while_it_comes(limited: Server) -> 
     ],
 )  # fmt: skip
 def test_compression_that_is_none(limited: Server, data: bytes, encoding: str, status: int) -> None:
-    found, document, _ = call(limited, INFER, data, {"Content-Encoding": encoding})
-    assert found == status
+    answered, document, _ = call(limited, INFER, data, {"Content-Encoding": encoding})
+    assert answered == status
     assert document["error"]

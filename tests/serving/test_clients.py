@@ -76,10 +76,10 @@ def test_answers_are_those_of_the_session(door: Any, shared_lenet5: Artifact, bi
     options = {"binary_data": binary} if module is http_client else {}
     inputs = [tensor(module, "input", x, **options)]
     outputs = [module.InferRequestedOutput("logits", **options)]
-    found = client.infer("digits", inputs, outputs=outputs, request_id="mine-7")
+    result = client.infer("digits", inputs, outputs=outputs, request_id="mine-7")
     with deploy.load(shared_lenet5) as session:
-        np.testing.assert_allclose(found.as_numpy("logits"), session(x), rtol=1e-5, atol=1e-6)
-    response = found.get_response()
+        np.testing.assert_allclose(result.as_numpy("logits"), session(x), rtol=1e-5, atol=1e-6)
+    response = result.get_response()
     assert (response["id"] if isinstance(response, dict) else response.id) == "mine-7"
     version = response["model_version"] if isinstance(response, dict) else response.model_version
     assert version == "3"  # the highest
@@ -146,8 +146,8 @@ def test_many_async_requests_at_a_time_each_get_their_own(server: Server, shared
     async def main(module: Any, address: str) -> list[np.ndarray]:
         data = http_client if module is http_aio else grpc_client
         async with module.InferenceServerClient(address) as client:
-            found = await asyncio.gather(*(client.infer("digits", [tensor(data, "input", x)]) for x in arrays))
-        return [each.as_numpy("logits") for each in found]
+            results = await asyncio.gather(*(client.infer("digits", [tensor(data, "input", x)]) for x in arrays))
+        return [result.as_numpy("logits") for result in results]
 
     with deploy.load(shared_lenet5) as session:
         expected = [session(x) for x in arrays]
@@ -165,7 +165,7 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
         client.async_stream_infer("nobody", [tensor(grpc_client, "input", images(1))], request_id="3")
         client.async_stream_infer("digits", [tensor(grpc_client, "input", images(1))], request_id="4")
         client.stop_stream()
-    assert [getattr(each, "get_response", lambda: None)() and each.get_response().id for each in answers] == [
+    assert [getattr(answer, "get_response", lambda: None)() and answer.get_response().id for answer in answers] == [
         "0",
         "1",
         "2",
@@ -178,7 +178,7 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
 def test_statistics_count_requests_rows_and_batches(server: Server, door: Any) -> None:
     module, client = door
 
-    def told() -> tuple[int, int]:
+    def counts() -> tuple[int, int]:
         options = {"as_json": True} if module is grpc_client else {}
         (entry,) = client.get_inference_statistics("pair", **options)["model_stats"]
         return int(entry.get("inference_count", 0)), int(entry["inference_stats"]["success"].get("count", 0))
@@ -187,9 +187,9 @@ def test_statistics_count_requests_rows_and_batches(server: Server, door: Any) -
         tensor(module, "image", np.zeros((3, 4), np.float32)),
         tensor(module, "factor", np.zeros((3, 4), np.int64), "INT64"),
     ]
-    before = told()
+    before = counts()
     client.infer("pair", inputs)
-    assert told() == (before[0] + 3, before[1] + 1)
+    assert counts() == (before[0] + 3, before[1] + 1)
     with urllib.request.urlopen(f"http://{server.http}/metrics") as answer:
         text = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")

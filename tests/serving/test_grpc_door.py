@@ -144,7 +144,7 @@ def test_health_checks_of_grpc(limited: Server) -> None:
     with grpc.insecure_channel(limited.grpc) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
-            request_serializer=lambda each: each.SerializeToString(),
+            request_serializer=lambda request: request.SerializeToString(),
             response_deserializer=message("grpc.health.v1.HealthCheckResponse").FromString,
         )
         ask = message("grpc.health.v1.HealthCheckRequest")

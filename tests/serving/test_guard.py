@@ -25,11 +25,11 @@ from .conftest import ADMIN, INFER, LOAD, TOKEN, Server, body, call
 def test_who_may_call_what(closed: Server, path: str, token: str | None, status: int) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     data = body() if path == INFER else b"" if "repository" in path else None
-    found, document, answered = call(closed, path, data, headers)
-    assert found == status
+    answered, document, answered_headers = call(closed, path, data, headers)
+    assert answered == status
     if status == 401:
         assert "token" in document["error"]
-        assert answered["WWW-Authenticate"] == "Bearer"
+        assert answered_headers["WWW-Authenticate"] == "Bearer"
         assert TOKEN not in json.dumps(document)
 
 
@@ -39,7 +39,7 @@ def test_the_grpc_door_has_the_same_locks(closed: Server) -> None:
 
         def ask(method: str, token: str | None) -> Any:
             rpc = channel.unary_unary(
-                f"/inference.GRPCInferenceService/{method}", request_serializer=lambda each: each.SerializeToString()
+                f"/inference.GRPCInferenceService/{method}", request_serializer=lambda request: request.SerializeToString()
             )
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
             try:

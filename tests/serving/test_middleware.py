@@ -11,8 +11,8 @@ from .conftest import INFER, Server, body, call
 
 def test_wrong_methods_and_paths_are_answered_as_the_protocol_wants(limited: Server) -> None:
     for path, data, status in (("/v2/models/digits/infer", None, 405), ("/v3", None, 404), ("/v2/health/live", b"", 405)):
-        found, document, headers = call(limited, path, data)
-        assert found == status
+        answered, document, headers = call(limited, path, data)
+        assert answered == status
         assert document["error"]
         assert headers["X-Request-Id"]
     assert call(limited, "/v2", None, {"X-Request-Id": "abc-1"})[2]["X-Request-Id"] == "abc-1"

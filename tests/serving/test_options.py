@@ -29,7 +29,7 @@ def test_options_that_leave_the_server_open_are_refused(options: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"replicas": 0}, "1 or more"),
         ({"replicas": 3, "max_replicas": 2}, "`max_replicas` 2 must not be less than `replicas` 3"),
@@ -40,8 +40,8 @@ def test_options_that_leave_the_server_open_are_refused(options: dict[str, Any],
         ({"address": "/"}, "is a path, not the address"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         RayOptions(**options)  # type: ignore[arg-type]
 
 

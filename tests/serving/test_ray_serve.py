@@ -50,30 +50,30 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 def replicas() -> dict[int, str]:
     """The replicas that run on this machine: process numbers and titles."""
-    found = {}
+    titles = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             title = entry.read_bytes().decode(errors="replace")
         except OSError:
             continue
         if title.startswith("ray::ServeReplica:deploy"):
-            found[int(entry.parent.name)] = title
-    return found
+            titles[int(entry.parent.name)] = title
+    return titles
 
 
-def told_replicas(server: Server) -> set[str]:
+def answering_replicas(server: Server) -> set[str]:
     """The replicas that answer, by their metrics."""
-    found = set()
+    names = set()
     for _ in range(20):
         with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=30) as answer:
-            found.update(re.findall(r'replica="([^"]+)"', answer.read().decode()))
-    return found
+            names.update(re.findall(r'replica="([^"]+)"', answer.read().decode()))
+    return names
 
 
 class Load:
@@ -147,7 +147,7 @@ def test_replicas_are_added_under_load(arguments: list[str], versions: list[Arti
         assert len(replicas()) == 1
         with Load(server, "net", versions) as load:
             end = time.monotonic() + START_S
-            while len(told_replicas(server)) < 2:
+            while len(answering_replicas(server)) < 2:
                 assert time.monotonic() < end, "no replica was added"
                 time.sleep(1.0)
         assert not load.lost, load.lost[:3]
@@ -157,7 +157,7 @@ def test_replicas_are_added_under_load(arguments: list[str], versions: list[Arti
         server.kill()
 
 
-def test_replicas_that_do_not_start_are_told(arguments: list[str]) -> None:
+def test_replicas_that_do_not_start_are_reported(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "deploy", "serve", *arguments, "--backend", "tensorrt", "--detach"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert finished.returncode == 1
@@ -188,7 +188,7 @@ def test_a_replica_is_killed_under_load(server: Server, versions: list[Artifact]
         assert before > 0
         os.kill(next(iter(first)), signal.SIGKILL)
         end = time.monotonic() + START_S
-        while replicas().keys() <= first.keys() or len(told_replicas(server)) < 2:
+        while replicas().keys() <= first.keys() or len(answering_replicas(server)) < 2:
             assert time.monotonic() < end, "no replica came in the place of the one that was killed"
             time.sleep(0.1)
         healed_at, healed = time.monotonic(), load.answered
@@ -225,7 +225,7 @@ def test_another_version_is_deployed_under_load(
 
 
 def test_what_one_replica_must_not_do_alone_is_refused(server: Server) -> None:
-    assert len(told_replicas(server)) == 2
+    assert len(answering_replicas(server)) == 2
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"http://{server.http}/v2/repository/models/net/load", data=b"", timeout=30)
     assert caught.value.code == 403
@@ -251,16 +251,16 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"http_port": None}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
         ({"admin_token": "x" * 20}, "no admin calls"),
     ],
 )
-def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], said: str, versions: list[Artifact]) -> None:
+def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], message: str, versions: list[Artifact]) -> None:
     source = ModelSource(name="net", path=versions[0].path)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         application([source], ModelOptions(), ServerOptions(**options), RayOptions())  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ def test_images_are_classified_by_the_artifacts_own_preprocessing(limited: Serve
     data = (digits / "1.png").read_bytes()
     for path in ("/v2/models/digits/classify?top=3", "/v2/models/digits/versions/1/classify?top=3"):
         with urllib.request.urlopen(f"http://{limited.http}{path}", data=data) as answer:
-            found = json.load(answer)
-        assert [(each["class"], round(each["probability"], 5)) for each in found["classes"]] == [
+            document = json.load(answer)
+        assert [(entry["class"], round(entry["probability"], 5)) for entry in document["classes"]] == [
             (name, round(share, 5)) for name, share in expected.classes
         ]

@@ -45,14 +45,14 @@ def test_slow_and_half_open_clients_hold_nobody_up(shared_lenet5: Artifact, serv
     host, _, port = server.http.partition(":")
     slow = [socket.create_connection((host, int(port)), timeout=20) for _ in range(50)]
     head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n".encode()
-    for number, each in enumerate(slow):
-        each.sendall(head[: len(head) // 2] if number % 2 else head + b"{")
+    for number, connection in enumerate(slow):
+        connection.sendall(head[: len(head) // 2] if number % 2 else head + b"{")
     start = time.perf_counter()
     assert call(server, INFER, body())[0] == 200
     assert time.perf_counter() - start < 2
     assert b" 408 " in slow[0].recv(200)
-    for each in slow:
-        each.close()
+    for connection in slow:
+        connection.close()
     assert call(server, INFER, body())[0] == 200
 
 
