@@ -1,4 +1,4 @@
-"""The body of a request over REST: read within limits, and decompressed."""
+"""Reading the body of a request over REST: within limits, and decompressed."""
 
 import zlib
 
@@ -9,7 +9,11 @@ from deploy.errors import RefusedError
 
 
 async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> bytes:
-    """The body of a request, decompressed. Raises RefusedError as soon as it goes beyond `limit` bytes, ClientDisconnect."""
+    """Read and decompress the body of a request.
+
+    declared, encoding: its headers Content-Length and Content-Encoding. Raises RefusedError as soon as the body has more than `limit`
+    bytes, and ClientDisconnect.
+    """
     if declared is not None and declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     expand = _Expander(encoding, limit)
@@ -33,7 +37,7 @@ async def read_body(receive: Receive, declared: str | None, encoding: str, limit
 
 
 class _Expander:
-    """Decompresses a stream, never more than a little beyond the limit at a time."""
+    """Decompresses a stream piece by piece. A piece never gives more than one byte beyond the limit."""
 
     def __init__(self, encoding: str, limit: int) -> None:
         self._limit = limit
@@ -46,12 +50,12 @@ class _Expander:
             self._zlib = zlib.decompressobj()
         else:
             raise RefusedError(415, f"Content-Encoding {encoding!r} is not known; expected gzip or deflate")
-        self._any = False
+        self._begun = False
 
     def __call__(self, chunk: bytes) -> bytes:
         if self._zlib is None:
             return chunk
-        self._any = self._any or bool(chunk)
+        self._begun = self._begun or bool(chunk)
         try:
             part = self._zlib.decompress(chunk, self._limit + 1)
         except zlib.error as error:
@@ -61,7 +65,7 @@ class _Expander:
         return part
 
     def end(self) -> None:
-        if self._zlib is not None and self._any and not self._zlib.eof:
+        if self._zlib is not None and self._begun and not self._zlib.eof:
             raise RefusedError(400, "the compressed body is cut off")
 
 

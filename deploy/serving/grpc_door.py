@@ -13,7 +13,9 @@ from google.protobuf import json_format
 from deploy.errors import DeadlineError, DeployError, ModelNotFoundError, RefusedError, UnavailableError
 from deploy.serving import answers
 from deploy.serving.grpc_messages import POOL, build_response, message, parse_request, read_message
+from deploy.serving.guard import Access
 from deploy.serving.models import Models
+from deploy.serving.options import ServerOptions
 from deploy.version import __version__
 
 logger = logging.getLogger("deploy.serving")
@@ -34,6 +36,8 @@ _WATCH_S = 0.2
 
 
 class GrpcDoor:
+    """A running server for gRPC."""
+
     name = "grpc"
 
     def __init__(self, server: Any, address: str, drain_s: float) -> None:
@@ -42,8 +46,8 @@ class GrpcDoor:
         self._drain_s = drain_s
 
     @classmethod
-    async def open(cls, models: Models, options: Any) -> "GrpcDoor":
-        """Start the server of `options`, a `ServerOptions`. Raises OSError where the port is taken."""
+    async def open(cls, models: Models, options: ServerOptions) -> "GrpcDoor":
+        """Start the server. Raises OSError if the port is taken."""
         most = options.limits.request_bytes
         server = grpc.aio.server(
             options=[
@@ -59,7 +63,7 @@ class GrpcDoor:
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.grpc_port}"
         try:
-            if options.tls_cert is not None:
+            if options.tls_cert is not None and options.tls_key is not None:
                 pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
                 port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
             else:
@@ -70,20 +74,20 @@ class GrpcDoor:
         return cls(server, f"{host}:{port}", options.drain_s)
 
     async def close(self) -> None:
-        """Take no more requests, and wait for those under way."""
+        """Accept no more requests, and wait for those that have been accepted."""
         await self._server.stop(self._drain_s)
 
 
 class _Door:
-    """The methods of both services, each named like its method."""
+    """The methods of both services, under the names that they have in the protocol."""
 
-    def __init__(self, models: Models, access: Any, *, log_requests: bool) -> None:
+    def __init__(self, models: Models, access: Access, *, log_requests: bool) -> None:
         self._models = models
         self._access = access
         self._log_requests = log_requests
 
     def handlers(self, service: str) -> Any:
-        # Requests come as bytes, for what gRPC itself answers to bytes that are no message is UNKNOWN.
+        # The handlers take bytes and parse them: gRPC itself would answer UNKNOWN to bytes that are not a message.
         methods = {}
         for method in POOL.FindServiceByName(service).methods:
             read = functools.partial(read_message, message(method.input_type.full_name))
@@ -150,7 +154,7 @@ class _Door:
         extra |= {key: value for key, value in (("request_id", request_id), ("error", error and str(error))) if value}
         logger.log(level, "rpc", extra=extra, exc_info=error if unexpected else None)
 
-    # What the server is and how it is.
+    # The server, the models and their state.
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         return message("inference.ServerLiveResponse")(live=True)
@@ -179,12 +183,12 @@ class _Door:
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
         names = [request.name] if request.name else self._models.names
-        found = [
+        listed = [
             self._models.get(name, version)
             for name in names
             for version in ([request.version] if request.version else self._models.versions(name) or [""])
         ]
-        stats = [answers.statistics(served) for served in found]
+        stats = [answers.statistics(served) for served in listed]
         return json_format.ParseDict({"model_stats": stats}, message("inference.ModelStatisticsResponse")())
 
     async def Check(self, request: Any, context: Any) -> Any:
@@ -236,7 +240,7 @@ class _Door:
         asked = parse_request(request, served)
         timeout_s = asked.timeout_s
         left = context.time_remaining() if context is not None else None
-        if left is not None:  # what comes later nobody waits for
+        if left is not None:  # nobody waits for a later answer
             timeout_s = left if timeout_s is None else min(left, timeout_s)
         used, results = await self._models.infer(
             served, asked.feed, pinned=bool(request.model_version), priority=asked.priority, timeout_s=timeout_s

@@ -37,7 +37,7 @@ def message(name: str) -> Any:
 
 
 def read_message(kind: Any, data: bytes) -> Any:
-    """Raises InputError."""
+    """Parse a message of the class `kind`. Raises InputError."""
     try:
         return kind.FromString(data)
     except DecodeError as error:
@@ -45,7 +45,7 @@ def read_message(kind: Any, data: bytes) -> Any:
 
 
 def parse_request(request: Any, served: Served) -> InferRequest:
-    """Raises InputError."""
+    """The inference request in a `ModelInferRequest`. Raises InputError."""
     specs = {spec.name: spec for spec in served.inputs}
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
@@ -92,7 +92,7 @@ def _from_contents(contents: Any, spec: TensorSpec, shape: list[int]) -> np.ndar
     field = _CONTENTS.get(spec.dtype)
     if field is None:
         raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}, which has no contents: send raw_input_contents")
-    filled = [each.name for each, _ in contents.ListFields()]
+    filled = [descriptor.name for descriptor, _ in contents.ListFields()]
     if any(name != field for name in filled):
         raise InputError(f"{spec.name!r} is {DATATYPES[spec.dtype]}: its data belong into {field}, not {', '.join(filled)}")
     values = getattr(contents, field)

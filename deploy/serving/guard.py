@@ -1,4 +1,4 @@
-"""What stands between a client and the models: who may call what, and how much of a request is read."""
+"""The rules of access: who may call what, and how large a request may be."""
 
 import functools
 import hmac
@@ -13,8 +13,11 @@ from deploy.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """request_bytes: of a body, before and after decompression. image_pixels: of an image to classify. body_s: in which a body must
-    have come whole."""
+    """The largest request that the server takes.
+
+    request_bytes: size of a body, before and after decompression. image_pixels: size of an image to classify. body_s: seconds in
+    which the whole body must arrive.
+    """
 
     request_bytes: int = 64 << 20
     image_pixels: int = option(50_000_000, "The most pixels of an image.", flag="--max-pixels", metavar="N")
@@ -28,9 +31,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Who may call. token: for everything but health. admin_token: for load, unload and the list of models.
+    """Who may call.
 
-    Without an admin token, admin calls are let through where the server is open to this machine alone and has no token either.
+    loopback: the server listens on this machine alone. token: what every call but health needs. admin_token: what load, unload and
+    the list of models need; without one, these calls are allowed only if `loopback` is true and there is no token either.
     """
 
     loopback: bool = True
@@ -38,7 +42,7 @@ class Access:
     admin_token: str | None = None
 
     def check(self, headers: Mapping[str, str], *, admin: bool) -> None:
-        """Raise RefusedError unless a request with these headers (names in lower case) may go on."""
+        """Raise RefusedError unless a request with these headers (names in lower case) is allowed."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
         if admin:
@@ -53,7 +57,7 @@ class Access:
         ):
             raise RefusedError(401, "a token is needed: Authorization: Bearer TOKEN")
         if self.loopback and self.token is None:
-            # A page in a browser of this machine can send requests here, by a name that leads to it; it cannot hide these.
+            # A web page in a browser on this machine can send requests here, under a name that resolves to it. It cannot hide these headers.
             if not is_loopback(host_of(headers.get("host", "localhost"))):
                 raise RefusedError(403, "the server is open to this machine alone: Host must be localhost")
             if "origin" in headers:
@@ -65,7 +69,7 @@ def _same(given: str, expected: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """`[::1]:8000` -> `::1`."""
+    """The host of a `Host` header: `::1` for `[::1]:8000`."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0]
@@ -73,7 +77,7 @@ def host_of(header: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a name or address leads to this machine alone."""
+    """Whether a name or an address can be reached from this machine only."""
     if host.rstrip(".").lower() == "localhost":
         return True
     try:
@@ -83,7 +87,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file. Raises UsageError for one that is missing, short, or open to others."""
+    """Read a token from a file. Raises UsageError if the file is missing, the token is short, or everybody can read it."""
     try:
         text = path.read_text(encoding="ascii").strip()
         mode = path.stat().st_mode

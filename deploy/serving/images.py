@@ -9,7 +9,7 @@ from deploy.errors import DataError
 
 
 def check_image(data: bytes, most_pixels: int) -> None:
-    """Raise DataError for what is no JPEG or PNG, and for one of more pixels than `most_pixels`; nothing is decoded for that."""
+    """Raise DataError unless `data` is a JPEG or PNG of at most `most_pixels`. Only the header is read, and no pixel decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -19,7 +19,7 @@ def check_image(data: bytes, most_pixels: int) -> None:
         raise DataError(f"the image has too many pixels; {most_pixels:,} are the most that is taken") from None
     except UnidentifiedImageError:
         raise DataError("the body is neither a JPEG nor a PNG") from None
-    except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged files
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
         raise DataError(f"the image cannot be read: {error}") from error
     if width * height > most_pixels:
         raise DataError(f"the image has {width} x {height} pixels; {most_pixels:,} are the most that is taken")

@@ -70,7 +70,7 @@ class _Body:
         return message
 
     async def has_arrived(self) -> bool:
-        """Whether nothing of the body is still on its way. What is there already is read for that, without waiting."""
+        """Whether the whole body has been received. The part that is in the buffer is read first, without waiting."""
         if self._ended:
             return True
         headers = dict(self._headers)

@@ -12,19 +12,19 @@ class JsonLines(logging.Formatter):
     _plain = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
-        found: dict[str, Any] = {
+        line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        found |= {key: value for key, value in vars(record).items() if key not in self._plain and not key.startswith("_")}
+        line |= {key: value for key, value in vars(record).items() if key not in self._plain and not key.startswith("_")}
         if record.exc_info:
-            found["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(found, default=str)
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
 
 
 def log_as_json(*more: str) -> None:
-    """Have what the server logs, and the loggers of `more`, go to standard error as lines of JSON."""
+    """Send the records of the server, of uvicorn and of the loggers in `more` to standard error as lines of JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name in ("deploy", "uvicorn", *more):

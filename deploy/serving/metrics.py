@@ -1,6 +1,6 @@
-"""What `/metrics` and the statistics of a model tell, under the names that Triton Inference Server gives them.
+"""Counts and durations of requests, for `/metrics` and a model's statistics, under the names that Triton Inference Server uses.
 
-Written in Prometheus' text format 0.0.4 by hand, for client libraries put `_total` behind the names of counters.
+Prometheus' text format 0.0.4 is written by hand because its client library appends `_total` to the names of counters.
 """
 
 import threading
@@ -14,18 +14,19 @@ from deploy.runtime.batching.queue import BatchRecord
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 BUCKETS_MS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
-"""Upper ends of the latency histogram's buckets, in milliseconds."""
+"""Upper bounds of the latency histogram's buckets, in milliseconds."""
 
 REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+"""Triton's reasons for failures."""
 
 _STEPS = ("request", "queue", "compute_input", "compute_infer", "compute_output")
 
 
 @dataclass
 class Counts:
-    """Totals of one model version since it was loaded first. Durations in nanoseconds, by step, summed over requests.
+    """Totals of one model version since it was first loaded.
 
-    A request's share of its batch's steps is the whole of them, as Triton counts.
+    duration_ns: by step, summed over requests. As in Triton, a request counts the whole time of its batch's steps.
     """
 
     success: int = 0
@@ -37,7 +38,7 @@ class Counts:
 
 
 class Meter:
-    """Counts of one model version. `waiting` tells how many requests are in its queue."""
+    """Counts the requests of one model version. `waiting` returns how many are in its queue. Safe to use from many threads."""
 
     def __init__(self, model: str, version: str) -> None:
         self.model = model
@@ -47,7 +48,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def batch(self, record: BatchRecord) -> None:
-        """Take note of a batch: what `Batcher` calls."""
+        """Count a batch that has been run; `Batcher` calls this."""
         if record.error is not None:
             self.failed(record.error, count=len(record.queue_s))
             return
@@ -73,12 +74,12 @@ class Meter:
                 counts.buckets[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
 
     def failed(self, error: BaseException, *, count: int = 1) -> None:
-        """Take note of requests that failed, or were refused."""
+        """Count requests that failed or were refused."""
         with self._lock:
             self._counts.failures[reason_of(error)] += count
 
     def counts(self) -> Counts:
-        """The totals now."""
+        """A copy of the totals."""
         with self._lock:
             counts = self._counts
             return Counts(
@@ -92,7 +93,7 @@ class Meter:
 
 
 def reason_of(error: BaseException) -> str:
-    """Triton's word for why a request failed."""
+    """Why a request failed, as one of `REASONS`."""
     if isinstance(error, QueueFullError | DeadlineError):
         return "REJECTED"
     if isinstance(error, InputError):
@@ -103,8 +104,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def render(meters: Sequence[Meter], replica: str | None = None) -> str:
-    """The text of `/metrics`; with the label `replica` where there is more than one server behind an address."""
-    told = [(meter, meter.counts()) for meter in meters]
+    """The text of `/metrics`. replica: the value of a label of that name, for one of several servers behind one address."""
+    counted = [(meter, meter.counts()) for meter in meters]
     lines: list[str] = []
 
     def labels(meter: Meter, **more: str) -> str:
@@ -116,12 +117,12 @@ def render(meters: Sequence[Meter], replica: str | None = None) -> str:
         lines.extend(f"{name}{labels} {value}" for labels, value in values)
 
     def plain(value: Callable[[Meter, Counts], float]) -> Iterator[tuple[str, float]]:
-        return ((labels(meter), value(meter, counts)) for meter, counts in told)
+        return ((labels(meter), value(meter, counts)) for meter, counts in counted)
 
     series("nv_inference_request_success", "counter", "Requests that were answered", plain(lambda _, c: c.success))
     series(
         "nv_inference_request_failure", "counter", "Requests that failed, by reason",
-        ((labels(meter, reason=reason), count) for meter, counts in told for reason, count in counts.failures.items()),
+        ((labels(meter, reason=reason), count) for meter, counts in counted for reason, count in counts.failures.items()),
     )  # fmt: skip
     series("nv_inference_count", "counter", "Rows that were computed", plain(lambda _, c: c.inferences))
     series("nv_inference_exec_count", "counter", "Batches that were run", plain(lambda _, c: c.executions))
@@ -130,8 +131,8 @@ def render(meters: Sequence[Meter], replica: str | None = None) -> str:
         text = f"Microseconds of the step {step}, of all requests together"
         series(f"nv_inference_{step}_duration_us", "counter", text, plain(lambda _, c, s=step: c.duration_ns[s] // 1000))  # type: ignore[misc]
     name = "nv_inference_latency_histogram_ms"
-    lines.extend((f"# HELP {name} Milliseconds from a request's coming to its answer", f"# TYPE {name} histogram"))
-    for meter, counts in told:
+    lines.extend((f"# HELP {name} Milliseconds from the arrival of a request to its answer", f"# TYPE {name} histogram"))
+    for meter, counts in counted:
         total = 0
         for end, count in zip((*map(str, BUCKETS_MS), "+Inf"), counts.buckets, strict=True):
             total += count

@@ -1,4 +1,4 @@
-"""What goes on around every request over REST: who may call, the request's id, errors as the protocol wants them, and the log."""
+"""The frame around every request over REST: access, the request's id, the protocol's form of errors, and the log."""
 
 import logging
 import os
@@ -29,9 +29,10 @@ Infer = Callable[[str, str | None, Mapping[str, str], Receive], Awaitable[Respon
 
 
 class Guard:
-    """Around all: who may call, the request's id, errors as the protocol wants them, and the log.
+    """The ASGI application that checks access, gives the request an id, turns errors into answers and writes the log.
 
-    `infer` is called past the router, whose layers would take longer than everything else that is done for a small request.
+    `app` answers everything but inference, which goes to `infer` directly: the router's layers would take longer than all other
+    work for a small request. `crowded` returns whether there are too many connections to take the request.
     """
 
     def __init__(self, app: ASGIApp, infer: Infer, access: Access, *, log_requests: bool, crowded: Callable[[], bool]) -> None:
@@ -67,19 +68,19 @@ class Guard:
                 raise UnavailableError("the server has as many connections as it takes")
             if not _OPEN.fullmatch(path):
                 self._access.check(headers, admin=_ADMIN.match(path) is not None)
-            if found := _INFER.fullmatch(path):
+            if match := _INFER.fullmatch(path):
                 if scope["method"] != "POST":
                     raise HTTPException(405, headers={"Allow": "POST"})
-                response = await self._infer(found["model"], found["version"], headers, receive)
+                response = await self._infer(match["model"], match["version"], headers, receive)
                 await response(scope, receive, named)
             else:
-                scope["app"] = self  # the router then raises what it has to say
+                scope["app"] = self  # so that the router raises its errors instead of answering them
                 await self._app(scope, receive, named)
         except ClientDisconnect:
             error = "the client left"
         except Exception as caught:
             if status:
-                raise  # too late to answer anything else
+                raise  # an answer has begun; no other can be sent
             response = error_response(caught)
             error = str(getattr(caught, "detail", caught))
             if response.status_code == 500 and not isinstance(caught, DeployError):
@@ -88,12 +89,12 @@ class Guard:
         if self._log_requests or status >= 500 or status in (401, 403):
             level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
             took_ms = round((time.perf_counter() - start) * 1e3, 3)
-            told = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
-            logger.log(level, "request", extra={**told, **({"error": error} if error else {})})
+            fields = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "ms": took_ms}
+            logger.log(level, "request", extra={**fields, **({"error": error} if error else {})})
 
 
 def error_response(error: Exception) -> Response:
-    """`{"error": ...}` with the status that the error stands for."""
+    """The answer to a request that failed: `{"error": ...}`, with the status that fits the error."""
     status = status_of(error)
     text = text_of(error)
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""The models of a server: artifacts that are loaded, swapped and unloaded while requests go on."""
+"""The models of a server: artifacts that are loaded, replaced and unloaded while requests are answered."""
 
 import asyncio
 import logging
@@ -24,7 +24,10 @@ logger = logging.getLogger("deploy.serving")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How models are opened and batched; see `deploy.load` and `BatcherOptions`. warmup: whether each batch size is run first."""
+    """How models are opened and batched: see `deploy.load` and `BatcherOptions`.
+
+    warmup: run every batch size once before requests come.
+    """
 
     backend: str = "auto"
     device: str = "auto"
@@ -35,7 +38,7 @@ class ModelOptions:
 
 @dataclass(eq=False)
 class Served:
-    """One version of a model that is loaded: what its artifact says, its session and its batcher."""
+    """A loaded version of a model: its artifact, session, batcher and counts."""
 
     source: ModelSource
     artifact: Artifact
@@ -53,7 +56,10 @@ class Served:
 
 
 def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Served:
-    """Load, which checks the hashes of the files that are run, and warm up what `source` names. Raises ArtifactError, BackendError or UsageError."""
+    """Load and warm up a model. Loading checks the hashes of the files that are run.
+
+    Raises ArtifactError, BackendError or UsageError.
+    """
     artifact = open_artifact(source.path)
     session = load(artifact, options.backend, options.device, threads=options.threads, contexts=options.batching.instances)
     try:
@@ -71,7 +77,10 @@ def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Ser
 
 
 def _warm_up(session: Session, batcher: Batcher) -> None:
-    """Run batches of 1, 2, 4 and so on, so that no request meets a shape for the first time. Not through the batcher: not counted."""
+    """Run batches of 1, 2, 4 and so on, so that no request is the first of its shape.
+
+    The batches do not go through the batcher, and so are not counted.
+    """
     try:
         dims = session.dims()
     except UsageError as error:
@@ -89,7 +98,7 @@ def _warm_up(session: Session, batcher: Batcher) -> None:
 class Models:
     """All models of a server by name and version. Safe to use from the server's event loop and from other threads.
 
-    Requests hold on to the version that they found: a swap or an unload answers what it has accepted before it lets go.
+    A request stays with the version that took it: replacing or unloading a version answers all that it has accepted, then closes it.
     """
 
     def __init__(self, sources: Sequence[ModelSource], options: ModelOptions) -> None:
@@ -106,7 +115,7 @@ class Models:
         self._lock = threading.Lock()
         self._changing: dict[str, threading.Lock] = {source.name: threading.Lock() for source in sources}
         self.ready = False
-        """Whether the server takes requests: all models were loaded once, and it is not on its way down."""
+        """Whether the server takes requests: it has loaded all models, and is not shutting down."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,20 +126,20 @@ class Models:
         return tuple(self._meters.values())
 
     def versions(self, name: str) -> tuple[str, ...]:
-        """Versions that are loaded, in order."""
+        """The versions that are loaded, in ascending order."""
         return tuple(self._served.get(name, {}))
 
     def get(self, name: str, version: str = "") -> Served:
-        """The version that is asked for, or the highest. Raises ModelNotFoundError, UnavailableError where it is not loaded."""
-        found = self._served.get(name)
-        if found:
+        """The given version of a model, or the highest. Raises ModelNotFoundError, and UnavailableError if it is not loaded."""
+        loaded = self._served.get(name)
+        if loaded:
             if not version:
-                return next(reversed(found.values()))
-            if (served := found.get(version)) is not None:
+                return next(reversed(loaded.values()))
+            if (served := loaded.get(version)) is not None:
                 return served
         if name not in self.names:
             raise ModelNotFoundError(f"unknown model {name!r}; expected one of {', '.join(self.names)}")
-        known = [each for known, each in self._sources if known == name]
+        known = [number for model, number in self._sources if model == name]
         if version and version not in known:
             raise ModelNotFoundError(f"{name!r} has no version {version!r}; expected one of {', '.join(known)}")
         why = self._reasons.get((name, version or known[-1]), "not loaded")
@@ -154,9 +163,9 @@ class Models:
         priority: int = NORMAL_PRIORITY,
         timeout_s: float | None = None,
     ) -> tuple[Served, Outputs]:
-        """The outputs, and what computed them: another than `served` where that was swapped before it took the request.
+        """The outputs, and the version that computed them: not `served` if that was replaced before it took the request.
 
-        pinned: the version was asked for. Raises what `Batcher.submit` raises, and UnavailableError where it was unloaded.
+        pinned: the client asked for this version. Raises what `Batcher.submit` raises, and UnavailableError if it was unloaded.
         """
         while True:
             try:
@@ -172,15 +181,15 @@ class Models:
                 raise
 
     def load_all(self) -> None:
-        """Load every model; raises at the first that fails."""
+        """Load every model. Raises the error of the first that fails."""
         for name in self.names:
             self.load(name)
         self.ready = True
 
     def load(self, name: str) -> None:
-        """Load the model, or load it anew from its path: what is there now is warmed up, takes the requests, and the old is drained.
+        """Load all versions of a model from their paths. If one is loaded already, the new one is warmed up and takes its place.
 
-        Raises ModelNotFoundError, and what opening raises; the old one then goes on.
+        Raises ModelNotFoundError, and what `open_served` raises; the version that was loaded before then stays.
         """
         with self._changing_of(name):
             for source in [source for (known, _), source in self._sources.items() if known == name]:
@@ -202,19 +211,19 @@ class Models:
                     _retire(old)
 
     def unload(self, name: str) -> None:
-        """Take the model out, and wait until what it has accepted is answered. Raises ModelNotFoundError."""
+        """Remove a model, and wait until it has answered the requests that it accepted. Raises ModelNotFoundError."""
         with self._changing_of(name):
             with self._lock:
                 gone = self._served.pop(name, {})
                 for version in gone:
                     self._reasons[name, version] = "unloaded"
-                    self._meters[name, version].waiting = lambda: 0  # and hold on to the batcher no longer
+                    self._meters[name, version].waiting = lambda: 0  # so that the meter does not keep the batcher alive
             for served in gone.values():
                 _retire(served)
                 logger.info("unloaded", extra={"model": name, "version": served.source.version})
 
     def close(self) -> None:
-        """Answer what was accepted, and let go of all."""
+        """Unload all models."""
         self.ready = False
         for name in list(self._served):
             self.unload(name)
@@ -226,7 +235,7 @@ class Models:
 
 
 def _observed(error: DeployError) -> bool:
-    """Whether the batcher has told the meter of this error: it failed in a batch."""
+    """Whether the meter has counted this error already: the batcher reports errors of batches to it."""
     return isinstance(error, BackendError)
 
 

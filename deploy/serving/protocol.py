@@ -1,7 +1,7 @@
 """The tensors of the Open Inference Protocol v2 over REST: JSON, and Triton's binary extension, to numpy arrays and back.
 
-The protocol: KServe, "Open Inference Protocol (V2)". The extension: Triton Inference Server, "Binary Tensor Data Extension". Whatever
-a client sends is checked here before anything is computed with it.
+The protocol: KServe, "Open Inference Protocol (V2)". The extension: Triton Inference Server, "Binary Tensor Data Extension". All that
+a client sends is checked here before it is used.
 """
 
 import array
@@ -20,7 +20,7 @@ DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8", "int16": "INT16",
     "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64", "bfloat16": "BF16",
 }  # fmt: skip
-"""By our names of dtypes."""
+"""The protocol's datatypes, by numpy's names (and `bfloat16`)."""
 
 _MOST_DIMS = 32
 _MOST_ELEMENTS = 1 << 40
@@ -32,7 +32,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class InferRequest:
-    """One request. outputs: the names asked for, each with whether it is to come in binary. timeout_s: None for no limit."""
+    """An inference request.
+
+    outputs: the names of the outputs to return, with whether in binary. timeout_s: None for no limit.
+    """
 
     id: str
     feed: dict[str, np.ndarray]
@@ -44,9 +47,9 @@ class InferRequest:
 def parse_request(
     body: bytes, header_length: int | None, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> InferRequest:
-    """The request in `body`, of which the first `header_length` bytes are JSON (None: all) and the rest binary tensors.
+    """Parse a request: the first `header_length` bytes of `body` are JSON (None: all bytes), the rest are binary tensors.
 
-    Raises InputError saying what is wrong; shapes are compared with `inputs` by the session.
+    inputs, outputs: those of the model. Raises InputError.
     """
     if header_length is not None and not 0 <= header_length <= len(body):
         raise InputError(f"Inference-Header-Content-Length is {header_length}; the body has {len(body)} bytes")
@@ -83,7 +86,7 @@ def parse_request(
 
 
 def build_response(name: str, version: str, request: InferRequest, results: Mapping[str, np.ndarray]) -> tuple[bytes, int | None]:
-    """The body of the answer, and the length of its JSON where binary tensors follow. A number that JSON lacks (NaN) is null."""
+    """The body of the answer, and the length of its JSON if binary tensors follow, else None. In JSON, NaN and infinities are null."""
     entries = []
     binary = []
     for output, is_binary in request.outputs:
@@ -104,7 +107,7 @@ def build_response(name: str, version: str, request: InferRequest, results: Mapp
 
 
 def priority_of(value: Any) -> int:
-    """A priority of the protocol: 1 is the highest, 0 or none the usual. Raises InputError."""
+    """The priority for the batcher: 1 is the highest; 0 and None give the normal one. Raises InputError."""
     if value is None or value == 0:
         return NORMAL_PRIORITY
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**32:
@@ -113,7 +116,7 @@ def priority_of(value: Any) -> int:
 
 
 def timeout_of(value: Any) -> float | None:
-    """Seconds of a timeout of the protocol, which is in microseconds; None for none. Raises InputError."""
+    """A timeout in seconds, from microseconds; 0 and None give None. Raises InputError."""
     if value is None or value == 0:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_TIMEOUT_US:
@@ -122,7 +125,7 @@ def timeout_of(value: Any) -> float | None:
 
 
 def elements(shape: Sequence[int], name: str) -> int:
-    """Number of elements. Raises InputError for a shape that none can have."""
+    """The number of elements of a tensor of this shape. Raises InputError for an impossible shape; `name` is the tensor's."""
     if len(shape) > _MOST_DIMS:
         raise InputError(f"{name!r} has {len(shape)} dimensions")
     count = 1
@@ -136,7 +139,7 @@ def elements(shape: Sequence[int], name: str) -> int:
 
 
 def from_bytes(data: memoryview | bytes, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
-    """An array of the little-endian bytes, on the same memory. Raises InputError where they are more or less than `shape` takes."""
+    """An array that shares the memory of little-endian `data`. Raises InputError if the number of bytes does not fit `shape`."""
     dtype = np.dtype(spec.dtype).newbyteorder("<")
     wanted = elements(shape, spec.name) * dtype.itemsize
     if len(data) != wanted:
@@ -148,20 +151,20 @@ def from_bytes(data: memoryview | bytes, spec: TensorSpec, shape: Sequence[int])
 
 
 def check_datatype(datatype: Any, spec: TensorSpec) -> None:
-    """Raise InputError unless the protocol's `datatype` is that of the input."""
+    """Raise InputError unless `datatype` is the input's datatype in the protocol."""
     expected = DATATYPES[spec.dtype]
     if datatype != expected:
         raise InputError(f"{spec.name!r} has datatype {datatype!r}; expected {expected}")
 
 
 def _tensor(entry: Json, spec: TensorSpec, rest: memoryview, at: int) -> tuple[np.ndarray, int]:
-    """The array of one input, and where the binary data of the next begin."""
+    """The array of the input `entry`, and where the binary data of the next input begin in `rest`; its own begin `at`."""
     check_datatype(entry.get("datatype"), spec)
     shape = entry.get("shape")
     if not isinstance(shape, list) or any(isinstance(size, bool) or not isinstance(size, int) for size in shape):
         raise InputError(f"the shape of {spec.name!r} must be a list of numbers")
     count = elements(shape, spec.name)
-    # Before anything is read of it: a shape that does not fit must not cost what it says.
+    # Checked before the data are read: a wrong shape must not make the server allocate memory for it.
     spec.check(spec.dtype, shape, {})
     size = _parameters(entry, f"input {spec.name!r}").get("binary_data_size")
     if size is not None:
@@ -202,7 +205,7 @@ def _from_json(data: Any, spec: TensorSpec, shape: Sequence[int], count: int) ->
 
 
 def _floats(data: list[Any]) -> np.ndarray | None:
-    """A flat list of numbers as float64, in half the time that numpy takes to find out what it holds; None for any other."""
+    """A flat list of numbers as float64; None for any other list. Takes half as long as `numpy.array`, which looks for the type."""
     if not data or isinstance(data[0], bool | list):
         return None
     try:
@@ -216,17 +219,17 @@ def _asked(document: Json, outputs: Sequence[TensorSpec], *, default: bool) -> t
         if not isinstance(document.get("outputs", []), list):
             raise InputError("outputs must be a list")
         return tuple((spec.name, default) for spec in outputs)
-    asked: dict[str, bool] = {}
+    chosen: dict[str, bool] = {}
     for entry in _list(document, "outputs"):
         entry = _object(entry, "an output")
         spec = _named(entry, outputs, "output")
         parameters = _parameters(entry, f"output {spec.name!r}")
         if parameters.get("classification"):
             raise InputError("classification is not supported here: POST an image to /classify")
-        if spec.name in asked:
+        if spec.name in chosen:
             raise InputError(f"output {spec.name!r} is asked for twice")
-        asked[spec.name] = _flag(parameters, "binary_data", default)
-    return tuple(asked.items())
+        chosen[spec.name] = _flag(parameters, "binary_data", default)
+    return tuple(chosen.items())
 
 
 def _named(entry: Json, specs: Sequence[TensorSpec], what: str) -> TensorSpec:

@@ -1,7 +1,7 @@
 """The REST door on a Ray cluster: the application of `deploy serve` as one ingress deployment of Ray Serve.
 
-Ray places the replicas, routes the requests, restarts what dies and scales; each replica opens the artifacts, from the same paths on
-every node, and batches on its own.
+Ray places, scales and restarts the replicas, and routes the requests. Every replica opens the artifacts, from the same paths on all
+nodes, and makes its own batches.
 """
 
 import logging
@@ -30,7 +30,7 @@ from deploy.serving.source import ModelSource
 logger = logging.getLogger("deploy.serving")
 
 APP = "deploy"
-"""The name of the application on the cluster; one that is there is replaced, replica by replica."""
+"""The name of the application on the cluster. An application that has this name already is replaced, replica by replica."""
 
 _START_ATTEMPTS = 3
 _LOOK_S = 1.0
@@ -39,8 +39,8 @@ _LOOK_S = 1.0
 def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> int:
     """Deploy, wait until the replicas are ready, and stay until SIGTERM or SIGINT unless detached; the exit status.
 
-    Raises ArtifactError for an artifact that is damaged here, UsageError, and BackendError where the cluster cannot be reached or
-    no replica starts.
+    The log goes to standard error as JSON. Raises ArtifactError if an artifact on this machine is damaged, UsageError, and
+    BackendError if the cluster cannot be reached or no replica starts.
     """
     log_as_json("ray", "ray.serve")
     sources = [replace(source, path=source.path.resolve()) for source in sources]
@@ -49,14 +49,14 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
         open_artifact(source.path).verify(weights=False)
     _connect(on)
     stop = threading.Event()
-    # Only now: Ray puts its own handlers in the place of others.
+    # After `_connect`, because Ray replaces signal handlers with its own.
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         address = _open_door(options)
         ready = _deploy(app, stop)
         if ready:
-            told = {"door": "http", "address": address, "models": list(dict.fromkeys(source.name for source in sources))}
-            logger.info("serving", extra={**told})
+            fields = {"door": "http", "address": address, "models": list(dict.fromkeys(source.name for source in sources))}
+            logger.info("serving", extra=fields)
         if not (ready and on.detach):
             stop.wait()
             logger.info("stopping")
@@ -70,9 +70,9 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
 
 
 def application(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> Any:
-    """What `ray.serve.run` takes: one deployment, an ingress, of which each replica serves all of `sources`.
+    """The argument of `ray.serve.run`: one ingress deployment, whose replicas serve all of `sources`.
 
-    Raises UsageError for what cannot be had on a cluster.
+    Raises UsageError for options that do not work on a cluster.
     """
     if options.http_port is None:
         raise UsageError("Ray serves over REST: give `http_port` (leave out `no_http`)")
@@ -80,7 +80,7 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
         raise UsageError("`http_port` cannot be 0 on Ray, which opens the same port on every node")
     if options.admin_token is not None:
         raise UsageError("there are no admin calls on Ray: deploy again to load the models anew; no request is lost")
-    Models(sources, models)  # says which names and versions are wrong
+    Models(sources, models)  # raises UsageError for a name and version that is given twice
     if models.threads is None and on.replica_cpus >= 1:
         models = replace(models, threads=int(on.replica_cpus))
 
@@ -107,11 +107,11 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
     deployment = ray_serve.deployment(
         name="models",
         ray_actor_options={"num_cpus": on.replica_cpus, "num_gpus": on.replica_gpus},
-        max_ongoing_requests=models.batching.queue_rows,  # the batcher says when there are too many
+        max_ongoing_requests=models.batching.queue_rows,  # the batcher refuses requests beyond
         graceful_shutdown_timeout_s=options.drain_s,
         graceful_shutdown_wait_loop_s=max(options.stop_delay_s, 0.1),
         max_constructor_retry_count=_START_ATTEMPTS,
-        # Several replicas are replaced one by one. One alone stays until the new one is ready, which needs room for both.
+        # Several replicas are replaced one by one. A single replica stays until its successor is ready, which needs room for both.
         max_surge_percent=100 if on.replicas == 1 and on.replicas_per_node is None else 0,
         **scale,
     )
@@ -125,28 +125,28 @@ def _replica_name() -> str:
 def _connect(on: RayOptions) -> None:
     try:
         ray.init(address=on.address, configure_logging=False, log_to_driver=False)
-    except Exception as error:  # ConnectionError, RuntimeError, ValueError: each of its ways to fail has its own
+    except Exception as error:  # ConnectionError, RuntimeError, ValueError and others
         raise BackendError(f"cannot reach the Ray cluster {on.address or 'of this machine'}: {error}") from error
 
 
 def _open_door(options: ServerOptions) -> str:
-    """Start Ray Serve where it does not run yet; the address of its proxies."""
+    """Start Ray Serve unless it runs already; the address of its proxies."""
     wanted = {
         "host": options.host,
         "port": options.http_port,
         "ssl_certfile": None if options.tls_cert is None else str(options.tls_cert.resolve()),
         "ssl_keyfile": None if options.tls_key is None else str(options.tls_key.resolve()),
     }
-    # Ray serves at the address that it was first started with and ignores another: then who may call would be decided for one
-    # that is not the real one.
+    # If Ray Serve runs already it keeps its address and ignores ours. The rules of access would then be those for an address that
+    # is not the real one, so that is refused below.
     ray_serve.start(proxy_location="EveryNode", http_options=wanted)
     client = _get_global_client()
     assert client is not None
-    found = client.http_config
+    running = client.http_config
     for name, value in wanted.items():
-        if getattr(found, name) != value:
+        if getattr(running, name) != value:
             raise UsageError(
-                f"Ray Serve runs on this cluster with {name} {getattr(found, name)}, not {value}, and cannot change it: say the same"
+                f"Ray Serve runs on this cluster with {name} {getattr(running, name)}, not {value}, and cannot change it: say the same"
                 " `host`, `http_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
             )
     scheme = "https" if options.tls_cert else "http"
@@ -154,7 +154,7 @@ def _open_door(options: ServerOptions) -> str:
 
 
 def _deploy(app: Any, stop: threading.Event) -> bool:
-    """Whether the replicas are ready; False where `stop` came first. Tells meanwhile what Ray waits for."""
+    """Deploy; whether the replicas are ready, or `stop` came first. Meanwhile the log reports what Ray is waiting for."""
     failed: list[Exception] = []
     done = threading.Event()
 
@@ -167,21 +167,21 @@ def _deploy(app: Any, stop: threading.Event) -> bool:
             done.set()
 
     threading.Thread(target=run, daemon=True, name="deploy-ray").start()
-    told = ""
+    logged = ""
     while not done.wait(_LOOK_S) and not stop.is_set():
-        if (now := _state()) and now != told:
+        if (now := _state()) and now != logged:
             logger.info("deploying", extra={"state": now})
-            told = now
+            logged = now
     if failed:
         raise BackendError(f"the models did not start on Ray: {_state() or failed[0]}") from failed[0]
     return done.is_set()
 
 
 def _state() -> str:
-    """What Ray says of the deployment; of a traceback the first line and the last, which names the error."""
+    """Ray's message about the deployment. A traceback is cut down to its first line and its last, which names the error."""
     status = ray_serve.status().applications.get(APP)
-    told = []
+    shown = []
     for message in [deployment.message for deployment in status.deployments.values()] if status else []:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
-        told.append(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else "")
-    return " ".join(told)
+        shown.append(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else "")
+    return " ".join(shown)

@@ -72,7 +72,7 @@ class _Door:
         self._limits = limits
         self._replica = replica
 
-    # What the server is and how it is.
+    # The server, the models and their state.
 
     async def server(self, request: Request) -> Response:
         return json_response({"name": "deploy", "version": __version__, "extensions": answers.EXTENSIONS})
@@ -87,8 +87,8 @@ class _Door:
         return Response(metrics.render(self._models.meters, self._replica), media_type=metrics.CONTENT_TYPE)
 
     async def all_statistics(self, request: Request) -> Response:
-        found = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
-        return json_response({"model_stats": [answers.statistics(served) for served in found]})
+        loaded = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
+        return json_response({"model_stats": [answers.statistics(served) for served in loaded]})
 
     async def metadata(self, request: Request) -> Response:
         served = self._served(request)
@@ -153,7 +153,7 @@ class _Door:
         )
 
     async def classify(self, request: Request) -> Response:
-        """An image in the body; the likeliest classes, as many as `?top=` says."""
+        """Classify the image in the body: the `?top=` likeliest classes, and their probabilities."""
         served = self._served(request)
         try:
             source, logits = classifier(served.artifact)
@@ -212,7 +212,7 @@ def _document(body: bytes) -> dict[str, Any]:
 
 
 def _refuse_upload(document: Mapping[str, Any]) -> None:
-    """Models come from the disk alone: no configuration and no file of a client's."""
+    """Raise RefusedError if a client sends a configuration or a file: models come from the server's disk only."""
     if document.get("parameters"):
         raise RefusedError(403, "a model is loaded from the path that the server was started with; nothing is uploaded")
 

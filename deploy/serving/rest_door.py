@@ -1,4 +1,4 @@
-"""The REST door: uvicorn over the application."""
+"""The REST door: uvicorn, running the application of `rest_app`."""
 
 import asyncio
 import os
@@ -23,6 +23,8 @@ class _Http(uvicorn.Server):
 
 
 class HttpDoor:
+    """A running server for REST."""
+
     name = "http"
 
     def __init__(self, server: _Http, task: "asyncio.Task[None]", address: str) -> None:
@@ -32,8 +34,10 @@ class HttpDoor:
 
     @classmethod
     async def open(cls, models: Models, options: ServerOptions) -> "HttpDoor":
+        """Start the server. Raises OSError if the port is taken."""
+
         def crowded() -> bool:
-            # As uvicorn's `limit_concurrency` counts, whose own answer is no JSON and does not linger.
+            # Counts as uvicorn's `limit_concurrency` does. Its answer is not used: it is not JSON, and it does not linger.
             state = server.server_state
             return max(len(state.connections), len(state.tasks)) >= options.connections
 
@@ -63,13 +67,13 @@ class HttpDoor:
         return cls(server, task, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def close(self) -> None:
-        """Take no more connections, and wait for the requests under way."""
+        """Accept no more connections, and wait for the requests that have been accepted."""
         self._server.should_exit = True
         await self._task
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises OSError naming the address."""
+    """A listening socket. Raises OSError with the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)

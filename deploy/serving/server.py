@@ -1,4 +1,4 @@
-"""A server as a whole: its doors, the order in which it comes up, and how it goes down without losing a request."""
+"""The server: starts the doors in order, and stops them without losing a request."""
 
 import asyncio
 import gc
@@ -17,7 +17,7 @@ logger = logging.getLogger("deploy.serving")
 def serve(sources: list[ModelSource], models: ModelOptions, options: ServerOptions) -> int:
     """Load the models, open the doors and serve until SIGTERM or SIGINT; the exit status. The log goes to standard error as JSON.
 
-    Raises what loading raises, OSError where a port is taken, and ImportError for a library of the extra `serving` that is missing.
+    Raises what loading raises, OSError if a port is taken, and ImportError for a library of the extra `serving` that is missing.
     """
     log_as_json()
     kinds = _kinds_of_doors(options)  # a missing library is reported before the models are loaded

@@ -1,4 +1,4 @@
-"""Where a model comes from: NAME=PATH@VERSION."""
+"""The source of a model: its name, path and version, written NAME=PATH@VERSION."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """What to serve: `NAME=PATH@VERSION`, of which the path must be there."""
+    """An artifact to serve or export, with the name and the version that clients use."""
 
     name: str
     path: Path
@@ -20,7 +20,7 @@ class ModelSource:
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
-        """`resnet=build/resnet34-int8@2`; the name is the artifact's own where none is given. Raises UsageError, ArtifactError."""
+        """`resnet=build/resnet34-int8@2`; without NAME= the artifact's name is used, without @VERSION 1. Raises UsageError, ArtifactError."""
         name, equals, rest = text.partition("=")
         if not equals or "/" in name:
             name, rest = "", text

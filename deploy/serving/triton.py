@@ -1,4 +1,4 @@
-"""Artifacts as a model repository of Triton Inference Server, and the manifest by which KServe runs one.
+"""Export of artifacts to a model repository of Triton Inference Server, with a KServe manifest that serves it.
 
 The formats: Triton's "Model Repository" and "Model Configuration", KServe's `serving.kserve.io/v1beta1` InferenceService.
 """
@@ -29,11 +29,11 @@ _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """How Triton is to run the models.
+    """How Triton runs the models.
 
-    instances: of each model. cpu: on the processor, which engines cannot. max_batch: rows of a batch at most; None: of the profile, else
-    32. delay_us: how long a batch waits for more rows. keep_versions: how many of the newest versions are served. storage_uri: where
-    KServe finds the repository.
+    instances: of every model. cpu: run ONNX models on the processor; engines need a GPU. max_batch: the most rows of a batch; None is
+    the largest batch of the profile, or 32 without one. delay_us: how long a batch waits for more rows, in microseconds.
+    keep_versions: how many of the newest versions are served. storage_uri: where KServe finds the repository.
     """
 
     instances: int = 1
@@ -54,10 +54,10 @@ class TritonOptions:
 
 
 def export_triton(sources: Sequence[ModelSource], repository: Path, options: TritonOptions | None = None) -> list[Path]:
-    """Write each model to `repository`, beside those that are there, and a manifest for KServe; the folders of the new versions.
+    """Add models to `repository`, and write a manifest for KServe; returns the folders of the new versions.
 
-    Nothing is written unless all of them can be. Raises BackendError for what Triton cannot run, ArtifactError for a damaged
-    artifact, OutputError where a version is there already.
+    Nothing is written unless all models can be exported. Raises BackendError for an artifact that Triton cannot run, ArtifactError
+    for a damaged one, and OutputError if the version exists.
     """
     options = options or TritonOptions()
     if not sources:
@@ -71,7 +71,7 @@ def export_triton(sources: Sequence[ModelSource], repository: Path, options: Tri
             raise UsageError(f"{source.name} version {source.version} is named twice: NAME=PATH@VERSION tells them apart")
         folder = repository / source.name / source.version
         if folder.exists():
-            raise OutputError(f"{folder} is there already: give the model another version, NAME=PATH@VERSION")
+            raise OutputError(f"{folder} exists already: give the model another version, NAME=PATH@VERSION")
         planned.append((source, artifact, config_pbtxt(source.name, artifact, options)))
     written = []
     for source, artifact, config in planned:
@@ -80,13 +80,13 @@ def export_triton(sources: Sequence[ModelSource], repository: Path, options: Tri
         if artifact.manifest.classes:
             _write(model / LABELS, "".join(f"{name}\n" for name in artifact.manifest.classes))
         written.append(_write_version(artifact, model / source.version))
-        _write(model / "config.pbtxt", config)  # last: Triton looks for it
+        _write(model / "config.pbtxt", config)  # last, because Triton looks for it
     _write(repository / KSERVE, kserve_manifest(repository, options))
     return written
 
 
 def config_pbtxt(name: str, artifact: Artifact, options: TritonOptions) -> str:
-    """The model configuration, in protocol buffers' text format."""
+    """Triton's model configuration, in the text format of protocol buffers."""
     manifest = artifact.manifest
     engine = manifest.target is not None
     batch = batch_dim(manifest.inputs)
@@ -131,7 +131,7 @@ def config_pbtxt(name: str, artifact: Artifact, options: TritonOptions) -> str:
 
 
 def _warmups(artifact: Artifact, batched: bool, batch: str | None, sizes: Sequence[int]) -> list[str]:
-    """A first run of each batch size, so that no request meets it first; none where a size is not known."""
+    """The lines for a warm-up run of every batch size in `sizes`; none if a dimension is not known."""
     manifest = artifact.manifest
     image = manifest.preprocess.shape if manifest.preprocess else None
     try:
@@ -154,7 +154,7 @@ def _warmups(artifact: Artifact, batched: bool, batch: str | None, sizes: Sequen
 
 
 def kserve_manifest(repository: Path, options: TritonOptions) -> str:
-    """The InferenceService that has KServe run Triton on the repository at `storage_uri`."""
+    """An InferenceService, in YAML, with which KServe runs Triton on the repository at `storage_uri`."""
     name = re.sub(r"[^a-z0-9-]+", "-", repository.resolve().name.lower()).strip("-")[:63].strip("-")
     if not _DNS_LABEL.fullmatch(name):
         name = "models"
@@ -190,7 +190,7 @@ def _check_runnable(artifact: Artifact, options: TritonOptions) -> None:
 
 
 def _write_version(artifact: Artifact, folder: Path) -> Path:
-    """The payload in a folder of its own, whole or not at all."""
+    """Copy the payload to the new `folder`, which appears only when it is complete."""
     engine = artifact.manifest.target is not None
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         whole = Path(temporary) / "version"

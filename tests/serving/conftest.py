@@ -25,6 +25,9 @@ from deploy.models.registry import create
 
 START_S = 60
 
+TOKEN, ADMIN = "a-token-of-24-characters", "another-for-the-admin-call"
+INFER, LOAD = "/v2/models/digits/infer", "/v2/repository/models/digits/load"
+
 SOAK = bool(os.environ.get("DEPLOY_SOAK"))
 """`make soak`: as many requests as it takes to trust a server, in place of a few."""
 
@@ -40,9 +43,9 @@ class Server:
         self.other: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        found = {door: self._address(door).rpartition("//")[2] for door in doors}
-        self.http = found.get("http", "")
-        self.grpc = found.get("grpc", "")
+        addresses = {door: self._address(door).rpartition("//")[2] for door in doors}
+        self.http = addresses.get("http", "")
+        self.grpc = addresses.get("grpc", "")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -143,6 +146,22 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
+def limited(shared_lenet5: Artifact) -> Iterator[Server]:
+    """A server of `digits` with small limits, which many tests share: they must not change its models."""
+    started = Server([f"digits={shared_lenet5.path}", "--max-request-mb", "1", "--max-pixels", "4000000"])
+    yield started
+    started.kill()
+
+
+@pytest.fixture(scope="session")
+def closed(shared_lenet5: Artifact) -> Iterator[Server]:
+    """A server of `digits` with a token, and another token for admin calls."""
+    started = Server([f"digits={shared_lenet5.path}"], {"DEPLOY_TOKEN": TOKEN, "DEPLOY_ADMIN_TOKEN": ADMIN})
+    yield started
+    started.kill()
+
+
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Two inputs of different dtypes, two outputs: scaled = image * factor summed, and the factor back."""
     folder = tmp_path_factory.mktemp("pair")
@@ -156,6 +175,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     (folder / "pair_net.py").write_text(textwrap.dedent(text), encoding="utf-8")
     inputs = ["image=1x4", "factor=1x4:int64"]
     return deploy.export(folder / "pair", model=f"{folder / 'pair_net.py'}:Pair", inputs=inputs, outputs=["total", "factor_back"])
+
+
+@pytest.fixture(scope="session")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A random `lenet5` whose batch is fixed at 1."""
+    return deploy.export(tmp_path_factory.mktemp("fixed") / "fixed", arch="lenet5", static_batch=True)
 
 
 @pytest.fixture(scope="session")

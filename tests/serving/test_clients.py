@@ -1,13 +1,10 @@
 """Both doors with the clients that Triton's users have, and their answers against the session itself."""
 
 import asyncio
-import json
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
@@ -79,10 +76,10 @@ def test_answers_are_those_of_the_session(door: Any, shared_lenet5: Artifact, bi
     options = {"binary_data": binary} if module is http_client else {}
     inputs = [tensor(module, "input", x, **options)]
     outputs = [module.InferRequestedOutput("logits", **options)]
-    found = client.infer("digits", inputs, outputs=outputs, request_id="mine-7")
+    result = client.infer("digits", inputs, outputs=outputs, request_id="mine-7")
     with deploy.load(shared_lenet5) as session:
-        np.testing.assert_allclose(found.as_numpy("logits"), session(x), rtol=1e-5, atol=1e-6)
-    response = found.get_response()
+        np.testing.assert_allclose(result.as_numpy("logits"), session(x), rtol=1e-5, atol=1e-6)
+    response = result.get_response()
     assert (response["id"] if isinstance(response, dict) else response.id) == "mine-7"
     version = response["model_version"] if isinstance(response, dict) else response.model_version
     assert version == "3"  # the highest
@@ -149,8 +146,8 @@ def test_many_async_requests_at_a_time_each_get_their_own(server: Server, shared
     async def main(module: Any, address: str) -> list[np.ndarray]:
         data = http_client if module is http_aio else grpc_client
         async with module.InferenceServerClient(address) as client:
-            found = await asyncio.gather(*(client.infer("digits", [tensor(data, "input", x)]) for x in arrays))
-        return [each.as_numpy("logits") for each in found]
+            results = await asyncio.gather(*(client.infer("digits", [tensor(data, "input", x)]) for x in arrays))
+        return [result.as_numpy("logits") for result in results]
 
     with deploy.load(shared_lenet5) as session:
         expected = [session(x) for x in arrays]
@@ -168,7 +165,7 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
         client.async_stream_infer("nobody", [tensor(grpc_client, "input", images(1))], request_id="3")
         client.async_stream_infer("digits", [tensor(grpc_client, "input", images(1))], request_id="4")
         client.stop_stream()
-    assert [getattr(each, "get_response", lambda: None)() and each.get_response().id for each in answers] == [
+    assert [getattr(answer, "get_response", lambda: None)() and answer.get_response().id for answer in answers] == [
         "0",
         "1",
         "2",
@@ -178,27 +175,10 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
     assert "unknown model 'nobody'" in str(answers[3])
 
 
-def test_health_checks_of_grpc(server: Server) -> None:
-    from deploy.serving.grpc_messages import message
-
-    with grpc.insecure_channel(server.grpc) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=lambda each: each.SerializeToString(),
-            response_deserializer=message("grpc.health.v1.HealthCheckResponse").FromString,
-        )
-        ask = message("grpc.health.v1.HealthCheckRequest")
-        assert check(ask()).status == 1
-        assert check(ask(service="digits")).status == 1
-        with pytest.raises(grpc.RpcError) as caught:
-            check(ask(service="nobody"))
-        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
-
-
 def test_statistics_count_requests_rows_and_batches(server: Server, door: Any) -> None:
     module, client = door
 
-    def told() -> tuple[int, int]:
+    def counts() -> tuple[int, int]:
         options = {"as_json": True} if module is grpc_client else {}
         (entry,) = client.get_inference_statistics("pair", **options)["model_stats"]
         return int(entry.get("inference_count", 0)), int(entry["inference_stats"]["success"].get("count", 0))
@@ -207,65 +187,10 @@ def test_statistics_count_requests_rows_and_batches(server: Server, door: Any) -
         tensor(module, "image", np.zeros((3, 4), np.float32)),
         tensor(module, "factor", np.zeros((3, 4), np.int64), "INT64"),
     ]
-    before = told()
+    before = counts()
     client.infer("pair", inputs)
-    assert told() == (before[0] + 3, before[1] + 1)
+    assert counts() == (before[0] + 3, before[1] + 1)
     with urllib.request.urlopen(f"http://{server.http}/metrics") as answer:
         text = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     assert f'nv_inference_count{{model="pair",version="1"}} {before[0] + 3}\n' in text
-
-
-def test_images_are_classified_by_the_artifacts_own_preprocessing(server: Server, shared_lenet5: Artifact, digits: Path) -> None:
-    (expected,) = deploy.predict(shared_lenet5, digits / "1.png", top=3)
-    data = (digits / "1.png").read_bytes()
-    for path in ("/v2/models/digits/classify?top=3", "/v2/models/digits/versions/1/classify?top=3"):
-        with urllib.request.urlopen(f"http://{server.http}{path}", data=data) as answer:
-            found = json.load(answer)
-        assert [(each["class"], round(each["probability"], 5)) for each in found["classes"]] == [
-            (name, round(share, 5)) for name, share in expected.classes
-        ]
-
-
-def test_our_messages_have_the_names_and_numbers_of_tritons() -> None:
-    from tritonclient.grpc import model_config_pb2, service_pb2
-
-    from deploy.serving.grpc_door import SERVICE
-    from deploy.serving.grpc_messages import POOL
-
-    theirs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-    compared = 0
-
-    def compare(ours: Any, other: Any) -> None:
-        nonlocal compared
-        for field in ours.fields:
-            wanted = other.fields_by_name[field.name]
-            assert (field.number, field.type, field.is_repeated) == (wanted.number, wanted.type, wanted.is_repeated), (
-                field.full_name
-            )
-            compared += 1
-            if field.enum_type:
-                numbers = {value.name: value.number for value in wanted.enum_type.values}
-                assert {value.name: value.number for value in field.enum_type.values}.items() <= numbers.items()
-            if field.message_type and field.message_type.name not in seen:
-                seen.add(field.message_type.name)
-                compare(field.message_type, wanted.message_type)
-
-    seen: set[str] = set()
-    for method in POOL.FindServiceByName(SERVICE).methods:
-        compare(method.input_type, theirs.methods_by_name[method.name].input_type)
-        compare(method.output_type, theirs.methods_by_name[method.name].output_type)
-    assert compared > 100
-    assert model_config_pb2.DESCRIPTOR
-
-
-def test_the_descriptors_are_compiled_from_the_protocol_files(tmp_path: Path) -> None:
-    from grpc_tools import protoc
-
-    folder = Path(deploy.__file__).parent / "serving"
-    made = tmp_path / "made.binpb"
-    assert (
-        protoc.main(["", f"-I{folder}", f"--descriptor_set_out={made}", f"{folder}/inference.proto", f"{folder}/health.proto"])
-        == 0
-    )
-    assert made.read_bytes() == (folder / "protocols.binpb").read_bytes(), "run `make proto`"

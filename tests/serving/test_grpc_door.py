@@ -1,4 +1,4 @@
-"""What the gRPC door logs: an error is in the log whether it came of a single call or of a stream, with the id of its request."""
+"""Health checks over gRPC, and the log of the gRPC door: of single calls and of streams, with the ids of requests."""
 
 import asyncio
 import logging
@@ -17,6 +17,8 @@ from deploy.serving.grpc_messages import message
 from deploy.serving.models import ModelOptions, Models
 from deploy.serving.options import ServerOptions
 from deploy.serving.source import ModelSource
+
+from .conftest import Server
 
 REQUEST = message("inference.ModelInferRequest")
 RESPONSES = {"ModelInfer": "ModelInferResponse", "ModelStreamInfer": "ModelStreamInferResponse"}
@@ -136,3 +138,18 @@ def test_bytes_that_are_no_message_and_callers_without_a_token_are_refused_and_l
     assert talk(shared_lenet5, method, [b"\xff\xff"], None, log_requests=True) == [grpc.StatusCode.INVALID_ARGUMENT]
     assert talk(shared_lenet5, method, [request()], None, token="a-token-of-24-characters") == [grpc.StatusCode.UNAUTHENTICATED]
     assert [record.status for record in logged(caplog)] == ["INVALID_ARGUMENT", "UNAUTHENTICATED"]  # type: ignore[attr-defined]
+
+
+def test_health_checks_of_grpc(limited: Server) -> None:
+    with grpc.insecure_channel(limited.grpc) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=lambda request: request.SerializeToString(),
+            response_deserializer=message("grpc.health.v1.HealthCheckResponse").FromString,
+        )
+        ask = message("grpc.health.v1.HealthCheckRequest")
+        assert check(ask()).status == 1
+        assert check(ask(service="digits")).status == 1
+        with pytest.raises(grpc.RpcError) as caught:
+            check(ask(service="nobody"))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND

@@ -169,11 +169,11 @@ def test_malformed_messages_over_grpc_are_refused(server: Server) -> None:
             for name in rng.permutation(["image", "factor", "other"])[: rng.integers(0, 4)]:
                 shape = rng.choice([[1, 4], [-1, 4], [2**62, 2**62], [], [2, 4]][rng.integers(0, 5)] or [0], 2)
                 datatype = "FP32" if name == "image" else "INT64"
-                each = request.inputs.add(
+                sent = request.inputs.add(
                     name=name, datatype=rng.choice([datatype, datatype, "BYTES"]), shape=[int(size) for size in shape]
                 )
                 if rng.random() < 0.3:
-                    each.contents.fp32_contents.extend([1.0] * int(rng.integers(0, 9)))
+                    sent.contents.fp32_contents.extend([1.0] * int(rng.integers(0, 9)))
                 if rng.random() < 0.5:
                     request.raw_input_contents.append(bytes(int(rng.choice([0, 16, 32, 5]))))
             body = bytearray(request.SerializeToString())

@@ -62,7 +62,7 @@ def test_nothing_is_lost_or_mixed_while_the_model_is_swapped(
 
     def client(number: int) -> None:
         call: Any = (Caller if number % 2 else GrpcCaller)(server, "net")
-        found: Counter[str] = Counter()
+        own: Counter[str] = Counter()
         for turn in range(share):
             index = (number * 7 + turn) % len(feeds)
             try:
@@ -73,10 +73,10 @@ def test_nothing_is_lost_or_mixed_while_the_model_is_swapped(
             fits = [np.allclose(result, wanted, rtol=1e-4, atol=1e-5) for wanted in expected[index]]
             if not any(fits):
                 wrong.append(f"request {index} was answered by neither version")
-            found["first" if fits[0] else "second"] += 1
+            own["first" if fits[0] else "second"] += 1
         call.close()
         with lock:
-            answered.update(found)
+            answered.update(own)
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
     for thread in threads:

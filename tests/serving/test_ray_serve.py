@@ -10,9 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,30 +50,30 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 def replicas() -> dict[int, str]:
     """The replicas that run on this machine: process numbers and titles."""
-    found = {}
+    titles = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             title = entry.read_bytes().decode(errors="replace")
         except OSError:
             continue
         if title.startswith("ray::ServeReplica:deploy"):
-            found[int(entry.parent.name)] = title
-    return found
+            titles[int(entry.parent.name)] = title
+    return titles
 
 
-def told_replicas(server: Server) -> set[str]:
+def answering_replicas(server: Server) -> set[str]:
     """The replicas that answer, by their metrics."""
-    found = set()
+    names = set()
     for _ in range(20):
         with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=30) as answer:
-            found.update(re.findall(r'replica="([^"]+)"', answer.read().decode()))
-    return found
+            names.update(re.findall(r'replica="([^"]+)"', answer.read().decode()))
+    return names
 
 
 class Load:
@@ -148,7 +147,7 @@ def test_replicas_are_added_under_load(arguments: list[str], versions: list[Arti
         assert len(replicas()) == 1
         with Load(server, "net", versions) as load:
             end = time.monotonic() + START_S
-            while len(told_replicas(server)) < 2:
+            while len(answering_replicas(server)) < 2:
                 assert time.monotonic() < end, "no replica was added"
                 time.sleep(1.0)
         assert not load.lost, load.lost[:3]
@@ -158,7 +157,7 @@ def test_replicas_are_added_under_load(arguments: list[str], versions: list[Arti
         server.kill()
 
 
-def test_replicas_that_do_not_start_are_told(arguments: list[str]) -> None:
+def test_replicas_that_do_not_start_are_reported(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "deploy", "serve", *arguments, "--backend", "tensorrt", "--detach"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert finished.returncode == 1
@@ -189,7 +188,7 @@ def test_a_replica_is_killed_under_load(server: Server, versions: list[Artifact]
         assert before > 0
         os.kill(next(iter(first)), signal.SIGKILL)
         end = time.monotonic() + START_S
-        while replicas().keys() <= first.keys() or len(told_replicas(server)) < 2:
+        while replicas().keys() <= first.keys() or len(answering_replicas(server)) < 2:
             assert time.monotonic() < end, "no replica came in the place of the one that was killed"
             time.sleep(0.1)
         healed_at, healed = time.monotonic(), load.answered
@@ -226,7 +225,7 @@ def test_another_version_is_deployed_under_load(
 
 
 def test_what_one_replica_must_not_do_alone_is_refused(server: Server) -> None:
-    assert len(told_replicas(server)) == 2
+    assert len(answering_replicas(server)) == 2
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"http://{server.http}/v2/repository/models/net/load", data=b"", timeout=30)
     assert caught.value.code == 403
@@ -252,54 +251,17 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"replicas": 0}, "1 or more"),
-        ({"replicas": 3, "max_replicas": 2}, "`max_replicas` 2 must not be less than `replicas` 3"),
-        ({"replicas_per_node": 0}, "1 or more"),
-        ({"target_requests": 0.0}, "more than 0"),
-        ({"replica_gpus": -1.0}, "0 or more"),
-        ({"detach": True}, "`detach` needs the address of a cluster"),
-        ({"address": "/"}, "is a path, not the address"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        RayOptions(**options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"http_port": None}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
         ({"admin_token": "x" * 20}, "no admin calls"),
     ],
 )
-def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], said: str, versions: list[Artifact]) -> None:
+def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], message: str, versions: list[Artifact]) -> None:
     source = ModelSource(name="net", path=versions[0].path)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         application([source], ModelOptions(), ServerOptions(**options), RayOptions())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("arguments", [["--replicas", "2"], ["--detach"], ["--replica-gpus", "1"]])
-def test_options_of_ray_go_with_ray(arguments: list[str], versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", versions[0].path, *arguments)
-    assert finished.status == 2
-    assert f"{arguments[0]} needs --ray" in finished.err
-
-
-def test_there_is_no_grpc_door(versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", versions[0].path, "--grpc-port", 8001, "--ray")
-    assert finished.status == 2
-    assert "--ray serves over REST alone" in finished.err
-
-
-@pytest.mark.parametrize("arguments", [["--ray", "ARTIFACT"], ["ARTIFACT", "--ray", "ARTIFACT"]])
-def test_an_artifact_is_not_taken_for_an_address(arguments: list[str], versions: list[Artifact], run: Callable[..., Any]) -> None:
-    finished = run("serve", *[text.replace("ARTIFACT", str(versions[0].path)) for text in arguments])
-    assert finished.status == 2
-    assert "put --ray behind the artifacts" in finished.err
 
 
 def test_scaling_is_rays(versions: list[Artifact]) -> None:
