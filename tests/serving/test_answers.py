@@ -53,6 +53,7 @@ def test_a_model_of_a_fixed_batch_is_described_with_it(fixed: Artifact) -> None:
         assert (document["max_batch_size"], document["input"][0]["dims"]) == (0, [1, 1, 28, 28])
         assert "dynamic_batching" not in document
         asyncio.run(served.batcher.run_async({"input": np.zeros((1, 1, 28, 28), np.float32)}))
+        served.batcher.close()  # the answer comes before the batch is counted
         counted = statistics(served)
         assert (counted["name"], counted["version"], counted["inference_stats"]["success"]["count"]) == ("net", "3", 1)
     finally:
