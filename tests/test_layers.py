@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from deploy.artifact.artifact import Artifact
@@ -192,3 +194,40 @@ def test_the_runtime_loads_no_torch_and_none_of_the_intake() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.fixture
+def built(tmp_path: Path, run: Callable[..., Any]) -> Path:
+    """A folder with an artifact, an engine and an INT8 artifact of it, as three commands make them."""
+    feeds = tmp_path / "feeds"
+    feeds.mkdir()
+    np.savez(feeds / "0.npz", input=np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32))
+    for arguments in (
+        ("export", "--arch", "lenet5", "-o", tmp_path / "net"),
+        ("build-trt", tmp_path / "net", "--fp16", "-o", tmp_path / "engine"),
+        ("quantize", tmp_path / "net", "--calib", feeds, "-o", tmp_path / "int8"),
+    ):
+        assert run(*arguments).status == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build-trt", "net", "--fp16", "-o", "engine"], "engine is up to date"),
+        (["build-trt", "net", "--fp16", "-o", "another"], "the same engine was built before"),
+        (["quantize", "net", "--calib", "feeds", "-o", "int8"], "int8 is up to date"),
+    ],
+)
+def test_what_is_up_to_date_or_in_the_cache_is_found_without_a_heavy_library(
+    built: Path, arguments: list[str], message: str
+) -> None:
+    code = (
+        "import sys; from deploy.cli import main; sys.argv = ['deploy', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: print('loaded', *sorted({'torch', 'onnx', 'onnx_ir', 'onnxruntime', 'openvino', 'sympy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=built, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded"
