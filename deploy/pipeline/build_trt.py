@@ -25,7 +25,7 @@ from deploy.errors import BackendError, UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
 from deploy.host.versions import tool_versions
 from deploy.options import collect, option
-from deploy.pipeline import engine_cache
+from deploy.pipeline.artifact_cache import ENGINE_CACHE
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
 from deploy.pipeline.stage import PathLike, default_out, fp32_source, open_source, run_stage
@@ -239,12 +239,11 @@ class _BuildTrt:
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         timings = self._options.build.timing_cache
         cached = self._options.cache and (timings is None or timings.is_file())  # a copy would not make the file asked for
-        if cached and (kept := engine_cache.fill(writer, self._source, self._circumstances, stage)) is not None:
-            logger.info("the same engine was built before: copied from %s", engine_cache.folder())
+        if cached and (kept := ENGINE_CACHE.fill(writer, self._source, self._circumstances, stage)) is not None:
             return kept
         manifest = self._build(writer, stage)
         if cached:
-            engine_cache.put(self._source, self._circumstances, writer.describe(manifest))
+            ENGINE_CACHE.put(self._source, self._circumstances, writer.describe(manifest))
         return manifest
 
     def _build(self, writer: ArtifactWriter, stage: Stage) -> Manifest:

@@ -15,6 +15,7 @@ from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.errors import UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
 from deploy.options import collect, option
+from deploy.pipeline.artifact_cache import INT8_CACHE
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
 from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
@@ -114,6 +115,7 @@ class _Quantize:
         self._options = options
         self._gate = gate
         self._progress = progress
+        self._request: dict[str, Any] | None = None
 
     def request(self) -> dict[str, Any] | None:
         check_fp32(self._source)
@@ -121,9 +123,22 @@ class _Quantize:
             self._gate.check(self._source)
         self._source.verify(weights=False)
         request = quantize_request(self._source, self._data, self._options)
-        return None if request is None else {**request, "gate": self._gate.request() if self._gate else None}
+        if request is None:
+            return None
+        whole = {**request, "gate": self._gate.request() if self._gate else None}
+        self._request = {name: value for name, value in whole.items() if name != "parent"}  # known by its content instead
+        return whole
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
+        request = self._request
+        if request is not None and (kept := INT8_CACHE.fill(writer, self._source, request, stage)) is not None:
+            return kept
+        manifest = self._quantize(writer, stage)
+        if request is not None:
+            INT8_CACHE.put(self._source, request, writer.describe(manifest))
+        return manifest
+
+    def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         from deploy.precision.int8.quantize import hint, quantize_onnx  # loads onnx and ONNX Runtime
 
         quantized = quantize_onnx(self._source, self._data, self._options, self._progress)

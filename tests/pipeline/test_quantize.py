@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from deploy.data.calibration_set import calibration_set
 from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
 from deploy.models.lenet5 import LeNet5
+from deploy.pipeline.artifact_cache import INT8_CACHE
 from deploy.precision.int8 import cache as calibration_cache
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.options import METHOD
@@ -89,8 +91,7 @@ def test_scales_do_not_depend_on_the_batch(convnet, images, tmp_path, cache, met
     for batch in (1, 7, 32):
         made = deploy.quantize(convnet, tmp_path / f"int8-{batch}", calib=images, method=method, batch_size=batch)
         found.append(scales(made))
-        for path in (cache / "deploy" / "calibration").iterdir():
-            path.unlink()
+        shutil.rmtree(cache)
     assert set(found[0]) == set(found[1]) == set(found[2])
     tolerance = 1e-5 if method == "max" else 2 / 4096  # one bin of the widest range
     for other in found[1:]:
@@ -101,7 +102,7 @@ def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_d
     caplog.set_level(logging.INFO)
     first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
     second = deploy.quantize(convnet, tmp_path / "b", calib=images, images=20)
-    assert "calibration found" in caplog.text
+    assert "the same INT8 artifact was made before" in caplog.text
     assert first.onnx_path.read_bytes() == second.onnx_path.read_bytes()
     assert first.manifest.parity == second.manifest.parity
     caplog.clear()
@@ -110,13 +111,23 @@ def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_d
     caplog.clear()
     deploy.quantize(convnet, tmp_path / "c", calib=images, images=21)
     deploy.quantize(convnet, tmp_path / "d", calib=images, images=20, method="max")
+    assert "was made before" not in caplog.text
     assert "calibration found" not in caplog.text
+
+
+def test_an_engine_takes_the_calibration_that_quantize_has_kept(convnet, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
+    engine = deploy.build_trt(convnet, tmp_path / "engine", int8=True, calib=images, images=20)
+    assert "calibration found" in caplog.text
+    assert scales(engine) == scales(first)
 
 
 def test_a_damaged_cache_is_made_again(convnet, images, tmp_path):
     first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
     (path,) = calibration_cache.folder().iterdir()
     path.write_bytes(path.read_bytes()[:100])
+    shutil.rmtree(INT8_CACHE.folder)
     assert (
         deploy.quantize(convnet, tmp_path / "b", calib=images, images=20).onnx_path.read_bytes() == first.onnx_path.read_bytes()
     )
@@ -124,7 +135,7 @@ def test_a_damaged_cache_is_made_again(convnet, images, tmp_path):
 
 def test_interrupted_and_started_again_it_ends_with_the_same_scales(convnet, images, tmp_path):
     whole = deploy.quantize(convnet, tmp_path / "whole", calib=images, images=64)
-    (calibration_cache.folder() / next(calibration_cache.folder().iterdir()).name).unlink()
+    shutil.rmtree(calibration_cache.folder().parent)
     program = (
         "import os, signal, sys, deploy\n"
         "def stop(what, done=0, total=0):\n"

@@ -1,4 +1,4 @@
-"""Engines that are kept between builds."""
+"""Engines and INT8 artifacts that are kept between runs."""
 
 import logging
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -13,7 +14,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE
 from deploy.engine import builder
-from deploy.pipeline import engine_cache
+from deploy.pipeline import artifact_cache
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_a_kept_engine_that_is_damaged_is_built_again(
         second = deploy.build_trt(lenet5, tmp_path / "second")
     second.verify()
     assert len(built) == 2
-    assert "a kept engine is damaged, and is built again" in caplog.text
+    assert "a kept engine is damaged, and is made again" in caplog.text
     Artifact.open(kept).verify()
 
 
@@ -113,7 +114,7 @@ def test_an_engine_that_another_process_removes_meanwhile_is_built(
 ) -> None:
     """`left`: files that were copied before the rest was gone."""
     deploy.build_trt(lenet5, tmp_path / "first")
-    real = engine_cache._duplicate
+    real = artifact_cache._duplicate
     copied: list[Path] = []
 
     def trimmed(source: Path, target: Path) -> None:
@@ -122,7 +123,7 @@ def test_an_engine_that_another_process_removes_meanwhile_is_built(
         copied.append(source)
         real(source, target)
 
-    monkeypatch.setattr(engine_cache, "_duplicate", trimmed)
+    monkeypatch.setattr(artifact_cache, "_duplicate", trimmed)
     second = deploy.build_trt(lenet5, tmp_path / "second")
     second.verify()
     assert len(built) == 2
@@ -136,3 +137,21 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     with caplog.at_level(logging.WARNING, "deploy"):
         deploy.build_trt(lenet5, tmp_path / "engine").verify()
     assert "the engine cannot be kept" in caplog.text
+
+
+def test_an_int8_artifact_is_copied_for_the_same_file_and_feeds_alone(
+    lenet5: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("feeds", "others"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "0.npz", input=rng.standard_normal((2, 1, 28, 28), dtype=np.float32))
+    first = deploy.quantize(lenet5, tmp_path / "first", calib=tmp_path / "feeds")
+    with caplog.at_level(logging.INFO, "deploy"):
+        second = deploy.quantize(lenet5, tmp_path / "second", calib=tmp_path / "feeds")
+        other = deploy.quantize(lenet5, tmp_path / "other", calib=tmp_path / "others")
+    assert caplog.text.count("the same INT8 artifact was made before") == 1
+    assert second.manifest.files == first.manifest.files != other.manifest.files
+    assert (second.manifest.name, second.root()) == ("second", lenet5)
+    assert second.manifest.calibration == first.manifest.calibration
+    assert second.manifest.parity == first.manifest.parity
