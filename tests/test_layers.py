@@ -232,3 +232,23 @@ def test_what_is_up_to_date_or_in_the_cache_is_found_without_a_heavy_library(
     assert done.returncode == 0, done.stderr
     assert message in done.stderr
     assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def main() -> None:
+    """Print the rooms, floors and arrows, and the largest files."""
+    lines = {module_name(path): path.read_text(encoding="utf-8").count("\n") for path in sources()}
+    arrows = {
+        (room_of(module_name(path)), room_of(target))
+        for path in sources()
+        for name in imports(path)
+        if (target := ours(name)) is not None and target.partition(".")[0] not in NO_DEPLOY
+    }
+    between = {(room, other) for room, other in arrows if room != other}
+    up = {(room, other) for room, other in between if FLOOR[room] < FLOOR[other]}
+    sys.stdout.write(f"{len(FLOOR)} rooms on {len(FLOORS)} floors, {len(between)} arrows between rooms, {len(up)} of them up\n")
+    for name, count in sorted(lines.items(), key=lambda item: -item[1])[:5]:
+        sys.stdout.write(f"{count} lines  {name}\n")
+
+
+if __name__ == "__main__":
+    main()
