@@ -1,6 +1,7 @@
 """An ONNX graph in half precision, compared with the graph in FP32."""
 
 from collections.abc import Iterator
+from typing import cast
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model
@@ -9,6 +10,7 @@ from deploy.data.image_folder import image_feeds
 from deploy.precision.converted import Converted, compare_converted, random_inputs
 from deploy.precision.formats import IMAGES, ConvertOptions
 from deploy.precision.half.emulate import Emulate
+from deploy.precision.half.options import HalfPrecision
 from deploy.precision.half.rewrite import convert_model
 from deploy.progress import Progress, silent
 
@@ -23,11 +25,12 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     graph emulated in FP32. Raises PrecisionError, ParityError (the result is too far off), DataError and BackendError
     (ONNX Runtime is not installed).
     """
+    precision = cast(HalfPrecision, options.precision)  # of all formats, these two come here
     source = load_model(artifact.onnx_path)
     model = source.clone()
     exclusions = convert_model(
         model,
-        options.precision,
+        precision,
         _range_feeds(artifact, options, progress),
         half_io=options.fp16_io,
         shown=artifact.shown,
@@ -35,7 +38,7 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     )
     emulation = model.clone()
     Emulate()(emulation)
-    remedy = "--bf16, which has the range of FP32" if options.precision == "fp16" else "--fp16, which is finer"
+    remedy = "--bf16, which has the range of FP32" if precision == "fp16" else "--fp16, which is finer"
     return compare_converted(
         artifact, source, model, options, emulation=emulation, exclusions=exclusions, remedy=remedy, progress=progress
     )
