@@ -1,7 +1,6 @@
 """An ONNX graph in half precision, compared with the graph in FP32."""
 
 from collections.abc import Iterator
-from typing import cast
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model
@@ -10,7 +9,7 @@ from deploy.data.image_folder import image_feeds
 from deploy.precision.converted import Converted, compare_converted, random_inputs
 from deploy.precision.formats import IMAGES, ConvertOptions
 from deploy.precision.half.emulate import Emulate
-from deploy.precision.half.options import HalfPrecision
+from deploy.precision.half.options import half_precision
 from deploy.precision.half.rewrite import convert_model
 from deploy.progress import Progress, silent
 
@@ -25,7 +24,7 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     graph emulated in FP32. Raises PrecisionError, ParityError (the result is too far off), DataError and BackendError
     (ONNX Runtime is not installed).
     """
-    precision = cast(HalfPrecision, options.precision)  # of all formats, these two come here
+    precision = half_precision(options.precision)
     source = load_model(artifact.onnx_path)
     model = source.clone()
     exclusions = convert_model(

@@ -6,6 +6,12 @@ HalfPrecision = Literal["fp16", "bf16"]
 
 PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 
+
+def half_precision(name: str) -> HalfPrecision:
+    """`name` as one of the two; other formats do not come here."""
+    return PRECISIONS[PRECISIONS.index(name)]  # type: ignore[arg-type]
+
+
 OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
 """The lowest opset that a graph may have: before 22, convolution and pooling are not defined for BF16."""
 
