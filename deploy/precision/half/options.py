@@ -9,7 +9,7 @@ PRECISIONS: tuple[HalfPrecision, ...] = get_args(HalfPrecision)
 
 def half_precision(name: str) -> HalfPrecision:
     """`name` as one of the two; other formats do not come here."""
-    return PRECISIONS[PRECISIONS.index(name)]  # type: ignore[arg-type]
+    return PRECISIONS[PRECISIONS.index(name)]
 
 
 OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
