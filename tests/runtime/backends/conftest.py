@@ -127,6 +127,25 @@ class FakeGraph(Graph):
             stream.give(work)  # type: ignore[attr-defined]
 
 
+class OnDevice:
+    """An array in the memory of the fake, as CuPy would hand it over."""
+
+    def __init__(
+        self, gpu: "FakeDevice", array: np.ndarray, stream: int | None = None, offset: int = 0, strides: Any = None
+    ) -> None:
+        self.memory: Any = gpu.allocate(array.nbytes + offset)
+        self.memory.content[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.shape, self.dtype = array.shape, array.dtype
+        self.__cuda_array_interface__ = {
+            "data": (self.memory.pointer + offset, False),
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "strides": strides,
+            "stream": stream,
+            "version": 3,
+        }
+
+
 class FakeDevice(Device):
     """Host memory that passes for a GPU's."""
 
@@ -173,6 +192,9 @@ class FakeDevice(Device):
         if self.used + nbytes > self.total:
             raise DeviceMemoryError(nbytes, *self.memory())
         return FakeMemory(self, nbytes)
+
+    def array(self, array: np.ndarray, **options: Any) -> OnDevice:
+        return OnDevice(self, array, **options)
 
     def pinned(self, nbytes: int) -> np.ndarray:
         return np.full(max(nbytes, 1), POISON, dtype=np.uint8)

@@ -1,0 +1,38 @@
+"""An engine that does not fit this machine, built again from the typed ONNX file beside it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import deploy
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ENGINE
+from deploy.engine.cuda import Gpu
+from deploy.engine.flavour import load_flavour
+from deploy.engine.rebuild import engine_plan
+from deploy.errors import BackendError
+
+Make = Callable[..., Artifact]
+
+
+def test_an_engine_that_does_not_fit_is_rebuilt_from_its_typed_file_and_kept(
+    shared_lenet5: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder is the real one, of tensorrt-rtx; nothing can load what it builds without a GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    engine = deploy.build_trt(shared_lenet5, tmp_path / "engine", precision="fp16", flavour="tensorrt-rtx", cache=False)
+    assert engine.manifest.target is not None
+    old = msgspec.structs.replace(engine.manifest.target, version="1.2.0")
+    stale = dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, target=old))
+    flavour, gpu = load_flavour("tensorrt-rtx"), Gpu(name="Fake GPU", compute_capability="8.9", driver=None)
+    with pytest.raises(BackendError, match=r"built with tensorrt-rtx 1.2.0, and 1.7\S* is installed; build it here"):
+        engine_plan(stale, flavour, gpu, rebuild=False)
+    plan = engine_plan(stale, flavour, gpu, rebuild=True)
+    assert len(plan) == pytest.approx(len((engine.path / ENGINE).read_bytes()), rel=0.05)
+    (kept,) = (tmp_path / "cache" / "deploy" / "engines").iterdir()
+    assert kept.read_bytes() == plan
+    kept.write_bytes(b"kept")
+    assert engine_plan(stale, flavour, gpu, rebuild=True) == b"kept"
