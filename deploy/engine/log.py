@@ -1,4 +1,8 @@
-"""TensorRT's messages: errors are kept, for they say why a call returned nothing, and warnings passed on."""
+"""TensorRT's messages: errors are kept, because they say why a call returned nothing; warnings go into the log.
+
+They are records of the level DEBUG, which the command line does not show: one build of an INT8 engine may write a hundred
+about its own steps ("Converting conv activation scales to fp32").
+"""
 
 import gc
 import logging
@@ -18,10 +22,10 @@ _was_enabled = False
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """No garbage is collected meanwhile, in any thread.
+    """Keep Python from collecting garbage, in any thread.
 
-    For the making of a Builder or Runtime: TensorRT then holds a lock of the process and logs, in Python. A collection in there
-    that finds an older builder would free it, for which TensorRT waits for the same lock, for ever.
+    Needed while a Builder or Runtime is made: TensorRT then holds a lock of the process and logs, in Python. A collection at that
+    moment could free an older builder, for which TensorRT waits for the same lock, for ever.
     """
     global _holders, _was_enabled
     with _lock:
@@ -39,7 +43,7 @@ def garbage_kept() -> Iterator[None]:
 
 
 def make_logger(trt: Bindings) -> Any:
-    """An ILogger of the flavour whose module is `trt`; `last()` is the last error that it was told."""
+    """An ILogger of the flavour whose module is `trt`; `last()` is the last error that TensorRT reported."""
 
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -50,7 +54,7 @@ def make_logger(trt: Bindings) -> Any:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.strip())
             elif severity == trt.ILogger.WARNING:
-                logger.info("%s", message.strip())
+                logger.debug("%s", message.strip())
 
         def last(self) -> str:
             return self.errors[-1] if self.errors else "no reason was given"

@@ -1,0 +1,49 @@
+"""What TensorRT says of its own work goes into the log, and not to the screen."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deploy.artifact.artifact import Artifact
+from deploy.engine.log import make_logger
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize("severity", range(5))
+def test_errors_are_kept_and_nothing_is_shown(severity: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "deploy")
+    trt: Any = SimpleNamespace(ILogger=ILogger)
+    log = make_logger(trt)
+    log.log(severity, " (foreignNode) Converting conv activation scales to fp32.\n")
+    kept = severity <= ILogger.ERROR
+    assert log.last() == ("(foreignNode) Converting conv activation scales to fp32." if kept else "no reason was given")
+    assert [record.levelno for record in caplog.records] == [logging.DEBUG] * (severity == ILogger.WARNING)
+
+
+def test_the_build_of_an_int8_engine_prints_our_lines_and_no_others(shared_lenet5: Artifact, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    for index in range(4):
+        image = Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8))
+        image.save(tmp_path / "images" / "ab"[index % 2] / f"{index}.png")
+    build = ["build-trt", str(shared_lenet5.path), "--int8", "--fp16", "--calib", str(tmp_path / "images")]
+    command = [sys.executable, "-m", "deploy", *build, "--flavour", "tensorrt-rtx", "-o", str(tmp_path / "engine")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("engine: ")
+    assert all(line.startswith("  ") for line in lines)
