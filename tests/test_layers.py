@@ -145,10 +145,44 @@ def test_importing_loads_no_heavy_library(statement: str) -> None:
     assert done.stdout.split() == []
 
 
-def test_loading_an_artifact_loads_neither_torch_nor_onnx(shared_lenet5: Artifact) -> None:
-    code = f"import sys, deploy; deploy.load({str(shared_lenet5.path)!r}); print(*sorted({{'torch', 'onnx', 'click', 'rich'}} & set(sys.modules)))"
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "sympy", "click", "rich")
+MAKERS = tuple(f"deploy.{room}" for room in ("bench", "calibration", "data", "intake", "models", "pipeline", "precision"))
+"""What makes and judges artifacts: a service that runs them needs none of it."""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param("deploy.load(PATH)(X)", id="load"),
+        pytest.param("deploy.load(PATH, backend='fastest')(X)", id="fastest"),
+        pytest.param("deploy.Batcher(deploy.load(PATH)).run({'input': X})", id="batcher"),
+        pytest.param("list(deploy.load(PATH).stream([{'input': X}]))", id="stream"),
+        pytest.param("import deploy.engine.rebuild, deploy.runtime.backends.tensorrt", id="engines"),
+        pytest.param("import deploy.runtime.doctor", id="doctor"),
+    ],
+)
+def test_running_an_artifact_loads_nothing_that_makes_one(shared_lenet5: Artifact, use: str) -> None:
+    code = f"""
+import sys, deploy, numpy
+PATH, X = {str(shared_lenet5.path)!r}, numpy.zeros((1, 1, 28, 28), numpy.float32)
+{use}
+print(*sorted(name for name in sys.modules if name in {HEAVY} or name.startswith({MAKERS})))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_bare_onnx_file_without_onnx_names_the_extra(tiny_onnx: Path) -> None:
+    code = f"""
+import sys, deploy
+sys.modules["onnx"] = None
+try:
+    deploy.load({str(tiny_onnx)!r})
+except deploy.DeployError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"the bare ONNX file {tiny_onnx} needs onnx, which is not installed: pip install 'deploy[export]'\n"
 
 
 def test_the_runtime_loads_no_torch_and_none_of_the_intake() -> None:

@@ -7,19 +7,27 @@ from pathlib import Path
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import MANIFEST
 from deploy.errors import ArtifactError, UsageError
+from deploy.host.extras import missing
 
 BUILD = Path("build")
 """Where artifacts go, and are looked for, when no directory is named."""
 
 
 def open_artifact(path: Path | str) -> Artifact:
-    """The artifact at `path`: a directory, or a bare `.onnx` file. Raises ArtifactError, UsageError for what is no path."""
+    """The artifact at `path`: a directory, or a bare `.onnx` file, for which onnx must be installed.
+
+    Raises ArtifactError, UsageError if `path` is no path, BackendError if onnx is missing.
+    """
     if not isinstance(path, str | os.PathLike):
         raise UsageError(f"expected an artifact, or the path of one or of an .onnx file, not {path!r}")
     path = Path(path)
     if path.suffix == ".onnx" and not path.is_dir():
-        from deploy.artifact.onnxfile import open_onnx  # loads onnx, which a service that embeds the runtime need not
-
+        try:
+            from deploy.artifact.onnxfile import open_onnx  # loads onnx, which a service that embeds the runtime does not need
+        except ImportError as error:
+            if known := missing(error, f"the bare ONNX file {path}"):
+                raise known from error
+            raise
         return open_onnx(path)
     return Artifact.open(path)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifact.onnxfile import load_graph
 from deploy.engine.bindings import Bindings
 from deploy.engine.flavour import Flavour
 from deploy.engine.log import garbage_kept, make_logger
@@ -89,6 +88,8 @@ def _refusals(
 
 
 def _domain(onnx_path: Path, operator: str, name: str) -> str:
-    """The domain of the node that the parser refused; it tells the operator and the name alone."""
+    """The domain of the node that the parser refused: the parser itself reports only the operator and the name."""
+    from deploy.artifact.onnxfile import load_graph  # loads onnx, which a host that rebuilds an engine need not have
+
     nodes = [node for node in load_graph(onnx_path).graph.node if node.op_type == operator]
     return next((node.domain for node in nodes if node.name == name or len(nodes) == 1), "") or "ai.onnx"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, request_digest
+from deploy.engine.builder import build_engine, options_of
 from deploy.engine.compatibility import mismatches
 from deploy.engine.cuda import Gpu
 from deploy.engine.flavour import Flavour
@@ -27,8 +28,6 @@ def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool
         )
     file = _rebuilt(artifact, flavour, gpu)
     if not file.is_file():
-        from deploy.engine.builder import build_engine, options_of  # loads onnx
-
         profiles = list(artifact.manifest.profiles)
         built = build_engine(flavour, artifact.onnx_path, profiles, options_of(target, gpu), shown=artifact.shown)
         keep(file, built.plan, "the rebuilt engine")

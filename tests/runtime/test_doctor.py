@@ -1,6 +1,11 @@
+import json
+import subprocess
+import sys
+
 import onnxruntime
 import pytest
 
+from deploy.host.extras import EXTRAS
 from deploy.runtime import doctor
 
 
@@ -38,3 +43,57 @@ def test_a_provider_that_is_not_in_the_wheel_is_named_even_where_there_is_no_gpu
     assert not entry["available"]
     assert "needs CUDAExecutionProvider" in str(entry["reason"])
     assert "deploy[gpu]" in str(entry["reason"])
+
+
+BLOCKED = """
+import sys
+for name in {names}:
+    sys.modules[name] = None
+sys.argv = ["deploy", "doctor", *{options}]
+from deploy.cli import main
+main()
+"""
+
+
+def doctor_without(names: list[str], *options: str) -> str:
+    """What `deploy doctor` prints where these modules cannot be imported."""
+    code = BLOCKED.format(names=names, options=options)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_it_needs_no_library_of_any_extra() -> None:
+    every = sorted({module for modules in EXTRAS.values() for module in modules} - {"google"})  # which others share
+    report = json.loads(doctor_without(every, "--json"))
+    assert [extra["name"] for extra in report["extras"]] == list(EXTRAS)
+    assert not any(extra["available"] for extra in report["extras"])
+    assert not any(
+        library["version"] for extra in report["extras"] for library in extra["libraries"] if library["name"] != "protobuf"
+    )
+    assert [entry["name"] for entry in report["backends"] if entry["available"]] == ["null"]
+    reasons = {entry["name"]: entry["reason"] for entry in report["backends"] if not entry["available"]}
+    assert all("pip install 'deploy[" in reason for reason in reasons.values()), reasons
+    assert "deploy[export]" in reasons["eager"]
+    assert "deploy[export]" in reasons["compile"]
+    assert report["torch"]["version"] is None
+    text = doctor_without(every)
+    for extra in EXTRAS:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"extra     {extra} ")]
+        assert f"pip install 'deploy[{extra}]'" in line
+    assert "torch     missing: " in text
+
+
+@pytest.mark.parametrize("blocked", [["torch"], ["grpc", "ray"]])
+def test_what_is_there_is_listed_beside_what_is_missing(blocked: list[str]) -> None:
+    report = json.loads(doctor_without(blocked, "--json"))
+    for extra in report["extras"]:
+        modules = EXTRAS[extra["name"]]
+        for (module, name), library in zip(modules.items(), extra["libraries"], strict=True):
+            assert library["name"] == name
+            if module in blocked:
+                assert library["version"] is None
+        assert extra["available"] == all(library["version"] for library in extra["libraries"])
+        assert extra["install"] == f"pip install 'deploy[{extra['name']}]'"
+    assert any(entry["available"] for entry in report["backends"] if entry["name"] == "onnxruntime")
