@@ -45,5 +45,5 @@ def test_the_build_of_an_int8_engine_prints_our_lines_and_no_others(shared_lenet
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     first, *lines = done.stdout.splitlines()
-    assert first.startswith("engine: ")
+    assert first.startswith(f"{tmp_path / 'engine'}: tensorrt-rtx ")
     assert all(line.startswith("  ") for line in lines)

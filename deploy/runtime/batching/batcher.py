@@ -14,9 +14,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -24,8 +24,8 @@ import numpy as np
 
 from deploy.artifact.tensors import rows_join
 from deploy.errors import DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
-from deploy.runtime.batching.execution import _Done, _ours
-from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue, apart
+from deploy.runtime.batching.execution import Done, execute, hand_out, ours, run
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue
 from deploy.runtime.session import Session
 
 logger = logging.getLogger("deploy.runtime")
@@ -165,13 +165,13 @@ class Batcher:
 
     def _run_here(self, request: Request) -> Outputs:
         try:
-            done = self._run([request], None)
+            done = run(self.session, [request], None)
         finally:
             self._leave()
         self._report(done, time.perf_counter())
         if done.outputs is None:
             assert done.error is not None
-            raise _ours(done.error, self.session.name)
+            raise ours(done.error, self.session.name)
         return done.outputs
 
     @property
@@ -252,11 +252,11 @@ class Batcher:
         joiner = Joiner(self.max_rows or 1)
         while (batch := self._take()) is not None:
             try:
-                done = self._execute(batch, joiner) if batch else []
+                runs = execute(self.session, batch, joiner) if batch else []
             finally:
                 self._leave()
-            for each in done:
-                self._hand_out(each)
+            for done in runs:
+                self._report(hand_out(done, self.session.name), time.perf_counter())
 
     def _take(self) -> list[Request] | None:
         """The next batch, once the session is free; an empty one where all of it was cancelled or too late; None at the end."""
@@ -303,51 +303,7 @@ class Batcher:
             return None
         return self._queue.first.came + self.options.delay_ms / 1e3 - time.perf_counter()
 
-    def _execute(self, batch: Sequence[Request], joiner: Joiner) -> "list[_Done]":
-        """Run the batch; where it fails, each request alone, for one of them may be to blame."""
-        done = self._run(batch, joiner)
-        if done.error is None or len(batch) == 1:
-            return [done]
-        return [self._run([request], joiner) for request in batch]
-
-    def _run(self, batch: Sequence[Request], joiner: Joiner | None) -> "_Done":
-        began = joined = time.perf_counter()
-        outputs: Outputs | None = None
-        error: Exception | None = None
-        try:
-            feed = batch[0].feed if joiner is None or len(batch) == 1 else joiner.join(batch)
-            joined = time.perf_counter()
-            outputs = self.session.run(feed)
-        except Exception as caught:
-            error = caught
-        return _Done(
-            batch=batch, here=joiner is None, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter()
-        )
-
-    def _hand_out(self, done: "_Done") -> None:
-        error = done.error
-        for request, own in zip(done.batch, self._apart(done), strict=True):
-            if isinstance(own, Exception):
-                error = own
-                request.finish(None, _ours(own, self.session.name))
-            else:
-                request.finish(own, None)
-        self._report(replace(done, error=error), time.perf_counter())
-
-    def _apart(self, done: "_Done") -> Sequence[Outputs | Exception]:
-        """What each request of the batch gets: its own rows, or the error."""
-        batch, outputs = done.batch, done.outputs
-        if outputs is None:
-            assert done.error is not None
-            return [done.error] * len(batch)
-        if len(batch) == 1:
-            return [outputs]
-        try:
-            return apart(outputs, [request.rows for request in batch])
-        except Exception as error:  # no memory for them, or fewer rows than were fed: an answer to all of them too
-            return [error] * len(batch)
-
-    def _report(self, done: "_Done", end: float) -> None:
+    def _report(self, done: Done, end: float) -> None:
         batch = done.batch
         if len(batch) == 1 and done.error is None:
             # What it takes by itself: of times in a thread, which hold waits for the interpreter, the least count most.

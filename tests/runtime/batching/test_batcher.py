@@ -1,9 +1,8 @@
-"""Batches of real sessions: whose rows come back to whom, and what waits, fails, is late, cancelled or refused."""
+"""Batches of real sessions: whose rows come back to whom, and what waits, is late, cancelled or refused."""
 
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
@@ -14,41 +13,10 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError, DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
 from deploy.runtime.batching.batcher import Batcher, BatcherOptions
-from deploy.runtime.batching.pipeline import Pipeline
-from deploy.runtime.batching.queue import BatchRecord, Request, RequestQueue
+from deploy.runtime.batching.queue import BatchRecord
 from deploy.runtime.load import open_session
-from deploy.runtime.session import Session
 
 WAIT_S = 20
-
-
-class Gated:
-    """A session that can be held, and notes the rows of each run. A feed whose first pixel is 666 breaks the run."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.gate = threading.Event()
-        self.gate.set()
-        self.inside = threading.Semaphore(0)
-        self.rows: list[int] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run(self, feed: dict[str, np.ndarray]) -> Any:
-        x = next(iter(feed.values()))
-        self.rows.append(len(x))
-        self.inside.release()
-        assert self.gate.wait(WAIT_S)
-        if (x[:, 0, 0, 0] == 666).any():
-            raise RuntimeError("a cosmic ray")
-        return self._session.run(feed)
-
-
-@pytest.fixture
-def session(shared_lenet5: Artifact) -> Iterator[Any]:
-    with open_session(shared_lenet5, "onnxruntime") as session:
-        yield Gated(session)
 
 
 def images(rows: int, seed: int) -> dict[str, np.ndarray]:
@@ -151,22 +119,6 @@ def test_what_is_too_late_is_not_run(session: Any) -> None:
             late.result(WAIT_S)
         assert patient.result(WAIT_S)
     assert session.rows == [1, 1]
-
-
-def test_one_bad_request_fails_alone(session: Any) -> None:
-    with Batcher(session, BatcherOptions(max_rows=8)) as batcher:
-        hold(session, batcher)
-        feeds = [images(2, seed) for seed in range(4)]
-        feeds[2]["input"][1, 0, 0, 0] = 666
-        futures = [batcher.submit(feed) for feed in feeds]
-        session.gate.set()
-        for number, (feed, future) in enumerate(zip(feeds, futures, strict=True)):
-            if number == 2:
-                with pytest.raises(BackendError, match="running 'lenet5' failed: RuntimeError: a cosmic ray"):
-                    future.result(WAIT_S)
-            else:
-                assert same(session, feed, future.result(WAIT_S))
-        assert same(session, feeds[0], batcher.run(feeds[0]))  # and it goes on
 
 
 def test_a_feed_that_does_not_fit_is_refused_before_it_is_queued(session: Any) -> None:
@@ -304,65 +256,6 @@ def test_a_small_model_is_run_in_the_event_loop_and_a_large_one_is_not(session: 
     assert where[-1] != "MainThread"
 
 
-def test_every_batch_is_observed_with_its_times(session: Any) -> None:
-    seen: list[BatchRecord] = []
-    with Batcher(session, BatcherOptions(max_rows=8), observe=seen.append) as batcher:
-        hold(session, batcher)
-        futures = [batcher.submit(images(2, seed)) for seed in range(3)]
-        time.sleep(0.05)
-        session.gate.set()
-        wait(futures, WAIT_S)
-    assert [record.rows for record in seen] == [1, 6]
-    assert seen[0].infer_s > 0.05
-    assert all(0.04 < waited < 5 for waited in seen[1].queue_s)
-    assert all(total >= waited for total, waited in zip(seen[1].total_s, seen[1].queue_s, strict=True))
-    assert seen[1].error is None
-
-
-def test_an_observer_that_fails_stops_nothing(session: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def observe(record: BatchRecord) -> None:
-        raise ValueError("no room for figures")
-
-    with Batcher(session, observe=observe) as batcher:
-        assert [same(session, images(2, seed), batcher.run(images(2, seed), timeout_s=WAIT_S)) for seed in range(5)] == [True] * 5
-    assert "what observes the batches of 'lenet5' failed" in caplog.text
-
-
-def test_outputs_with_fewer_rows_than_were_fed_fail_all_and_nobody_waits_for_ever(session: Any) -> None:
-    run = session.run
-    session.run = lambda feed: {name: array[:0].sum(axis=0) for name, array in run(feed).items()}  # no rows at all
-    with Batcher(session, BatcherOptions(max_rows=8)) as batcher:
-        hold(session, batcher)
-        futures = [batcher.submit(images(2, seed)) for seed in range(3)]
-        session.gate.set()
-        for future in futures:
-            with pytest.raises(BackendError, match="gave 10 rows for 6"):
-                future.result(WAIT_S)
-
-
-def test_the_queue_keeps_priorities_orders_and_rows() -> None:
-    def request(rows: int, key: str = "a", priority: int = 5) -> Request:
-        return Request(
-            {}, rows=rows, key=key, priority=priority, deadline=None, start=lambda: True, finish=lambda outputs, error: None
-        )
-
-    queue = RequestQueue()
-    assert not queue
-    asked = [request(2), request(3, "b"), request(2), request(4), request(1, priority=1), request(1)]
-    for each in asked:
-        queue.put(each)
-    assert (len(queue), queue.rows) == (6, 13)
-    assert queue.first is asked[4]
-    assert queue.holds(9)
-    assert not queue.holds(11)  # "b" is not counted
-    assert queue.take(5) == [asked[4], asked[0], asked[2]]  # the next of its sort does not fit: the one behind it waits too
-    queue.remove(asked[3])
-    assert asked[3] not in queue
-    assert queue.take(None) == [asked[1]]
-    assert queue.take(8) == [asked[5]]
-    assert (len(queue), queue.rows, bool(queue)) == (0, 0, False)
-
-
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return deploy.export(tmp_path_factory.mktemp("static") / "lenet5", arch="lenet5", static_batch=True)
@@ -386,38 +279,21 @@ def test_rows_of_a_batch_come_from_the_profile_unless_said(shared_lenet5: Artifa
             Batcher(session, BatcherOptions(max_rows=most + 1))
 
 
-def test_a_pipeline_overlaps_its_steps_and_an_error_is_of_one_item(session: Any) -> None:
-    def before(seed: int) -> dict[str, np.ndarray]:
-        if seed == 3:
-            raise ValueError("no such image")
-        return images(1, seed)
-
-    def after(outputs: dict[str, np.ndarray]) -> int:
-        return int(outputs["logits"].argmax())
-
-    with Batcher(session) as batcher, Pipeline(batcher, before, after) as pipeline:
-        futures = [pipeline.submit(seed) for seed in range(6)]
-        for seed, future in enumerate(futures):
-            if seed == 3:
-                with pytest.raises(ValueError, match="no such image"):
-                    future.result(WAIT_S)
-            else:
-                assert future.result(WAIT_S) == int(session._session.run(images(1, seed))["logits"].argmax())
-
-        async def main() -> list[int]:
-            return await asyncio.gather(*(pipeline.run_async(seed) for seed in (1, 2)))
-
-        assert asyncio.run(main()) == [futures[1].result(), futures[2].result()]
-        session.gate.clear()
-        held = pipeline.submit(1)
-        assert session.inside.acquire(timeout=WAIT_S)
-        session.gate.set()
-    assert held.result(WAIT_S) is not None
-    with pytest.raises(SessionClosedError):
-        pipeline.submit(1)
-
-
 @pytest.mark.parametrize("options", [{"max_rows": 0}, {"queue_rows": 0}, {"instances": 0}, {"delay_ms": -1}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be"):
         BatcherOptions(**options)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_session_that_is_closed_under_a_batcher_fails_what_waits_and_nothing_hangs(session: Any, drain: bool) -> None:
+    batcher = Batcher(session, BatcherOptions(max_rows=2))
+    held = hold(session, batcher)
+    futures = [batcher.submit(images(2, seed)) for seed in range(3)]
+    session._session.close()
+    session.gate.set()
+    batcher.close(drain=drain)
+    assert all(isinstance(future.exception(WAIT_S), SessionClosedError) for future in (held, *futures))
+    with pytest.raises(SessionClosedError):
+        batcher.submit(images(1, 0))
