@@ -66,13 +66,14 @@ class LoadedEngine:
     def _configure_rtx(self) -> None:
         """For tensorrt-rtx: the settings of contexts, and what was compiled for this machine in earlier runs."""
         trt: Any = self._trt  # tensorrt-rtx has names that tensorrt lacks
-        self._config = trt_config = self._engine.create_runtime_config()  # type: ignore[attr-defined]
-        self._cache = trt_config.create_runtime_cache()
+        engine: Any = self._engine
+        config = engine.create_runtime_config()
+        self._config, self._cache = config, config.create_runtime_cache()
         if self._cache_file.is_file():
             self._cache.deserialize(self._cache_file.read_bytes())  # False if it does not fit: it is then made anew
-        trt_config.set_runtime_cache(self._cache)
+        config.set_runtime_cache(self._cache)
         if self._graphs:
-            trt_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
 
     def new_context(self) -> EngineContext:
         """A new execution context. Raises DeviceMemoryError if the GPU has no room for it, BackendError if it fails otherwise."""
