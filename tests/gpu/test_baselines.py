@@ -9,7 +9,7 @@ import torch
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
-from deploy.runtime.backends.eager import GRAPHS, CudaGraphs
+from deploy.runtime.cuda_graphs import GRAPHS, CudaGraphs
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 

@@ -6,27 +6,21 @@ module of the export that it descends from, in FP32 or, as `eager:fp16` or `eage
 
 import itertools
 import statistics
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch._C._autograd import DeviceType
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.intake.build import rebuild
 from deploy.runtime.arrays import writable
+from deploy.runtime.cuda_graphs import CudaGraphs
+from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.tf32 import tf32
 
-GRAPHS = 8
-"""CUDA graphs that a session keeps at most, one for each shape of the inputs: those used last."""
-
-_WARMUPS = 3
-_REGION = "deploy module "
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -139,170 +133,6 @@ class EagerSession(Session):
         self._module = self._plain = None
         if self.device != "cpu":
             tf32.release()
-
-
-def module_times(module: torch.nn.Module, inputs: Sequence[torch.Tensor], runs: int) -> list[LayerTime]:
-    """The own time of each module in `module`, on the GPU where `inputs` are there, in the order of the first call."""
-    names = {each: name for name, each in module.named_modules()}
-    regions: list[Any] = []
-
-    def enter(each: torch.nn.Module, _: Any) -> None:
-        regions.append(torch.profiler.record_function(f"{_REGION}{names[each]}"))
-        regions[-1].__enter__()
-
-    def leave(_: torch.nn.Module, __: Any, ___: Any) -> None:
-        regions.pop().__exit__(None, None, None)
-
-    on_gpu = any(x.is_cuda for x in inputs)
-    handles = [each.register_forward_pre_hook(enter) for each in names]
-    handles += [each.register_forward_hook(leave) for each in names]
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-    try:
-        for _ in range(WARMUPS):
-            module(*inputs)
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-            for _ in range(runs):
-                module(*inputs)
-            if on_gpu:
-                torch.cuda.synchronize()
-    finally:
-        for handle in handles:
-            handle.remove()
-    series: dict[str, list[float]] = {}
-    for event in profile.events():
-        if event.name.startswith(_REGION) and event.device_type == DeviceType.CPU:
-            took = event.device_time_total if on_gpu else event.cpu_time_total
-            series.setdefault(event.name.removeprefix(_REGION), []).append(took / 1e3)
-    if any(len(found) % runs for found in series.values()):
-        raise BackendError("the module does not call the same modules in every run: its time cannot be told by module")
-    whole = {name: statistics.median(np.reshape(found, (runs, -1)).sum(axis=1)) for name, found in series.items()}
-    kinds = {name: type(each).__name__ for each, name in names.items()}
-    own = dict(whole)
-    for name in whole:
-        parent = name.rpartition(".")[0]
-        while parent not in whole:  # a container that is not called itself, such as a ModuleList
-            parent = parent.rpartition(".")[0]
-        if name:
-            own[parent] -= whole[name]
-    return [
-        LayerTime(name=name or kinds[name], operator=kinds[name], ms=max(0.0, float(own[name])), modules=(name,))
-        for name in whole
-    ]
-
-
-class _Captured:
-    """One CUDA graph, and the tensors that it reads and writes."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        self.graph = graph
-        self.inputs = inputs
-        self.outputs = outputs
-
-
-class CudaGraphs:
-    """A function on lists of CUDA tensors, captured in a CUDA graph for each shape of the inputs.
-
-    Calls may come from many threads and streams; the runs on the GPU follow one another, for they share the graph's
-    tensors. Warm-up and capture as in "CUDA Graphs" of torch's notes on CUDA semantics.
-    """
-
-    _capturing = threading.Lock()  # of the process: torch captures one graph at a time
-
-    def __init__(self, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], device: torch.device) -> None:
-        self._function = function
-        self._device = device
-        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
-        self._lock = threading.Lock()
-        self._done: torch.cuda.Event | None = None  # the end of the last run
-
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """New tensors. Raises BackendError where the function cannot be captured."""
-        key = tuple((x.shape, x.stride()) for x in inputs)
-        with self._lock, torch.cuda.device(self._device):
-            if key not in self._captured:
-                self._captured[key] = self._capture(inputs)
-            self._captured.move_to_end(key)
-            captured = self._captured[key]
-            stream = torch.cuda.current_stream(self._device)
-            if self._done is not None:
-                stream.wait_event(self._done)
-            for own, x in zip(captured.inputs, inputs, strict=True):
-                own.copy_(x)
-                own.record_stream(stream)  # not to be used anew before this run ends, should the session be closed meanwhile
-            captured.graph.replay()
-            results = [x.clone() for x in captured.outputs]
-            self._done = stream.record_event()
-            return results
-
-    def _capture(self, inputs: Sequence[torch.Tensor]) -> _Captured:
-        if self._done is not None:
-            self._done.synchronize()  # a graph is let go of when it has run
-        while len(self._captured) >= GRAPHS:
-            self._captured.popitem(last=False)
-        with self._capturing:
-            own = [x.clone() for x in inputs]
-            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(side):
-                for _ in range(_WARMUPS):
-                    self._function(own)
-            torch.cuda.current_stream(self._device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on to allocate memory meanwhile.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    outputs = self._function(own)
-            except Exception as error:  # whatever the module does that a graph cannot hold
-                raise BackendError(
-                    f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)};"
-                    " leave out cuda_graph"
-                ) from error
-        return _Captured(graph, own, outputs)
-
-
-class _Tf32:
-    """torch's permission to compute FP32 in TF32, which is one for the process, held by all sessions that are open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._allow = False
-        self._before = (False, False)
-
-    def hold(self, *, allow: bool) -> None:
-        """Set the permission until `release`. Raises BackendError when an open session needs it otherwise."""
-        with self._lock:
-            if self._holders and allow != self._allow:
-                words = ("with", "without") if self._allow else ("without", "with")
-                raise BackendError(
-                    f"another session of this process runs {words[0]} TF32, which is one setting for all:"
-                    f" close it before one is opened {words[1]} TF32"
-                )
-            if not self._holders:
-                try:
-                    self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-                except RuntimeError as error:  # set by the program through fp32_precision
-                    raise BackendError(
-                        f"torch cannot say whether TF32 is on: {first_line(error)}; set torch.backends.cuda.matmul.allow_tf32"
-                        " and torch.backends.cudnn.allow_tf32 in place of fp32_precision"
-                    ) from error
-                self._set(allow, allow)
-            self._allow = allow
-            self._holders += 1
-
-    def release(self) -> None:
-        """Let go; the last holder puts back what was set before the first."""
-        with self._lock:
-            self._holders -= 1
-            if not self._holders:
-                self._set(*self._before)
-
-    def _set(self, matmul: bool, cudnn: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
-        torch.backends.cudnn.allow_tf32 = cudnn
-
-
-tf32 = _Tf32()
 
 
 def _device(device: str) -> str:

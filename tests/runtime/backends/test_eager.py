@@ -9,7 +9,6 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import WEIGHTS
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import ArtifactError, BackendError, DeployError, UsageError
-from deploy.runtime.backends.eager import _Tf32
 from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
@@ -169,31 +168,6 @@ def test_a_cuda_graph_needs_a_gpu(shared_lenet5: Artifact) -> None:
 def test_variants_that_cannot_be_meant_are_refused(shared_lenet5: Artifact, variant: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         open_session(shared_lenet5, f"eager:{variant}")
-
-
-def test_tf32_is_held_by_all_that_agree_and_put_back_by_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allowed() -> tuple[bool, bool]:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-    before = allowed()
-    try:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
-        tf32 = _Tf32()
-        tf32.hold(allow=False)
-        tf32.hold(allow=False)
-        assert allowed() == (False, False)
-        with pytest.raises(BackendError, match="another session of this process runs without TF32"):
-            tf32.hold(allow=True)
-        tf32.release()
-        assert allowed() == (False, False)
-        tf32.release()
-        assert allowed() == (True, False)
-        tf32.hold(allow=True)
-        assert allowed() == (True, True)
-        tf32.release()
-        assert allowed() == (True, False)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_tf32_is_left_alone_on_the_cpu(shared_lenet5: Artifact) -> None:

@@ -1,0 +1,86 @@
+"""CUDA graphs of functions on torch tensors."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from deploy.errors import BackendError
+from deploy.runtime.session import first_line
+
+GRAPHS = 8
+"""The largest number of CUDA graphs that are kept, one for each shape of the inputs: those used last."""
+
+_WARMUPS = 3
+
+
+class _Captured:
+    """One CUDA graph, and the tensors that it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.outputs = outputs
+
+
+class CudaGraphs:
+    """A function on lists of CUDA tensors, captured in a CUDA graph for each shape of the inputs.
+
+    Calls may come from many threads and streams; the runs on the GPU follow one another, for they share the graph's
+    tensors. Warm-up and capture as in "CUDA Graphs" of torch's notes on CUDA semantics.
+    """
+
+    _capturing = threading.Lock()  # of the process: torch captures one graph at a time
+
+    def __init__(self, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+        self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None  # the end of the last run
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """New tensors. Raises BackendError where the function cannot be captured."""
+        key = tuple((x.shape, x.stride()) for x in inputs)
+        with self._lock, torch.cuda.device(self._device):
+            if key not in self._captured:
+                self._captured[key] = self._capture(inputs)
+            self._captured.move_to_end(key)
+            captured = self._captured[key]
+            stream = torch.cuda.current_stream(self._device)
+            if self._done is not None:
+                stream.wait_event(self._done)
+            for own, x in zip(captured.inputs, inputs, strict=True):
+                own.copy_(x)
+                own.record_stream(stream)  # not to be used anew before this run ends, should the session be closed meanwhile
+            captured.graph.replay()
+            results = [x.clone() for x in captured.outputs]
+            self._done = stream.record_event()
+            return results
+
+    def _capture(self, inputs: Sequence[torch.Tensor]) -> _Captured:
+        if self._done is not None:
+            self._done.synchronize()  # a graph is let go of when it has run
+        while len(self._captured) >= GRAPHS:
+            self._captured.popitem(last=False)
+        with self._capturing:
+            own = [x.clone() for x in inputs]
+            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARMUPS):
+                    self._function(own)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads may go on to allocate memory meanwhile.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    outputs = self._function(own)
+            except Exception as error:  # whatever the module does that a graph cannot hold
+                raise BackendError(
+                    f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)};"
+                    " leave out cuda_graph"
+                ) from error
+        return _Captured(graph, own, outputs)
