@@ -51,14 +51,14 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.opt_level is not None and not 0 <= self.opt_level <= 5:
-            raise UsageError(f"--opt-level must be 0 to 5, not {self.opt_level}")
+            raise UsageError(f"`opt_level` must be 0 to 5, not {self.opt_level}")
         if self.workspace is not None and self.workspace < 1:
-            raise UsageError(f"--workspace must be 1 MiB or more, not {self.workspace}")
+            raise UsageError(f"`workspace` must be 1 MiB or more, not {self.workspace}")
         for target in self.targets:
             if not re.fullmatch(r"[1-9]\d*\.\d", target):
-                raise UsageError(f"--target must be a compute capability such as 8.6, not {target!r}")
+                raise UsageError(f"`targets` must be compute capabilities such as 8.6, not {target!r}")
         if len(set(self.targets)) < len(self.targets):
-            raise UsageError("--target names one compute capability twice")
+            raise UsageError("`targets` names one compute capability twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,12 @@ def build_engine(
 def _check_flavour(flavour: Flavour, options: BuildOptions) -> None:
     if flavour.name != "tensorrt-rtx":
         if options.targets:
-            raise UsageError("--target is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
+            raise UsageError("`targets` is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
         return
     if options.timing_cache is not None:
-        raise UsageError("--timing-cache: tensorrt-rtx times nothing while building; leave it out")
+        raise UsageError("`timing_cache`: tensorrt-rtx times nothing while building; leave it out")
     if options.version_compatible or options.hardware_compatible:
-        raise UsageError("--version-compatible and --hardware-compatible are for the flavour tensorrt; tensorrt-rtx has neither")
+        raise UsageError("`version_compatible` and `hardware_compatible` are for the flavour tensorrt; tensorrt-rtx has neither")
 
 
 def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: BuildOptions) -> None:
@@ -138,7 +138,7 @@ def _set_targets(config: Any, trt: Any, flavour: Flavour, targets: Sequence[str]
         if capability is None or not config.set_compute_capability(capability, index):
             known = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
             listed = ", ".join(f"{name[:-1]}.{name[-1]}" for name in known)
-            raise UsageError(f"--target {target}: {flavour.name} {flavour.version} builds for {listed}, and not for it")
+            raise UsageError(f"`targets` {target}: {flavour.name} {flavour.version} builds for {listed}, and not for it")
 
 
 def _add_profile(builder: "tensorrt.Builder", config: "tensorrt.IBuilderConfig", trt: Bindings, profile: Profile) -> None:

@@ -46,7 +46,7 @@ def load_flavour(name: str = "auto") -> Flavour:
     flavour = Flavour(name=name, version=_version(trt), trt=trt)
     if not flavour.builds_without_gpu and not has_gpu():
         raise BackendError(
-            f"{name} {flavour.version} builds on an NVIDIA GPU, and there is none here; use --flavour tensorrt-rtx"
+            f"{name} {flavour.version} builds on an NVIDIA GPU, and there is none here; use the `flavour` tensorrt-rtx"
         )
     return flavour
 

@@ -40,7 +40,7 @@ class ProfileChoice:
             given = ", ".join(f"{name} {format_shape(shape)}" for name, shape in shapes.items())
             ranges = " or ".join(", ".join(f"{n}={r}" for n, r in profile.items()) for profile in self._profiles)
             raise InputError(
-                f"{given} is outside every profile of {self._name!r}: expected {ranges}; build with --shapes for more"
+                f"{given} is outside every profile of {self._name!r}: expected {ranges}; build with `deploy build-trt --shapes` for more"
             )
         return min(fitting, key=lambda index: _distance(self._profiles[index], shapes))
 

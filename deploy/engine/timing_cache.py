@@ -22,7 +22,7 @@ def use_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt
     cache = _load(config, path)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise UsageError(
-            f"--timing-cache {path} holds no timings of this version of TensorRT on this GPU: name another file, or remove it"
+            f"`timing_cache` {path} holds no timings of this version of TensorRT on this GPU: name another file, or remove it"
         )
     return cache
 
@@ -46,7 +46,7 @@ def save_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
             finally:
                 draft.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"--timing-cache {path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"`timing_cache` {path} cannot be written: {error.strerror}") from error
 
 
 def _load(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt.ITimingCache | None":
@@ -55,7 +55,7 @@ def _load(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt.ITimingCac
     except FileNotFoundError:
         content = b""
     except OSError as error:
-        raise UsageError(f"--timing-cache {path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"`timing_cache` {path} cannot be read: {error.strerror}") from error
     return config.create_timing_cache(content)
 
 

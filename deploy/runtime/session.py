@@ -59,11 +59,11 @@ class SessionOptions:
         if name not in ("auto", "cpu", "cuda") or (index and not (name == "cuda" and index.isdecimal())):
             raise UsageError(f"unknown device {self.device!r}; expected auto, cpu, cuda or cuda:N")
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be 1 or more, not {self.threads}")
+            raise UsageError(f"`threads` must be 1 or more, not {self.threads}")
         if self.compute not in ("fp32", "bf16", "fp16"):
             raise UsageError(f"unknown compute precision {self.compute!r}; expected fp32, bf16 or fp16")
         if self.contexts is not None and self.contexts < 1:
-            raise UsageError(f"contexts must be 1 or more, not {self.contexts}")
+            raise UsageError(f"`contexts` must be 1 or more, not {self.contexts}")
 
 
 class Session(ABC):

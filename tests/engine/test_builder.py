@@ -244,7 +244,7 @@ def test_an_engine_is_built_for_the_targets_that_are_named(rtx: Flavour, tmp_pat
     with pytest.raises(EngineError, match=r"Cannot compile operation 'head' for Turing \(SM75\): FP32 GEMM is not supported"):
         build(rtx, path, options=BuildOptions(targets=("7.5",)))
     with pytest.raises(
-        UsageError, match=r"--target 9\.0: tensorrt-rtx \S+ builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, and not for it"
+        UsageError, match=r"`targets` 9\.0: tensorrt-rtx \S+ builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, and not for it"
     ):
         build(rtx, path, options=BuildOptions(targets=("9.0",)))
     for wrong in ("sm89", "89", "8.9.1", ""):

@@ -110,10 +110,10 @@ def test_a_file_of_another_version_or_gpu_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--timing-cache .* cannot be read: Is a directory"):
+    with pytest.raises(UsageError, match=r"`timing_cache` .* cannot be read: Is a directory"):
         build(tmp_path, b"conv")
     (tmp_path / "file").write_text("")
     config: Any = Config({b"conv"})
     config.set_timing_cache(Cache(set()), ignore_mismatch=False)
-    with pytest.raises(OutputError, match=r"--timing-cache .* cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(OutputError, match=r"`timing_cache` .* cannot be written: (Not a directory|File exists)"):
         save_timing_cache(config, tmp_path / "file" / "timings")

@@ -300,7 +300,7 @@ def test_auto_says_why_each_backend_cannot_run_the_artifact(tmp_path_factory: py
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"device": "gpu"}, "unknown device 'gpu'"), ({"device": "cpu:1"}, "unknown device"), ({"threads": 0}, "threads must be 1"),
+    [({"device": "gpu"}, "unknown device 'gpu'"), ({"device": "cpu:1"}, "unknown device"), ({"threads": 0}, "`threads` must be 1"),
      ({"compute": "int8"}, "unknown compute precision 'int8'")],
 )  # fmt: skip
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:

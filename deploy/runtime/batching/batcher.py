@@ -57,9 +57,9 @@ class BatcherOptions:
         for name in ("max_rows", "queue_rows", "instances"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, not {value}")
+                raise UsageError(f"`{name}` must be 1 or more, not {value}")
         if not 0 <= self.delay_ms < 1e6:
-            raise UsageError(f"delay_ms must be 0 or more, not {self.delay_ms:g}")
+            raise UsageError(f"`delay_ms` must be 0 or more, not {self.delay_ms:g}")
 
 
 class Batcher:
@@ -213,7 +213,7 @@ class Batcher:
         finish: Callable[[Outputs | None, Exception | None], None],
     ) -> Request:
         if priority < 1:
-            raise UsageError(f"priority must be 1 (the highest) or more, not {priority}")
+            raise UsageError(f"`priority` must be 1 (the highest) or more, not {priority}")
         self.session.check(feed)
         if not all(isinstance(x, np.ndarray) for x in feed.values()):
             raise InputError("a batcher takes numpy arrays")
@@ -234,7 +234,7 @@ class Batcher:
             if self._queue.rows + request.rows > self.options.queue_rows:
                 raise QueueFullError(
                     f"the queue of {self.session.name!r} is full: {self._queue.rows} rows wait, {self.options.queue_rows} may;"
-                    " try again later, or allow more (queue_rows)"
+                    " try again later, or allow more (`queue_rows`)"
                 )
             self._queue.put(request)
             if self._running < self._instances:
@@ -334,5 +334,5 @@ def _most_rows(session: Session, options: BatcherOptions) -> int | None:
     allowed = max((profile[names[0]].max[0] for profile in session.profiles), default=None)
     wanted = options.max_rows or allowed or DEFAULT_ROWS
     if allowed is not None and wanted > allowed:
-        raise UsageError(f"max_rows is {wanted}; the profiles of {session.name!r} take {allowed} rows at most")
+        raise UsageError(f"`max_rows` is {wanted}; the profiles of {session.name!r} take {allowed} rows at most")
     return min(wanted, options.queue_rows)

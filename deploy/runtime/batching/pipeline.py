@@ -28,7 +28,7 @@ class Pipeline:
         workers: int = 2,
     ) -> None:
         if workers < 1:
-            raise UsageError(f"workers must be 1 or more, not {workers}")
+            raise UsageError(f"`workers` must be 1 or more, not {workers}")
         self.batcher = batcher
         self._before = before
         self._after = after
