@@ -1,1 +1,1 @@
-"""Sessions: one opened artifact each, whatever runs it."""
+"""Running artifacts: sessions on any backend, batching, and worker processes."""

@@ -1,4 +1,4 @@
-"""What feeds and results are made of: numpy arrays, torch tensors, arrays of others in device memory."""
+"""The sorts of arrays in feeds and results: numpy arrays, torch tensors, device arrays of other libraries."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -9,13 +9,14 @@ from deploy.artifact.tensors import format_shape
 from deploy.errors import InputError
 
 Sort = Literal["numpy", "torch", "device"]
-"""What a feed is made of; `device`: arrays in device memory of any other library."""
+"""`device` stands for arrays in device memory of any library but torch."""
 
 SORTS = {"numpy": "numpy arrays", "torch": "torch tensors", "device": "other arrays on the GPU"}
 _DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
 
 
 def sort_of(name: str, x: Any, *, device_arrays: bool) -> Sort:
+    """The sort of one input. device_arrays: device arrays are allowed. Raises InputError for anything else."""
     if isinstance(x, np.ndarray):
         return "numpy"
     if type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "detach"):
@@ -35,21 +36,24 @@ def is_device_array(x: Any) -> bool:
 
 
 def writable(x: np.ndarray) -> np.ndarray:
-    """`x` itself where torch may share its memory, else a copy (torch has no read-only tensors)."""
+    """`x` itself if torch can share its memory, else a copy (torch has no read-only tensors)."""
     return x if x.flags.writeable and x.flags.c_contiguous else x.copy()
 
 
 def write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy results into the arrays of `out`, all or, when one does not fit, none; the results by name."""
+    """Copy the results into the arrays of `out`; the results by name.
+
+    Raises InputError, and copies none, if one does not fit.
+    """
     for name, target in out.items():
         if name not in results:
             raise InputError(f"unknown output {name!r} in out; expected one of {', '.join(results)}")
         result = results[name]
         if type(target) is not type(result) or target.shape != result.shape or target.dtype != result.dtype:
-            found = " ".join(
+            given = " ".join(
                 str(part) for part in (type(target).__name__, getattr(target, "dtype", ""), shape_of(target)) if part
             )
-            raise InputError(f"out[{name!r}] is {found}; expected {type(result).__name__} {result.dtype} {shape_of(result)}")
+            raise InputError(f"out[{name!r}] is {given}; expected {type(result).__name__} {result.dtype} {shape_of(result)}")
         if isinstance(target, np.ndarray) and not target.flags.writeable:
             raise InputError(f"out[{name!r}] is read-only")
     for name, target in out.items():

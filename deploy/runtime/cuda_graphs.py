@@ -26,9 +26,9 @@ class _Captured:
 
 
 class CudaGraphs:
-    """A function on lists of CUDA tensors, captured in a CUDA graph for each shape of the inputs.
+    """A function on lists of CUDA tensors, captured in one CUDA graph for each shape of the inputs.
 
-    Calls may come from many threads and streams; the runs on the GPU follow one another, for they share the graph's
+    Calls may come from many threads and streams; the runs on the GPU follow one another, because they share the graph's
     tensors. Warm-up and capture as in "CUDA Graphs" of torch's notes on CUDA semantics.
     """
 
@@ -42,7 +42,7 @@ class CudaGraphs:
         self._done: torch.cuda.Event | None = None  # the end of the last run
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """New tensors. Raises BackendError where the function cannot be captured."""
+        """The results, in new tensors. Raises BackendError if the function cannot be captured."""
         key = tuple((x.shape, x.stride()) for x in inputs)
         with self._lock, torch.cuda.device(self._device):
             if key not in self._captured:
@@ -54,7 +54,7 @@ class CudaGraphs:
                 stream.wait_event(self._done)
             for own, x in zip(captured.inputs, inputs, strict=True):
                 own.copy_(x)
-                own.record_stream(stream)  # not to be used anew before this run ends, should the session be closed meanwhile
+                own.record_stream(stream)  # so that it is not reused before this run ends if the session is closed meanwhile
             captured.graph.replay()
             results = [x.clone() for x in captured.outputs]
             self._done = stream.record_event()
@@ -62,7 +62,7 @@ class CudaGraphs:
 
     def _capture(self, inputs: Sequence[torch.Tensor]) -> _Captured:
         if self._done is not None:
-            self._done.synchronize()  # a graph is let go of when it has run
+            self._done.synchronize()  # a graph may be dropped only after it has run
         while len(self._captured) >= GRAPHS:
             self._captured.popitem(last=False)
         with self._capturing:
@@ -75,10 +75,10 @@ class CudaGraphs:
             torch.cuda.current_stream(self._device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
-                # Other threads may go on to allocate memory meanwhile.
+                # Other threads may allocate memory meanwhile.
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                     outputs = self._function(own)
-            except Exception as error:  # whatever the module does that a graph cannot hold
+            except Exception as error:  # the module may do anything that a graph cannot hold
                 raise BackendError(
                     f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)};"
                     " leave out cuda_graph"

@@ -1,4 +1,4 @@
-"""The fastest backend of an artifact on this machine: timed once, in processes of their own, and remembered."""
+"""The fastest backend for an artifact on this machine: timed once, each in its own process, and remembered."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ _SAMPLES = 500
 
 
 def fastest_file() -> Path:
-    """Where the choices of `fastest` are kept: `deploy/fastest.json` in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The file that holds the choices of `fastest`: `deploy/fastest.json` in $XDG_CACHE_HOME, or in ~/.cache."""
     return cache_folder() / "fastest.json"
 
 
 def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
-    """The backend remembered for this artifact on this machine, or the one that turns out fastest now."""
+    """The backend remembered for this artifact on this machine, else the one that is fastest now."""
     refuse_engine(artifact)
     circumstances = {
         "artifact": artifact.manifest.digest,
@@ -56,11 +56,11 @@ def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
 
 
 def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions, dims: Mapping[str, int]) -> dict[str, float]:
-    """Median milliseconds of a run on each backend that can run the artifact here, measured in turns.
+    """The median time of a run, in milliseconds, on each backend that can run the artifact here, measured in turns.
 
     `dims` are the sizes of the symbolic dimensions.
 
-    Raises BackendError when none can.
+    Raises BackendError if none can.
     """
     reasons = []
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions, 
 
 
 def _read() -> dict[str, Any]:
-    """The choices kept; none where the file is missing or damaged, for they can be measured again."""
+    """The choices in the file; none if it is missing or damaged, since they can be measured again."""
     try:
         value = json.loads(fastest_file().read_bytes())
     except (OSError, ValueError):

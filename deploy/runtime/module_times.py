@@ -15,20 +15,23 @@ _REGION = "deploy module "
 
 
 def module_times(module: torch.nn.Module, inputs: Sequence[torch.Tensor], runs: int) -> list[LayerTime]:
-    """The own time of each module in `module`, on the GPU where `inputs` are there, in the order of the first call."""
-    names = {each: name for name, each in module.named_modules()}
+    """The time of each module in `module`, less that of the modules it calls, in the order of the first call.
+
+    It is the time on the GPU if `inputs` are there. Raises BackendError if the calls differ from run to run.
+    """
+    names = {part: name for name, part in module.named_modules()}
     regions: list[Any] = []
 
-    def enter(each: torch.nn.Module, _: Any) -> None:
-        regions.append(torch.profiler.record_function(f"{_REGION}{names[each]}"))
+    def enter(part: torch.nn.Module, _: Any) -> None:
+        regions.append(torch.profiler.record_function(f"{_REGION}{names[part]}"))
         regions[-1].__enter__()
 
     def leave(_: torch.nn.Module, __: Any, ___: Any) -> None:
         regions.pop().__exit__(None, None, None)
 
     on_gpu = any(x.is_cuda for x in inputs)
-    handles = [each.register_forward_pre_hook(enter) for each in names]
-    handles += [each.register_forward_hook(leave) for each in names]
+    handles = [part.register_forward_pre_hook(enter) for part in names]
+    handles += [part.register_forward_hook(leave) for part in names]
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     try:
         for _ in range(WARMUPS):
@@ -46,10 +49,10 @@ def module_times(module: torch.nn.Module, inputs: Sequence[torch.Tensor], runs: 
         if event.name.startswith(_REGION) and event.device_type == DeviceType.CPU:
             took = event.device_time_total if on_gpu else event.cpu_time_total
             series.setdefault(event.name.removeprefix(_REGION), []).append(took / 1e3)
-    if any(len(found) % runs for found in series.values()):
-        raise BackendError("the module does not call the same modules in every run: its time cannot be told by module")
-    whole = {name: statistics.median(np.reshape(found, (runs, -1)).sum(axis=1)) for name, found in series.items()}
-    kinds = {name: type(each).__name__ for each, name in names.items()}
+    if any(len(times) % runs for times in series.values()):
+        raise BackendError("the module does not call the same modules in every run: its time cannot be split by module")
+    whole = {name: statistics.median(np.reshape(times, (runs, -1)).sum(axis=1)) for name, times in series.items()}
+    kinds = {name: type(part).__name__ for part, name in names.items()}
     own = dict(whole)
     for name in whole:
         parent = name.rpartition(".")[0]

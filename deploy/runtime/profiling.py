@@ -1,19 +1,19 @@
-"""What a session can tell of one run beyond its outputs: time by layer, and time of its parts on a GPU."""
+"""The times of one run: of its layers, and of its parts on a GPU."""
 
 from dataclasses import dataclass
 
 RUNS = 10
-"""Runs that are looked at, after WARMUPS that are not."""
+"""The number of runs that are measured, after WARMUPS that are not."""
 
 WARMUPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """One step of a run as the backend made it of the graph; `ms` is the median over the runs.
+    """One step of a run, as the backend compiled the graph; `ms` is the median over the runs.
 
-    name, operator: the backend's own. nodes: the ONNX nodes that it is made of. modules: the torch modules that it runs or that
-    the nodes come from; "" is the model itself. A session says what it knows of these, `bench.layers` finds the rest.
+    name, operator: as the backend calls them. nodes: the ONNX nodes that were fused into it. modules: the torch modules that it
+    runs or that the nodes come from; "" is the model itself. A session fills in what it knows; the benchmark adds the rest.
     """
 
     name: str

@@ -1,11 +1,6 @@
-"""The session: one opened artifact, whatever runs it; and the table of backends.
+"""The session: an opened artifact, with the same interface on every backend.
 
-A backend is a module of `deploy.runtime` with
-
-    class BackendSession(Session)                                     what it opens
-    def open_session(artifact: Artifact, options: SessionOptions) -> Session
-
-Importing it raises BackendError, saying what is missing, where its library is not installed.
+Each backend has a subclass of `Session` in its file in `deploy/runtime/backends`.
 """
 
 import sys
@@ -36,15 +31,15 @@ class SessionOptions:
     """How to open a session.
 
     device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the GPU where the backend can use one.
-    threads: threads of one run; None for the physical cores that the process may use. eager and compile set it for the
-        process, and leave torch's own choice where it is None.
-    compute: precision of the arithmetic of what the file holds in FP32. `fp32` means FP32; OpenVINO can be asked for
-        `bf16` or `fp16`, which is faster and off by about 1e-2.
-    contexts: so many runs are under way at a time: execution contexts of an engine at most (None: 2; each takes memory), streams of
-        OpenVINO (None: 1), which share its threads: more images a second under load, and each alone takes longer. The other
-        backends have one.
-    rebuild: where an engine does not fit this machine, build one that does from the typed ONNX file beside it.
-    variant: what follows the name of the backend: `("cuda",)` for `onnxruntime:cuda`. See `VARIANTS`.
+    threads: the number of threads of one run; None for the physical cores that the process may use. eager and compile set it
+        for the whole process, and keep torch's own choice if it is None.
+    compute: the precision in which FP32 parts of the file are computed. `fp32` means FP32; OpenVINO also takes `bf16` and
+        `fp16`, which are faster and off by about 1e-2.
+    contexts: the number of runs that may be under way at a time. For an engine, its execution contexts (None: 2; each takes
+        memory). For OpenVINO, its streams (None: 1), which share the threads: more images a second under load, but a longer
+        time for each. Other backends ignore it.
+    rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it.
+    variant: the variants of the backend: `("cuda",)` for `onnxruntime:cuda`.
     """
 
     device: str = "auto"
@@ -69,8 +64,8 @@ class SessionOptions:
 class Session(ABC):
     """An opened artifact. Safe to use from many threads at once.
 
-    A feed maps input names to numpy arrays or torch tensors, all of one sort; the outputs come back as the same sort,
-    torch tensors on the device of the inputs. Arrays are never changed and never converted to another dtype.
+    A feed maps input names to numpy arrays or to torch tensors, not both; the outputs are of the same sort, and torch tensors
+    are on the device of the inputs. Arrays are never changed and never converted to another dtype.
     """
 
     backend: ClassVar[str]
@@ -78,18 +73,18 @@ class Session(ABC):
     """What `_compute` takes and returns: C-contiguous numpy arrays, or torch tensors on `device`."""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     computes: ClassVar[tuple[str, ...]] = ("fp32",)
-    """Values of `SessionOptions.device` and `.compute` that the backend takes."""
+    """The values of `SessionOptions.device` and `.compute` that the backend accepts."""
 
     device_arrays: ClassVar[bool] = False
-    """Whether a feed may be arrays in device memory of other libraries than torch."""
+    """Whether a feed may hold device arrays of libraries other than torch."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
-        """Refuses what the backend cannot do. Raises BackendError, or ArtifactError naming a damaged file."""
+        """Raises BackendError for what the backend cannot do, and ArtifactError naming a damaged file."""
         self._check_request(artifact, options)
         self.name = artifact.manifest.name
         self.device = device
         self.concurrency = 1
-        """Runs that make sense at a time."""
+        """The number of runs at a time that make good use of the backend."""
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
@@ -125,20 +120,19 @@ class Session(ABC):
 
     @abstractmethod
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        """Run once: checked arrays of the `native` sort by name in, outputs in order out. Thread-safe."""
+        """Run once on checked arrays of the `native` sort, by name; the outputs in order. Called from many threads at once."""
 
     def _stop(self) -> None:  # noqa: B027  (most backends have nothing to stop)
-        """Called once, before `close` waits for runs under way: wake what would wait for ever."""
+        """Wake what would wait for ever. Called once, before `close` waits for the runs under way."""
 
-    def _release(self) -> None:  # noqa: B027  (a backend with nothing to release need not say so)
-        """Let go of what the backend holds. Called once; runs that have begun may still be under way."""
+    def _release(self) -> None:  # noqa: B027  (some backends have nothing to release)
+        """Release what the backend holds. Called once; runs that have begun may still be under way."""
 
     def run(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run the model on one feed; the outputs by name.
 
-        `out` maps output names to arrays or tensors that the results are written to; they are then what comes back.
-        Raises InputError for names, dtypes or shapes other than `inputs` says, SessionClosedError after `close()`,
-        BackendError when the backend fails.
+        `out` maps output names to arrays or tensors to write the results to; those are then returned. Raises InputError for names,
+        dtypes or shapes that do not match `inputs`, SessionClosedError after `close()`, BackendError if the backend fails.
         """
         if self._closed:
             raise closed_error(self.name)
@@ -163,13 +157,13 @@ class Session(ABC):
         return named if out is None else write(named, out)
 
     def check(self, feed: Mapping[str, Any]) -> None:
-        """Raise what `run` would raise of this feed before it computes anything: InputError, SessionClosedError."""
+        """Raise what `run` would raise for this feed before it computes anything: InputError, SessionClosedError."""
         if self._closed:
             raise closed_error(self.name)
         self._sort(feed)
 
     def _sort(self, feed: Mapping[str, Any]) -> Sort:
-        """What a feed is made of: looked up where one like it has passed the checks, else checked in full. Raises InputError."""
+        """The sort of a feed. It is checked in full only if no feed like it has passed the checks before. Raises InputError."""
         key: list[Any] = []
         sort = None
         try:
@@ -179,14 +173,14 @@ class Session(ABC):
             if len(feed) == len(self._input_names):
                 sort = self._seen.get(tuple(key))
         except (KeyError, AttributeError, TypeError, IndexError):
-            pass  # whatever is wrong is named by _check
+            pass  # _check names what is wrong
         if sort is None:
             sort = self._check(feed)
             self._remember(tuple(key), sort)
         return sort
 
     def _check(self, feed: Mapping[str, Any]) -> Sort:
-        """Check a feed in full and say what it is made of. Raises InputError."""
+        """Check a feed in full and return its sort. Raises InputError."""
         if not isinstance(feed, Mapping):
             raise InputError(
                 f"run() takes arrays by input name, not a {type(feed).__name__}; expected {', '.join(map(str, self.inputs))}"
@@ -212,11 +206,11 @@ class Session(ABC):
         self._seen[key] = sort
 
     def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        """Torch tensors in, torch tensors on the device of the first of them out."""
+        """Run on torch tensors; the outputs are on the device of the first input."""
         torch = sys.modules["torch"]
         device = feed[self._input_names[0]].device
         if self.native == "torch":
-            # What inference mode makes cannot be changed in place outside it; a second tensor on the same memory can.
+            # A tensor made in inference mode cannot be changed in place outside it; a second tensor on the same memory can.
             results = [torch.from_dlpack(x) for x in self._compute({n: x.to(self.device) for n, x in feed.items()})]
         else:
             arrays = self._compute({name: np.asarray(x.numpy(force=True), order="C") for name, x in feed.items()})
@@ -224,11 +218,11 @@ class Session(ABC):
         return [result.to(device) for result in results]
 
     def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        """Arrays in device memory in and out, where `device_arrays` says that they are taken."""
+        """Run on device arrays of other libraries. Called only if `device_arrays` is set."""
         raise NotImplementedError
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        """Numpy arrays in and out of a backend that computes on torch tensors."""
+        """Run on numpy arrays with a backend that computes on torch tensors."""
         torch = sys.modules["torch"]  # imported by the backend
         results = self._compute({name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()})
         return [result.numpy(force=True) for result in results]
@@ -250,17 +244,17 @@ class Session(ABC):
         return self.run({self._input_names[0]: x})[self._output_names[0]]
 
     def dims(self) -> dict[str, int]:
-        """Sizes for the symbolic dimensions: those of the first profile's optimum, else of the images that preprocessing makes.
+        """Sizes for the symbolic dimensions: those of the first profile's optimum, else of the preprocessed images.
 
-        A batch is 1 where there is no profile. Raises UsageError when a symbolic dimension has neither.
+        The batch is 1 if there is no profile. Raises UsageError for a symbolic dimension that neither gives a size.
         """
         remedy = "pass a feed of your own, or export with a number there"
         return default_dims(self.inputs, self.profiles, self._image, known={}, remedy=remedy)
 
     def run_async(self, feed: Mapping[str, Any]) -> Future[dict[str, Any]]:
-        """`run` in a thread of the session's own; as many at a time as `concurrency` says, in the order of the calls.
+        """`run` in a thread of the session: at most `concurrency` at a time, in the order of the calls.
 
-        The arrays of `feed` must stay as they are until the future is done. Raises SessionClosedError after `close()`.
+        The arrays of `feed` must not change until the future is done. Raises SessionClosedError after `close()`.
         """
         with self._pool_lock:
             if self._closed:
@@ -270,9 +264,9 @@ class Session(ABC):
             return self._pool.submit(self.run, feed)
 
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The outputs of each feed, in order; a few feeds are taken ahead of the output that is read.
+        """The outputs of each feed, in order. A few feeds are taken ahead of the output that is read.
 
-        Where a backend can, copies to and from the device and the computation of neighbouring feeds overlap. An iterator that is
+        If the backend can, it overlaps the copies and the computation of neighbouring feeds. An iterator that is
         read after `close()` raises SessionClosedError.
         """
         running: deque[Future[dict[str, Any]]] = deque()
@@ -303,18 +297,18 @@ class Session(ABC):
             self.run(feed)
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """Time of each layer on a feed of numpy arrays, in the order in which they run. Slower than `run`, by the measuring.
+        """The time of each layer on a feed of numpy arrays, in the order in which they run. Measuring makes it slower than `run`.
 
-        Raises BackendError where the backend cannot tell.
+        Raises BackendError if the backend cannot time its layers.
         """
-        raise BackendError(f"{self.backend} does not tell the time of its layers")
+        raise BackendError(f"{self.backend} does not report the time of its layers")
 
     def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
-        """Time on the GPU and of the copies for a feed of numpy arrays; None where nothing is copied, or it is not told."""
+        """The times of the copies and of the run on the GPU, for numpy arrays; None if nothing is copied or it cannot be timed."""
         return None
 
     def close(self) -> None:
-        """Release what the session holds. Runs under way finish; later ones raise SessionClosedError. Twice is fine."""
+        """Release what the session holds. Runs under way finish; later ones raise SessionClosedError. May be called twice."""
         with self._pool_lock:
             if self._closed:
                 return
@@ -339,5 +333,5 @@ def closed_error(name: str) -> SessionClosedError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """The first line of the message of a library's error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

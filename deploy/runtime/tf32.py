@@ -18,7 +18,7 @@ class Tf32:
         self._before = (False, False)
 
     def hold(self, *, allow: bool) -> None:
-        """Set the permission until `release`. Raises BackendError when an open session needs it otherwise."""
+        """Set the permission until `release`. Raises BackendError if an open session needs the opposite."""
         with self._lock:
             if self._holders and allow != self._allow:
                 words = ("with", "without") if self._allow else ("without", "with")
@@ -29,7 +29,7 @@ class Tf32:
             if not self._holders:
                 try:
                     self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-                except RuntimeError as error:  # set by the program through fp32_precision
+                except RuntimeError as error:  # the program has set fp32_precision
                     raise BackendError(
                         f"torch cannot say whether TF32 is on: {first_line(error)}; set torch.backends.cuda.matmul.allow_tf32"
                         " and torch.backends.cudnn.allow_tf32 in place of fp32_precision"
@@ -39,7 +39,7 @@ class Tf32:
             self._holders += 1
 
     def release(self) -> None:
-        """Let go; the last holder puts back what was set before the first."""
+        """Undo one `hold`; the last one restores the setting from before the first."""
         with self._lock:
             self._holders -= 1
             if not self._holders:

@@ -1,4 +1,4 @@
-"""The module through `torch.compile`. Slow to start: it compiles at the first run of a shape."""
+"""`torch.compile`: the module of eager, compiled. Slow to start, because it compiles at the first run of a shape."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions
 
-# The compiler looks for a CUDA toolkit wherever it runs, and complains of one that has no GPU, while it compiles for the CPU.
+# Even when it compiles for the CPU, the compiler looks for a CUDA toolkit and complains if there is no GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 
 _MODES = BACKENDS["compile"].variants[0]
@@ -31,12 +31,12 @@ class CompileSession(EagerSession):
         self._lock = threading.Lock()
         mode = next((name for name in self._variant if name in _MODES), None)
         self._replays = mode in _GRAPH_MODES
-        # With fullgraph, what cannot be compiled is an error; without, it would run as eager in silence.
+        # With fullgraph, code that cannot be compiled is an error; without it, that code would silently run as eager.
         return torch.compile(_own_function(module), fullgraph=True, mode=mode)
 
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        # One call at a time. Guards that threads check at once fail at random, and each failure compiles anew until torch
-        # refuses: pytorch/pytorch issues 118260 and 136833.
+        # One call at a time: if several threads check guards at once, they fail at random, and each failure compiles anew until
+        # torch refuses. See pytorch/pytorch issues 118260 and 136833.
         with self._lock:
             if not self._replays:
                 return module(*inputs)
@@ -44,9 +44,9 @@ class CompileSession(EagerSession):
             return [x.clone() for x in flatten(module(*inputs))]
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """By torch's profiler: the time of each operator and compiled kernel, which belong to no module any longer.
+        """The time of each operator and compiled kernel by torch's profiler; they no longer belong to a module.
 
-        Those of one name are one layer; its time is the mean over the runs and not the median.
+        All with the same name are one layer, whose time is the mean over the runs and not the median.
         """
         on_gpu = self.device != "cpu"
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
@@ -55,7 +55,7 @@ class CompileSession(EagerSession):
         with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             for _ in range(runs):
                 self.run(feed)
-        found = [
+        layers = [
             LayerTime(
                 name=event.key,
                 operator="kernel" if on_gpu else "operator",
@@ -64,13 +64,14 @@ class CompileSession(EagerSession):
             for event in profile.key_averages()
             if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
         ]
-        return [layer for layer in found if layer.ms > 0]
+        return [layer for layer in layers if layer.ms > 0]
 
 
 def _own_function(module: torch.nn.Module) -> Any:
-    """A call of `module` with a code object of its own.
+    """A function that calls `module`, with its own code object.
 
-    torch counts compilations by code object and refuses more than a few: sessions on one class would use up one another's.
+    torch counts compilations by code object and refuses more than a few, so that sessions on one class would use up each
+    other's.
     """
 
     def call(*inputs: torch.Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""The module itself in plain PyTorch: what everything else is measured against.
+"""Plain PyTorch: the module itself, which everything else is measured against.
 
-It runs the code of the model's factory, so it is used only when named. An artifact derived from another runs the
-module of the export that it descends from, in FP32 or, as `eager:fp16` or `eager:bf16`, in half precision.
+It runs the code of the model's factory, so it is used only if it is named. A derived artifact runs the module of the export
+that it descends from, in FP32 or, as `eager:fp16` or `eager:bf16`, in half precision.
 """
 
 import itertools
@@ -25,9 +25,9 @@ _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class EagerSession(Session):
-    """`inputs` and `outputs` are those of the export, in half precision too. The module is called with its inputs by position.
+    """The rebuilt module. `inputs` and `outputs` are those of the export, in half precision too; inputs are passed by position.
 
-    On a GPU, FP32 is FP32: torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`.
+    On a GPU, torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`: FP32 means FP32.
     """
 
     backend = "eager"
@@ -59,7 +59,7 @@ class EagerSession(Session):
             tf32.hold(allow="tf32" in options.variant)
 
     def _prepare(self, module: torch.nn.Module) -> Any:
-        """What is called in the module's stead."""
+        """The function to call in place of the module."""
         if "cuda_graph" in self._variant:
             return CudaGraphs(lambda inputs: flatten(module(*inputs)), torch.device(self.device))
         return module
@@ -85,12 +85,12 @@ class EagerSession(Session):
             )
         if self._half is not None:
             results = [x.to(dtype) for x, dtype in zip(results, self._output_dtypes, strict=True)]
-        # The caller may write to what comes back: nothing that is an input, a weight or a buffer is handed out.
+        # The caller may write to the results, so none of them may be an input, a weight or a buffer.
         kept = self._memory | {x.untyped_storage().data_ptr() for x in given}
         return [x.clone() if x.untyped_storage().data_ptr() in kept else x for x in results]
 
     def _adapt(self, x: torch.Tensor) -> torch.Tensor:
-        """An input as the module takes it."""
+        """An input in the dtype and memory format of the module."""
         dtype = self._half if self._half is not None and x.is_floating_point() else x.dtype
         if self._channels_last and x.dim() == 4:
             return x.to(dtype, memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ class EagerSession(Session):
         return module(*inputs)
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """By torch's profiler: of each module, the time that its own code takes, without that of the modules that it calls."""
+        """The time of each module by torch's profiler, less that of the modules that it calls."""
         module = self._plain
         if module is None:
             raise closed_error(self.name)
@@ -111,7 +111,7 @@ class EagerSession(Session):
     def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
         if self.device == "cpu":
             return None
-        found = []
+        times = []
         for run in range(WARMUPS + runs):
             marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
             with torch.cuda.device(self.device):
@@ -125,8 +125,8 @@ class EagerSession(Session):
                 marks[3].record()
                 torch.cuda.synchronize()
             if run >= WARMUPS:
-                found.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
-        h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*found, strict=True))
+                times.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
+        h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
         return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
 
     def _release(self) -> None:

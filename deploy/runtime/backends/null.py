@@ -1,4 +1,4 @@
-"""Computes nothing and returns zeros: what is left is the cost of everything around a backend."""
+"""The null backend: it computes nothing and returns zeros, which leaves the cost of everything around a backend."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from deploy.version import __version__
 
 
 class NullSession(Session):
-    """Zeros in the shapes of the outputs; sizes of their symbolic dimensions are those of the inputs."""
+    """Returns zeros in the shapes of the outputs; their symbolic dimensions have the sizes of the inputs'."""
 
     backend = "null"
 
@@ -22,7 +22,7 @@ class NullSession(Session):
         for spec in self.outputs:
             unknown = [dim for dim in spec.dynamic if dim not in known]
             if unknown:
-                raise BackendError(f"null cannot tell the size of {unknown[0]!r} of the output {spec}: no input has it")
+                raise BackendError(f"null cannot know the size of {unknown[0]!r} of the output {spec}: no input has it")
 
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         dims = {

@@ -1,8 +1,8 @@
 """ONNX Runtime: on the CPU, and as `onnxruntime:cuda` and `onnxruntime:tensorrt` with its execution providers for GPUs.
 
-A GPU session runs on the GPU or not at all: a provider that is missing or did not load, and a node other than those that
-compute shapes that would run on the CPU, are errors. `session.disable_cpu_ep_fallback` would refuse the shape nodes too,
-which ONNX Runtime puts on the CPU on purpose, so the session looks at where each node went instead.
+A GPU session runs on the GPU or not at all. It is an error if a provider is missing or did not load, or if a node would run on
+the CPU, except for nodes that compute shapes: ONNX Runtime puts those on the CPU on purpose. The setting
+`session.disable_cpu_ep_fallback` would refuse them too, so the session checks where each node went instead.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ from deploy.runtime.session import Session, SessionOptions, closed_error, first_
 SPIN_US = 100
 """How long an idle worker thread spins before it sleeps, in microseconds.
 
-ONNX Runtime's own default is some tens of milliseconds, in which it slows down whatever runs next in the process. Not
-to spin at all costs small models half as much again, for waking a thread takes longer than one of their operators. A
-tenth of a millisecond bridges the gaps between operators and between runs back to back, and no more. Versions of ONNX
-Runtime that do not know the setting keep their default.
+ONNX Runtime's default is some tens of milliseconds, which slows down the code that runs next in the process. Without any
+spinning, small models take half as long again, because waking a thread takes longer than one of their operators. A tenth of a
+millisecond bridges the gaps between operators and between consecutive runs, and no more. Versions of ONNX Runtime that do not
+know the setting keep their default.
 """
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -47,7 +47,7 @@ SHAPE_OPERATORS = {
     "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub", "Transpose",
     "Unsqueeze", "Where",
 }  # fmt: skip
-"""What shapes are computed with. ONNX Runtime leaves such nodes on the CPU, where shapes are needed."""
+"""Operators that compute shapes. ONNX Runtime leaves such nodes on the CPU, where the shapes are needed."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +66,15 @@ class OnnxRuntimeSession(Session):
         self._session: Any = self._open(onnxruntime.SessionOptions())
 
     def _open(self, settings: Any) -> Any:
-        """An InferenceSession with `settings`, the SessionOptions of ONNX Runtime, filled in."""
+        """Open an InferenceSession. settings: SessionOptions of ONNX Runtime, which are completed here."""
         artifact, options = self._artifact, self._options
-        settings.log_severity_level = 4  # errors come as exceptions; warnings are about the optimizer's own doings
-        # Left to itself it takes all cores of the machine and ties its threads to them, in every process to the same.
+        settings.log_severity_level = 4  # errors are raised as exceptions; warnings only concern the optimizer
+        # By default it takes all cores of the machine and pins its threads to them, in every process to the same.
         settings.intra_op_num_threads = options.threads or usable_cores()
         settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         providers = self._providers(artifact, options, settings)
         try:
-            # Without enable_fallback=0 a provider that fails is replaced by the CPU, with a line on standard output.
+            # Without enable_fallback=0, the CPU replaces a provider that fails, with only a line on standard output.
             return onnxruntime.InferenceSession(str(artifact.onnx_path), settings, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
@@ -83,15 +83,15 @@ class OnnxRuntimeSession(Session):
             raise BackendError(f"{_label(options)} cannot open {artifact.location}: {_reason(error)}{hint}") from error
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
-        """What to run on, the preferred first; `settings` are the SessionOptions of ONNX Runtime."""
+        """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""
         return [_CPU]
 
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        # It takes no mapping but a dict.
+        # It accepts no mapping but a dict.
         return self._guard(lambda session: session.run(self._output_names, feed if type(feed) is dict else dict(feed)))
 
     def _guard(self, work: Any) -> Sequence[Any]:
-        """What `work` makes of the session; its errors are ours."""
+        """The result of `work` on the session, with its errors as BackendError."""
         session = self._session
         if session is None:
             raise closed_error(self.name)
@@ -101,9 +101,9 @@ class OnnxRuntimeSession(Session):
             raise BackendError(f"onnxruntime failed to run {self.name!r}: {_reason(error)}") from error
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """By its profiler, in a session of its own: the time is of kernels. Layers bear the names of the optimized graph."""
+        """The time of each kernel by its profiler, in a separate session. Layers have the names of the optimized graph."""
         if self.device != "cpu":
-            raise BackendError(f"{_label(self._options)} tells when kernels were launched, not how long they took")
+            raise BackendError(f"{_label(self._options)} reports when kernels were launched, not how long they took")
         with tempfile.TemporaryDirectory(prefix="deploy-profile-") as folder:
             settings = onnxruntime.SessionOptions()
             settings.enable_profiling = True
@@ -121,8 +121,8 @@ class OnnxRuntimeSession(Session):
                 times.setdefault(name, []).append(event["dur"] / 1e3)
                 operators[name] = event["args"]["op_name"]
         return [
-            LayerTime(name=name, operator=operators[name], ms=statistics.median(found[WARMUPS:] or found))
-            for name, found in times.items()
+            LayerTime(name=name, operator=operators[name], ms=statistics.median(runs_ms[WARMUPS:] or runs_ms))
+            for name, runs_ms in times.items()
         ]
 
     def _release(self) -> None:
@@ -130,12 +130,11 @@ class OnnxRuntimeSession(Session):
 
 
 class GpuSession(OnnxRuntimeSession):
-    """On a GPU. `nodes`: the number of nodes of the graph that each execution provider took.
+    """A session on a GPU. nodes: the number of nodes that each execution provider took.
 
-    CUDA tensors go in and out without a copy. ONNX Runtime computes on streams of its own, one for each run under way (a
-    stream of the caller's could be given only once, for all threads): the run waits until the caller's stream has come
-    to an end, and returns when its own has, so that what follows on any stream finds the outputs there. numpy arrays and
-    tensors elsewhere are copied.
+    CUDA tensors go in and out without a copy. ONNX Runtime computes on its own streams, one for each run under way (a stream of
+    the caller could be set only once, for all threads). A run therefore waits until the caller's stream is done, and returns
+    when its own is, so that the outputs are complete for any stream. numpy arrays and other tensors are copied.
     """
 
     devices = ("cuda",)
@@ -145,7 +144,7 @@ class GpuSession(OnnxRuntimeSession):
         variant, loaded = _gpu_variant(options), self._session.get_providers()
         if PROVIDERS[variant] not in loaded:
             raise BackendError(
-                f"{_label(options)}: {PROVIDERS[variant]} did not load{self._said}; it needs an NVIDIA driver, and the CUDA and"
+                f"{_label(options)}: {PROVIDERS[variant]} did not load{self._loading}; it needs an NVIDIA driver, and the CUDA and"
                 f" cuDNN{' and TensorRT' if variant == 'tensorrt' else ''} libraries that onnxruntime"
                 f" {onnxruntime.__version__} was built for: see `deploy doctor`"
             )
@@ -157,7 +156,7 @@ class GpuSession(OnnxRuntimeSession):
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         super()._check_request(artifact, options)
         variant = _gpu_variant(options)
-        self._said = _load_libraries(variant)
+        self._loading = _load_libraries(variant)
         if reason := provider_missing(variant):
             raise BackendError(reason)
 
@@ -174,7 +173,7 @@ class GpuSession(OnnxRuntimeSession):
                 f" {_TF32_OVERRIDE}=0 in the environment, or allow it with onnxruntime:tensorrt,tf32"
             )
         tensorrt = {"device_id": index, "trt_engine_cache_enable": "0"}
-        if artifact.manifest.precision != "fp32":  # its networks are weakly typed: a precision that is not allowed fails
+        if artifact.manifest.precision != "fp32":  # its networks are weakly typed: without this, the precision is refused
             tensorrt[f"trt_{artifact.manifest.precision}_enable"] = "1"
         return [(PROVIDERS["tensorrt"], tensorrt), cuda]
 
@@ -190,10 +189,10 @@ class GpuSession(OnnxRuntimeSession):
 def run_bound(
     session: Any, feed: Mapping[str, Any], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: str
 ) -> list[Any]:
-    """Run an InferenceSession on contiguous torch tensors that lie on `device` (`cpu`, `cuda:N`), without a copy.
+    """Run an InferenceSession on contiguous torch tensors on `device` (`cpu`, `cuda:N`), without a copy.
 
-    Outputs are new torch tensors that ONNX Runtime writes to; those whose shapes do not follow from the inputs' are
-    copied from its own memory, which it may use again as soon as it is free.
+    Outputs are new torch tensors that ONNX Runtime writes to. An output whose shape does not follow from the inputs' is copied
+    from ONNX Runtime's memory, which it may reuse as soon as it is free.
     """
     torch = sys.modules["torch"]
     kind, _, number = device.partition(":")
@@ -227,7 +226,7 @@ def run_bound(
 
 
 def provider_missing(variant: str) -> str | None:
-    """Why the installed ONNX Runtime has no execution provider for a variant of `PROVIDERS`; None where it has."""
+    """Why the installed ONNX Runtime has no execution provider for a variant of `PROVIDERS`; None if it has one."""
     name = PROVIDERS[variant]
     if name in onnxruntime.get_available_providers():
         return None
@@ -238,19 +237,19 @@ def provider_missing(variant: str) -> str | None:
 
 
 def _load_libraries(variant: str) -> str:
-    """Load the CUDA libraries of pip packages, which the dynamic linker does not find; what was said about it, in brackets."""
+    """Load the CUDA libraries of pip packages, which the dynamic linker does not find; the printed complaint, in brackets."""
     if variant == "tensorrt":
         with contextlib.suppress(ImportError):  # it may be installed for the whole system
             importlib.import_module("tensorrt")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints, and standard output is for results
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # standard output is for results
         onnxruntime.preload_dlls()
-    lines = said.getvalue().split("\n")
+    lines = printed.getvalue().split("\n")
     return f" ({lines[0]})" if lines[0] else ""
 
 
 def _assigned(session: Any) -> Iterable[tuple[str, str]]:
-    """Execution provider and operator of each node."""
+    """The execution provider and the operator of each node."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise BackendError(
             f"onnxruntime {onnxruntime.__version__} does not say where its nodes run: a GPU session needs a newer onnxruntime-gpu"
@@ -259,14 +258,14 @@ def _assigned(session: Any) -> Iterable[tuple[str, str]]:
 
 
 def count_nodes(session: Any) -> dict[str, int]:
-    """Number of nodes that each execution provider took."""
+    """The number of nodes that each execution provider took."""
     return dict(Counter(provider for provider, _ in _assigned(session)))
 
 
 def refuse_cpu_nodes(session: Any, what: str) -> None:
-    """Raise BackendError, which begins with `what`, when a node other than those that compute shapes is on the CPU."""
-    if found := sorted({operator for provider, operator in _assigned(session) if provider == _CPU} - SHAPE_OPERATORS):
-        raise BackendError(f"{what}: the provider has no kernel for {', '.join(found)}, which would run on the CPU")
+    """Raise BackendError if a node is on the CPU that does not compute shapes. what: the beginning of the message."""
+    if refused := sorted({operator for provider, operator in _assigned(session) if provider == _CPU} - SHAPE_OPERATORS):
+        raise BackendError(f"{what}: the provider has no kernel for {', '.join(refused)}, which would run on the CPU")
 
 
 def _gpu_variant(options: SessionOptions) -> str:
@@ -278,7 +277,7 @@ def _label(options: SessionOptions) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the error says, less its number and code."""
+    """The message of an error, without its number and code."""
     line = first_line(error)
     return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
 

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU.
 
-Left to itself it computes in bfloat16 where the CPU can, and logits are off by some hundredths; here FP32 means FP32
-unless `SessionOptions.compute` says otherwise.
+By default it computes in bfloat16 if the CPU can, and logits are off by some hundredths. Here FP32 means FP32, unless
+`SessionOptions.compute` asks for less.
 """
 
 import statistics
@@ -25,10 +25,10 @@ _TELEMETRY = "openvino_telemetry"
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Hides the package that importing OpenVINO reports to, if it is installed: OpenVINO then uses a stub of its own.
+    """Hides OpenVINO's telemetry package while OpenVINO is imported; it then uses a stub.
 
-    Its report goes to a web service, which a runtime must not do unasked, and comes from a process that a background
-    thread forks: the copy may dead-lock, and holds every pipe of its parent open while it does.
+    The telemetry reports to a web service, which a runtime must not do unasked. It also forks the process from a background
+    thread: the copy may deadlock, and then keeps every pipe of its parent open.
     """
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: importing it fails
     hidden = _TELEMETRY not in modules
@@ -58,9 +58,9 @@ class OpenVinoSession(Session):
         config = {
             **({"PERFORMANCE_HINT": "LATENCY"} if streams == 1 else {"NUM_STREAMS": streams}),
             "INFERENCE_PRECISION_HINT": hint,
-            # Of all streams together.
+            # For all streams together.
             "INFERENCE_NUM_THREADS": options.threads * streams if options.threads else max(usable_cores(), streams),
-            # It would tie its threads to cores, in every process to the same: two services would share one core.
+            # Pinning would tie the threads of every process to the same cores: two services would share them.
             "ENABLE_CPU_PINNING": False,
         }
         self._artifact = artifact
@@ -70,7 +70,7 @@ class OpenVinoSession(Session):
         if used != hint:
             raise BackendError(f"openvino cannot compute in {options.compute} on this CPU: it would use {used.get_type_name()}")
         self._positions = [self._position(name) for name in self._input_names]
-        # A request runs one feed at a time: each run takes one of these, or makes one more.
+        # A request runs one feed at a time: each run takes an idle one, or makes another.
         self._idle: deque[Any] = deque()
 
     def _compile(self, config: Mapping[str, Any]) -> Any:
@@ -92,7 +92,7 @@ class OpenVinoSession(Session):
                 request = self._idle.pop()
             except IndexError:
                 request = compiled.create_infer_request()
-            # A tensor does not keep its array alive: `arrays` does, until the run is over. It takes no read-only ones.
+            # A tensor does not keep its array alive, so `arrays` does until the run is over. Read-only arrays are not accepted.
             arrays = [x if x.flags.writeable else x.copy() for x in map(feed.__getitem__, self._input_names)]
             for position, x in zip(self._positions, arrays, strict=True):
                 request.set_input_tensor(position, openvino.Tensor(x, shared_memory=True))
@@ -107,18 +107,18 @@ class OpenVinoSession(Session):
         return results
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """By its performance counts, in a compiled model of its own."""
+        """The times by OpenVINO's performance counts, from a separately compiled model."""
         request = self._compile({**self._config, "PERF_COUNT": True}).create_infer_request()
         times: dict[str, list[float]] = {}
         operators: dict[str, str] = {}
         arrays = [np.array(feed[name]) for name in self._input_names]
         for run in range(WARMUPS + runs):
             request.infer(dict(zip(self._positions, arrays, strict=True)))
-            for told in request.get_profiling_info() if run >= WARMUPS else ():
-                if told.status == told.Status.EXECUTED:
-                    times.setdefault(told.node_name, []).append(told.real_time.total_seconds() * 1e3)
-                    operators[told.node_name] = told.node_type
-        return [LayerTime(name=name, operator=operators[name], ms=statistics.median(found)) for name, found in times.items()]
+            for node in request.get_profiling_info() if run >= WARMUPS else ():
+                if node.status == node.Status.EXECUTED:
+                    times.setdefault(node.node_name, []).append(node.real_time.total_seconds() * 1e3)
+                    operators[node.node_name] = node.node_type
+        return [LayerTime(name=name, operator=operators[name], ms=statistics.median(runs_ms)) for name, runs_ms in times.items()]
 
     def _release(self) -> None:
         self._compiled = None
@@ -126,12 +126,12 @@ class OpenVinoSession(Session):
 
 
 def _reason(error: Exception) -> str:
-    """What the error says, less the places in OpenVINO's own source that it came through."""
+    """The message of an error, without the lines that name places in OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [
+    useful = [
         line for line in lines if line and not line.startswith(("Exception from", "Check '", "FrontEnd API failed", "Summary:"))
     ]
-    return " ".join(told) or " ".join(lines)
+    return " ".join(useful) or " ".join(lines)
 
 
 def version(variant: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def test_compiled_modules_tell_their_operators(shared_lenet5: Artifact) -> None:
 
 
 def test_a_backend_that_cannot_tell_says_so(shared_lenet5: Artifact) -> None:
-    with pytest.raises(BackendError, match="null does not tell the time of its layers"):
+    with pytest.raises(BackendError, match="null does not report the time of its layers"):
         layers(shared_lenet5, "null", (1, 1, 28, 28))
 
 

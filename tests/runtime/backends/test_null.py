@@ -24,5 +24,5 @@ def test_a_size_that_no_input_has_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "nonzero.onnx"
     text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (int64[1, found] y) { y = NonZero(x) }"""
     onnx.save(onnx.parser.parse_model(text), path)
-    with pytest.raises(BackendError, match=r"null cannot tell the size of 'found' of the output y: int64 1xfound"):
+    with pytest.raises(BackendError, match=r"null cannot know the size of 'found' of the output y: int64 1xfound"):
         open_session(open_onnx(path), "null")

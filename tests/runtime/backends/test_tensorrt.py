@@ -107,7 +107,10 @@ def test_a_tensor_on_another_device_is_refused_with_both(session: Any) -> None:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (batch(9), r"x 9x4 is outside every profile of 'engine': expected x=1x4:4x4:8x4; build with `deploy build-trt --shapes` for more"),
+        (
+            batch(9),
+            r"x 9x4 is outside every profile of 'engine': expected x=1x4:4x4:8x4; build with `deploy build-trt --shapes` for more",
+        ),
         (batch(2).astype(np.float64), "float64"),
         (batch(2)[:, :3], "x"),
     ],
