@@ -1,1 +1,1 @@
-"""Typed ONNX graph in, TensorRT engine out."""
+"""TensorRT engines: building them from a typed ONNX graph, attesting their precision, and running them."""

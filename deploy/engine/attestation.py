@@ -1,4 +1,4 @@
-"""What precision a network or an engine computes in, read back from what was built, not from what was asked for."""
+"""The precision that a network or an engine computes in, read back from what was built, not from what was requested."""
 
 import json
 import re
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
     import tensorrt
 
 HONOURED = 0.9
-"""Share of the multiply-accumulates, outside the reported exclusions, that must run in the precision asked for."""
+"""The share of the multiply-accumulates, outside the reported exclusions, that must run in the requested precision."""
 
 
 def network_share(
     network: "tensorrt.INetworkDefinition", trt: Bindings, macs: Mapping[str, int]
 ) -> tuple[PrecisionShare, dict[str, str]]:
-    """Share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
+    """The share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
 
-    A layer computes in INT8 when both its operands, activation and weight, come out of DequantizeLinear of INT8, with
-    nothing between but changes of shape: TensorRT folds the pairs into the layer. Raises EngineError when a counted node
-    has no layer in the network.
+    A layer computes in INT8 if both its operands, activation and weight, come from DequantizeLinear of INT8, with at most changes
+    of shape in between: TensorRT folds the pairs into the layer. Raises EngineError if a counted node has no layer in the network.
     """
     names = {
         trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.INT8: "int8",
@@ -50,7 +49,7 @@ def network_share(
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayer:
-    """A layer of a built engine: TensorRT's kind of it, the ONNX nodes that are fused in it, and the precision it computes in."""
+    """A layer of a built engine: TensorRT's name for its kind, the ONNX nodes fused into it, and its precision."""
 
     name: str
     kind: str
@@ -60,10 +59,10 @@ class EngineLayer:
 
 
 def engine_layers(information: str) -> list[EngineLayer]:
-    """The layers that the inspector tells of, in its JSON form, of an engine built with detailed verbosity.
+    """The layers in the inspector's JSON description of an engine that was built with detailed verbosity.
 
-    A tactic that names the types of its operands (`..._i8i8_i8i32_f32_...`) computes in the first of them; for others it is
-    the type of the first input. Raises EngineError for what is no such description.
+    A tactic that names the types of its operands (`..._i8i8_i8i32_f32_...`) computes in the first of them; any other computes in
+    the type of its first input. Raises EngineError if the description cannot be read.
     """
     try:
         described = json.loads(information)["Layers"]
@@ -75,19 +74,19 @@ def engine_layers(information: str) -> list[EngineLayer]:
 def engine_share(
     layers: Sequence[EngineLayer], typed: Mapping[str, str], macs: Mapping[str, int], times: Mapping[str, float]
 ) -> tuple[PrecisionShare, dict[str, str]]:
-    """Share of `macs` in each precision as the engine was built, and the precision by node.
+    """The share of `macs` in each precision as the engine was built, and the precision by node.
 
-    typed: precision by node of the typed network, for the nodes that the inspector does not name: TensorRT drops names
-        where it compiles many nodes into one kernel, but keeps to the types. times: milliseconds by layer, may be empty.
+    typed: the precision by node in the typed network, for nodes that the inspector does not name: TensorRT drops the names when
+        it compiles many nodes into one kernel, but keeps the types. times: milliseconds by layer; may be empty.
     """
     by_node = dict(typed)
-    for each in sorted(layers, key=lambda each: each.computes):  # what computes comes last: the others only move data
-        for node in each.nodes:
+    for layer in sorted(layers, key=lambda layer: layer.computes):  # layers that compute come last: the others only move data
+        for node in layer.nodes:
             if node in macs:
-                by_node[node] = each.precision
-    timed = [(each.precision, times[each.name]) for each in layers if each.name in times]
+                by_node[node] = layer.precision
+    timed = [(layer.precision, times[layer.name]) for layer in layers if layer.name in times]
     shares = _shares((by_node[node], count) for node, count in macs.items() if count)
-    counted = _shares((each.precision, 1) for each in layers)
+    counted = _shares((layer.precision, 1) for layer in layers)
     return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
 
 
@@ -95,12 +94,12 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TACTIC = re.compile(r"_(i8|s8|e4m3|f16|h|bf16|tf32|f32)(?:i8|s8|e4m3|f16|bf16|tf32|f32|i32)*_")
 _OPERANDS = {"i8": "int8", "s8": "int8", "f16": "fp16", "h": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
 _TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16"), ("fp16", "fp16"))
-"""What a description of a format holds, in lower case, and the precision; all else is FP32."""
+"""The words in the description of a format, in lower case, and the precision they mean; anything else is FP32."""
 _COMPUTES = re.compile(r"conv|gemm|matmul|matrixmultiply|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
 
 
 def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
-    if isinstance(described, str):  # an engine built without detailed verbosity gives names alone
+    if isinstance(described, str):  # without detailed verbosity there are only names
         raise TypeError("layers are names alone: the engine was built without detailed verbosity")
     tactic = described.get("TacticName") or ""
     kind = f"{described.get('LayerType', '')} {tactic}"
@@ -120,7 +119,7 @@ def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
 
 
 def _shares(weighted: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """The share of the whole weight that each precision has."""
+    """The share of each precision in the total weight."""
     totals = dict.fromkeys(("int8", "fp16", "bf16", "fp32"), 0.0)
     for precision, weight in weighted:
         totals[precision] += weight
@@ -146,8 +145,10 @@ def _record(
 
 
 def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILayer"], trt: Bindings) -> bool:
-    """Whether `tensor` comes out of DequantizeLinear of INT8; the parser puts changes of shape before 1-D convolutions
-    and products with fewer dimensions on one side."""
+    """Whether `tensor` comes from DequantizeLinear of INT8, directly or through changes of shape.
+
+    The parser adds those before 1-D convolutions and before products with fewer dimensions on one side.
+    """
     reshaping = (trt.LayerType.SHUFFLE, trt.LayerType.UNSQUEEZE, trt.LayerType.SQUEEZE)
     layer = producers.get(tensor.name)
     while layer is not None and layer.type in reshaping:
@@ -158,7 +159,7 @@ def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILaye
 def check_honoured(
     wanted: str, by_node: Mapping[str, str], macs: Mapping[str, int], exclusions: Sequence[Exclusion], what: str
 ) -> None:
-    """Raise EngineError when under `HONOURED` of the multiply-accumulates outside `exclusions` run in `wanted`."""
+    """Raise EngineError if less than `HONOURED` of the multiply-accumulates outside `exclusions` run in `wanted`."""
     excluded = {exclusion.node for exclusion in exclusions}
     counted = {node: count for node, count in macs.items() if count and node not in excluded}
     whole = sum(counted.values())

@@ -1,6 +1,6 @@
-"""What is used of TensorRT's Python module, the same in 10.x, 11.x and tensorrt-rtx, with the types of `tensorrt-stubs`.
+"""The part of TensorRT's Python module that we use, common to 10.x, 11.x and tensorrt-rtx, typed by `tensorrt-stubs`.
 
-Names that one of them lacks are asked for by `getattr`, or through `Any` where the flavour is known.
+Names that one of them lacks are read with `getattr`, or through `Any` if the flavour is known.
 """
 
 from typing import TYPE_CHECKING, Protocol

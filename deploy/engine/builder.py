@@ -1,7 +1,7 @@
-"""A typed network to a TensorRT engine, the same for every flavour.
+"""The build of a TensorRT engine from a typed network, the same for every flavour.
 
-Networks are always strongly typed: the precision of each tensor is the one in the ONNX file, and no builder flag can
-change it. TF32 would change FP32 in silence, so it is off unless asked for.
+Networks are always strongly typed: each tensor has the precision in the ONNX file, and no builder flag can change it. TF32 would
+silently change FP32, so it is off unless requested.
 """
 
 import re
@@ -34,11 +34,11 @@ class BuildOptions:
 
     opt_level: 0 (quick build) to 5 (slow build, fast engine); None for TensorRT's default, 3.
     tf32: let FP32 convolutions and matrix products round their inputs to TF32 (10 bits of mantissa).
-    workspace: MiB of GPU memory that a layer may use beside its tensors at most; None for all that the GPU has.
-    timing_cache: file of tactic timings to read and write, which builds that run at once may share; `tensorrt` only.
+    workspace: the most GPU memory, in MiB, that a layer may use beside its tensors; None for all that the GPU has.
+    timing_cache: a file of tactic timings to read and write, which concurrent builds may share; `tensorrt` only.
     version_compatible: the engine runs on later versions too; `tensorrt` only.
     hardware_compatible: the engine runs on any GPU from Ampere on; `tensorrt` only.
-    targets: compute capabilities to build for, such as `"8.6"`; `tensorrt-rtx` only. None of them: `RTX_TARGETS`.
+    targets: the compute capabilities to build for, such as `"8.6"`; `RTX_TARGETS` if empty; `tensorrt-rtx` only.
     """
 
     opt_level: int | None = None
@@ -63,7 +63,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """A serialized engine, the network that it was built from, and what it was built for."""
+    """A serialized engine, the network that it was built from, and the target that it was built for."""
 
     plan: bytes
     network: Network
@@ -79,10 +79,10 @@ def build_engine(
     *,
     shown: str | None = None,
 ) -> BuiltEngine:
-    """Parse and build `onnx_path` with one optimization profile for each of `profiles`. Errors call it `shown`.
+    """Parse an ONNX file and build an engine with these optimization profiles. shown: the name of the file in errors.
 
-    Ctrl-C stops the build at TensorRT's next step and is raised then. Raises EngineError for nodes that the parser refuses
-    (each by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have.
+    Ctrl-C stops the build at TensorRT's next step and is then raised. Raises EngineError for nodes that the parser refuses (each
+    by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have.
     """
     trt = flavour.trt
     shown = shown or str(onnx_path)
@@ -127,12 +127,12 @@ def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: B
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.targets:
         _set_targets(config, trt, flavour, options.targets)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells every layer's precision
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector reports every layer's precision
 
 
 def _set_targets(config: Any, trt: Any, flavour: Flavour, targets: Sequence[str]) -> None:
-    """Of tensorrt-rtx alone: the compute capabilities that the engine has code for."""
-    config.num_compute_capabilities = len(targets)  # before they are set, or each is refused
+    """Set the compute capabilities that the engine gets code for. Only tensorrt-rtx has them."""
+    config.num_compute_capabilities = len(targets)  # must be set first, or every capability is refused
     for index, target in enumerate(targets):
         capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
         if capability is None or not config.set_compute_capability(capability, index):
@@ -175,7 +175,7 @@ def _target(flavour: Flavour, options: BuildOptions) -> Target:
 
 
 def options_of(target: Target, gpu: Gpu) -> BuildOptions:
-    """What an engine for `gpu` is built with to be like one that was built for `target`."""
+    """The options that build an engine for `gpu` like the one that was built for `target`."""
     here = gpu.compute_capability
     named = target.flavour == "tensorrt-rtx" and not targeted(here, RTX_TARGETS)
     return BuildOptions(
@@ -189,7 +189,7 @@ def options_of(target: Target, gpu: Gpu) -> BuildOptions:
 
 
 def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, progress: Progress) -> Any:
-    """The plan, or None. It is built in a thread, for Python handles Ctrl-C in the main thread, between its own steps."""
+    """The plan, or None. It is built in a thread so that the main thread, which is Python's for signals, notices Ctrl-C."""
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
     outcome: list[Any] = []
@@ -207,7 +207,7 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
     try:
         done.wait()
     except BaseException:
-        monitor.cancelled.set()  # TensorRT asks at every step
+        monitor.cancelled.set()  # TensorRT checks it at every step
         done.wait()
         raise
     if monitor.failure is not None:
@@ -219,7 +219,7 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
 
 def _make_monitor(trt: Bindings, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Tells of the phases with steps; TensorRT calls from many threads, and an exception must not reach it."""
+        """Reports phases and steps. TensorRT calls it from many threads, and an exception must not reach TensorRT."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -231,16 +231,16 @@ def _make_monitor(trt: Bindings, progress: Progress) -> Any:
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             with self._lock:
                 self._steps[phase] = steps
-            self._tell(phase, 0)
+            self._report(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            self._tell(phase, step + 1)
+            self._report(phase, step + 1)
             return not self.cancelled.is_set()
 
         def phase_finish(self, phase: str) -> None:
-            self._tell(phase, self._steps.get(phase, 0))
+            self._report(phase, self._steps.get(phase, 0))
 
-        def _tell(self, phase: str, done: int) -> None:
+        def _report(self, phase: str, done: int) -> None:
             try:
                 progress(phase, done, self._steps.get(phase, 0))
             except BaseException as error:

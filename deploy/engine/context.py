@@ -1,4 +1,4 @@
-"""One execution context of an engine with its stream, buffers and CUDA graphs: what one run has to itself."""
+"""An execution context of an engine, with its stream, buffers and CUDA graphs: everything that one run needs for itself."""
 
 import itertools
 import logging
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger("deploy.runtime")
 
 GRAPHS = 8
-"""CUDA graphs that a context keeps, one for each set of input shapes; the one not used for longest goes first."""
+"""The number of CUDA graphs that a context keeps, one for each set of input shapes; the least recently used goes first."""
 
 ALIGNMENT = 256
-"""Bytes that TensorRT wants the address of a tensor to be a multiple of (IExecutionContext::setTensorAddress)."""
+"""The address of a tensor must be a multiple of this many bytes (IExecutionContext::setTensorAddress)."""
 
 PIECE = 1 << 20
-"""Bytes that are staged before their copy begins, so that the copy of one piece overlaps the staging of the next."""
+"""The bytes that are staged before their copy begins: the copy of one piece overlaps the staging of the next."""
 
 Shape = tuple[int, ...]
 
 
 class Tensor(NamedTuple):
-    """An input in device memory: where it is, and its shape."""
+    """An input in device memory: its address and its shape."""
 
     pointer: int
     shape: Shape
 
 
 class _Buffer:
-    """Device memory and pinned memory of one tensor, which grow to the largest size that was asked for."""
+    """The device memory and the pinned memory of one tensor, which grow to the largest size that was requested."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -46,7 +46,7 @@ class _Buffer:
 
     def memory(self, nbytes: int) -> Memory:
         if self._memory is None or not self.fits(nbytes):
-            self._memory = None  # first: there may be no room for both
+            self._memory = None  # freed first: there may be no room for both
             self._memory = self._device.allocate(nbytes)
         return self._memory
 
@@ -62,11 +62,10 @@ class _Buffer:
 
 
 class EngineContext:
-    """For one run at a time. Raises BackendError where CUDA or the engine fails; it can be used again then.
+    """An execution context, for one run at a time. Raises BackendError if CUDA or the engine fails; it stays usable.
 
-    context: an IExecutionContext of either flavour. graphs: run by CUDA graph from the second run of a shape on.
-    allocator: makes, of a device, an IOutputAllocator with `take() -> (Memory, shape)`, for an output whose shape depends
-        on data.
+    context: an IExecutionContext of either flavour. graphs: replay a CUDA graph from the second run of a shape on.
+    allocator: makes an IOutputAllocator for an output whose shape depends on data; see `make_allocator`.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class EngineContext:
         self._make_allocator = allocator
         self.stream: Stream = device.stream()
         self._event: Event = device.event()
-        self._busy_on: int | None = None  # handle of the stream that the last run may still be under way on
+        self._busy_on: int | None = None  # handle of the stream on which the last run may still be under way
         self._buffers: dict[str, _Buffer] = {}
         self._addresses: dict[str, int] = {}
         self._bound: tuple[int, tuple[Shape, ...]] | None = None
@@ -100,7 +99,7 @@ class EngineContext:
     # Arrays in host memory: begin, finish.
 
     def begin(self, feed: Mapping[str, np.ndarray], profile: int) -> None:
-        """Stage the inputs, and give all work up to the copies of the outputs to the context's own stream."""
+        """Stage the inputs, and queue all work, including the copies of the outputs, on the context's own stream."""
         with self._device.active():
             self._begin(feed, profile)
 
@@ -118,25 +117,25 @@ class EngineContext:
                 host = self._buffer(name).host(nbytes)
                 if nbytes:
                     memory.read(host, self.stream)
-                self._pending.append((host, shape, dtype, memory))  # the memory is read when the stream comes to it
+                self._pending.append((host, shape, dtype, memory))  # the stream reads the memory later
         except BaseException:
             self.settle()
             raise
 
     def finish(self) -> list[np.ndarray]:
-        """Wait for what was begun; the outputs, in arrays of their own."""
+        """Wait for the run that was begun; the outputs, in new arrays."""
         self.stream.synchronize()
         self._busy_on = None
         pending, self._pending = self._pending, []
         return [host.view(dtype).reshape(shape).copy() for host, shape, dtype, _ in pending]
 
     def times(self, feed: Mapping[str, np.ndarray], profile: int) -> tuple[float, float, float] | None:
-        """Milliseconds of the copies in, the run and the copies out, one after the other, by events on the GPU.
+        """The milliseconds of the copies in, the run and the copies out, one after the other, by events on the GPU.
 
-        None where the shape of an output depends on data: its copy cannot be given to the stream ahead.
+        None if the shape of an output depends on data: its copy cannot be queued in advance.
         """
         self.begin(feed, profile)
-        self.finish()  # the inputs are staged now: what is timed are the copies alone
+        self.finish()  # the inputs are staged now, so that only the copies are timed
         if None in self._shapes:
             return None
         with self._device.active():
@@ -207,20 +206,22 @@ class EngineContext:
             self._event.record(stream)
 
     def _run_graph(self, inputs: Sequence[Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
-        for (name, dtype), tensor in zip(self._inputs, inputs, strict=True):  # a graph works where it did when it was captured
+        for (name, dtype), tensor in zip(
+            self._inputs, inputs, strict=True
+        ):  # a graph uses the addresses that it was captured with
             self._set_address(name, self._copy_in(name, tensor, dtype, stream))
         memories = self._set_outputs(stream)
         self._execute(stream)
-        found = []
+        results = []
         for name, dtype, memory, shape in self._results(memories, stream):
             if name not in memories:
-                found.append((memory, shape))  # made for this run
+                results.append((memory, shape))  # made for this run
                 continue
             nbytes = _nbytes(shape, dtype)
             result = self._device.output(shape, dtype)
             result.copy(memory.pointer, nbytes, stream)
-            found.append((result, shape))
-        return found
+            results.append((result, shape))
+        return results
 
     def _copy_in(self, name: str, tensor: Tensor, dtype: np.dtype[Any], stream: Stream) -> int:
         nbytes = _nbytes(tensor.shape, dtype)
@@ -231,13 +232,13 @@ class EngineContext:
     # Both.
 
     def _take(self, stream: Stream) -> None:
-        """Let `stream` wait for the last run: the memory that a context computes in is its own."""
+        """Let `stream` wait for the last run, because all runs of a context use the same memory."""
         if self._busy_on is not None and self._busy_on != stream.handle:
             self._event.hold(stream)
         self._busy_on = stream.handle
 
     def settle(self) -> None:
-        """Wait until nothing is under way on the context's own stream, and drop the outputs of what was begun."""
+        """Wait until nothing is under way on the context's own stream, and drop the outputs of a run that was begun."""
         self.stream.synchronize()
         self._pending = []
 
@@ -247,7 +248,7 @@ class EngineContext:
         return self._buffers[name]
 
     def _fit(self, name: str, nbytes: int, stream: Stream) -> Memory:
-        """The buffer's memory. Where it has to grow, nothing may be using it, and graphs that do are gone."""
+        """The buffer's memory. Before it grows, the stream must be done with it, and graphs that use it are dropped."""
         buffer = self._buffer(name)
         if not buffer.fits(nbytes):
             stream.synchronize()
@@ -276,7 +277,7 @@ class EngineContext:
         self._addresses[name] = pointer
 
     def _set_outputs(self, stream: Stream) -> dict[str, Memory]:
-        """Let outputs of known shape be written to the buffers, and the others to what their allocators find."""
+        """Direct outputs of known shape to the buffers, and the others to the memory of their allocators."""
         memories = {}
         for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
             if shape is not None:
@@ -294,20 +295,20 @@ class EngineContext:
                 self._allocators[name] = allocator
 
     def _results(self, memories: Mapping[str, Memory], stream: Stream) -> list[tuple[str, np.dtype[Any], Memory, Shape]]:
-        """Outputs with their memory; waits where a shape is known only when the work is done."""
+        """The outputs with their memory. Waits for the run if a shape is known only afterwards."""
         if len(memories) < len(self._outputs):
             stream.synchronize()
-        found = []
+        results = []
         for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
             if shape is not None:
-                found.append((name, dtype, memories[name], shape))
+                results.append((name, dtype, memories[name], shape))
             else:
                 memory, actual = self._allocators[name].take()
-                found.append((name, dtype, memory, actual))
-        return found
+                results.append((name, dtype, memory, actual))
+        return results
 
     def _execute(self, stream: Stream) -> None:
-        """Run by graph where that is wanted and possible. The first run of a shape is a plain one, as TensorRT demands."""
+        """Run by graph if that is wanted and possible. The first run of a shape is a plain one, as TensorRT requires."""
         assert self._bound is not None
         shapes = self._bound[1]
         if not self._graphs_wanted or shapes in self._refused:
@@ -332,7 +333,7 @@ class EngineContext:
     def _capture(self, stream: Stream) -> Graph:
         if None in self._shapes:
             raise BackendError("the shape of an output depends on data")
-        stream.synchronize()  # what is under way must not be part of it
+        stream.synchronize()  # work under way must not become part of the graph
         return self._device.capture(lambda: self._launch(self.stream), self.stream)
 
     def _remember(self, shapes: tuple[Shape, ...], graph: Graph | None) -> None:
@@ -346,7 +347,7 @@ class EngineContext:
             raise BackendError("the engine failed to run")
 
     def attach(self, profiler: Any) -> None:
-        """Let an IProfiler hear the time of each layer, or None. Runs are slower while one does, and without graphs."""
+        """Report the time of each layer to an IProfiler; None ends that. Meanwhile runs are slower, and use no graphs."""
         if profiler is not None:
             self._graphs_usual, self._graphs_wanted = self._graphs_wanted, False
         else:
@@ -354,7 +355,7 @@ class EngineContext:
         self._context.profiler = profiler
 
     def close(self) -> None:
-        """Wait for what is under way, and let go of the context and of all memory."""
+        """Wait for the work under way, and release the context and all memory."""
         self.stream.synchronize()
         if self._busy_on is not None:
             self._event.hold(self.stream)

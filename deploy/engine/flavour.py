@@ -1,4 +1,4 @@
-"""The flavours of TensorRT: `tensorrt` (10.x, 11.x) and `tensorrt-rtx`, one interface, side by side in one process."""
+"""The flavours of TensorRT, `tensorrt` (10.x, 11.x) and `tensorrt-rtx`, behind one interface; a process may use both."""
 
 import importlib
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from deploy.errors import BackendError, UsageError
 from deploy.host.extras import extra_of
 
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0")
-"""Compute capabilities that TensorRT-RTX builds for when no GPU is named."""
+"""The compute capabilities that TensorRT-RTX builds for by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:
-    """One installed flavour. `trt` is its Python module, `version` the library's."""
+    """An installed flavour. trt: its Python module. version: of the library."""
 
     name: FlavourName
     version: str
@@ -28,9 +28,9 @@ class Flavour:
 
 
 def load_flavour(name: str = "auto") -> Flavour:
-    """The flavour `name`. `auto` is `tensorrt` where it is installed and there is a GPU, else `tensorrt-rtx`.
+    """Load a flavour by name. `auto` is `tensorrt` if it is installed and there is a GPU, else `tensorrt-rtx`.
 
-    Raises UsageError for an unknown name, BackendError when the flavour is not installed or needs a GPU that is not there.
+    Raises UsageError for an unknown name, BackendError if the flavour is not installed, or needs a GPU and there is none.
     """
     if name == "auto":
         if has_gpu() and _importable("tensorrt"):
@@ -52,7 +52,7 @@ def load_flavour(name: str = "auto") -> Flavour:
 
 
 def _version(trt: Bindings) -> str:
-    return str(getattr(trt, "__version__"))  # noqa: B009  (which the stubs forgot)
+    return str(getattr(trt, "__version__"))  # noqa: B009  (missing in the stubs)
 
 
 def _import(name: str) -> Bindings:

@@ -1,4 +1,4 @@
-"""A typed ONNX file to a network: TensorRT's parser, and what it says of a file that it refuses."""
+"""TensorRT's parser: a typed ONNX file to a network, or the list of all nodes that it refuses."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """An INetworkDefinition, as `definition`, with the objects that must outlive it: TensorRT's do not hold one another."""
+    """An INetworkDefinition, as `definition`, with the objects that must outlive it: TensorRT's objects do not hold each other."""
 
     def __init__(
         self, definition: "tensorrt.INetworkDefinition", builder: "tensorrt.Builder", parser: "tensorrt.OnnxParser", log: Any
@@ -27,7 +27,7 @@ class Network:
 
 
 def parse_network(flavour: Flavour, onnx_path: Path, *, shown: str | None = None) -> Network:
-    """Parse `onnx_path` into a strongly typed network. Errors call it `shown`. `tensorrt-rtx` needs no GPU for this.
+    """Parse an ONNX file into a strongly typed network. `tensorrt-rtx` needs no GPU for this. shown: its name in errors.
 
     Raises EngineError listing every node that the parser refuses, by its ONNX name, with the reason and a remedy.
     """
@@ -56,16 +56,16 @@ _REMEDIES: Mapping[str, str] = {
 }
 _REMEDY = "replace it in the model by operators that TensorRT has, or run this model on ONNX Runtime"
 _NO_PLUGIN = "Plugin not found"
-"""What the parser says of an operator that it does not know, for it then looks for a plugin of that name."""
+"""The parser's message for an operator that it does not know: it then looks for a plugin of that name."""
 
 
 def _refusals(
     flavour: Flavour, builder: "tensorrt.Builder", parser: "tensorrt.OnnxParser", onnx_path: Path, log: Any, shown: str
 ) -> str:
-    """Every node that the parser refuses, by its ONNX name, with the reason and a remedy, a line each."""
+    """The message that lists every node that the parser refuses: its ONNX name, the reason and a remedy, one line each."""
     trt = flavour.trt
     network = _strongly_typed(builder, trt)
-    checker = trt.OnnxParser(network, log)  # parse() stops at the first refusal; this lists them all
+    checker = trt.OnnxParser(network, log)  # parse() stops at the first refusal; this one lists them all
     checker.supports_model_v2(onnx_path.read_bytes(), str(onnx_path))
     errors: dict[tuple[str, str], str] = {}
     for source in (parser, checker):

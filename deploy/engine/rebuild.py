@@ -1,4 +1,4 @@
-"""An engine that fits this machine: the one in the artifact, or one built from the ONNX file beside it."""
+"""The plan of an engine that fits this machine: the one in the artifact, or one built from the ONNX file beside it."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from deploy.host.cache import ENGINES, cache_folder, keep, trim
 
 
 def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool) -> bytes:
-    """The engine file, or, where it does not fit this machine and that is wanted, one built now from the typed ONNX file.
+    """The bytes of the artifact's engine or, with `rebuild`, of one built from the typed ONNX file if that does not fit.
 
-    Raises BackendError where it does not fit and `rebuild` is not set, EngineError where it cannot be built.
+    Raises BackendError if it does not fit and `rebuild` is not set, EngineError if it cannot be built.
     """
     target = artifact.manifest.target
     assert target is not None
@@ -38,7 +38,7 @@ def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool
 
 
 def _rebuilt(artifact: Artifact, flavour: Flavour, gpu: Gpu) -> Path:
-    """Where the engine is kept that was built for this machine."""
+    """The file in the cache for the engine that is built for this machine."""
     circumstances = {
         "artifact": artifact.manifest.digest,
         "flavour": [flavour.name, flavour.version],

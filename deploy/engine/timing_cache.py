@@ -1,4 +1,4 @@
-"""A file of tactic timings, which builds that run at once may share."""
+"""A file of tactic timings, which concurrent builds may share."""
 
 import fcntl
 import secrets
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def use_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt.ITimingCache":
-    """Give `config`, an IBuilderConfig, the timings of the file; none where there is no file yet.
+    """Give `config` the timings in the file, if there is a file yet.
 
-    The cache that comes back must live as long as the build. Raises UsageError for a file that holds no timings of this
-    version of TensorRT on this GPU.
+    The cache that is returned must live as long as the build. Raises UsageError for a file without timings of this version of
+    TensorRT on this GPU.
     """
     cache = _load(config, path)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -28,9 +28,9 @@ def use_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt
 
 
 def save_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
-    """Add the timings of a build that is done to the file, with those that other builds wrote meanwhile.
+    """Add the timings of a finished build to those in the file, including those that other builds wrote meanwhile.
 
-    The file is whole at all times. Raises OutputError where it cannot be written.
+    The file is complete at all times. Raises OutputError if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def save_timing_cache(config: "tensorrt.IBuilderConfig", path: Path) -> None:
             made = config.get_timing_cache()
             others = _load(config, path)
             if others is not None:
-                made.combine(others, ignore_mismatch=False)  # what is in both stays as it is
+                made.combine(others, ignore_mismatch=False)  # existing entries stay
             draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
             try:
                 draft.write_bytes(bytes(made.serialize()))
@@ -61,7 +61,7 @@ def _load(config: "tensorrt.IBuilderConfig", path: Path) -> "tensorrt.ITimingCac
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """For one process at a time. The lock is a file of its own, for the cache is replaced; it stays."""
+    """Holds a lock for one process at a time: on a separate file, which stays, because the cache file is replaced."""
     with path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""TensorRT engines, of both flavours. Needs no torch: see `deploy.engine.cuda`."""
+"""TensorRT engines, of both flavours. It needs no torch: see `deploy.engine.cuda`."""
 
 import statistics
 from collections import deque
@@ -28,12 +28,12 @@ _CONTEXTS = 2  # one is fed while the other computes
 
 
 class TensorRTSession(Session):
-    """An engine. `concurrency` runs are under way at a time, each in an execution context of its own.
+    """An engine on a GPU. At most `concurrency` runs are under way at a time, each in its own execution context.
 
-    Torch tensors on the GPU go in and out as they are, on the caller's stream: `run` returns before the work is done, as
-    torch's own functions do. Other arrays on the GPU (`__cuda_array_interface__` or DLPack) go in as they are, and
-    `DeviceArray`s come out, when the work is done. Numpy arrays go through pinned memory, on a stream of the session's own.
-    Variant `cuda_graph`: replayed as one CUDA graph from the second run of a shape on.
+    Torch tensors on the GPU go in and out without a copy, on the caller's stream: `run` returns before the work is done, as
+    torch's functions do. Other arrays on the GPU (`__cuda_array_interface__` or DLPack) go in without a copy, and `DeviceArray`s
+    come out once the work is done. Numpy arrays go through pinned memory, on a stream of the context. With the variant
+    `cuda_graph`, a shape is replayed as one CUDA graph from its second run on.
     """
 
     backend = "tensorrt"
@@ -52,8 +52,8 @@ class TensorRTSession(Session):
         self.concurrency = options.contexts or _CONTEXTS
         self._contexts = ContextPool(self._engine.new_context, self.concurrency, lambda: closed_error(self.name))
         self._choice = ProfileChoice(self.name, self._input_names, self.profiles)
-        self._torch_device: Any = None  # torch's name of the GPU, once a tensor was seen
-        self._contexts.give_back(self._contexts.borrow())  # the first is made now: what fails, fails when the session is opened
+        self._torch_device: Any = None  # torch's name of the GPU, once a tensor has been seen
+        self._contexts.give_back(self._contexts.borrow())  # made now, so that an error is raised when the session is opened
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         manifest = artifact.manifest
@@ -100,7 +100,7 @@ class TensorRTSession(Session):
             here = self._find_torch_device(feed)
         from deploy.engine.cuda import torch_device
 
-        if not isinstance(self._gpu, torch_device.TorchDevice):  # it was imported after the session was opened
+        if not isinstance(self._gpu, torch_device.TorchDevice):  # torch was imported after the session was opened
             views = {name: view(name, x.detach().contiguous()) for name, x in feed.items()}
             return [torch_device.adopt(array) for array in self._run_views(views)]
         stream = self._gpu.current()
@@ -113,7 +113,7 @@ class TensorRTSession(Session):
             if not x.is_contiguous():
                 x = x.contiguous()
                 kept.append(x)
-            x.record_stream(stream.stream)  # its memory is not used again before the work is done
+            x.record_stream(stream.stream)  # its memory is not reused before the work is done
             inputs.append(Tensor(x.data_ptr(), tuple(x.shape)))
         results = self._run_tensors(inputs, stream)
         return [
@@ -121,7 +121,7 @@ class TensorRTSession(Session):
         ]
 
     def _find_torch_device(self, feed: Mapping[str, Any]) -> Any:
-        """torch's name of the GPU of the session. Raises InputError for a tensor that is elsewhere."""
+        """torch's name of the session's GPU. Raises InputError for a tensor on another device."""
         for name, x in feed.items():
             if str(x.device) != self.device:
                 raise InputError(f"{name!r} is on {x.device}; this session is on {self.device}: move it, or open one there")
@@ -156,7 +156,7 @@ class TensorRTSession(Session):
             self._contexts.give_back(context)
 
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """As of every session. Numpy feeds overlap: one is copied in while another computes and a third is copied out."""
+        """As in `Session`. Numpy feeds overlap: one is copied in while another computes and a third is copied out."""
         running: deque[EngineContext] = deque()
 
         def finish() -> dict[str, Any]:
@@ -197,7 +197,7 @@ class TensorRTSession(Session):
                     self._contexts.give_back(context)
 
     def to_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
-        """The arrays copied to the GPU: a feed that `run` takes as it is, and whose outputs stay there too."""
+        """A copy of the feed on the GPU, which `run` takes without a copy; its outputs stay on the GPU too."""
         stream = self._gpu.stream()
         copies = {}
         for name, array in feed.items():
@@ -213,7 +213,7 @@ class TensorRTSession(Session):
         return self._engine.information()
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
-        """GPU time, as TensorRT's profiler tells it."""
+        """The GPU time of each layer by TensorRT's profiler."""
         profiler = make_profiler(self._trt)
         context = self._contexts.borrow()
         try:
@@ -225,13 +225,13 @@ class TensorRTSession(Session):
         finally:
             context.attach(None)
             self._contexts.give_back(context)
-        told = {layer.name: layer for layer in engine_layers(self.information())}
+        layers = {layer.name: layer for layer in engine_layers(self.information())}
         return [
             LayerTime(
                 name=name,
-                operator=told[name].kind if name in told else "",
+                operator=layers[name].kind if name in layers else "",
                 ms=statistics.median(times),
-                nodes=told[name].nodes if name in told else (),
+                nodes=layers[name].nodes if name in layers else (),
             )
             for name, times in profiler.times.items()
         ]
@@ -240,10 +240,10 @@ class TensorRTSession(Session):
         arrays = {name: np.asarray(x, order="C") for name, x in feed.items()}
         context = self._contexts.borrow()
         try:
-            found = [context.times(arrays, self._profile(arrays)) for _ in range(WARMUPS + runs)][WARMUPS:]
+            measured = [context.times(arrays, self._profile(arrays)) for _ in range(WARMUPS + runs)][WARMUPS:]
         finally:
             self._contexts.give_back(context)
-        times = [each for each in found if each is not None]
+        times = [run for run in measured if run is not None]
         if not times:
             return None
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
