@@ -1,7 +1,7 @@
-"""What the TensorRT runtime needs of CUDA, through whichever library is there: torch, cuda-python or pycuda.
+"""The part of CUDA that the TensorRT runtime needs, through an installed library: torch, cuda-python or pycuda.
 
-One file a library, each with `open_device(index: int) -> Device`; importing it raises ImportError where the library is
-not installed. Everything is asynchronous but what says that it waits.
+Each library has a file with `open_device(index: int) -> Device`, whose import raises ImportError if the library is missing.
+Everything is asynchronous except for functions that are documented to wait.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import numpy as np
 from deploy.errors import BackendError
 
 LIBRARIES = {"torch": "torch_device", "cuda-python": "cuda_python", "pycuda": "pycuda_device"}
-"""By name, the modules of this package, in the order in which they are tried."""
+"""The modules of this package by the name of the library, in the order in which they are tried."""
 
 
 class DeviceMemoryError(BackendError):
@@ -33,7 +33,7 @@ class DeviceMemoryError(BackendError):
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU: name, compute capability (`"9.0"`) and the version of the driver as nvidia-smi tells it, None if unknown."""
+    """A GPU: its name, its compute capability (`"9.0"`) and the driver version that nvidia-smi reports, None if unknown."""
 
     name: str
     compute_capability: str
@@ -41,7 +41,7 @@ class Gpu:
 
 
 class Stream(ABC):
-    """Work in order. `handle` is its `cudaStream_t`."""
+    """A queue of work, done in order. `handle` is its `cudaStream_t`."""
 
     handle: int
 
@@ -55,26 +55,26 @@ class Event(ABC):
 
     @abstractmethod
     def record(self, stream: Stream) -> None:
-        """Be at the end of what `stream` has been given so far."""
+        """Mark the end of the work that `stream` has been given so far."""
 
     @abstractmethod
     def hold(self, stream: Stream) -> None:
-        """Let `stream` wait until this place is reached; nothing where the event was never recorded."""
+        """Let `stream` wait until this place is reached; no effect if the event was never recorded."""
 
     @abstractmethod
     def since(self, earlier: "Event") -> float:
-        """Milliseconds from `earlier` to this: both were made `timed`, and have been reached."""
+        """Milliseconds from `earlier` to this event: both must be `timed`, and have been reached."""
 
 
 class Memory(ABC):
-    """Device memory, freed when nothing refers to it any longer: `nbytes` from `pointer`."""
+    """Device memory, `nbytes` from `pointer`; freed when nothing refers to it any longer."""
 
     pointer: int
     nbytes: int
 
     @abstractmethod
     def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
-        """Copy pinned bytes (n,) uint8 to the memory from `offset` on; they must stay as they are until it is done."""
+        """Copy pinned bytes (n,) uint8 to the memory from `offset` on; they must not change until the copy is done."""
 
     @abstractmethod
     def read(self, host: np.ndarray, stream: Stream) -> None:
@@ -86,15 +86,15 @@ class Memory(ABC):
 
 
 class Graph(ABC):
-    """Captured work, which can be launched again and again."""
+    """Captured work, which can be launched any number of times."""
 
     @abstractmethod
     def launch(self, stream: Stream) -> None:
-        """Give the work to `stream` once more."""
+        """Queue the work on `stream` once more."""
 
 
 class Device(ABC):
-    """One GPU, numbered `index`. Raises BackendError where CUDA fails, DeviceMemoryError where memory is out."""
+    """The GPU with the number `index`. Raises BackendError if CUDA fails, DeviceMemoryError if there is no memory left."""
 
     library: ClassVar[str]
     index: int
@@ -104,11 +104,11 @@ class Device(ABC):
 
     @abstractmethod
     def active(self) -> AbstractContextManager[object]:
-        """Makes this the GPU of the calling thread, and puts back the one before: what TensorRT is given runs on that one."""
+        """Makes this the GPU of the calling thread, on which TensorRT runs its work, and restores the one before."""
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:
-        """Bytes of device memory that are free, and in all."""
+        """The bytes of device memory that are free, and in total."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Memory: ...
@@ -127,22 +127,22 @@ class Device(ABC):
 
     @abstractmethod
     def wait_for(self, handle: int, stream: Stream) -> None:
-        """Let `stream` wait for what the stream `handle` of another library has been given so far."""
+        """Let `stream` wait for the work that the stream `handle` of another library has been given so far."""
 
     @abstractmethod
     def event(self, *, timed: bool = False) -> Event:
-        """timed: one that `since` can be asked of, which takes longer to record."""
+        """A new event. timed: `since` works on it, and recording it takes longer."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
-        """Record what `work` gives to `stream`, which is not run. Raises BackendError where it cannot be captured."""
+        """Record, without running it, the work that `work` queues on `stream`. Raises BackendError if it cannot be captured."""
 
 
 def open_device(index: int = 0) -> Device:
-    """GPU `index` through torch where the program has imported it, else through the first of LIBRARIES that is installed.
+    """Open a GPU, through torch if the program has imported it, else through the first of LIBRARIES that is installed.
 
-    torch, which takes seconds to import, is the last then. Raises BackendError where no library can use a GPU, with what
-    each of them says.
+    torch is then tried last, because it takes seconds to import. Raises BackendError with the reason of every library if none can
+    use the GPU.
     """
     order = list(LIBRARIES)
     if sys.modules.get("torch") is None:

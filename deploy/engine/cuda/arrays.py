@@ -1,4 +1,4 @@
-"""Arrays of other libraries in device memory: read without a copy, and handed out so that they can be."""
+"""Device arrays shared with other libraries without a copy, in both directions."""
 
 import ctypes
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
 
 
 _LEGACY = 1
-"""The legacy default stream, which the producer orders its work before when it is told so."""
+"""The legacy default stream: a producer that is given it orders its work before that of the stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A C-contiguous array in device memory, and what keeps it alive.
+    """A C-contiguous array in device memory, and the object that keeps it alive.
 
     index: of the GPU; None where the array does not say. stream: handle of the stream that its content is made on, which
     has to be waited for; None where it is there already.
@@ -38,7 +38,7 @@ class View:
 
 
 class DeviceArray:
-    """An output in device memory. CuPy, torch, Numba and pycuda take it as it is, by `__cuda_array_interface__`.
+    """An output in device memory. CuPy, torch, Numba and pycuda accept it without a copy, by `__cuda_array_interface__`.
 
     The work is done when it is handed out, so there is no stream to wait for.
     """
@@ -72,7 +72,7 @@ class DeviceArray:
 
 
 def view(name: str, x: Any) -> View:
-    """`x`, called `name` in errors, by `__cuda_array_interface__` or else DLPack. Raises InputError."""
+    """A view of `x` by `__cuda_array_interface__` or else DLPack. name: what errors call it. Raises InputError."""
     described = getattr(x, "__cuda_array_interface__", None)
     if described is None:
         return _from_dlpack(name, x)
@@ -117,7 +117,7 @@ def _from_dlpack(name: str, x: Any) -> View:
         strides = tuple(tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim))
         if not _contiguous(shape, strides, dtype.itemsize):
             raise _not_contiguous(name)
-    # The capsule is not consumed: it frees the tensor when it goes itself.
+    # The capsule is not consumed: it frees the tensor when it is itself freed.
     return View(
         pointer=(tensor.data or 0) + tensor.byte_offset,
         shape=shape,
@@ -129,7 +129,7 @@ def _from_dlpack(name: str, x: Any) -> View:
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    """Whether elements lie one behind the other; the stride of a dimension of size 1 does not matter."""
+    """Whether the elements follow each other without gaps; the stride of a dimension of size 1 does not matter."""
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != itemsize:
             return False

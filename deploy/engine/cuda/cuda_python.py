@@ -131,13 +131,15 @@ class RuntimeDevice(Device):
         return RuntimeEvent(timed=timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
-        # thread-local: what other threads of the program do with CUDA meanwhile is none of our business.
+        # thread-local: other threads of the program may use CUDA meanwhile.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call(cudart.cudaStreamBeginCapture(stream.handle, mode))
         try:
             work()
         finally:
-            error, graph = cudart.cudaStreamEndCapture(stream.handle)  # also where the work failed, or the stream stays so
+            error, graph = cudart.cudaStreamEndCapture(
+                stream.handle
+            )  # even if the work failed, or the stream would go on capturing
         _call((error,))
         return RuntimeGraph(graph)
 
@@ -147,7 +149,7 @@ class RuntimeDevice(Device):
 
 
 def _call(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call returned behind its status. Raises BackendError for another status than success."""
+    """The results of a call, without its status. Raises BackendError unless the status is success."""
     status, *values = result
     if status != cudart.cudaError_t.cudaSuccess:
         _, text = cudart.cudaGetErrorString(status)

@@ -1,4 +1,4 @@
-"""The version of the NVIDIA driver."""
+"""The NVIDIA driver: its version, and whether it offers a GPU."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ _FILE = Path("/proc/driver/nvidia/version")
 
 
 def driver_version() -> str | None:
-    """Such as `"580.95.05"`; None where the kernel does not say."""
+    """The version of the driver, such as `"580.95.05"`; None if the kernel does not report one."""
     try:
         words = _FILE.read_text(encoding="ascii", errors="replace").splitlines()[0].split()
     except (OSError, IndexError):
@@ -16,5 +16,5 @@ def driver_version() -> str | None:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded and offers a device (Linux), asked without loading CUDA."""
+    """Whether an NVIDIA driver is loaded and offers a device (Linux), without loading CUDA."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # /dev/dxg: WSL

@@ -79,7 +79,7 @@ class TorchGraph(Graph):
 
 
 class _Bytes:
-    """Memory at a pointer, as torch takes it."""
+    """Memory at a pointer, in a form that torch can wrap."""
 
     def __init__(self, pointer: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {"data": (pointer, False), "shape": (nbytes,), "typestr": "|u1", "version": 2}
@@ -112,7 +112,7 @@ class TorchDevice(Device):
 
     def output(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Memory:
         if 0 in shape:
-            return self.allocate(0)  # an engine wants an address all the same
+            return self.allocate(0)  # an engine needs an address even for an empty array
         try:
             return TorchMemory(torch.empty(shape, dtype=_DTYPES[dtype], device=self.device))
         except torch.cuda.OutOfMemoryError as error:
@@ -142,7 +142,7 @@ class TorchDevice(Device):
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: what other threads of the program do with CUDA meanwhile is none of our business.
+            # thread_local: other threads of the program may use CUDA meanwhile.
             with torch.cuda.graph(graph, stream=_stream(stream), capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:

@@ -5,8 +5,8 @@
         future = batcher.submit({"input": x}, priority=1)      # concurrent.futures.Future
         outputs = await batcher.run_async({"input": x})        # asyncio; cancelling the task cancels the request
 
-Only requests whose shapes are alike but for the rows go into one batch. Two threads serve each instance: while one is
-in the session, the other hands out the last results; as soon as the session is free, it takes the next batch.
+Only requests whose shapes differ in nothing but the rows share a batch. Two threads serve each instance: while one runs the
+session, the other hands out the previous results; as soon as the session is free, it takes the next batch.
 """
 
 import asyncio
@@ -31,21 +31,21 @@ from deploy.runtime.session import Session
 logger = logging.getLogger("deploy.runtime")
 
 DEFAULT_ROWS = 32
-"""Rows of a batch at most where neither the options nor a profile say."""
+"""The most rows of a batch if neither the options nor a profile set a limit."""
 
 INLINE_S = 2e-4
-"""A run that takes no longer is made in an event loop itself."""
+"""A run that takes at most this long is made in the event loop itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatcherOptions:
     """How to batch.
 
-    max_rows: rows of a batch at most; None: the most that a profile of the session takes, else `DEFAULT_ROWS`. It is 1 request a
-        batch, of any size, where the model has no symbolic batch dimension in all inputs and outputs.
-    delay_ms: how long the first request of a batch waits for others. With 0 a batch is what waits when the session is free.
-    queue_rows: rows that may wait; beyond, a request is refused.
-    instances: batches in the session at a time; None: the session's `concurrency`.
+    max_rows: the most rows of a batch; None: the most that a profile of the session takes, else `DEFAULT_ROWS`. If any input or
+        output lacks a symbolic batch dimension, each request is a batch, of any size.
+    delay_ms: how long the first request of a batch waits for others. With 0, a batch is all that waits when the session is free.
+    queue_rows: the most rows that may wait; further requests are refused.
+    instances: the number of batches in the session at a time; None: the session's `concurrency`.
     """
 
     max_rows: int | None = None
@@ -63,9 +63,9 @@ class BatcherOptions:
 
 
 class Batcher:
-    """Batches of a session, which stays the caller's to close. Safe to use from many threads and event loops at once.
+    """Runs requests on a session in batches. Safe to use from many threads and event loops; the caller closes the session.
 
-    observe: is told of every batch, from the batcher's own threads.
+    observe: called with a record of every batch, from the batcher's threads.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Batcher:
         self.options = options
         self._observe = observe
         self.max_rows = _most_rows(session, options)
-        """Rows of a batch at most; None where each request goes alone."""
+        """The most rows of a batch; None if each request is a batch."""
         self._queue = RequestQueue()
         self._condition = threading.Condition()
         self._closed = False
         self._instances = options.instances or session.concurrency
         self._running = 0
         self._alone_s = 1.0
-        """About what a request takes that is run alone."""
+        """The approximate time of a request that runs alone."""
         self._threads = [
             threading.Thread(target=self._work, name=f"deploy batch {session.name} {index}", daemon=True)
             for index in range(2 * self._instances)
@@ -100,10 +100,10 @@ class Batcher:
     def submit(
         self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
     ) -> Future[Outputs]:
-        """Queue a feed of numpy arrays, which must stay as they are until the future is done.
+        """Queue a feed of numpy arrays, which must not change until the future is done.
 
-        priority: 1 is the highest; requests of one priority are served in their order. timeout_s: a request that was not
-        taken by then fails with DeadlineError. Cancelling the future takes the request out of the queue. Raises InputError for
+        priority: 1 is the highest; requests of the same priority are served in order. timeout_s: a request that has not been
+        taken by then fails with DeadlineError. Cancelling the future removes the request from the queue. Raises InputError for
         a feed that the session does not take or with more rows than a batch, QueueFullError, SessionClosedError.
         """
         future: Future[Outputs] = Future()
@@ -127,7 +127,7 @@ class Batcher:
     async def run_async(
         self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
     ) -> Outputs:
-        """`run` for asyncio: other tasks go on meanwhile. Where the task is cancelled, the request leaves the queue."""
+        """`run` for asyncio: other tasks go on meanwhile. If the task is cancelled, the request leaves the queue."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Outputs] = loop.create_future()
 
@@ -141,11 +141,11 @@ class Batcher:
                 waiter.set_result(outputs)
 
         def finish(outputs: Outputs | None, error: Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any longer
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any longer
                 loop.call_soon_threadsafe(settle, outputs, error)
 
         request = self._request(feed, priority, timeout_s, lambda: not waiter.cancelled(), finish)
-        # Two changes of threads take longer than a small model: it is run here then, and holds the loop up for no longer.
+        # Two thread switches take longer than a small model, so it runs here and blocks the loop no longer than they would.
         if self._alone_s <= INLINE_S and request.rows == 1 and self._enter():
             return self._run_here(request)
         self._put(request)
@@ -156,7 +156,7 @@ class Batcher:
             raise
 
     def _enter(self) -> bool:
-        """Take the session for a run in the caller's thread, if nothing runs or waits and nothing is waited for."""
+        """Take the session for a run in the caller's thread; False if anything runs or waits, or batches wait for more requests."""
         with self._condition:
             if self._running or self._queue or self._closed or self.options.delay_ms:
                 return False
@@ -176,12 +176,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         with self._condition:
             return len(self._queue)
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests, and wait until those queued are answered, or without `drain` fail them with SessionClosedError."""
+        """Refuse new requests, and wait until those in the queue are answered; without `drain`, fail them with SessionClosedError."""
         with self._condition:
             self._closed = True
             left = [] if drain else list(self._queue)
@@ -241,7 +241,7 @@ class Batcher:
                 self._condition.notify()
 
     def _discard(self, request: Request) -> None:
-        """Take a cancelled request out of the queue, if it is still there."""
+        """Remove a cancelled request from the queue, if it is still there."""
         with self._condition:
             if request in self._queue:
                 self._queue.remove(request)
@@ -259,7 +259,7 @@ class Batcher:
                 self._report(hand_out(done, self.session.name), time.perf_counter())
 
     def _take(self) -> list[Request] | None:
-        """The next batch, once the session is free; an empty one where all of it was cancelled or too late; None at the end."""
+        """The next batch, once the session is free; empty if every request was cancelled or too late; None at the end."""
         with self._condition:
             while not self._due():
                 if self._closed and not self._queue:
@@ -290,7 +290,7 @@ class Batcher:
                 self._condition.notify()
 
     def _due(self) -> bool:
-        """Whether a batch is to be taken now."""
+        """Whether to take a batch now."""
         if not self._queue or self._running >= self._instances:
             return False
         if not self.options.delay_ms or self.max_rows is None or self._closed:
@@ -298,7 +298,7 @@ class Batcher:
         return self._queue.holds(self.max_rows) or (self._time_left() or 0) <= 0
 
     def _time_left(self) -> float | None:
-        """Seconds that the first request may still wait for others; None where nothing waits, or not for that."""
+        """The seconds that the first request may still wait for others; None if no request waits for others."""
         if not self._queue or self._running >= self._instances or not self.options.delay_ms:
             return None
         return self._queue.first.came + self.options.delay_ms / 1e3 - time.perf_counter()
@@ -306,7 +306,7 @@ class Batcher:
     def _report(self, done: Done, end: float) -> None:
         batch = done.batch
         if len(batch) == 1 and done.error is None:
-            # What it takes by itself: of times in a thread, which hold waits for the interpreter, the least count most.
+            # Times in a thread include waits for the interpreter, so the shortest ones count most.
             off = done.ran - done.joined - self._alone_s
             self._alone_s += off * (1.0 if off < 0 else 0.1 if done.here else 0.01)
         if self._observe is None:
@@ -322,12 +322,12 @@ class Batcher:
         )
         try:
             self._observe(record)
-        except Exception:  # the observer's own fault: the requests have their answers, and the batcher goes on
+        except Exception:  # a fault of the observer: the requests have their answers, and the batcher goes on
             logger.exception("what observes the batches of %r failed", self.session.name)
 
 
 def _most_rows(session: Session, options: BatcherOptions) -> int | None:
-    """Rows of a batch; None where rows of requests cannot be put together, or their results not be taken apart."""
+    """The most rows of a batch; None if requests cannot be joined along their rows, or their results not taken apart."""
     if not rows_join(session.inputs, session.outputs):
         return None
     names = [spec.name for spec in session.inputs]

@@ -1,4 +1,4 @@
-"""What comes before and after a batcher, overlapped with it."""
+"""Steps before and after a batcher, which overlap with it."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -14,9 +14,9 @@ from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
 
 
 class Pipeline:
-    """What comes before and after a batcher, in threads of its own, so that all three overlap.
+    """A batcher with a step before and a step after it, which run in separate threads so that all three overlap.
 
-    before: makes a feed of an item. after: makes a result of the outputs. Either may raise, which fails its item alone.
+    before: turns an item into a feed. after: turns outputs into a result. If one raises, only its item fails.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Pipeline:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"deploy pipeline {batcher.session.name}")
 
     def submit(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Future[Any]:
-        """The result of one item. Errors of all steps come with the future."""
+        """Process one item. The future has the result, or the error of any step."""
         result: Future[Any] = Future()
         result.set_running_or_notify_cancel()
 
@@ -53,7 +53,7 @@ class Pipeline:
         def hand_on(inner: Future[Outputs]) -> None:
             try:
                 self._pool.submit(end, inner)
-            except RuntimeError:  # the pool is closed: here, then
+            except RuntimeError:  # the pool is closed: run it here
                 end(inner)
 
         def end(inner: Future[Outputs]) -> None:
@@ -69,14 +69,14 @@ class Pipeline:
         return result
 
     async def run_async(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Any:
-        """`submit` for asyncio. Where the task is cancelled, the request leaves the batcher's queue."""
+        """`submit` for asyncio. If the task is cancelled, the request leaves the batcher's queue."""
         loop = asyncio.get_running_loop()
         feed = await loop.run_in_executor(self._pool, self._before, item)
         outputs = await self.batcher.run_async(feed, priority=priority, timeout_s=timeout_s)
         return await loop.run_in_executor(self._pool, self._after, outputs)
 
     def close(self) -> None:
-        """Wait for what was submitted to its first step; the batcher stays the caller's to close, after this."""
+        """Wait until the first step of every item is done. The caller closes the batcher afterwards."""
         self._pool.shutdown()
 
     def __enter__(self) -> Self:

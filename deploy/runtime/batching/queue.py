@@ -1,4 +1,7 @@
-"""Requests that wait for a session: by priority, then in the order in which they came, counted in rows; and their arrays."""
+"""The queue of requests that wait for a session, and the joining and splitting of their arrays.
+
+Requests are ordered by priority, then by arrival, and counted in rows.
+"""
 
 import itertools
 import time
@@ -17,9 +20,10 @@ Outputs = dict[str, np.ndarray]
 
 
 class Request:
-    """One request. rows: of its feed; key: what must be alike in one batch; deadline: on the performance counter, None for none.
+    """A request. rows: of its feed. key: equal for requests that can share a batch. deadline: on the performance counter, or None.
 
-    start: called when it is taken; False where it was cancelled. finish: called once after that, with the outputs or an error.
+    start: called when the request is taken; returns False if it was cancelled. finish: called once after that, with the outputs or
+    an error.
     """
 
     __slots__ = ("came", "deadline", "feed", "finish", "key", "number", "priority", "rows", "start")
@@ -47,9 +51,9 @@ class Request:
 
 
 class RequestQueue:
-    """What waits. Not safe to use from several threads: whoever shares it holds a lock.
+    """The waiting requests. Not safe to use from several threads: callers that share it must hold a lock.
 
-    rows: of all that waits.
+    rows: of all requests together.
     """
 
     def __init__(self) -> None:
@@ -87,24 +91,24 @@ class RequestQueue:
 
     @property
     def first(self) -> Request:
-        """The next to be taken. Raises StopIteration where nothing waits."""
+        """The next request to be taken. Raises StopIteration if the queue is empty."""
         return next(iter(self))
 
     def holds(self, rows: int) -> bool:
-        """Whether as many rows wait that could go with the first."""
+        """Whether this many rows wait that can share a batch with the first request."""
         key = self.first.key
-        found = 0
+        waiting = 0
         for request in self:
             if request.key == key:
-                found += request.rows
-                if found >= rows:
+                waiting += request.rows
+                if waiting >= rows:
                     return True
         return False
 
     def take(self, most_rows: int | None) -> list[Request]:
-        """The first, and what fits into a batch of `most_rows` with it, in order; None: the first alone.
+        """Remove and return the first request and those that fit into a batch of `most_rows` with it; None: the first alone.
 
-        It stops at the first of its sort that does not fit, so that none is passed over for ever.
+        It stops at the first request of the same key that does not fit, so that none is passed over for ever.
         """
         first = self.first
         taken: list[Request] = []
@@ -124,10 +128,10 @@ class RequestQueue:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecord:
-    """What became of one batch.
+    """The times and the outcome of one batch.
 
-    rows: in it. queue_s, total_s: seconds of each request, from its coming to its being taken, and to its answer. input_s, infer_s,
-    output_s: seconds of putting the inputs together, of the session's run, and of taking the outputs apart. error: what failed it.
+    rows: in the batch. queue_s, total_s: seconds of each request from its arrival until it was taken, and until it was answered.
+    input_s, infer_s, output_s: seconds to join the inputs, to run the session, and to take the outputs apart. error: of the run.
     """
 
     rows: int
@@ -140,17 +144,17 @@ class BatchRecord:
 
 
 class Joiner:
-    """Puts the feeds of requests together, `most_rows` at most, in memory that the next batch uses again."""
+    """Joins the feeds of requests, up to `most_rows`, in memory that the next batch reuses."""
 
     _KEPT = 4
-    """Arrays at most: of shapes that come once there may be any number."""
+    """The most arrays per input: there may be any number of shapes that come only once."""
 
     def __init__(self, most_rows: int) -> None:
         self._most_rows = most_rows
         self._arrays: OrderedDict[tuple[Any, ...], np.ndarray] = OrderedDict()
 
     def join(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
-        """One feed: each array (rows of all, ...), in the order of the requests. They are alike but for the rows."""
+        """One feed, whose arrays (rows of all, ...) follow the order of the requests. Their shapes differ only in the rows."""
         rows = sum(request.rows for request in requests)
         feed = {}
         for name, first in requests[0].feed.items():
@@ -166,10 +170,10 @@ class Joiner:
 
 
 def apart(outputs: Outputs, rows: Sequence[int]) -> list[Outputs]:
-    """The outputs of each of the requests that have so many rows, in arrays of their own.
+    """The outputs of each request, in new arrays. rows: the rows of each request.
 
-    Copies: a caller that keeps its rows must not keep those of all others, nor see them. Raises BackendError where the outputs have
-    not as many rows as all of them.
+    They are copies: a caller that keeps its rows must neither keep nor see those of others. Raises BackendError if the outputs do not
+    have as many rows as all requests together.
     """
     for name, array in outputs.items():
         if len(array) != sum(rows):

@@ -1,1 +1,1 @@
-"""A session in a process of its own."""
+"""A session in a separate process."""

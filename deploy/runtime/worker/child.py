@@ -1,10 +1,10 @@
-"""The process of one session: opens it, obeys requests, and rests before it replies.
+"""The worker process: it opens one session, answers requests, and comes to rest before each reply.
 
-Requests come as JSON lines on standard input, replies go as JSON lines to what was standard output; whatever libraries
-or the user's code print goes to standard error. Each reply waits until the process has come to rest, so that thread
-pools that spin after a run (ONNX Runtime's, OpenMP's and TBB's do, for up to tens of milliseconds) do not take time
-from the candidate whose turn is next. That needs no knowledge of the libraries and is therefore not left to settings
-such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is measured.
+Requests come as JSON lines on standard input, and replies go as JSON lines to the original standard output; output of libraries
+and of the user's code goes to standard error. Each reply waits until the process has come to rest, so that thread pools that spin
+after a run (ONNX Runtime's, OpenMP's and TBB's do, for up to tens of milliseconds) take no time from the candidate whose turn is
+next. This works for every library, unlike settings such as KMP_BLOCKTIME or OMP_WAIT_POLICY, which would also change what is
+measured.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Worker:
         self._run_s = 0.0
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what one request asks; the reply."""
+        """Handle one request; the reply."""
         if self._opened is None:  # the first request
             options = SessionOptions(**request["options"])
             start = time.perf_counter()
@@ -75,7 +75,7 @@ class Worker:
         return random_inputs(session.inputs, request["dims"])
 
     def _prepare(self, session: Session, feeds: list[Feed], outputs: str | None) -> dict[str, Any]:
-        """Save what comes of the first of these feeds, and warm up until the time settles."""
+        """Save the outputs on the first feed, and warm up until the time of a run settles."""
         self._samples = feeds
         self._feeds = cycle(feeds)
         start = time.perf_counter()
@@ -83,7 +83,7 @@ class Worker:
         first_s = time.perf_counter() - start
         if outputs is not None:
             with Path(outputs).open("wb") as file:
-                np.savez(file, *results.values())  # by position: a name may be anything
+                np.savez(file, *results.values())  # by position, because a name may be any text
         del results
         step = self._feeds.__next__
         self._run_s = settle(lambda: session.run(step()), limit_s=SETTLE_S, first_s=first_s)
@@ -94,8 +94,8 @@ class Worker:
     def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
         """Samples of one round, in seconds.
 
-        The first tenth of it is not timed, one run at least, for the caches are another candidate's; a model of which a
-        round holds but a single run is timed at once.
+        The first tenth of the round, at least one run, is not timed, because the caches still hold another candidate's data. A
+        model that fits only one run into a round is timed at once.
         """
         run, step = session.run, self._feeds.__next__
         gc.disable()  # as timeit does
@@ -108,16 +108,16 @@ class Worker:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever had in use: VmHWM in proc(5)."""
+    """The peak memory of this process in bytes: VmHWM in proc(5)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def rest() -> None:
-    """Wait until no thread of this process runs or wants to. Raises BackendError when that never comes.
+    """Wait until no thread of this process runs or wants to. Raises BackendError if that does not happen in time.
 
-    Neither sign is enough by itself: a thread that spins may be kept from the processor by other programs and use no
-    time, and one that waits for Python's lock is not seen as runnable.
+    It checks processor time and thread states, because neither is enough by itself: other programs may keep a spinning thread from
+    the processor, so that it uses no time, and a thread that waits for Python's lock does not count as runnable.
     """
     start = time.perf_counter()
     quiet = 0
@@ -143,9 +143,9 @@ def _runnable() -> bool:
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when the process `parent`, which started it, ends in whatever way.
+    """Have this process killed when the process `parent`, which started it, ends in any way.
 
-    It would else live on: it reads the end of the pipe only when it is done, and a first run may take minutes.
+    Otherwise it would live on: it notices the end of the pipe only after a request, and a first run may take minutes.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
@@ -153,12 +153,13 @@ def die_with(parent: int) -> None:
 
 
 def main(parent: int, opened: str, worker: Worker | None = None) -> None:
-    """Open the session that the JSON text `opened` describes, then obey requests until standard input ends.
+    """Open the session that the JSON text `opened` describes, then answer requests until standard input ends.
 
-    An error is a reply too. `parent`: the process to obey, and to die with. `worker`: who obeys, a `Worker` by default.
+    An error is also a reply. parent: the process that sends the requests; this one dies with it. worker: handles the requests, a
+    `Worker` by default.
     """
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker = worker or Worker()
@@ -172,4 +173,4 @@ def main(parent: int, opened: str, worker: Worker | None = None) -> None:
             message = str(error) if isinstance(error, DeployError) else f"{kind}: {error}"
             reply = {"error": kind if isinstance(error, DeployError) else "BackendError", "message": message}
         print(json.dumps(reply), file=replies, flush=True)
-    os._exit(0)  # libraries with threads of their own may hang while the interpreter ends
+    os._exit(0)  # libraries with threads may hang while the interpreter shuts down

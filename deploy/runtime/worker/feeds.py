@@ -1,4 +1,4 @@
-"""Random inputs that a session is timed on, in turns, larger than the cache together."""
+"""The random inputs that a session is timed on, which together are larger than the cache."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, random_feed
 from deploy.host.cpu import cache_bytes
 
 MOST_BYTES = 128 << 20
-"""Of all inputs together, whatever the size of the cache."""
+"""The most bytes of all inputs together, however large the cache is."""
 MOST = 4096
-"""Inputs at most: for a small model that is less than the cache."""
+"""The most inputs; for a small model, these are smaller than the cache."""
 
 
 def random_inputs(specs: tuple[TensorSpec, ...], dims: Mapping[str, int]) -> list[Feed]:
@@ -29,7 +29,7 @@ def row_count(feed: Feed) -> int:
 
 
 def wanted_feeds(feed: Feed) -> int:
-    """How many feeds of this size are twice as large as the cache."""
+    """The number of feeds of this size that together are twice as large as the cache."""
     nbytes = max(1, sum(array.nbytes for array in feed.values()))
     most = min(2 * (cache_bytes() or MOST_BYTES), MOST_BYTES)
     return min(max(2, -(-most // nbytes)), MOST)

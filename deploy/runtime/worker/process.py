@@ -1,4 +1,4 @@
-"""The parent's side of a worker process: start it, ask it, and say what became of it."""
+"""The parent's side of a worker process: it starts the process, sends requests, and reports how it ended."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _POLL_MS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Seconds of one run and of the first, and the inputs: how many, and their bytes together."""
+    """A worker that is ready to measure: seconds of one run and of the first run, number of inputs, bytes of all inputs."""
 
     run_s: float
     first_s: float
@@ -35,9 +35,9 @@ class Prepared:
 
 
 class WorkerProcess:
-    """One artifact on one backend in a process of its own, which blocks on its pipe while it is not asked.
+    """One artifact on one backend in a separate process, which blocks on its pipe between requests.
 
-    Requests raise what the session in the worker raises, and WorkerDiedError when the process is gone.
+    Requests raise the errors of the session in the worker, and WorkerDiedError if the process has died.
     """
 
     program: ClassVar[str] = "deploy.runtime.worker.child"
@@ -47,13 +47,13 @@ class WorkerProcess:
         self.label = f"{artifact.shown} on {backend}"
         opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
-        # The child finds modules where this process does, whatever is installed and wherever it stands.
+        # The child gets our sys.path, so that it imports the same modules from any folder.
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD.format(module=self.program), str(os.getpid()), json.dumps(opened), *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            start_new_session=True,  # so that close ends what the libraries in it have forked too
+            start_new_session=True,  # so that close also ends processes that its libraries have forked
         )
 
     @property
@@ -61,7 +61,7 @@ class WorkerProcess:
         return self._process.pid
 
     def wait_open(self) -> float:
-        """Wait for the session to be open, and the seconds that it took: workers start side by side."""
+        """Wait until the session is open; the seconds that it took. Several workers can start side by side."""
         return float(self._receive()["load_s"])
 
     def prepare(self, dims: Mapping[str, int], outputs: Path | None = None) -> Prepared:
@@ -76,13 +76,13 @@ class WorkerProcess:
         return Prepared(**self._receive())
 
     def memory(self) -> tuple[int, int | None]:
-        """Peak bytes of host memory, and bytes of GPU memory, None where there is none."""
+        """The peak bytes of host memory, and the bytes of GPU memory, None if there is none."""
         self._send({"do": "memory"})
         reply = self._receive()
         return reply["peak_bytes"], reply["gpu_peak_bytes"]
 
     def round(self, seconds: float, most: int) -> list[float]:
-        """Seconds of each of the runs made in `seconds`: one at least, `most` at most."""
+        """Run for `seconds`; the seconds of each run. At least one run is made, and `most` at most."""
         self._send({"do": "round", "seconds": seconds, "most": most})
         return [float(value) for value in self._receive()["samples_s"]]
 
@@ -106,7 +106,7 @@ class WorkerProcess:
         return reply
 
     def _read_line(self) -> bytes:
-        """A whole line, or what there is of it where the process has ended."""
+        """A whole line, or its beginning if the process has ended."""
         assert self._process.stdout is not None
         reader = self._process.stdout.fileno()
         poller = select.poll()
@@ -119,7 +119,7 @@ class WorkerProcess:
                     break
                 line += part
             elif self._process.poll() is not None:
-                break  # a process that it forked holds the pipe open, and would for as long as it lives
+                break  # a process that it forked holds the pipe open as long as it lives
         return line
 
     def _died(self) -> WorkerDiedError:
@@ -134,7 +134,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing of it is left
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
