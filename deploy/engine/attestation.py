@@ -80,13 +80,13 @@ def engine_share(
         it compiles many nodes into one kernel, but keeps the types. times: milliseconds by layer; may be empty.
     """
     by_node = dict(typed)
-    for layer in sorted(layers, key=lambda layer: layer.computes):  # layers that compute come last: the others only move data
-        for node in layer.nodes:
+    for built in sorted(layers, key=lambda built: built.computes):  # layers that compute come last: the others only move data
+        for node in built.nodes:
             if node in macs:
-                by_node[node] = layer.precision
-    timed = [(layer.precision, times[layer.name]) for layer in layers if layer.name in times]
+                by_node[node] = built.precision
+    timed = [(built.precision, times[built.name]) for built in layers if built.name in times]
     shares = _shares((by_node[node], count) for node, count in macs.items() if count)
-    counted = _shares((layer.precision, 1) for layer in layers)
+    counted = _shares((built.precision, 1) for built in layers)
     return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
 
 

@@ -56,7 +56,7 @@ class BuildOptions:
             raise UsageError(f"`workspace` must be 1 MiB or more, not {self.workspace}")
         for target in self.targets:
             if not re.fullmatch(r"[1-9]\d*\.\d", target):
-                raise UsageError(f"`targets` must be compute capabilities such as 8.6, not {target!r}")
+                raise UsageError(f"`targets` must be a compute capability such as 8.6, not {target!r}")
         if len(set(self.targets)) < len(self.targets):
             raise UsageError("`targets` names one compute capability twice")
 
@@ -193,22 +193,26 @@ def _build(network: Network, config: "tensorrt.IBuilderConfig", trt: Bindings, p
     monitor = _make_monitor(trt, progress)
     config.progress_monitor = monitor
     outcome: list[Any] = []
+    begun, done = threading.Event(), threading.Event()  # Thread.join forgets a thread once Ctrl-C interrupts it (CPython 90882)
 
     def work() -> None:
+        begun.set()
         try:
+            if monitor.cancelled.is_set():
+                return
             outcome.append(network.builder.build_serialized_network(network.definition, config))
         except BaseException as error:
             outcome.append(error)
         finally:
             done.set()
 
-    done = threading.Event()  # Thread.join forgets the thread when Ctrl-C interrupts it (CPython issue 90882)
-    threading.Thread(target=work, name="deploy build", daemon=True).start()
     try:
+        threading.Thread(target=work, name="deploy build", daemon=True).start()
         done.wait()
     except BaseException:
         monitor.cancelled.set()  # TensorRT checks it at every step
-        done.wait()
+        if begun.is_set():  # else Ctrl-C came before the thread did, which will then do nothing
+            done.wait()
         raise
     if monitor.failure is not None:
         raise monitor.failure

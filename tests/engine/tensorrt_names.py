@@ -25,7 +25,8 @@ OBJECTS = {
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
     "engine/context.py": {"_context"},
-    "runtime/backends/tensorrt.py": {"_engine", "_runtime", "engine", "config", "cache", "_cache", "inspector"},
+    "engine/callbacks.py": set(),
+    "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "_cache", "inspector"},
 }
 """By file, the variables and attributes that hold objects of TensorRT."""
 

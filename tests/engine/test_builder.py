@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def test_builder_options_are_taken(rtx: Flavour, tmp_path: Path, options: BuildO
 
 
 def test_options_that_the_flavour_does_not_have_are_refused(rtx: Flavour, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="timing-cache"):
+    with pytest.raises(UsageError, match="`timing_cache`: tensorrt-rtx times nothing"):
         build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=BuildOptions(timing_cache=tmp_path / "cache"))
     for option in (BuildOptions(version_compatible=True), BuildOptions(hardware_compatible=True)):
         with pytest.raises(UsageError, match="tensorrt-rtx has neither"):
@@ -277,11 +278,11 @@ def test_ctrl_c_stops_a_build_at_its_next_step(rtx: Flavour, tmp_path: Path) -> 
     path = mixed(tmp_path / "m.onnx", "fp16")
     whole: list[str] = []
     build_engine(rtx, path, [SHAPES], BuildOptions(), lambda phase, *_: whole.append(phase))
-    told: list[str] = []
+    phases: list[str] = []
 
     def interrupt(phase: str, done: int, total: int) -> None:
-        told.append(phase)
-        if len(told) == 2:  # the first is of parsing
+        phases.append(phase)
+        if len(phases) == 2:  # the first is of parsing
             os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does, while TensorRT is at work
             time.sleep(0.05)
 
@@ -291,9 +292,31 @@ def test_ctrl_c_stops_a_build_at_its_next_step(rtx: Flavour, tmp_path: Path) -> 
             build_engine(rtx, path, [SHAPES], BuildOptions(), interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
-    stopped = len(told)
+    stopped = len(phases)
     time.sleep(0.1)
-    assert 2 <= len(told) == stopped < len(whole)
+    assert 2 <= len(phases) == stopped < len(whole)
+
+
+@pytest.mark.parametrize("starts", [True, False], ids=["after", "before"])
+def test_ctrl_c_while_the_thread_of_the_build_starts_leaves_no_build_behind(
+    rtx: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name != "deploy build":
+            return start(thread)
+        if starts:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    phases: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(rtx, mixed(tmp_path / "m.onnx", "fp16"), [SHAPES], BuildOptions(), lambda phase, *_: phases.append(phase))
+    stopped = len(phases)
+    time.sleep(0.2)
+    assert len(phases) == stopped
 
 
 def test_an_error_of_the_progress_callback_ends_the_build_and_is_raised(rtx: Flavour, tmp_path: Path) -> None:
@@ -324,6 +347,7 @@ def test_what_an_engine_is_rebuilt_with_is_what_it_was_built_with(rtx: Flavour, 
 COLLECTION_WHILE_TENSORRT_LOGS = """
 import gc
 import sys
+import threading
 from pathlib import Path
 
 from deploy.engine import network

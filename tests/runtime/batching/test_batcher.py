@@ -131,7 +131,7 @@ def test_a_feed_that_does_not_fit_is_refused_before_it_is_queued(session: Any) -
         ):
             with pytest.raises(InputError, match=message):
                 batcher.submit(feed)
-        with pytest.raises(UsageError, match="priority must be 1"):
+        with pytest.raises(UsageError, match="`priority` must be 1"):
             batcher.submit(images(1, 0), priority=0)
     assert session.rows == []
 
