@@ -21,7 +21,7 @@ from deploy.engine.builder import BuildOptions, BuiltEngine, _set_options, build
 from deploy.engine.cuda import Gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour, load_flavour
 from deploy.engine.network import parse_network
-from deploy.errors import BackendError, EngineError, UsageError
+from deploy.errors import EngineError, UsageError
 from deploy.precision.macs import count_macs
 
 SHAPES: Profile = {"x": ShapeRange(min=(1, 3, 8, 8), opt=(4, 3, 8, 8), max=(8, 3, 8, 8))}
@@ -213,27 +213,6 @@ def test_options_that_the_flavour_does_not_have_are_refused(rtx: Flavour, tmp_pa
             build(rtx, mixed(tmp_path / "m.onnx", "fp32"), options=option)
     with pytest.raises(UsageError, match="0 to 5"):
         BuildOptions(opt_level=9)
-
-
-def test_flavours_that_are_unknown_or_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="unknown flavour 'tensorrt-lite'"):
-        load_flavour("tensorrt-lite")
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendError, match=r"tensorrt-rtx is not installed: pip install 'deploy\[cpu\]'"):
-        load_flavour("tensorrt-rtx")
-
-
-def test_auto_is_tensorrt_rtx_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.engine.cuda.driver.has_gpu", lambda: False)
-    assert load_flavour("auto").name == "tensorrt-rtx"
-
-
-def test_stubs_alone_do_not_pass_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", type(os)("tensorrt"))
-    monkeypatch.setattr("deploy.engine.cuda.driver.has_gpu", lambda: True)
-    with pytest.raises(BackendError, match=r"tensorrt is not installed: .*without the library, as of stubs"):
-        load_flavour("tensorrt")
-    assert load_flavour("auto").name == "tensorrt-rtx"
 
 
 def test_an_engine_is_built_for_the_targets_that_are_named(rtx: Flavour, tmp_path: Path) -> None:

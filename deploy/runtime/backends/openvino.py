@@ -44,6 +44,13 @@ def _without_telemetry() -> Iterator[None]:
 with _without_telemetry():
     import openvino
 
+_CORE = openvino.Core()
+"""The Core of all sessions. It lives as long as the process.
+
+The CPU plugin gives the thread that loads it an alternate signal stack, and frees that stack with the last Core. If another thread
+dropped that Core, the next signal would kill the process (seen with OpenVINO 2026.4).
+"""
+
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
 
 
@@ -75,8 +82,7 @@ class OpenVinoSession(Session):
 
     def _compile(self, config: Mapping[str, Any]) -> Any:
         try:
-            core = openvino.Core()
-            return core.compile_model(core.read_model(self._artifact.onnx_path), "CPU", dict(config))
+            return _CORE.compile_model(_CORE.read_model(self._artifact.onnx_path), "CPU", dict(config))
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open {self._artifact.location}: {_reason(error)}") from error
 

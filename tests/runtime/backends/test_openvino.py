@@ -89,3 +89,25 @@ def test_streams_run_side_by_side_and_agree(shared_lenet5: Artifact) -> None:
         assert session.concurrency == 1
         for x, result in zip(feeds, together, strict=True):
             np.testing.assert_allclose(result, session(x), rtol=1e-4, atol=1e-5)
+
+
+CLOSED_ELSEWHERE = """
+import os, signal, sys, threading
+from pathlib import Path
+from deploy.artifact.artifact import Artifact
+from deploy.runtime.load import open_session
+
+for _ in range(3):
+    session = open_session(Artifact.open(Path(sys.argv[1])), "openvino")
+    thread = threading.Thread(target=session.close)
+    thread.start()
+    thread.join()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_process_whose_session_was_closed_in_another_thread_still_handles_signals(shared_lenet5: Artifact) -> None:
+    command = [sys.executable, "-c", CLOSED_ELSEWHERE, str(shared_lenet5.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
