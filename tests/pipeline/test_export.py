@@ -16,24 +16,6 @@ from deploy.intake.build import rebuild
 from deploy.models.registry import ARCHITECTURES
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of the user's with a module in `net.py`, the current folder."""
-    (tmp_path / "net.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self, width=4, num_classes=3):\n"
-        "        super().__init__()\n"
-        "        self.body = torch.nn.Linear(6, width)\n"
-        "        self.head = torch.nn.Linear(width, num_classes)\n"
-        "    def forward(self, x):\n"
-        "        hidden = torch.relu(self.body(x))\n"
-        "        return self.head(hidden), hidden\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def write_package(folder: Path) -> None:
     package = folder / "nets"
     package.mkdir(parents=True)
@@ -201,12 +183,6 @@ def test_a_users_file_that_changed_is_named_with_both_digests(project: Path) -> 
     (project / "net.py").write_text((project / "net.py").read_text() + "# changed\n")
     with pytest.raises(deploy.DeployError, match=rf"net\.py .*{recorded[:12]}"):
         deploy.load(artifact, backend="eager")
-
-
-@pytest.fixture
-def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test when the ONNX export, the slow part, begins."""
-    monkeypatch.setattr("deploy.pipeline.export.export_graph", lambda *args, **options: pytest.fail("the export began"))
 
 
 @pytest.mark.usefixtures("untouched")

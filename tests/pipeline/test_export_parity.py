@@ -13,24 +13,6 @@ from deploy.errors import ExportError, ParityError
 from deploy.models.registry import ARCHITECTURES
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of the user's with a module in `net.py`, the current folder."""
-    (tmp_path / "net.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self, width=4, num_classes=3):\n"
-        "        super().__init__()\n"
-        "        self.body = torch.nn.Linear(6, width)\n"
-        "        self.head = torch.nn.Linear(width, num_classes)\n"
-        "    def forward(self, x):\n"
-        "        hidden = torch.relu(self.body(x))\n"
-        "        return self.head(hidden), hidden\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_parity_is_recorded_at_three_batch_sizes(shared_lenet5: Artifact) -> None:
     parity = shared_lenet5.manifest.parity
     assert parity is not None
@@ -65,12 +47,6 @@ def test_eager_gives_nan_is_an_error_and_not_agreement(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(ExportError, match="eager module itself gives NaN"):
         deploy.export(tmp_path / "out", arch="lenet5", weights=tmp_path / "nan.pth")
-
-
-@pytest.fixture
-def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test when the ONNX export, the slow part, begins."""
-    monkeypatch.setattr("deploy.pipeline.export.export_graph", lambda *args, **options: pytest.fail("the export began"))
 
 
 @pytest.mark.usefixtures("untouched")
