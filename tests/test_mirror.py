@@ -1,4 +1,7 @@
-"""Tests mirror the source: `deploy/room/name.py` is tested in `tests/room/test_name.py`, or `test_name_<aspect>.py`."""
+"""Tests mirror the source: `deploy/room/name.py` is tested in `tests/room/test_name.py`, or `test_name_<aspect>.py`.
+
+The `__init__.py` of a package stands for the package: `deploy/cli/__init__.py` is tested in `tests/test_cli.py`.
+"""
 
 from pathlib import Path
 
@@ -10,29 +13,56 @@ ROOT = TESTS.parent
 ACROSS = {
     "test_docs", "test_examples", "test_install", "test_layers", "test_mirror", "benchmarks/test_bench_harness", "benchmarks/test_gpu_report",
     "benchmarks/test_scripts", "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_baselines", "gpu/test_cuda",
-    "gpu/test_engines", "engine/cuda/test_cuda", "runtime/test_threads", "serving/test_clients", "serving/test_malformed",
+    "gpu/test_engines", "runtime/test_threads", "serving/test_clients", "serving/test_malformed",
 }  # fmt: skip
 """Tests of what no single file does."""
 
-COVERED: dict[str, str] = {}
+COVERED = {
+    "__init__": "test_layers",
+    "__main__": "test_cli",
+    "bench/probes": "bench/candidate/test_loadgen",
+    "bench/run": "bench/test_bench",
+    "bench/workers": "bench/test_bench",
+    "engine/bindings": "engine/test_tensorrt_names",
+    "engine/context": "runtime/backends/test_tensorrt_graphs",
+    "engine/cuda/cuda_python": "gpu/test_engines",
+    "engine/cuda/pycuda_device": "gpu/test_engines",
+    "engine/cuda/torch_device": "gpu/test_engines",
+    "engine/loaded": "runtime/backends/test_tensorrt",
+    "intake/options": "intake/test_fit",
+    "intake/recipe": "intake/test_torchvision",
+    "models/convnet": "models/test_registry",
+    "models/errors": "models/test_registry",
+    "models/lenet5": "models/test_registry",
+    "models/mlp": "models/test_registry",
+    "pipeline/typed": "pipeline/test_build_trt",
+    "precision/converted": "precision/half/test_convert",
+    "progress": "cli/test_common",
+    "runtime/backends/tensorrt_rtx": "runtime/test_load",
+    "runtime/cuda_graphs": "gpu/test_baselines",
+    "runtime/profiling": "bench/candidate/test_layers",
+    "version": "test_cli",
+}
 """Source files without a test file of their own, and the one that covers them."""
 
 
 def sources() -> set[str]:
-    """Every source file below `deploy/`, `models/` and `calibration/`, as `room/name`."""
-    files = [
-        path for path in (ROOT / "deploy").rglob("*.py") if not {"models", "calibration"} & set(path.relative_to(ROOT).parts)
-    ]
-    found = {str(path.relative_to(ROOT / "deploy").with_suffix("")) for path in files}
-    for folder in ("models", "calibration"):
-        found |= {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / folder).glob("*.py")}
-    return {name for name in found if not _is_docstring(name)}
+    """Every source file below `deploy/`, `models/` and `calibration/` that holds code, as `room/name`."""
+    found = set()
+    for base, folder in ((ROOT / "deploy", "."), (ROOT, "models"), (ROOT, "calibration")):
+        for path in (base / folder).rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            if path.name == "__init__.py" and len(parts) > 1:
+                if _is_docstring(path):
+                    continue
+                parts = parts[:-1]
+            found.add("/".join(parts))
+    return found
 
 
-def _is_docstring(name: str) -> bool:
-    """Whether the file is a package's `__init__` that holds little more than its docstring."""
-    path = next(base / f"{name}.py" for base in (ROOT / "deploy", ROOT) if (base / f"{name}.py").is_file())
-    return path.name == "__init__.py" and len(path.read_text(encoding="utf-8").splitlines()) < 10
+def _is_docstring(path: Path) -> bool:
+    """Whether the file of a package holds little more than its docstring."""
+    return len(path.read_text(encoding="utf-8").splitlines()) < 10
 
 
 def written() -> set[str]:

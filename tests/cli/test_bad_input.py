@@ -1,7 +1,6 @@
 """Bad input: a clear error of one or two lines, exit status 1 or 2, and nothing lost."""
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,98 +8,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
-from PIL import Image
 
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import MANIFEST
 from deploy.errors import InputError
-from deploy.models.registry import ARCHITECTURES
+from tests.cli.helpers import refused
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """The state_dict of an `mlp`."""
-    path = tmp_path / "mlp.pth"
-    torch.save(ARCHITECTURES["mlp"].create().state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """An ImageFolder of two classes with two images each."""
-    root = tmp_path / "images"
-    for index, label in enumerate(("0", "1")):
-        (root / label).mkdir(parents=True)
-        for number in range(2):
-            Image.fromarray(np.full((28, 28), 40 * number + 90 * index, np.uint8)).save(root / label / f"{number}.png")
-    return root
-
-
-def refused(finished: Any, status: int, *parts: str) -> None:
-    assert finished.status == status, finished.err
-    assert finished.err.strip().splitlines()[-1].startswith(("error: ", "Error: ")) or len(finished.err.splitlines()) > 1
-    for part in parts:
-        assert part in finished.err
-    assert "Traceback" not in finished.err
-    assert finished.out == ""
-
-
-def test_a_missing_checkpoint(run: Run, tmp_path: Path) -> None:
-    refused(run("export", "--arch", "mlp", "--weights", tmp_path / "no.pth", "-o", tmp_path / "out"), 1, "no.pth")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_truncated_checkpoint(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    refused(run("export", "--arch", "mlp", "--weights", checkpoint, "-o", tmp_path / "out"), 1, "mlp.pth")
-    assert not (tmp_path / "out").exists()
-
-
-class Payload:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(run: Run, tmp_path: Path) -> None:
-    trap = tmp_path / "trap"
-    bad = tmp_path / "bad.pth"
-    torch.save({"state_dict": {"w": torch.zeros(1)}, "extra": Payload(trap)}, bad)
-    refused(run("export", "--arch", "mlp", "--weights", bad, "-o", tmp_path / "out"), 1, "bad.pth", "state_dict")
-    bad.write_bytes(pickle.dumps(Payload(trap)))
-    refused(run("export", "--arch", "mlp", "--weights", bad, "-o", tmp_path / "out"), 1, "bad.pth")
-    assert not trap.exists()
-
-
-def test_the_wrong_architecture(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    finished = run("export", "--arch", "lenet5", "--weights", checkpoint, "-o", tmp_path / "out")
-    refused(finished, 1, "6 missing", "expected 84", "another architecture")
-
-
-def test_a_folder_that_is_no_imagefolder(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
-    refused(run("eval", lenet5.path, tmp_path / "missing"), 1, "missing")
-    (tmp_path / "empty").mkdir()
-    refused(run("eval", lenet5.path, tmp_path / "empty"), 1, "empty")
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    Image.new("L", (28, 28)).save(flat / "a.png")
-    refused(run("eval", lenet5.path, flat), 1, "one folder")
-
-
-def test_a_corrupt_image_is_named(run: Run, shared_lenet5: Artifact, images: Path, tmp_path: Path) -> None:
-    classes = tmp_path / "classes.txt"
-    classes.write_text("\n".join(map(str, range(10))))
-    made = run("export", "--arch", "lenet5", "--classes", classes, "-o", tmp_path / "digits")
-    assert made.status == 0, made.err
-    assert run("eval", tmp_path / "digits", images).status == 0
-    (images / "1" / "0.png").write_bytes((images / "1" / "0.png").read_bytes()[:40])
-    refused(run("eval", tmp_path / "digits", images), 1, str(images / "1" / "0.png"))
 
 
 def test_an_unknown_backend(run: Run, lenet5: Artifact, images: Path) -> None:
@@ -138,12 +53,6 @@ def test_an_output_that_is_holds_or_lies_in_its_source_is_refused(run: Run, lene
     assert Artifact.open(lenet5.path) == lenet5
     lenet5.verify()
     assert Artifact.open(half).root().manifest == lenet5.manifest
-
-
-def test_a_directory_with_other_files_beside_the_artifact_is_left_alone(run: Run, lenet5: Artifact) -> None:
-    (lenet5.path / "notes.txt").write_text("mine")
-    refused(run("export", "--arch", "lenet5", "--num-classes", "3", "-o", lenet5.path), 1, "notes.txt")
-    assert (lenet5.path / "notes.txt").read_text() == "mine"
 
 
 def test_a_damaged_source_is_found_where_the_output_stands_already(run: Run, lenet5: Artifact, tmp_path: Path) -> None:
@@ -184,14 +93,6 @@ def test_what_the_users_module_prints_stays_off_standard_output(run: Run, images
     assert "running" in evaluated.err
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"PK", "is truncated")])
-def test_an_empty_or_cut_checkpoint_is_told_from_a_damaged_one(
-    run: Run, checkpoint: Path, content: bytes, message: str, tmp_path: Path
-) -> None:
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if content else b"")
-    refused(run("export", "--arch", "mlp", "--weights", checkpoint, "-o", tmp_path / "out"), 1, message, "copy it again")
-
-
 @pytest.mark.parametrize("command", [("inspect",), ("convert", "--fp16"), ("build-trt",), ("predict", "x.png")])
 def test_a_manifest_edited_by_hand(run: Run, lenet5: Artifact, command: tuple[str, ...], tmp_path: Path) -> None:
     manifest = json.loads((lenet5.path / MANIFEST).read_text())
@@ -209,29 +110,13 @@ def test_a_payload_with_a_flipped_byte(run: Run, lenet5: Artifact, command: tupl
     refused(run(command[0], lenet5.path, *command[1:], *out), 1, "model.onnx is damaged")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--target", "sm89"), "compute capabilities such as 8.6"),
-        (("--workspace", "0"), "--workspace must be 1 MiB or more"),
-        (("--allow-slower",), "--allow-slower needs --int8"),
-        (("--timing-cache", "timings"), "tensorrt-rtx times nothing while building"),
-        (("--flavour", "tensorrt", "--target", "8.6"), "tensorrt"),
-    ],
-)
-def test_build_options_that_cannot_be_meant(
-    run: Run, lenet5: Artifact, options: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
-    done = run("build-trt", lenet5.path, *options, "-o", tmp_path / "out")
-    refused(done, 1 if "--flavour" in options else 2, message)
-    assert not (tmp_path / "out").exists()
-
-
 FOLD = """
     <ir_version: 10, opset_import: ["" : 20]>
     folds (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y)
     <int64[2] image = {5, 5}, int64[2] block = {2, 2}> { [the_fold] y = Col2Im(x, image, block) }
 """
+
+
 UNKNOWN = """
     <ir_version: 10, opset_import: ["" : 20, "their.domain" : 1]>
     unknown (float[batch, 4] x) => (float[batch, 4] y) { [odd] y = their.domain.Odd(x) }
@@ -250,13 +135,6 @@ def test_a_bare_onnx_file_with_unsupported_operators(run: Run, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
     with pytest.raises(deploy.DeployError, match="Odd"):
         deploy.load(tmp_path / "unknown.onnx")
-
-
-def test_a_batch_beyond_the_memory(run: Run, lenet5: Artifact) -> None:
-    batch = 10**12  # beyond the address space, so that no machine tries
-    finished = run("bench", lenet5.path, "--batch", batch, "--seconds", "0.1")
-    refused(finished, 1, f"error: no memory for an input with batch {batch}: Unable to allocate 2.79 PiB")
-    assert len(finished.err.splitlines()) == 1
 
 
 def test_a_file_that_is_no_onnx(run: Run, tmp_path: Path) -> None:

@@ -3,43 +3,25 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import onnx
 import onnx_ir
 import pytest
 
 from deploy.artifact.manifest import Exclusion
 from deploy.artifact.tensors import Profile, ShapeRange
 from deploy.engine.attestation import check_honoured, network_share
-from deploy.engine.builder import BuildOptions, BuiltEngine, _set_options, build_engine, options_of
+from deploy.engine.builder import BuildOptions, _set_options, build_engine, options_of
 from deploy.engine.cuda import Gpu
-from deploy.engine.flavour import RTX_TARGETS, Flavour, load_flavour
-from deploy.engine.network import parse_network
+from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.errors import EngineError, UsageError
 from deploy.precision.macs import count_macs
+from tests.engine.graphs import SHAPES, build, mixed, save
 
-SHAPES: Profile = {"x": ShapeRange(min=(1, 3, 8, 8), opt=(4, 3, 8, 8), max=(8, 3, 8, 8))}
 MACS = {"stem": 4 * 8 * 8 * 8 * 27, "head": 4 * 5 * 8}
 
-# A convolution in `T` and a matrix product in FP32; {c} casts between them.
-MIXED = """
-    <ir_version: 10, opset_import: ["" : 20]>
-    mixed (float[batch, 3, 8, 8] x) => (float[batch, 5] y)
-    <{t}[8, 3, 3, 3] w, float[8, 5] v> {{
-        [in] a = Cast<to = {code}>(x)
-        [stem] b = Conv<pads = [1, 1, 1, 1]>(a, w)
-        [pool] c = GlobalAveragePool(b)
-        [flat] d = Flatten(c)
-        [out] e = Cast<to = 1>(d)
-        [head] y = MatMul(e, v)
-    }}
-"""
 
 QUANTIZED = """
     <ir_version: 10, opset_import: ["" : 20]>
@@ -51,58 +33,6 @@ QUANTIZED = """
         [stem] y = Conv<pads = [1, 1, 1, 1]>(b, c)
     }
 """
-
-REFUSED = """
-    <ir_version: 10, opset_import: ["" : 20]>
-    refused (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y, float[batch, 3, 5, 5] z)
-    <int64[2] image = {5, 5}, int64[2] block = {2, 2}> {
-        [first_fold] y = Col2Im(x, image, block)
-        a = Neg(x)
-        [second_fold] z = Col2Im(a, image, block)
-    }
-"""
-
-# Between nodes that are taken: two of operators that TensorRT lacks, and two of one that nobody knows.
-REFUSED_OF_ALL_SORTS = """
-    <ir_version: 10, opset_import: ["" : 20, "com.acme" : 1]>
-    refused (float[batch, 12, 16] x) => (float[batch, 3, 5, 5] y, float[batch, 12, 16] v)
-    <int64[2] image = {5, 5}, int64[2] block = {2, 2}> {
-        r = Relu(x)
-        [fold] y = Col2Im(r, image, block)
-        [first_odd] t = com.acme.Swirl(r)
-        s = Neg(t)
-        [second_odd] u = com.acme.Swirl(s)
-        [det] w = Det(r)
-        v = Add(u, w)
-    }
-"""
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Flavour:
-    return load_flavour("tensorrt-rtx")
-
-
-def save(text: str, path: Path) -> Path:
-    """Write a graph; tensors that are declared and not computed become initializers full of ones."""
-    model = onnx.parser.parse_model(text)
-    for value in model.graph.value_info:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value for dim in kind.shape.dim]
-        ones = np.ones(shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        model.graph.initializer.append(onnx.numpy_helper.from_array(ones, value.name))
-    del model.graph.value_info[:]
-    onnx.save(model, path)
-    return path
-
-
-def mixed(path: Path, precision: str) -> Path:
-    name, code = {"fp16": ("float16", 10), "bf16": ("bfloat16", 16), "fp32": ("float", 1)}[precision]
-    return save(MIXED.format(t=name, code=code), path)
-
-
-def build(rtx: Flavour, path: Path, profile: Profile = SHAPES, options: BuildOptions | None = None) -> BuiltEngine:
-    return build_engine(rtx, path, [profile], options or BuildOptions())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -147,48 +77,6 @@ def test_progress_is_told_while_building(rtx: Flavour, tmp_path: Path) -> None:
     build_engine(rtx, mixed(tmp_path / "m.onnx", "fp16"), [SHAPES], BuildOptions(), lambda *step: seen.append(step))
     assert ("parsing", 0, 0) in seen
     assert any(done == total > 0 for _, done, total in seen)
-
-
-def test_every_refused_node_is_listed_by_name_with_a_remedy(rtx: Flavour, tmp_path: Path) -> None:
-    path = save(REFUSED, tmp_path / "refused.onnx")
-    shapes = ShapeRange(min=(1, 12, 16), opt=(1, 12, 16), max=(1, 12, 16))
-    with pytest.raises(EngineError) as caught:
-        build(rtx, path, {"x": shapes})
-    text = str(caught.value)
-    assert "refuses 2 nodes" in text
-    assert "Col2Im 'first_fold'" in text
-    assert "Col2Im 'second_fold'" in text
-    assert "transposed convolution" in text
-
-
-def test_refused_nodes_of_all_sorts_are_listed_in_one_run(rtx: Flavour, tmp_path: Path) -> None:
-    path = save(REFUSED_OF_ALL_SORTS, tmp_path / "refused.onnx")
-    with pytest.raises(EngineError) as caught:
-        parse_network(rtx, path)
-    first, *lines = str(caught.value).splitlines()
-    assert "refuses 4 nodes" in first
-    assert sorted(line.split(":")[0].strip() for line in lines) == [
-        "Col2Im 'fold'", "Det 'det'", "Swirl 'first_odd'", "Swirl 'second_odd'",
-    ]  # fmt: skip
-    assert all("; " in line for line in lines)  # the remedy
-
-
-def test_an_operator_that_tensorrt_does_not_know_is_named_with_its_domain(rtx: Flavour, tmp_path: Path) -> None:
-    graph = """
-        <ir_version: 10, opset_import: ["" : 20, "com.acme" : 1]>
-        swirls (float[batch, 3, 8, 8] x) => (float[batch, 3, 8, 8] y) { a = Relu(x) [odd] y = com.acme.Swirl(a) }
-    """
-    with pytest.raises(EngineError) as caught:
-        build_engine(rtx, save(graph, tmp_path / "swirls.onnx"), [SHAPES], BuildOptions(), shown="their file")
-    first, second = str(caught.value).splitlines()
-    assert first.endswith("refuses 1 node of their file:")
-    assert second.startswith("  Swirl 'odd': operator Swirl of domain com.acme is not known to tensorrt-rtx; replace it")
-
-
-def test_a_file_that_is_no_onnx_is_an_error(rtx: Flavour, tmp_path: Path) -> None:
-    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
-    with pytest.raises(EngineError, match=r"cannot parse .*bad\.onnx"):
-        build(rtx, tmp_path / "bad.onnx")
 
 
 def test_a_profile_that_does_not_fit_is_an_error(rtx: Flavour, tmp_path: Path) -> None:
@@ -322,47 +210,3 @@ def test_what_an_engine_is_rebuilt_with_is_what_it_was_built_with(rtx: Flavour, 
     assert options_of(target, ada) == dataclasses.replace(asked, targets=())  # those that are always built for hold it
     turing = Gpu(name="Fake", compute_capability="7.5", driver=None)
     assert options_of(target, turing).targets == ("7.5",)
-
-
-COLLECTION_WHILE_TENSORRT_LOGS = """
-import gc
-import sys
-import threading
-from pathlib import Path
-
-from deploy.engine import network
-from deploy.engine.flavour import load_flavour
-
-make_logger = network.make_logger
-
-
-def collecting(trt):
-    log = make_logger(trt)
-
-    class Collecting(type(log)):
-        def log(self, severity, message):
-            if gc.isenabled():  # what Python does on its own, only not as seldom
-                gc.collect()
-            super().log(severity, message)
-
-    return Collecting()
-
-
-rtx = load_flavour("tensorrt-rtx")
-garbage = []
-garbage += [garbage, network.parse_network(rtx, Path(sys.argv[1]))]  # a cycle, as a traceback makes one
-gc.disable()
-del garbage
-network.make_logger = collecting
-gc.enable()
-network.parse_network(rtx, Path(sys.argv[1]))
-assert gc.isenabled()
-print("done")
-"""
-
-
-def test_garbage_that_holds_an_older_builder_is_not_collected_while_tensorrt_logs(rtx: Flavour, tmp_path: Path) -> None:
-    path = save(MIXED.format(t="float16", code=10), tmp_path / "model.onnx")
-    command = [sys.executable, "-c", COLLECTION_WHILE_TENSORRT_LOGS, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "done\n", done.stderr

@@ -1,22 +1,18 @@
 import os
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from PIL import Image
 
 from deploy.artifact import tensors
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.manifest import Stage
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import ShapeRange
-from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
 from deploy.host.versions import tool_versions
 from deploy.pipeline import convert, stage
@@ -25,36 +21,9 @@ from deploy.precision.formats import ConvertOptions
 from deploy.precision.half import convert as entry
 from deploy.precision.half import rewrite as half
 from deploy.precision.half.convert import convert_onnx
+from tests.precision.half.artifacts import make_artifact, write_graph
 
 FP16 = ConvertOptions(precision="fp16")
-
-
-def write_graph(path: Path, body: str = "", height: int | str = 8, weights: dict[str, np.ndarray] | None = None) -> Path:
-    """A convolution, what `body` does to its result `c`, making `d`, and a linear layer on the mean of that."""
-    rng = np.random.default_rng(0)
-    tensors = {
-        "w": rng.standard_normal((4, 1, 3, 3), dtype=np.float32),
-        "v": rng.standard_normal((4, 3), dtype=np.float32),
-        "axes": np.array([2, 3]),
-    } | (weights or {})
-    model = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["": 20]> g (float[batch, 1, {height}, 8] image) => (float[batch, 3] scores) {{
-        [conv] c = Conv(image, w) {body or "[relu] d = Relu(c)"} m = ReduceMean<keepdims = 0>(d, axes) [fc] scores = MatMul(m, v) }}"""
-    )
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-    return path
-
-
-def make_artifact(out: Path, **changes) -> Artifact:
-    """An ONNX artifact in a directory, as an export would leave it."""
-    graph = {key: changes.pop(key) for key in ("body", "height", "weights") if key in changes}
-    bare = open_artifact(write_graph(out.with_suffix(".onnx"), **graph))
-    with ArtifactWriter(out) as writer:
-        (writer.path / "model.onnx").write_bytes(bare.payload.read_bytes())
-        manifest = msgspec.structs.replace(bare.manifest, files={}, name=out.name, stage=Stage(name="export", request="r"))
-        return writer.commit(msgspec.structs.replace(manifest, **changes))
 
 
 @pytest.fixture
@@ -223,18 +192,6 @@ def test_images_without_a_preprocessing_are_refused(artifact, tmp_path, images):
         convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", data=images))
 
 
-def test_a_fixed_batch_is_compared_at_that_batch(tmp_path, images):
-    path = tmp_path / "fixed.onnx"
-    model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 20]> g (float[3, 1, 8, 8] image) => (float[3, 1, 8, 8] y) { y = Neg(image) }'
-    )
-    onnx.save(model, path)
-    bare = open_artifact(path)
-    artifact = Artifact(bare.path, msgspec.structs.replace(bare.manifest, preprocess=Preprocess(channels=1)), bare.bare)
-    parity = convert_onnx(artifact, ConvertOptions(precision="fp16", data=images)).parity
-    assert [(case.data, case.batch) for case in parity.cases] == [("random", 3)] * 3 + [("images", 3)]
-
-
 def test_other_symbolic_dimensions_take_their_sizes_from_the_profile(tmp_path, monkeypatch):
     artifact = make_artifact(tmp_path / "net", height="H")
     assert artifact.manifest.profiles == []
@@ -280,30 +237,3 @@ def test_an_output_directory_of_somebody_else_is_refused_before_any_work(artifac
     monkeypatch.setattr(entry, "convert_onnx", lambda *_: pytest.fail("worked before looking"))
     with pytest.raises(OutputError, match="not an artifact of deploy"):
         convert_artifact(artifact, tmp_path / "notes", FP16)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "fp8"}, "fp16 or bf16"),
-        ({"precision": "bf16", "fp16_io": True}, "`fp16_io` needs the precision fp16"),
-        ({"precision": "fp16", "rtol": -1.0}, "0 or more"),
-    ],
-)
-def test_options_are_checked_at_once(options, message):
-    with pytest.raises(UsageError, match=message):
-        ConvertOptions(**options)
-
-
-def test_progress_is_told(artifact):
-    told = []
-    convert_onnx(artifact, FP16, lambda what, done=0, total=0: told.append((what, done, total)))
-    assert ("reading activation ranges", 2, 3) in told
-    assert ("comparing with FP32 on random input, batch 5", 0, 0) in told
-
-
-def test_the_graph_can_be_had_without_an_artifact(artifact, tmp_path):
-    made = convert_onnx(artifact, FP16)
-    made.save(tmp_path / "typed.onnx")
-    assert onnx.load(tmp_path / "typed.onnx") == onnx_ir.to_proto(made.model)
-    assert [spec.name for spec in (*made.inputs, *made.outputs)] == ["image", "scores"]

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.tensors import random_feed
-from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError, UsageError
-from deploy.runtime.catalog import AUTO, BACKENDS
+from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
+from deploy.runtime.catalog import AUTO
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 
@@ -150,42 +149,6 @@ def test_wrong_inputs_are_named_with_what_was_expected(pair_session: Session, fe
             pair_session.run(feed)
 
 
-def test_out_is_written_and_returned(pair_session: Session) -> None:
-    expected = pair_session.run(pair_feed())
-    out = {"y": np.full((2, 3), np.nan, np.float32)}
-    results = pair_session.run(pair_feed(), out=out)
-    assert results["y"] is out["y"]
-    np.testing.assert_array_equal(out["y"], expected["y"])
-    np.testing.assert_array_equal(results["total"], expected["total"])
-
-
-def test_out_takes_torch_tensors(session: Session) -> None:
-    x = torch.from_numpy(images(2))
-    out = torch.full((2, 10), float("nan"))
-    assert session.run({"input": x}, out={"logits": out})["logits"] is out
-    torch.testing.assert_close(out, session(x))
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [
-        ({"nope": np.zeros(1)}, r"unknown output 'nope' in out; expected one of y, total, same, anchors"),
-        ({"y": np.zeros((3, 3), np.float32)}, r"out\['y'\] is ndarray float32 3x3; expected ndarray float32 2x3"),
-        ({"y": np.zeros((2, 3))}, r"out\['y'\] is ndarray float64 2x3"),
-        ({"y": torch.zeros(2, 3)}, r"out\['y'\] is Tensor torch.float32 2x3; expected ndarray"),
-        ({"y": [0.0]}, r"out\['y'\] is list; expected ndarray"),
-        ({"y": np.broadcast_to(np.zeros((1, 3), np.float32), (2, 3))}, r"out\['y'\] is read-only"),
-    ],
-)
-def test_an_out_that_does_not_fit_is_refused_and_no_other_is_written(
-    pair_session: Session, out: dict[str, object], message: str
-) -> None:
-    total = np.full(2, -1.0, np.float32)
-    with pytest.raises(InputError, match=message):
-        pair_session.run(pair_feed(), out={"total": total, **out})
-    np.testing.assert_array_equal(total, [-1, -1])
-
-
 def test_a_scalar_input_stays_a_scalar(tmp_path_factory: pytest.TempPathFactory) -> None:
     import onnx
 
@@ -238,64 +201,6 @@ def test_a_dynamic_dimension_without_a_profile_has_no_size(tmp_path_factory: pyt
     message = r"neither a profile nor a crop in the preprocessing gives 'width' a size: pass a feed"
     with open_session(open_onnx(path)) as session, pytest.raises(UsageError, match=message):
         session.warmup()
-
-
-ON_THE_CPU = [name for name, backend in BACKENDS.items() if backend.runs != "engine"]
-
-
-@pytest.mark.parametrize("backend", ON_THE_CPU)
-def test_a_damaged_file_is_found_before_it_is_used(lenet5: Artifact, backend: str) -> None:
-    path = lenet5.path / ONNX
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"model.onnx is damaged"):
-        open_session(lenet5, backend)
-
-
-@pytest.mark.parametrize("backend", ["auto", "tensorrt-rtx", *ON_THE_CPU])
-def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, backend: str) -> None:
-    with pytest.raises(BackendError) as caught:
-        open_session(engine, backend)
-    message = str(caught.value)
-    assert message.count("is a tensorrt-rtx engine") == 1
-    assert "NVIDIA GPU" in message
-    assert f"run the ONNX artifact that it was built from ({engine.path.with_name('lenet5')})" in message
-
-
-@pytest.mark.parametrize("backend", [name for name in ON_THE_CPU if name not in ("eager", "compile")])
-def test_a_cpu_backend_refuses_a_gpu(shared_lenet5: Artifact, backend: str) -> None:
-    with pytest.raises(BackendError, match=f"{backend} runs on cpu in this version, not on cuda:0"):
-        open_session(shared_lenet5, backend, SessionOptions(device="cuda:0"))
-
-
-@pytest.mark.parametrize("backend", [name for name in ON_THE_CPU if name != "openvino"])
-def test_a_precision_that_the_file_does_not_have_is_refused(shared_lenet5: Artifact, backend: str) -> None:
-    with pytest.raises(BackendError, match=r"not in bf16; make such a file with `deploy convert --bf16`"):
-        open_session(shared_lenet5, backend, SessionOptions(compute="bf16"))
-
-
-def test_engines_and_the_backends_that_run_them_must_fit_one_another(shared_lenet5: Artifact, engine: Artifact) -> None:
-    with pytest.raises(BackendError, match=r"lenet5 is no engine; build one with `deploy build-trt .* --flavour tensorrt`"):
-        open_session(shared_lenet5, "tensorrt")
-    with pytest.raises(BackendError, match="is a tensorrt-rtx engine: open it with the backend tensorrt-rtx"):
-        open_session(engine, "tensorrt")
-
-
-def test_an_unknown_backend_is_named_with_those_there_are(shared_lenet5: Artifact) -> None:
-    with pytest.raises(UsageError, match=r"unknown backend 'tensorflow'; expected auto or one of onnxruntime, openvino"):
-        open_session(shared_lenet5, "tensorflow")
-
-
-def test_auto_says_why_each_backend_cannot_run_the_artifact(tmp_path_factory: pytest.TempPathFactory) -> None:
-    import onnx
-
-    path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
-    text = """<ir_version: 10, opset_import: ["" : 20, "mine" : 1]> g (float[n] x) => (float[n] y) { y = mine.Unheard(x) }"""
-    onnx.save(onnx.parser.parse_model(text), path)
-    with pytest.raises(BackendError, match=r"no backend can run .*onnxruntime: .*Unheard.*openvino: .*Unheard") as caught:
-        open_session(open_onnx(path))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import WEIGHTS
 from deploy.artifact.onnxfile import open_onnx
-from deploy.errors import ArtifactError, BackendError, DeployError, UsageError
+from deploy.errors import ArtifactError, BackendError, DeployError
 from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
@@ -155,19 +155,6 @@ def test_channels_last_changes_how_the_module_sees_images(shared_lenet5: Artifac
 def test_a_cuda_graph_needs_a_gpu(shared_lenet5: Artifact) -> None:
     with pytest.raises(BackendError, match="a CUDA graph needs an NVIDIA GPU that torch can use"):
         open_session(shared_lenet5, "eager:fp16,channels_last,cuda_graph")
-
-
-@pytest.mark.parametrize(
-    ("variant", "message"),
-    [
-        ("int8", "eager has no variant 'int8'; expected one of fp16, bf16, channels_last, cuda_graph, tf32"),
-        ("fp16,bf16", "eager:fp16,bf16: fp16 and bf16 exclude one another"),
-        ("", "eager has no variant ''"),
-    ],
-)
-def test_variants_that_cannot_be_meant_are_refused(shared_lenet5: Artifact, variant: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        open_session(shared_lenet5, f"eager:{variant}")
 
 
 def test_tf32_is_left_alone_on_the_cpu(shared_lenet5: Artifact) -> None:

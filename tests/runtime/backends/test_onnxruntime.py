@@ -1,4 +1,3 @@
-import sys
 import time
 from pathlib import Path
 
@@ -14,30 +13,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import BackendError, UsageError
 from deploy.runtime.backends.onnxruntime import count_nodes, refuse_cpu_nodes, run_bound
-from deploy.runtime.catalog import BACKENDS
-from deploy.runtime.load import import_backend, open_session
+from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
-
-
-def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "deploy.runtime.backends.onnxruntime", raising=False)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"the backend onnxruntime needs onnxruntime, .*pip install 'deploy\[cpu\]'"):
-        import_backend(BACKENDS["onnxruntime"])
-
-
-def test_auto_goes_on_to_the_next_backend_where_a_library_is_missing(
-    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "deploy.runtime.backends.onnxruntime", raising=False)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with open_session(shared_lenet5) as session:
-        assert session.backend == "openvino"
-
-
-def test_auto_takes_onnxruntime_first(shared_lenet5: Artifact) -> None:
-    with open_session(shared_lenet5) as session:
-        assert session.backend == "onnxruntime"
 
 
 def test_external_data_is_read(tiny_onnx: Path, tmp_path: Path) -> None:

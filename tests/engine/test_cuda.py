@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,11 +11,10 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.engine import cuda
 from deploy.engine.cuda import DeviceMemoryError
-from deploy.engine.cuda.arrays import view
-from deploy.engine.cuda.driver import driver_version
-from deploy.errors import BackendError, InputError
+from deploy.errors import BackendError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 EMBEDDED = """
 import sys
@@ -55,29 +53,3 @@ def test_an_engine_is_opened_without_torch_or_onnx_up_to_the_missing_gpu(lenet5:
 def test_memory_errors_tell_needed_free_and_total_in_one_line() -> None:
     error = DeviceMemoryError(3 << 30, 100 << 20, 80 << 30)
     assert str(error) == "out of GPU memory: 3,072 MiB needed, 100 MiB of 81,920 MiB free"
-
-
-def test_the_driver_is_read_from_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "version"
-    monkeypatch.setattr("deploy.engine.cuda.driver._FILE", file)
-    assert driver_version() is None
-    file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs)  Tue Sep 23\n")
-    assert driver_version() == "580.95.05"
-    file.write_text("")
-    assert driver_version() is None
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "uint8", "bool"])
-def test_dlpack_is_read_without_a_copy(dtype: str) -> None:
-    array = np.arange(12).reshape(3, 4).astype(dtype)
-    found = view("x", array)
-    assert (found.pointer, found.shape, found.dtype) == (array.ctypes.data, (3, 4), np.dtype(dtype))
-    assert view("x", array[1:]).pointer == array[1:].ctypes.data
-    assert view("x", np.array(1, dtype=dtype)).shape == ()
-
-
-def test_dlpack_of_a_transposed_array_is_refused() -> None:
-    with pytest.raises(InputError, match="'x' is not contiguous in device memory"):
-        view("x", np.ones((3, 4), np.float32).T)
-    with pytest.raises(InputError, match="'x' has a dtype that numpy lacks"):
-        view("x", torch.ones(3, dtype=torch.bfloat16))

@@ -1,0 +1,44 @@
+"""The tables, the lineage and the conditions of the report."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from deploy.artifact.artifact import Artifact
+from deploy.bench.report import render
+
+
+def test_lineage_and_conditions_are_told(document: dict[str, Any], half: Artifact) -> None:
+    page = render(document)
+    lineage = page[page.index("Lineage") :]
+    assert lineage.index("<b>lenet5</b> ONNX, fp32") < lineage.index(f"<b>{half.manifest.name}</b> ONNX, fp16")
+    assert "random weights" in lineage
+    assert "parity: max abs" in lineage
+    for word in ("processor", "governor", "load average", "versions", "git revision"):
+        assert f"<dt>{word}</dt>" in lineage
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "callers", "shown"),
+    [(1, 1, 1, ("1 core, 1 thread<", "<td>1 caller<")), (2, 1, 2, ("2 cores, 1 thread<", "<td>2 callers<"))],
+)
+def test_one_is_no_plural(document: dict[str, Any], cores: int, threads: int, callers: int, shown: tuple[str, str]) -> None:
+    changed = json.loads(json.dumps(document))
+    changed["conditions"].update(cores=cores, threads=threads)
+    for row in changed["loads"]:
+        row["concurrency"] = callers
+    page = render(changed)
+    assert all(text in page for text in shown)
+
+
+def test_loads_and_verdicts_are_tables_and_what_was_invalid_says_why(document: dict[str, Any]) -> None:
+    page = render(document)
+    loads, judged = page.index("<h2>Under load"), page.index("<h2>MLPerf LoadGen")
+    assert "2 callers" in page[loads:judged]
+    assert "VALID" in page[judged:]
+    assert "single-stream" in page[judged:]
+    assert "server: performance constraints not satisfied" in page[judged:]
+    without = render({**document, "loads": [], "scenarios": [], "layers": []})
+    assert not {"Under load", "MLPerf LoadGen", "<h2>Layers"} & set(re.findall(r"Under load|MLPerf LoadGen|<h2>Layers", without))

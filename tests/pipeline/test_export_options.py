@@ -1,0 +1,58 @@
+"""What to export must be said once, and options that cannot be meant are refused before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.errors import UsageError
+from deploy.evidence.parity import TOLERANCES, Tolerance
+from deploy.pipeline.export_options import ExportOptions
+
+NET: dict[str, Any] = {"arch": "mlp"}
+BARE: dict[str, Any] = {"onnx": Path("net.onnx")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "one of `arch`, `model` and `onnx`"),
+        ({"arch": "mlp", "model": "net.py:Net"}, "one of `arch`, `model` and `onnx`"),
+        ({**BARE, "arch": "mlp"}, "`onnx` takes the graph as it is; leave out `arch`"),
+        ({**BARE, "opset": 20, "model_args": {"width": 3}}, "leave out `model_args`, `opset`"),
+        ({**NET, "name": "a/b"}, "`name` must be a plain name, not 'a/b'"),
+        ({**BARE, "name": ".."}, "`name` must be a plain name"),
+        ({**NET, "match": "shape", "weights": Path("w.pth")}, "`match` must be name or order, not 'shape'"),
+        ({**NET, "match": "order"}, "give one with `weights`"),
+        ({**NET, "allow_partial": True}, "give one with `weights`"),
+        ({**NET, "num_classes": 0}, "`num_classes` must be 1 or more, not 0"),
+        ({**NET, "opset": 17}, "`opset` must be 18 to 25, not 17"),
+        ({**NET, "opset": 26}, "`opset` must be 18 to 25, not 26"),
+        ({**NET, "rtol": -1.0}, "0 or more"),
+        ({**NET, "atol": float("nan")}, "0 or more"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**BARE, "preprocess": "imagenet", "classes": Path("classes.txt"), "name": "net"},
+        {**NET, "match": "order", "allow_partial": True, "weights": Path("w.pth")},
+        {"model": "net.py:Net", "opset": 18, "num_classes": 1},
+        {**NET, "opset": 25},
+    ],
+)
+def test_options_that_go_together_are_taken(options: dict[str, Any]) -> None:
+    taken = ExportOptions(**options)
+    assert {name: getattr(taken, name) for name in options} == options
+
+
+def test_a_tolerance_that_is_not_given_is_that_of_fp32() -> None:
+    default = TOLERANCES["fp32"]
+    assert ExportOptions(**NET).tolerance() == default
+    assert ExportOptions(**NET, rtol=0.5).tolerance() == Tolerance(rtol=0.5, atol=default.atol)
+    assert ExportOptions(**NET, atol=0.0).tolerance() == Tolerance(rtol=default.rtol, atol=0.0)
