@@ -14,6 +14,14 @@ from deploy.artifact.artifact import Artifact
 from deploy.cli import main
 
 
+FIRST = ("test_ray_serve.py", "test_docs.py", "test_export.py", "test_bench.py", "test_gpu_report.py", "test_install.py")
+"""The files that take longest: begun last, one process would end with them while the other has nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What deploy keeps between runs is found in a folder of its own here, and not with the developer's."""
