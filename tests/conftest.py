@@ -13,7 +13,6 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.cli import main
 
-
 FIRST = ("test_ray_serve.py", "test_docs.py", "test_export.py", "test_bench.py", "test_gpu_report.py", "test_install.py")
 """The files that take longest: begun last, one process would end with them while the other has nothing to do."""
 

@@ -1,6 +1,7 @@
 """Tests mirror the source: `deploy/room/name.py` is tested in `tests/room/test_name.py`, or `test_name_<aspect>.py`.
 
-The `__init__.py` of a package stands for the package: `deploy/cli/__init__.py` is tested in `tests/test_cli.py`.
+The `__init__.py` of a package stands for the package: `deploy/cli/__init__.py` is tested in `tests/test_cli.py`, and
+`deploy/__init__.py` in `tests/test_deploy.py`.
 """
 
 from pathlib import Path
@@ -18,7 +19,6 @@ ACROSS = {
 """Tests of what no single file does."""
 
 COVERED = {
-    "__init__": "test_layers",
     "__main__": "test_cli",
     "bench/probes": "bench/candidate/test_loadgen",
     "bench/run": "bench/test_bench",
@@ -52,10 +52,10 @@ def sources() -> set[str]:
     for base, folder in ((ROOT / "deploy", "."), (ROOT, "models"), (ROOT, "calibration")):
         for path in (base / folder).rglob("*.py"):
             parts = path.relative_to(base).with_suffix("").parts
-            if path.name == "__init__.py" and len(parts) > 1:
+            if path.name == "__init__.py":
                 if _is_docstring(path):
                     continue
-                parts = parts[:-1]
+                parts = parts[:-1] or (base.name,)
             found.add("/".join(parts))
     return found
 

@@ -48,7 +48,7 @@ def label_of(row: Row, labels: Labels) -> str:
 
 def digits(value: float) -> str:
     """Three significant digits, more before the point if there are more."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def speed_up(row: Row) -> str:

@@ -126,11 +126,15 @@ def test_artifacts_of_one_base_name_do_not_share_logs(run: Any, lenet5: Artifact
     shutil.copytree(lenet5.path, tmp_path / "other" / "lenet5")
     done = run(
         "bench", lenet5.path, tmp_path / "other" / "lenet5", "--backend", "null", "--batch", "1", "--seconds", "0.1",
-        "--load-seconds", "0.1", "--scenario", "offline", "--logs", tmp_path / "logs", "--json", tmp_path / "r.json",
+        "--load-seconds", "0.1", "--scenario", "offline", "--baseline", "onnxruntime", "--logs", tmp_path / "logs", "--json", tmp_path / "r.json",
     )  # fmt: skip
     assert done.status == 0, done.err
     rows = json.loads((tmp_path / "r.json").read_text())["scenarios"]
-    assert [Path(row["logs"]).name for row in rows] == ["lenet5-eager-offline", "lenet5-null-offline", "lenet5-null-2-offline"]
+    assert [Path(row["logs"]).name for row in rows] == [
+        "lenet5-onnxruntime-offline",
+        "lenet5-null-offline",
+        "lenet5-null-2-offline",
+    ]
     assert all((Path(row["logs"]) / "mlperf_log_summary.txt").is_file() for row in rows)
 
 
