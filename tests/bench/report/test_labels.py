@@ -37,7 +37,8 @@ def test_the_baseline_has_the_first_colour_and_no_other_has_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.01234, "0.0123"), (1.0, "1.00"), (12.34, "12.3"), (100.4, "100"), (12345.6, "12,346")]
+    ("value", "text"),
+    [(0.01234, "0.0123"), (1.0, "1.00"), (12.34, "12.3"), (99.94, "99.9"), (99.96, "100"), (100.4, "100"), (12345.6, "12,346")],
 )
 def test_figures_have_three_digits(value: float, text: str) -> None:
     assert digits(value) == text
