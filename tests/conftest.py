@@ -1,5 +1,6 @@
 """Small real artifacts that many tests start from."""
 
+import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.bench.roofline import measure_peak
 from deploy.cli import main
 
 FIRST = ("test_ray_serve.py", "test_docs.py", "test_export.py", "test_bench.py", "test_gpu_report.py", "test_install.py")
@@ -26,6 +28,14 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """What deploy keeps between runs is found in a folder of its own here, and not with the developer's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peak_of_the_machine() -> Iterator[None]:
+    """What the machine can compute and copy is measured once, and not two seconds long by every benchmark."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.bench.bench.measure_peak", functools.cache(measure_peak))
         yield
 
 

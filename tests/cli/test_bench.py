@@ -19,7 +19,7 @@ NO_TORCH = ("--baseline", "onnxruntime")
 def test_bench_writes_one_document_to_standard_output_when_json_has_no_file(run: Run, folder: Path) -> None:
     assert run("export", "--arch", "lenet5").status == 0
     for options in (["build/lenet5", "--json"], ["--json", "--batch", "1"], ["--json", "-"]):
-        finished = run("bench", *options, "--seconds", "0.05", "--backend", "null", *NO_TORCH)
+        finished = run("bench", *options, "--seconds", "0.05", "--backend", "null", "--batch", "1", *NO_TORCH)
         assert finished.status == 0, finished.err
         assert {row["artifact"] for row in json.loads(finished.out)["results"]} == {"build/lenet5"}
     # The name is taken for that of the FILE: said, and nothing is written.

@@ -36,7 +36,7 @@ def test_profiles_and_targets_of_the_command_line_are_shown(run: Run, folder: Pa
         assert f"shapes     input {each}\n" in built.out
     assert "built for  compute capability 8.6, 8.9\n" in built.out
     again = run("build-trt", *options, "--target", "8.6", "--target", "8.9", "--workspace", "64", "-o", "again", "--debug")
-    assert "the same engine was built before: copied from" in again.err
+    assert "the same engine was made before: copied from" in again.err
     anew = run(
         "build-trt", *options, "--target", "8.6", "--target", "8.9", "--workspace", "64", "-o", "anew", "--no-cache", "--debug"
     )

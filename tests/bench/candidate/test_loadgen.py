@@ -162,20 +162,20 @@ def test_without_loadgen_it_is_said_how_to_get_it(run: Any, lenet5: Artifact, mo
 
 def test_the_command_judges_all_candidates_under_the_same_targets(run: Any, lenet5: Artifact, tmp_path: Path) -> None:
     done = run(
-        "bench", lenet5.path, "--backend", "onnxruntime", "--batch", "1,4", "--seconds", "0.5", "--load-seconds", "0.3",
+        "bench", lenet5.path, "--baseline", "onnxruntime", "--backend", "openvino", "--batch", "1,4", "--seconds", "0.5", "--load-seconds", "0.3",
         "--scenario", "offline,server", "--logs", tmp_path / "logs", "--json", tmp_path / "r.json", "--layers",
     )  # fmt: skip
     assert done.status == 0, done.err
     document = json.loads((tmp_path / "r.json").read_text())
     rows = document["scenarios"]
     assert [(row["backend"], row["scenario"]) for row in rows] == [
-        ("eager", "offline"), ("onnxruntime", "offline"), ("eager", "server"), ("onnxruntime", "server"),
+        ("onnxruntime", "offline"), ("openvino", "offline"), ("onnxruntime", "server"), ("openvino", "server"),
     ]  # fmt: skip
     assert len({(row["target_qps"], row["target_ms"]) for row in rows[2:]}) == 1
     for row in rows:
         assert "Result is" in (Path(row["logs"]) / "mlperf_log_summary.txt").read_text()
     assert "verdict" in done.out
     assert str(tmp_path / "logs") in done.out
-    assert [row["backend"] for row in document["layers"]] == ["eager", "onnxruntime"]
+    assert [row["backend"] for row in document["layers"]] == ["onnxruntime", "openvino"]
     assert "lenet5 on onnxruntime, batch 1: " in done.out
     assert all(len(line) <= 100 for line in done.out.splitlines())

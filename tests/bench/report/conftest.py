@@ -16,7 +16,7 @@ def document(shared_lenet5: Artifact, half: Artifact, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("loadgen")
     options = BenchOptions(
         backends=("onnxruntime", "null"), batches=(1, 4), seconds=0.6, layers=True, load_seconds=0.2, logs=folder,
-        loads=(Load(concurrency=2),), scenarios=(Scenario(name="single-stream"), Scenario(name="server", target_qps=500, target_ms=0.001)),
+        loads=(Load(concurrency=2),), scenarios=(Scenario(name="single-stream"), Scenario(name="server", target_qps=5000, target_ms=0.001)),
     )  # fmt: skip
     found: dict[str, Any] = json.loads(json.dumps(bench([shared_lenet5, half], options).to_json()))
     for index, row in enumerate(found["results"]):
