@@ -125,7 +125,7 @@ def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
     if ratio.high < 1:
         raise EngineError(
             f"{what}: INT8 is slower than FP16 here, {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f});"
-            " build --fp16, leave layers out with --exclude, or keep it with --allow-slower"
+            " build it in FP16, leave layers out with `exclude`, or keep it with `allow_slower`"
         )
     logger.info("INT8 is %.2f times as fast as FP16 (%.2f to %.2f)", ratio.value, ratio.low, ratio.high)
     return ratio

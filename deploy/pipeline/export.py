@@ -264,6 +264,6 @@ def _default_out(name: str, less: str, *, keep_bare: bool = True) -> Path:
     if not source.random and (keep_bare or source.factory is not None):
         raise OutputError(
             f"{out} holds trained weights{f' ({source.weights})' if source.weights else ''}, and this export is of {less}:"
-            " name another -o or --name, or delete it"
+            " name another `out` or `name`, or delete it"
         )
     return out

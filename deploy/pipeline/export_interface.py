@@ -35,7 +35,7 @@ def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) 
     Raises UsageError.
     """
     if not texts and built.inputs is None:
-        raise UsageError(f"say what {built.factory} takes: --input NAME=1x3x224x224[:dtype], once for each input")
+        raise UsageError(f"say what {built.factory} takes: `inputs` NAME=1x3x224x224[:dtype], once for each input")
     if texts and built.inputs is not None and len(texts) != len(built.inputs):
         raise UsageError(
             f"{built.factory} takes {len(built.inputs)} inputs ({', '.join(map(str, built.inputs))}), not {len(texts)}"
@@ -65,10 +65,10 @@ def load_preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preproces
     if spec is None:
         return None
     if not _is_image(inputs):
-        raise UsageError(f"--preprocess is for models with one image input; this one takes {', '.join(map(str, inputs))}")
+        raise UsageError(f"`preprocess` is for models with one image input; this one takes {', '.join(map(str, inputs))}")
     loaded = _for_size(spec, inputs[0])
     if misfit := _misfit(loaded, inputs[0]):
-        raise UsageError(f"--preprocess {spec} does not fit the input: {misfit}")
+        raise UsageError(f"`preprocess` {spec} does not fit the input: {misfit}")
     return loaded
 
 
@@ -78,7 +78,7 @@ def default_preprocess(built: BuiltModel, inputs: Sequence[TensorSpec]) -> Prepr
         return None
     own = built.preprocess if isinstance(built.preprocess, Preprocess) else _for_size(built.preprocess, inputs[0])
     if misfit := _misfit(own, inputs[0]):
-        logger.warning("the preprocessing of %s is left out: %s; give one with --preprocess", built.factory, misfit)
+        logger.warning("the preprocessing of %s is left out: %s; give one with `preprocess`", built.factory, misfit)
         return None
     return own
 
@@ -102,7 +102,7 @@ def check_classes(classes: Sequence[str] | None, shapes: Sequence[Sequence[Dim]]
     """Raise UsageError when the only output, of one of `shapes`, is a row of scores and there are not as many `classes`."""
     scores = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None
     if classes is not None and isinstance(scores, int) and scores != len(classes):
-        raise UsageError(f"--classes has {len(classes)} names, and the model gives {scores} scores")
+        raise UsageError(f"`classes` has {len(classes)} names, and the model gives {scores} scores")
 
 
 def _is_image(inputs: Sequence[TensorSpec]) -> bool:

@@ -57,7 +57,7 @@ def run_eager(
                 f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
             ) from error
         raise ExportError(
-            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with --input NAME=1x3x224x224[:dtype]"
+            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with `inputs` NAME=1x3x224x224[:dtype]"
         ) from error
     return {name: tensor.numpy() for name, tensor in results.items()}
 
@@ -81,7 +81,7 @@ def finite(case: Case, *, fatal: bool) -> bool:
     if broken and fatal:
         raise ExportError(
             f"the eager module itself gives NaN or infinity in output {broken[0]!r} on {case.data} input: parity cannot be checked"
-            "\ncheck the weights; if the model needs real input, give some with --data IMAGEFOLDER"
+            "\ncheck the weights; if the model needs real input, give some with `data` IMAGEFOLDER"
         )
     return not broken
 

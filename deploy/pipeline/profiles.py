@@ -29,7 +29,7 @@ def make_profiles(texts: Sequence[str], inputs: Sequence[TensorSpec], known: Seq
     for text in texts:
         name, shapes = parse_range(text)
         if name not in names:
-            raise UsageError(f"--shapes: unknown input {name!r}; expected one of {', '.join(names)}")
+            raise UsageError(f"`shapes`: unknown input {name!r}; expected one of {', '.join(names)}")
         if not asked or name in asked[-1]:
             asked.append({})
         asked[-1][name] = shapes
@@ -48,7 +48,7 @@ def _complete(asked: Mapping[str, ShapeRange], inputs: Sequence[TensorSpec], bas
                     sizes.setdefault(dim, _sides(base[spec.name], axis))
     for spec in inputs:
         if unknown := [dim for dim in spec.dynamic if dim not in sizes]:
-            raise UsageError(f"{spec} is dynamic in {', '.join(unknown)}: say --shapes {spec.name}=MIN:OPT:MAX")
+            raise UsageError(f"{spec} is dynamic in {', '.join(unknown)}: say `shapes` {spec.name}=MIN:OPT:MAX")
     low, best, high = ({dim: sides[index] for dim, sides in sizes.items()} for index in range(3))
     return {spec.name: ShapeRange(min=spec.concrete(low), opt=spec.concrete(best), max=spec.concrete(high)) for spec in inputs}
 
@@ -72,7 +72,7 @@ def _sizes(asked: Mapping[str, ShapeRange], inputs: Sequence[TensorSpec]) -> dic
             if sizes.setdefault(dim, sides) != sides:
                 other = first[dim]
                 raise UsageError(
-                    f"--shapes gives {dim!r} as {_colons(sizes[dim])} in {other.name!r} and {_colons(sides)} in {spec.name!r}, which"
+                    f"`shapes` gives {dim!r} as {_colons(sizes[dim])} in {other.name!r} and {_colons(sides)} in {spec.name!r}, which"
                     f" have the same size there ({other}; {spec}): give them the same, or one of the two"
                 )
             first.setdefault(dim, spec)
@@ -89,7 +89,7 @@ def _colons(sides: tuple[int, int, int]) -> str:
 
 def _check_range(spec: TensorSpec, shapes: ShapeRange) -> None:
     if len(shapes.opt) != len(spec.shape):
-        raise UsageError(f"--shapes {spec.name}={shapes} has {len(shapes.opt)} dimensions; expected {spec}")
+        raise UsageError(f"`shapes` {spec.name}={shapes} has {len(shapes.opt)} dimensions; expected {spec}")
     for axis, dim in enumerate(spec.shape):
         if isinstance(dim, int) and {shapes.min[axis], shapes.opt[axis], shapes.max[axis]} != {dim}:
-            raise UsageError(f"--shapes {spec.name}={shapes}: dimension {axis} is fixed to {dim} in {spec}")
+            raise UsageError(f"`shapes` {spec.name}={shapes}: dimension {axis} is fixed to {dim} in {spec}")

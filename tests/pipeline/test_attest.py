@@ -143,7 +143,7 @@ def test_int8_that_is_slower_than_fp16_is_refused_unless_allowed(
     lenet5: Artifact, tmp_path: Path, gpu: Callable[..., None]
 ) -> None:
     gpu(delay_s=0.01)
-    with pytest.raises(EngineError, match=r"INT8 is slower than FP16 here, 0\.\d+ times as fast .* keep it with --allow-slower"):
+    with pytest.raises(EngineError, match=r"INT8 is slower than FP16 here, 0\.\d+ times as fast .* keep it with `allow_slower`"):
         deploy.build_trt(lenet5, tmp_path / "engine", int8=True, calib=feeds())
     assert not (tmp_path / "engine").exists()
     engine = deploy.build_trt(lenet5, tmp_path / "engine", int8=True, calib=feeds(), allow_slower=True)

@@ -112,7 +112,7 @@ def test_without_output_names_the_outputs_are_numbered(project: Path) -> None:
 
 
 def test_a_module_of_the_users_own_needs_inputs(project: Path) -> None:
-    with pytest.raises(UsageError, match="--input NAME=1x3x224x224"):
+    with pytest.raises(UsageError, match="`inputs` NAME=1x3x224x224"):
         deploy.export(project / "out", model="net.py:Net")
     with pytest.raises(ExportError, match=r"Net cannot run x \(1, 7\): .*net\.py:8 in forward of Net: .*: mat1"):
         deploy.export(project / "out", model="net.py:Net", inputs=["x=1x7"])
@@ -188,7 +188,7 @@ def test_a_users_file_that_changed_is_named_with_both_digests(project: Path) -> 
 @pytest.mark.usefixtures("untouched")
 def test_another_number_of_class_names_than_scores_is_found_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(UsageError, match="--classes has 2 names, and the model gives 10 scores"):
+    with pytest.raises(UsageError, match="`classes` has 2 names, and the model gives 10 scores"):
         deploy.export(tmp_path / "out", arch="lenet5", classes=tmp_path / "classes.txt")
     assert not (tmp_path / "out").exists()
 
@@ -204,6 +204,6 @@ def test_preprocessing_that_does_not_fit_the_input_is_found_before_the_export(tm
 
 
 def test_preprocessing_that_does_not_fit_a_bare_onnx_file_is_refused(lenet5: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--preprocess imagenet does not fit the input: it makes 3x28x28"):
+    with pytest.raises(UsageError, match=r"`preprocess` imagenet does not fit the input: it makes 3x28x28"):
         deploy.export(tmp_path / "out", onnx=lenet5.onnx_path, preprocess="imagenet")
     assert not (tmp_path / "out").exists()

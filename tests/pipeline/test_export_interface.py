@@ -59,7 +59,7 @@ def test_preprocessing_that_makes_another_array_than_the_input_is_refused(
     path.write_text(json.dumps(preprocess))
     with pytest.raises(UsageError) as caught:
         load_preprocess(str(path), [image(*shape)])
-    assert str(caught.value).startswith(f"--preprocess {path} does not fit the input: {message}")
+    assert str(caught.value).startswith(f"`preprocess` {path} does not fit the input: {message}")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_preset_follows_the_input_and_is_refused_where_the_channels_differ() -
     loaded = load_preprocess("imagenet", [image("batch", 3, 64, 64)])
     assert loaded is not None
     assert loaded.crop == 64
-    with pytest.raises(UsageError, match="--preprocess imagenet does not fit the input: it makes 3x64x64"):
+    with pytest.raises(UsageError, match="`preprocess` imagenet does not fit the input: it makes 3x64x64"):
         load_preprocess("imagenet", [image("batch", 1, 64, 64)])
 
 
@@ -108,5 +108,5 @@ def test_class_names_must_be_as_many_as_the_scores() -> None:
     check_classes(["a", "b"], [("batch", 2)])
     check_classes(None, [("batch", 2)])
     check_classes(["a", "b"], [("batch", 3, 8, 8)])  # one name a score is for classifiers alone
-    with pytest.raises(UsageError, match="--classes has 2 names, and the model gives 3 scores"):
+    with pytest.raises(UsageError, match="`classes` has 2 names, and the model gives 3 scores"):
         check_classes(["a", "b"], [("batch", 3)])

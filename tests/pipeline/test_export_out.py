@@ -22,7 +22,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
 
 def test_random_weights_do_not_replace_trained_ones_by_default(trained: Artifact) -> None:
     with pytest.raises(
-        OutputError, match=r"build/mlp holds trained weights \(best\.pth\), and .* random .* -o or --name, or delete"
+        OutputError, match=r"build/mlp holds trained weights \(best\.pth\), and .* random .* `out` or `name`, or delete"
     ):
         deploy.export(arch="mlp")
     with pytest.raises(OutputError, match="build/mlp holds trained weights"):

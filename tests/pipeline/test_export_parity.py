@@ -60,7 +60,7 @@ def test_a_batch_that_the_module_itself_refuses_is_named_with_its_line(project: 
     )
     with pytest.raises(ExportError, match=message):
         deploy.export(project / "out", model="one.py:One", inputs=["x=1x784"])
-    with pytest.raises(ExportError, match=rf"One cannot run x \(1, 3\): {project}/one\.py:4 in forward of One: .*\n.*--input"):
+    with pytest.raises(ExportError, match=rf"One cannot run x \(1, 3\): {project}/one\.py:4 in forward of One: .*\n.*`inputs`"):
         deploy.export(project / "out", model="one.py:One", inputs=["x=1x3"])
 
 
@@ -68,7 +68,7 @@ def test_where_random_input_gives_nan_parity_is_checked_on_images_alone(project:
     (project / "root.py").write_text(
         "import torch\nclass Root(torch.nn.Module):\n    def forward(self, x):\n        return torch.sqrt(x).mean((2, 3))\n"
     )
-    with pytest.raises(ExportError, match="give some with --data IMAGEFOLDER"):
+    with pytest.raises(ExportError, match="give some with `data` IMAGEFOLDER"):
         deploy.export(project / "out", model="root.py:Root", inputs=["x=1x3x4x4"])
     (project / "images" / "a").mkdir(parents=True)
     Image.new("RGB", (4, 4), (9, 99, 199)).save(project / "images" / "a" / "1.png")

@@ -13,7 +13,7 @@ from deploy.pipeline.profiles import make_profiles, parse_range
 
 def test_shapes_make_the_profile_of_a_dynamic_input(tmp_path: Path) -> None:
     dynamic = deploy.export(tmp_path / "net", arch="mobilenet_v1", inputs=["input=1x3xHxW"])
-    with pytest.raises(UsageError, match="dynamic in batch, H, W: say --shapes input=MIN:OPT:MAX"):
+    with pytest.raises(UsageError, match="dynamic in batch, H, W: say `shapes` input=MIN:OPT:MAX"):
         deploy.build_trt(dynamic, tmp_path / "engine")
     shapes = "input=1x3x32x32:2x3x64x64:4x3x96x96"
     engine = deploy.build_trt(dynamic, tmp_path / "engine", precision="fp16", shapes=[shapes])

@@ -37,7 +37,7 @@ def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress
     )
     emulation = model.clone()
     Emulate()(emulation)
-    remedy = "--bf16, which has the range of FP32" if precision == "fp16" else "--fp16, which is finer"
+    remedy = "bf16, which has the range of FP32" if precision == "fp16" else "fp16, which is finer"
     return compare_converted(
         artifact, source, model, options, emulation=emulation, exclusions=exclusions, remedy=remedy, progress=progress
     )
