@@ -1,11 +1,15 @@
 """Small real artifacts that many tests start from."""
 
+import fcntl
 import functools
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -37,6 +41,25 @@ def peak_of_the_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deploy.bench.bench.measure_peak", functools.cache(measure_peak))
         yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """`once("name", make)`: the JSON value that `make` returns, made by one process of the run and read by the others."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        with (folder / f"{name}.json").open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text = file.read()
+            if not text:
+                text = json.dumps(make())
+                file.write(text)
+            return json.loads(text)
+
+    return get
 
 
 @pytest.fixture(scope="session")
