@@ -139,7 +139,10 @@ def _open_door(options: ServerOptions) -> str:
     }
     # If Ray Serve runs already it keeps its address and ignores ours. The rules of access would then be those for an address that
     # is not the real one, so that is refused below.
-    ray_serve.start(proxy_location="EveryNode", http_options=wanted)
+    try:
+        ray_serve.start(proxy_location="EveryNode", http_options=wanted)
+    except Exception as error:  # on a busy machine Ray's controller or proxies may not come up in time
+        raise BackendError(f"Ray Serve did not start: {error}") from error
     client = _get_global_client()
     assert client is not None
     running = client.http_config
@@ -179,7 +182,10 @@ def _deploy(app: Any, stop: threading.Event) -> bool:
 
 def _state() -> str:
     """Ray's message about the deployment. A traceback is cut down to its first line and its last, which names the error."""
-    status = ray_serve.status().applications.get(APP)
+    try:
+        status = ray_serve.status().applications.get(APP)
+    except Exception as error:  # its controller is busy, or gone
+        return f"Ray does not answer: {error}"
     shown = []
     for message in [deployment.message for deployment in status.deployments.values()] if status else []:
         lines = [line.strip() for line in message.splitlines() if line.strip()]

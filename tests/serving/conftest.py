@@ -23,7 +23,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.models.registry import create
 
-START_S = 60
+START_S = 150  # Ray needs more than a minute beside two busy processes
 
 TOKEN, ADMIN = "a-token-of-24-characters", "another-for-the-admin-call"
 INFER, LOAD = "/v2/models/digits/infer", "/v2/repository/models/digits/load"
@@ -43,7 +43,11 @@ class Server:
         self.other: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        addresses = {door: self._address(door).rpartition("//")[2] for door in doors}
+        try:
+            addresses = {door: self._address(door).rpartition("//")[2] for door in doors}
+        except BaseException:
+            self.kill()
+            raise
         self.http = addresses.get("http", "")
         self.grpc = addresses.get("grpc", "")
 

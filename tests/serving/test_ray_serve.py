@@ -33,7 +33,7 @@ from deploy.serving.ray_serve import application
 
 CLIENTS = 16 if SOAK else 4
 SECONDS = 30.0 if SOAK else 3.0
-START_S = 90.0
+START_S = 150.0
 
 
 @pytest.fixture(scope="module")
