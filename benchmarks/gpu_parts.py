@@ -46,6 +46,7 @@ class Setting:
     batches: Sequence[int] = BATCHES
     rounds: int = 9
     slice_s: float = 0.15
+    throughput_s: float = 0.5
 
     @property
     def device(self) -> str:
@@ -276,16 +277,16 @@ def _gpu_ms(setting: Setting, run: Run, runs: int = 50) -> float:
     return float(first.elapsed_time(last)) / runs
 
 
-def _throughput(setting: Setting, engine: Artifact, batch: int, seconds: float = 0.5) -> dict[str, float]:
+def _throughput(setting: Setting, engine: Artifact, batch: int) -> dict[str, float]:
     """Images per second by the number of contexts; each context has its own thread and stream."""
     rates = {}
     for contexts in CONTEXTS:
         with setting.open(engine, "", contexts) as session:
-            rates[str(contexts)] = _images_per_s(setting, session, batch, contexts, seconds)
+            rates[str(contexts)] = _images_per_s(setting, session, batch, contexts)
     return rates
 
 
-def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, seconds: float) -> float:
+def _images_per_s(setting: Setting, session: Session, batch: int, threads: int) -> float:
     feed = {key: torch.from_numpy(x).to(setting.device) for key, x in random_feed(session.inputs, {"batch": batch}).items()}
     session.run(feed)
     setting.wait()
@@ -310,7 +311,7 @@ def _images_per_s(setting: Setting, session: Session, batch: int, threads: int, 
         worker.start()
     gate.wait()
     start = time.perf_counter()
-    time.sleep(seconds)
+    time.sleep(setting.throughput_s)
     over.set()
     for worker in workers:
         worker.join()

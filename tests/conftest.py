@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import deploy
 from deploy.artifact.artifact import Artifact
@@ -43,6 +44,14 @@ def peak_of_the_machine() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def functions_of_the_exporter() -> Iterator[None]:
+    """PyTorch's table of ONNX functions is read once, and not half a second long by every export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
     """`once("name", make)`: the JSON value that `make` returns, made by one process of the run and read by the others."""
@@ -58,6 +67,22 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[]
                 text = json.dumps(make())
                 file.write(text)
             return json.loads(text)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, once: Callable[..., str]) -> Callable[[str], Artifact]:
+    """`reference("resnet18")`: the artifact of a reference architecture with random weights, made by one process of the run.
+
+    Networks for images of 224x224 are made for 64x64. Tests must not change it.
+    """
+    large = ("resnet18", "mobilenet_v1", "mobilenet_v1_features")
+
+    def get(name: str) -> Artifact:
+        inputs = ["input=1x3x64x64"] if name in large else []
+        folder = tmp_path_factory.mktemp("reference")
+        return Artifact.open(once(f"reference-{name}", lambda: str(deploy.export(folder / name, arch=name, inputs=inputs).path)))
 
     return get
 

@@ -31,7 +31,7 @@ class Lean:
     def install(self, *requirements: str) -> None:
         pinned = ["--constraint", str(ROOT / "requirements.lock")]
         pip = [sys.executable, "-m", "pip", "--python", str(self.folder / "bin/python"), "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "install", *pinned, *requirements], capture_output=True, text=True)
+        done = subprocess.run([*pip, "install", "--no-compile", *pinned, *requirements], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def environment(self) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Optimization profiles, asked for with --shapes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 import deploy
@@ -12,7 +14,15 @@ from deploy.pipeline.profiles import make_profiles, parse_range
 
 
 def test_shapes_make_the_profile_of_a_dynamic_input(tmp_path: Path) -> None:
-    dynamic = deploy.export(tmp_path / "net", arch="mobilenet_v1", inputs=["input=1x3xHxW"])
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        means (float[batch, 3, H, W] input) => (float[batch, 2, 1, 1] y) <float[2, 3, 1, 1] w = {1, 2, 3, 4, 5, 6}> {
+            features = Conv(input, w)
+            y = GlobalAveragePool(features)
+        }
+    """
+    dynamic = tmp_path / "net.onnx"
+    onnx.save(onnx.parser.parse_model(text), dynamic)
     with pytest.raises(UsageError, match="dynamic in batch, H, W: say `shapes` input=MIN:OPT:MAX"):
         deploy.build_trt(dynamic, tmp_path / "engine")
     shapes = "input=1x3x32x32:2x3x64x64:4x3x96x96"
@@ -35,10 +45,10 @@ def test_shapes_that_do_not_fit_are_refused(lenet5: Artifact, tmp_path: Path, sh
         deploy.build_trt(lenet5, tmp_path / "engine", shapes=[shapes])
 
 
-@pytest.fixture(scope="module")
-def rangeseg(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+@pytest.fixture
+def rangeseg(reference: Callable[[str], Artifact]) -> Artifact:
     """Two inputs that share their batch."""
-    return deploy.export(tmp_path_factory.mktemp("rangeseg") / "rangeseg", arch="rangeseg")
+    return reference("rangeseg")
 
 
 def test_shapes_of_one_input_give_the_batch_of_the_other(rangeseg: Artifact, tmp_path: Path) -> None:

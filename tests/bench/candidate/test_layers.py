@@ -1,5 +1,6 @@
 """Layers of real backends, and the ONNX nodes and torch modules that they are made of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from deploy.runtime.profiling import LayerTime
 
 
 @pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return deploy.export(tmp_path_factory.mktemp("resnet") / "resnet18", arch="resnet18", inputs=["input=1x3x64x64"])
+def resnet(reference: Callable[[str], Artifact]) -> Artifact:
+    return reference("resnet18")
 
 
 def layers(artifact: Artifact, backend: str, shape: tuple[int, ...]) -> list[LayerTime]:

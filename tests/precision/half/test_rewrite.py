@@ -14,7 +14,6 @@ from deploy.artifact.tensors import TensorSpec, random_feed
 from deploy.engine.log import garbage_kept
 from deploy.errors import PrecisionError
 from deploy.intake.exporter import export_graph
-from deploy.models.registry import ARCHITECTURES
 from tests.precision.conftest import cpu_graph, emulate, to_half
 
 ir = pytest.importorskip("onnx_ir")
@@ -269,13 +268,8 @@ def exported():
     def export(name):
         if name not in made:
             torch.manual_seed(0)
-            if name in FAMILIES:
-                module, inputs, outputs, _ = FAMILIES[name]
-                module = module().eval()
-            else:
-                architecture = ARCHITECTURES[name]
-                inputs = specs(*((key, "float32", *shape[1:]) for key, shape in architecture.inputs.items()))
-                module, outputs = architecture.create().eval(), architecture.outputs
+            module, inputs, outputs, _ = FAMILIES[name]
+            module = module().eval()
             feed = {key: torch.from_numpy(array) for key, array in random_feed(inputs, {"batch": 2}).items()}
             made[name] = ir.to_proto(export_graph(module, inputs, feed, outputs)), inputs
         return made[name]
@@ -300,8 +294,8 @@ def test_every_family_converts_to_a_valid_graph_that_agrees(exported, name, prec
                 assert np.abs(actual - reference).max() <= (2e-3 if precision == "fp16" else 2e-2) * np.abs(reference).max(), key
 
 
-def test_the_file_of_a_converted_network_is_half_as_large(exported):
-    model, _ = exported("resnet18")
+def test_the_file_of_a_converted_network_is_half_as_large(reference):
+    model = onnx.load(reference("resnet18").onnx_path)
     half, _ = to_half(model, "fp16")
     assert half.ByteSize() < 0.51 * model.ByteSize()
 
@@ -333,8 +327,8 @@ def test_tensorrt_takes_every_family_strongly_typed(exported, name, precision):
 
 
 @pytest.mark.parametrize("half_io", [False, True])
-def test_tensorrt_builds_a_resnet_strongly_typed(exported, half_io):
-    half, exclusions = to_half(exported("resnet18")[0], "fp16", half_io=half_io)
+def test_tensorrt_builds_a_resnet_strongly_typed(reference, half_io):
+    half, exclusions = to_half(onnx.load(reference("resnet18").onnx_path), "fp16", half_io=half_io)
     assert not exclusions
     plan = parse_with_tensorrt(half, batch=True)
     assert plan is not None

@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx_ir.passes import PostconditionError
 
-import deploy
 from deploy.precision.int8.equalize import LARGEST
 from tests.precision.conftest import equalize, prepare
 from tests.precision.int8 import pairs
@@ -227,17 +226,16 @@ FEATURES = tuple(f"conv{n}.{conv}/Conv" for n in range(2, 8) for conv in (0, 3))
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "expected"),
+    ("arch", "expected"),
     [
-        ("lenet5", None, ("conv1/Conv", "conv2/Conv", "fc1/Gemm", "fc2/Gemm", "fc3/Gemm")),
-        ("mobilenet_v1", "1x3x64x64", MOBILENET_CHAIN),
-        ("mobilenet_v1_features", "1x3x64x64", FEATURES),
-        ("resnet18", "1x3x64x64", RESNET_PAIRS),
+        ("lenet5", ("conv1/Conv", "conv2/Conv", "fc1/Gemm", "fc2/Gemm", "fc3/Gemm")),
+        ("mobilenet_v1", MOBILENET_CHAIN),
+        ("mobilenet_v1_features", FEATURES),
+        ("resnet18", RESNET_PAIRS),
     ],
 )
-def test_exported_architectures_have_the_pairs_they_should_and_the_same_results(arch, size, expected, tmp_path):
-    artifact = deploy.export(tmp_path / arch, arch=arch, inputs=[f"input={size}"] if size else [])
-    before = prepare(onnx.load(artifact.path / "model.onnx"), opset=19)
+def test_exported_architectures_have_the_pairs_they_should_and_the_same_results(arch, expected, reference):
+    before = prepare(onnx.load(reference(arch).onnx_path), opset=19)
     after, names = equalize(before)
     assert names == expected
     assert_same_results(before, after, tolerance=1e-4)
