@@ -42,7 +42,7 @@ class TimmRecipe(Recipe):
         return module
 
     def describe(self, module: nn.Module, args: Mapping[str, Any]) -> Interface:
-        config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+        config: dict[str, Any] = resolve_model_data_config(module)
         channels, height, width = config["input_size"]
         size = args.get("img_size")
         if size is not None:
