@@ -126,7 +126,7 @@ def _connect(on: RayOptions) -> None:
     try:
         ray.init(address=on.address, configure_logging=False, log_to_driver=False)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError and others
-        raise BackendError(f"cannot reach the Ray cluster {on.address or 'of this machine'}: {error}") from error
+        raise BackendError(f"cannot reach the Ray cluster {on.address or 'of this machine'}: {_one_line(error)}") from error
 
 
 def _open_door(options: ServerOptions) -> str:
@@ -142,7 +142,7 @@ def _open_door(options: ServerOptions) -> str:
     try:
         ray_serve.start(proxy_location="EveryNode", http_options=wanted)
     except Exception as error:  # on a busy machine Ray's controller or proxies may not come up in time
-        raise BackendError(f"Ray Serve did not start: {error}") from error
+        raise BackendError(f"Ray Serve did not start: {_one_line(error)}") from error
     client = _get_global_client()
     assert client is not None
     running = client.http_config
@@ -176,7 +176,7 @@ def _deploy(app: Any, stop: threading.Event) -> bool:
             logger.info("deploying", extra={"state": now})
             logged = now
     if failed:
-        raise BackendError(f"the models did not start on Ray: {_state() or failed[0]}") from failed[0]
+        raise BackendError(f"the models did not start on Ray: {_state() or _one_line(failed[0])}") from failed[0]
     return done.is_set()
 
 
@@ -185,9 +185,13 @@ def _state() -> str:
     try:
         status = ray_serve.status().applications.get(APP)
     except Exception as error:  # its controller is busy, or gone
-        return f"Ray does not answer: {error}"
+        return f"Ray does not answer: {_one_line(error)}"
     shown = []
     for message in [deployment.message for deployment in status.deployments.values()] if status else []:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
         shown.append(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}" if lines else "")
     return " ".join(shown)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

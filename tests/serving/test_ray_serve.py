@@ -38,14 +38,17 @@ START_S = 150.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of two CPUs each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
-        made.add_node(num_cpus=2)
-        made.wait_for_nodes()
-        yield made
-    finally:
-        made.shutdown()
+    """Two nodes of two CPUs each. Ray waits for its doors as long as the tests do: it ends those that are not open in 5 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"):
+            patch.setenv(name, str(START_S))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        try:
+            made.add_node(num_cpus=2)
+            made.wait_for_nodes()
+            yield made
+        finally:
+            made.shutdown()
 
 
 @pytest.fixture(scope="module")
