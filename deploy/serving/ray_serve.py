@@ -7,6 +7,7 @@ nodes, and makes its own batches.
 import logging
 import signal
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ APP = "deploy"
 
 _START_ATTEMPTS = 3
 _LOOK_S = 1.0
+_DOORS_S = 120.0
 
 
 def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: ServerOptions, on: RayOptions) -> int:
@@ -140,8 +142,12 @@ def _open_door(options: ServerOptions) -> str:
     # If Ray Serve runs already it keeps its address and ignores ours. The rules of access would then be those for an address that
     # is not the real one, so that is refused below.
     try:
-        ray_serve.start(proxy_location="EveryNode", http_options=wanted)
-    except Exception as error:  # on a busy machine Ray's controller or proxies may not come up in time
+        try:
+            ray_serve.start(proxy_location="EveryNode", http_options=wanted)
+        except TimeoutError:  # Ray gives its doors 60 s, which are few on a busy machine: they are still opening
+            ray_serve.start(proxy_location="EveryNode", http_options=wanted)
+            _wait_for_doors()
+    except Exception as error:
         raise BackendError(f"Ray Serve did not start: {_one_line(error)}") from error
     client = _get_global_client()
     assert client is not None
@@ -154,6 +160,15 @@ def _open_door(options: ServerOptions) -> str:
             )
     scheme = "https" if options.tls_cert else "http"
     return f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"
+
+
+def _wait_for_doors() -> None:
+    """Wait until the door of every node is open. Raises TimeoutError."""
+    end = time.monotonic() + _DOORS_S
+    while not (doors := ray_serve.status().proxies) or any(state != "HEALTHY" for state in doors.values()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the doors did not open in {_DOORS_S:g} s: {doors}")
+        time.sleep(_LOOK_S)
 
 
 def _deploy(app: Any, stop: threading.Event) -> bool:
