@@ -34,7 +34,7 @@ def test_a_body_of_unknown_length_is_counted_while_it_comes(limited: Server) -> 
 @pytest.mark.parametrize(
     ("data", "encoding", "status"),
     [
-        (b"no gzip", "gzip", 400), (gzip.compress(b"{}")[:-4], "gzip", 400), (gzip.compress(b"{}") + b"more", "gzip", 400),
+        (b"no gzip", "gzip", 400), (gzip.compress(b"{}", mtime=0)[:-4], "gzip", 400), (gzip.compress(b"{}", mtime=0) + b"more", "gzip", 400),
         (zlib.compress(b"{}"), "deflate", 400), (b"{}", "br", 415),
     ],
 )  # fmt: skip
