@@ -38,8 +38,11 @@ START_S = 150.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of two CPUs each. Ray waits for its doors as long as the tests do: it ends those that are not open in 5 s."""
+    """Two nodes of two CPUs each. Ray has as much patience with its doors and its nodes as the tests have with Ray: by itself it
+    gives up those that do not answer in some seconds, which a busy machine may take."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("initial_delay", "period", "timeout"):
+            patch.setenv(f"RAY_health_check_{name}_ms", str(int(START_S * 1000)))
         for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"):
             patch.setenv(name, str(START_S))
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
