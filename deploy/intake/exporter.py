@@ -12,6 +12,7 @@ import torch
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ExportError
+from deploy.intake.adaptive_pools import AdaptivePools
 from deploy.intake.export_errors import explain, fixed_at, size_branches
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def export_graph(
     program: torch.export.ExportedProgram | None = None
     with _quiet():
         try:
-            program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            with AdaptivePools():
+                program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
