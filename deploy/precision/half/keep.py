@@ -3,7 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from deploy.precision.half.options import LARGEST, HalfPrecision
+from deploy.precision.half.guards import lost_guards
+from deploy.precision.half.options import EPSILON, LARGEST, HalfPrecision
 from deploy.precision.half.plan import Ports, plan_half, round_to
 from deploy.precision.ranges import Range
 
@@ -25,6 +26,7 @@ def nodes_to_keep(model: ir.Model, ranges: dict[str, Range], precision: HalfPrec
     `ranges`: those that `activation_ranges` measures on the same model. A node stays FP32 if half precision cannot
     represent one of the tensors that it would read or write in it, so that such a tensor is in half precision nowhere.
     """
+    guards = lost_guards(model, precision)
     weights: dict[ir.Value, str] = {}
     for value in model.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
@@ -33,7 +35,7 @@ def nodes_to_keep(model: ir.Model, ranges: dict[str, Range], precision: HalfPrec
                 weights[value] = f"weight {value.name!r} {problem}"
     keep = {}
     for node, ports in plan_half(model, precision).half.items():
-        reason = _node_problem(node, ports, weights, ranges, precision)
+        reason = guards.get(node.name or "") or _node_problem(node, ports, weights, ranges, precision)
         if reason and node.name:
             keep[node.name] = reason
     return keep
@@ -70,7 +72,7 @@ def _node_problem(
     ]
     for side, value in tensors:
         assert value is not None
-        if value in weights:
+        if value in weights and not _drowned(node, value, ranges, precision):
             return weights[value]
         seen = ranges.get(value.name or "")
         if seen is None:
@@ -84,3 +86,17 @@ def _node_problem(
         if problem:
             return f"{side} {value.name!r} {problem}"
     return ""
+
+
+def _drowned(node: ir.Node, weight: ir.Value, ranges: dict[str, Range], precision: HalfPrecision) -> bool:
+    """Whether rounding `weight`, which `node` adds, changes the output by less than the output is rounded by itself."""
+    places = {"Add": (0, 1), "Sub": (0, 1), "Sum": range(len(node.inputs)), "Conv": (2,), "ConvTranspose": (2,), "Gemm": (2,)}
+    added = places.get(node.op_type, ())
+    if not added or any(value is weight and index not in added for index, value in enumerate(node.inputs)):
+        return False
+    seen = ranges.get(node.outputs[0].name or "")
+    if seen is None or weight.const_value is None:
+        return False
+    exact = weight.const_value.numpy()
+    off = float(np.abs(round_to(exact, precision).astype(np.float32) - exact).max(initial=0.0))
+    return off <= EPSILON[precision] * seen.amax

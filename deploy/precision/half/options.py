@@ -17,3 +17,6 @@ OPSET: dict[HalfPrecision, int] = {"fp16": 1, "bf16": 22}
 
 LARGEST: dict[HalfPrecision, float] = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
 """The largest finite number of each format."""
+
+EPSILON: dict[HalfPrecision, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The largest relative rounding error of a normal number."""

@@ -47,7 +47,9 @@ def test_random_weights_of_any_scale_within_the_normal_range_pass():
 
 def test_a_node_with_a_bad_weight_stays_and_its_neighbours_do_not(parse):
     model = parse("g (float[N] x) => (float[N] y) <float e = {1e-12}> { [r] a = Abs(x) [add] b = Add(a, e) [l] y = Log(b) }")
-    assert kept(model) == {"add": "weight 'e' of at most 1e-12 vanishes in FP16 (rounding error 100.0%)"}
+    assert kept(model) == {"add": "its guard of 1e-12 vanishes in FP16", "l": "its guard of 1e-12 vanishes in FP16"}
+    harmless = parse("g (float[N] x) => (float[N] y) <float e = {1e-12}> { [r] a = Abs(x) [mul] b = Mul(a, e) [l] y = Neg(b) }")
+    assert kept(harmless)["mul"] == "weight 'e' of at most 1e-12 vanishes in FP16 (rounding error 100.0%)"
 
 
 def test_all_nodes_around_an_activation_that_overflows_stay(parse):
