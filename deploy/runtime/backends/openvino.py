@@ -77,6 +77,9 @@ class OpenVinoSession(Session):
         if used != hint:
             raise BackendError(f"openvino cannot compute in {options.compute} on this CPU: it would use {used.get_type_name()}")
         self._positions = [self._position(name) for name in self._input_names]
+        # Where an output is an input as it came, OpenVINO lets both have one memory and frees it twice (seen with 2026.4): such a
+        # model gets copies of the feeds in memory of the request's own.
+        self._shares = not _passes_through(self._compiled)
         # A request runs one feed at a time: each run takes an idle one, or makes another.
         self._idle: deque[Any] = deque()
 
@@ -101,7 +104,12 @@ class OpenVinoSession(Session):
             # A tensor does not keep its array alive, so `arrays` does until the run is over. Read-only arrays are not accepted.
             arrays = [x if x.flags.writeable else x.copy() for x in map(feed.__getitem__, self._input_names)]
             for position, x in zip(self._positions, arrays, strict=True):
-                request.set_input_tensor(position, openvino.Tensor(x, shared_memory=True))
+                if self._shares:
+                    request.set_input_tensor(position, openvino.Tensor(x, shared_memory=True))
+                else:
+                    own = request.get_input_tensor(position)
+                    own.shape = x.shape
+                    own.data[...] = x
             request.infer()
             # Copies: the next run with this request writes to the same memory.
             results = [request.get_output_tensor(i).data.copy() for i in range(len(self._output_names))]
@@ -129,6 +137,12 @@ class OpenVinoSession(Session):
     def _release(self) -> None:
         self._compiled = None
         self._idle.clear()
+
+
+def _passes_through(compiled: Any) -> bool:
+    """Whether an output is an input as it came, after OpenVINO has taken out what does nothing."""
+    results = (port.get_node() for port in compiled.get_runtime_model().outputs)
+    return any(result.input_value(0).get_node().get_type_name() == "Parameter" for result in results)
 
 
 def _reason(error: Exception) -> str:
