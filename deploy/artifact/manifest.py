@@ -25,7 +25,7 @@ RUNTIME_CACHE = "runtime.cache"
 """The kernels that tensorrt-rtx compiled at run time, beside an engine. No manifest lists the file: it can be made again."""
 
 Kind = Literal["onnx", "engine"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp64"]
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 FLAVOURS: tuple[FlavourName, ...] = get_args(FlavourName)
@@ -203,10 +203,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def sealed(self) -> Self:
         """A copy with the right `digest`."""
-        return msgspec.structs.replace(self, digest=request_digest(msgspec.to_builtins(self) | {"digest": "", "created": ""}))
+        return msgspec.structs.replace(self, digest=content_digest(msgspec.to_builtins(self)))
 
     def to_json(self) -> str:
         return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """The digest of a manifest in its JSON form."""
+    return request_digest({**manifest, "digest": "", "created": ""})
 
 
 def request_digest(value: Mapping[str, Any]) -> str:

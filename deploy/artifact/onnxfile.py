@@ -1,15 +1,22 @@
 """Reads and writes ONNX files: the inputs and outputs of a graph, and a bare `.onnx` file as an artifact."""
 
+import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import FORMAT, FileRecord, Manifest, Source, Stage, file_digest
+from deploy.artifact.manifest import FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
+
+_KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators whose result has the numbers of their first input."""
+
+_FLOATS: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this size go into a separate file, because a protobuf message cannot exceed 2 GiB."""
@@ -38,6 +45,8 @@ def open_onnx(path: Path) -> Artifact:
     check_onnx(path)
     model = load_graph(path)
     inputs, outputs = graph_specs(model.graph)
+    rows = looked_up(model.graph)
+    inputs = [dataclasses.replace(spec, bounds=(0, rows[spec.name])) if spec.name in rows else spec for spec in inputs]
     names = [path.name, *sorted(external_files(model.graph))]
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
@@ -46,16 +55,13 @@ def open_onnx(path: Path) -> Artifact:
         name: FileRecord(bytes=(path.parent / name).stat().st_size, sha256=file_digest(path.parent / name)) for name in names
     }
     profile = default_profile(inputs)
-    floats = {"float16": "fp16", "bfloat16": "bf16"}
-    weights = {_DTYPES.get(tensor.data_type, "") for tensor in model.graph.initializer if len(tensor.dims) > 1}
-    precision = next((floats[dtype] for dtype in floats if dtype in weights), "fp32")
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        precision = "int8"
+    weights = ((_DTYPES.get(tensor.data_type, ""), len(tensor.dims)) for tensor in model.graph.initializer)
+    precision = _precision(weights, [node.op_type for node in model.graph.node])
     manifest = Manifest(
         format=FORMAT,
         kind="onnx",
         name=path.stem,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         source=Source(factory=None, args={}, files=[], weights=None, state_dict=files[path.name].sha256, random=False),
         parent=None,
         files=files,
@@ -73,6 +79,24 @@ def open_onnx(path: Path) -> Artifact:
         created="",
     ).sealed()
     return Artifact(path.parent, manifest, bare=path.name)
+
+
+def model_precision(model: ir.Model) -> Precision:
+    """The precision that a graph computes in, by its weights: half where any weight is, for these decide how exact it is."""
+    weights = (
+        (_DTYPES.get(int(value.const_value.dtype), ""), len(value.const_value.shape))
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    return _precision(weights, [node.op_type for node in model.graph.all_nodes()])
+
+
+def _precision(weights: Iterable[tuple[str, int]], operators: Sequence[str]) -> Precision:
+    """weights: dtype and rank of each."""
+    if "DequantizeLinear" in operators:
+        return "int8"
+    dtypes = {dtype for dtype, rank in weights if rank > 1}
+    return next((_FLOATS[dtype] for dtype in _FLOATS if dtype in dtypes), "fp32")
 
 
 def load_model(path: Path) -> ir.Model:
@@ -114,6 +138,21 @@ def external_files(graph: onnx.GraphProto) -> set[str]:
         for entry in tensor.external_data
         if entry.key == "location"
     }
+
+
+def looked_up(graph: onnx.GraphProto) -> dict[str, int]:
+    """The rows of the smallest table that an integer input is an index into (Gather of weights), by its name."""
+    tables = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    same = {value.name: value.name for value in graph.input if value.name not in tables}  # through operators that keep numbers
+    rows: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type in _KEEPS and node.input and node.input[0] in same:
+            same[node.output[0]] = same[node.input[0]]
+        elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in same:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            name, size = same[node.input[1]], tables[node.input[0]][axis]
+            rows[name] = min(size, rows.get(name, size))
+    return rows
 
 
 def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSpec]]:

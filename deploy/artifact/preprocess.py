@@ -16,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from deploy.errors import DataError, UsageError
 
+_LARGE = 10.0
+"""Normalized pixels stay well below it."""
+
 Size = int | tuple[int, int]
 
 INTERPOLATIONS = {
@@ -86,6 +89,12 @@ class Preprocess:
             return None
         height, width = _pair(size)
         return (self.channels, height, width) if self.layout == "chw" else (height, width, self.channels)
+
+    def pixel_range(self) -> tuple[float, float] | None:
+        """The range of what a network gets that takes raw pixels, such as 0 to 255; None where the numbers are about 1."""
+        ends = [(pixel * self.scale - mean) / std for pixel in (0, 255) for mean, std in zip(self.mean, self.std, strict=True)]
+        low, high = min(ends), max(ends)
+        return (low, high) if max(abs(low), abs(high)) > _LARGE else None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocess":

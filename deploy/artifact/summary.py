@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
 from deploy.artifact.tensors import format_specs
-from deploy.evidence.parity import Parity
+from deploy.evidence.parity import Parity, ParityCase, worst_of
 from deploy.words import count_of
 
 _LISTED = 10
@@ -34,6 +34,7 @@ def summary(artifact: Artifact) -> str:
                 lines.append(_row("", "that is the file which the engine was built from; the engine itself has not been run"))
         else:
             lines.append(_row("parity", parity_text(manifest.parity)))
+            lines += [_row("", text) for text in backends_text(manifest.parity)]
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
     if manifest.engine_parity:
@@ -56,6 +57,7 @@ def evidence(manifest: Manifest) -> list[str]:
     lines = []
     if manifest.parity:
         lines.append(f"parity: {parity_text(manifest.parity)}")
+        lines += [f"parity: {text}" for text in backends_text(manifest.parity)]
     if manifest.engine_parity:
         lines.append(f"engine: {parity_text(manifest.engine_parity, 'the typed ONNX file')}")
     if manifest.calibration:
@@ -72,17 +74,37 @@ def evidence(manifest: Manifest) -> list[str]:
 
 def parity_text(parity: Parity, against: str | None = None) -> str:
     worst = parity.worst
-    random = [str(case.batch) for case in parity.cases if case.data == "random"]
+    random = [_batch_text(case) for case in parity.cases if case.data == "random"]
     seen = [f"random batches {', '.join(random)}"] * bool(random)
     for kind, noun in (("images", "image"), ("feeds", "row")):
         if rows := sum(case.batch for case in parity.cases if case.data == kind):
             seen.append(count_of(rows, noun))
     against = against or ("eager" if parity.against == "eager" else "its parent")
     noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
+    noise += "" if worst.agreement is None else f", {worst.agreement:.2%} of the integers equal"
     return (
         f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f}{noise} against {against}"
         f" on {' and '.join(seen)} ({parity.by})"
     )
+
+
+def _batch_text(case: ParityCase) -> str:
+    return str(case.batch) + (f" ({', '.join(f'{dim} {size}' for dim, size in case.sizes.items())})" if case.sizes else "")
+
+
+def backends_text(parity: Parity) -> list[str]:
+    """What the backends make of the written file, and what the comparison cannot show, in lines."""
+    lines = []
+    for each in parity.backends:
+        if each.wrong is not None:
+            lines.append(f"WRONG on {each.by}: {each.wrong}; it is not loaded there")
+        elif each.by != parity.by:
+            worst = worst_of(each.cases)
+            lines.append(f"max abs {worst.max_abs:.2g}, cosine {worst.cosine:.6f} on {each.by}")
+    if parity.constant:
+        names = ", ".join(parity.constant)
+        lines.append(f"proves nothing of {names}: the same number everywhere, in what it was made from too")
+    return lines
 
 
 def share_text(share: PrecisionShare) -> str:

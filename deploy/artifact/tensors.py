@@ -1,10 +1,12 @@
 """The inputs and outputs of a model: names, dtypes and shapes, feeds, and the range of shapes of an engine."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,8 @@ DEFAULT_BATCH = (1, 8, 32)
 EXAMPLE_BATCH = 2
 """The batch size of the example input of an export: torch.export would make a dimension of size 1 static."""
 
+_MASK = re.compile(r"mask", re.IGNORECASE)
+
 _READABLE = 20
 """Characters that an expression for a dimension may have in messages and summaries."""
 
@@ -39,13 +43,19 @@ class TensorSpec:
     """One input or output: its name, its dtype (a numpy name, or `bfloat16`) and its shape.
 
     A dimension is a positive int or the name of a symbolic dimension. The same name means the same size in all tensors.
+
+    bounds: made-up input is drawn from `[low, high)`, such as the rows of the table that an integer input is looked up in;
+        None where nothing is known. Input that is given may be anything.
     """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise UsageError(f"{self.name!r} has the range {list(self.bounds)}; expected [LOW,HIGH] with LOW below HIGH")
         if self.dtype not in DTYPES:
             raise UsageError(f"{self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         for dim in self.shape:
@@ -246,6 +256,8 @@ def example_dims(specs: Sequence[TensorSpec], batch: str | None) -> dict[str, in
 def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int = 0) -> Feed:
     """Random arrays for `specs`: standard normal floats, integers from 0 to 9, booleans with equal chances.
 
+    Where a spec has bounds, its numbers are spread evenly between them. Integers and booleans whose name says that they are
+    a mask are 0 or 1, and 1 first in every row: a row that is masked out whole has no answer.
     `dims` has the size of every symbolic dimension. `bfloat16` inputs are float32 arrays, because numpy has no bfloat16.
     """
     rng = np.random.default_rng(seed)
@@ -253,13 +265,23 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
     for spec in specs:
         shape = spec.concrete(dims)
         dtype = np.dtype("float32" if spec.dtype == "bfloat16" else spec.dtype)
-        if dtype.kind == "f":
+        if spec.bounds is not None:
+            feed[spec.name] = _between(rng, *spec.bounds, shape, dtype)
+        elif dtype.kind == "f":
             feed[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
-        elif dtype.kind == "b":
-            feed[spec.name] = rng.random(shape) < 0.5
+        elif dtype.kind == "b" or _MASK.search(spec.name):
+            feed[spec.name] = (rng.random(shape) < 0.5).astype(dtype)
         else:
             feed[spec.name] = rng.integers(0, 10, shape).astype(dtype)
+        if dtype.kind in "biu" and shape and _MASK.search(spec.name):
+            feed[spec.name][..., 0] = 1
     return feed
+
+
+def _between(rng: np.random.Generator, low: float, high: float, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    if dtype.kind == "f":
+        return rng.uniform(low, high, shape).astype(dtype)
+    return rng.integers(math.ceil(low), max(math.ceil(high), math.ceil(low) + 1), shape).astype(dtype)
 
 
 def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[Feed]:
@@ -272,6 +294,35 @@ def random_feeds(specs: Sequence[TensorSpec], dims: Mapping[str, int]) -> list[F
         random_feed(specs, {**dims, batch: size} if batch else dims, seed=seed)
         for seed, size in enumerate(PARITY_BATCHES, start=1)
     ]
+
+
+def odd_sizes(specs: Sequence[TensorSpec], dims: Mapping[str, int], profile: Profile | None = None) -> dict[str, int] | None:
+    """Other sizes than `dims` for the dynamic dimensions beside the batch: odd ones, within `profile`; None where there are none.
+
+    What is right at the sizes of an example alone is found out by them.
+    """
+    batch = batch_dim(specs)
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str) and dim != batch and dim not in sizes:
+                low, high = 1, dims[dim]
+                if profile and spec.name in profile:
+                    low, high = profile[spec.name].min[axis], profile[spec.name].max[axis]
+                size = min(max(dims[dim] * 5 // 8 | 1, low), high)
+                sizes[dim] = size if size != dims[dim] else low
+    return {**dims, **sizes} if any(size != dims[dim] for dim, size in sizes.items()) else None
+
+
+def dynamic_sizes(specs: Sequence[TensorSpec], feed: Feed) -> dict[str, int]:
+    """The sizes in `feed` of the dynamic dimensions other than the batch."""
+    batch = batch_dim(specs)
+    return {
+        dim: size
+        for spec in specs
+        for dim, size in zip(spec.shape, feed[spec.name].shape, strict=True)
+        if isinstance(dim, str) and dim != batch
+    }
 
 
 def row_count(feed: Feed) -> int:

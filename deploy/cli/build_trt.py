@@ -9,13 +9,14 @@ from deploy.artifact.summary import share_text, summary
 from deploy.cli.common import debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.options import options
 from deploy.engine.options import BuildOptions
+from deploy.evidence.options import ToleranceOptions
 from deploy.options import collect, option_names
 from deploy.pipeline.build_trt import BuildTrtOptions, build_trt
 from deploy.pipeline.build_trt import preflight as check
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
 from deploy.precision.int8.options import QuantizeOptions
 
-_ENGINE_ONLY = ("allow_slower", "cache", "eval_folder", "max_drop", *option_names(BuildOptions))
+_ENGINE_ONLY = ("allow_slower", "cache", "eval_folder", "max_drop", *option_names(BuildOptions), *option_names(ToleranceOptions))
 """Options that say nothing to the parser."""
 
 
@@ -23,7 +24,7 @@ _ENGINE_ONLY = ("allow_slower", "cache", "eval_folder", "max_drop", *option_name
 @click.argument("artifact", required=False)
 @options(BuildTrtOptions, CalibrationOptions)
 @options(QuantizeOptions, leave_out=("fp16",))
-@options(GateOptions, BuildOptions)
+@options(GateOptions, ToleranceOptions, BuildOptions)
 @click.option(
     "--preflight", is_flag=True, help="Let TensorRT's parser read the model and list all that it refuses; build nothing."
 )

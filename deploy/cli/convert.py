@@ -8,12 +8,13 @@ import click
 from deploy.artifact.summary import summary
 from deploy.cli.common import debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.options import options
+from deploy.evidence.options import ToleranceOptions
 from deploy.precision.formats import ConvertOptions
 
 
 @click.command("convert")
 @click.argument("artifact", required=False)
-@options(ConvertOptions)
+@options(ConvertOptions, ToleranceOptions)
 @output_option("build/<name>-<precision>")
 @debug_option
 def command(artifact: str | None, out: Path | None, **given: Any) -> None:

@@ -8,11 +8,12 @@ import click
 from deploy.artifact.summary import summary
 from deploy.cli.common import debug_option, output_option, progress_bar
 from deploy.cli.options import options
+from deploy.evidence.options import ToleranceOptions
 from deploy.pipeline.export_options import ExportOptions
 
 
 @click.command("export")
-@options(ExportOptions)
+@options(ExportOptions, ToleranceOptions)
 @output_option("build/<name>")
 @debug_option
 def command(out: Path | None, **given: Any) -> None:

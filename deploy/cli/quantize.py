@@ -9,13 +9,14 @@ from deploy.artifact.summary import summary
 from deploy.cli.common import debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.options import options
 from deploy.errors import UsageError
+from deploy.evidence.options import ToleranceOptions
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions, quantize
 from deploy.precision.int8.options import QuantizeOptions
 
 
 @click.command("quantize")
 @click.argument("artifact", required=False)
-@options(CalibrationOptions, QuantizeOptions, GateOptions)
+@options(CalibrationOptions, QuantizeOptions, GateOptions, ToleranceOptions)
 @output_option("build/<name>-int8")
 @debug_option
 def command(artifact: str | None, calib: Path | None, out: Path | None, **given: Any) -> None:

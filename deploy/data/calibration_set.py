@@ -56,16 +56,16 @@ class CalibrationSet(ABC):
 class _Images(CalibrationSet):
     kind = "images"
 
-    def __init__(self, artifact: Artifact, folder: Path, count: int | None) -> None:
+    def __init__(self, artifact: Artifact, folder: Path, count: int | None, most: int) -> None:
         super().__init__(artifact.manifest.inputs)
         self._source = image_input(artifact)
         images = read_folder(folder)
         self._folder = folder
-        self._samples: Sequence[Sample] = images.sample(count or IMAGES)
+        self._samples: Sequence[Sample] = images.sample(count or most)
         self.count = len(self._samples)
         if count is not None and self.count < count:
             logger.warning("%d images were asked for; %s holds %d: all of them are used", count, folder, self.count)
-        if len(images.classes) == 1:
+        if len(images.classes) == 1 and most == IMAGES:
             logger.warning("%s holds one class only, %r: the scales will fit its images", folder, images.classes[0])
 
     def digest(self) -> str:
@@ -94,13 +94,13 @@ class _Images(CalibrationSet):
 class _NpzFiles(CalibrationSet):
     kind = "npz"
 
-    def __init__(self, artifact: Artifact, folder: Path, count: int | None) -> None:
+    def __init__(self, artifact: Artifact, folder: Path, count: int | None, most: int) -> None:
         super().__init__(artifact.manifest.inputs)
         try:
             files = npzfolder.scan(folder)
         except NpzFolderError as error:
             raise DataError(str(error)) from error
-        self._files = files[: count or IMAGES]
+        self._files = files[: count or most]
         self.count = len(self._files)
         if count is not None and self.count < count:
             logger.warning("%d feeds were asked for; %s holds %d: all of them are used", count, folder, self.count)
@@ -143,12 +143,12 @@ class _Feeds(CalibrationSet):
 
 
 def calibration_set(
-    artifact: Artifact, data: Path | str | Iterable[Mapping[str, np.ndarray]], count: int | None = None
+    artifact: Artifact, data: Path | str | Iterable[Mapping[str, np.ndarray]], count: int | None = None, *, most: int = IMAGES
 ) -> CalibrationSet:
     """The first `count` feeds of `data` for `artifact`. Images are a random sample, drawn evenly over the classes.
 
     A folder that directly contains `.npz` files has feeds; any other folder must be an ImageFolder. The default of `count`
-    is `IMAGES` for a folder, or fewer if it has fewer, and all of an iterable. Raises DataError for a folder that cannot be
+    is `most` for a folder, or fewer if it has fewer, and all of an iterable. Raises DataError for a folder that cannot be
     used, UsageError if the artifact takes no images or `count` is below 1.
     """
     if count is not None and count < 1:
@@ -156,12 +156,17 @@ def calibration_set(
     if not isinstance(data, (str, Path)):
         return _Feeds(artifact, data, count)
     folder = Path(data)
-    if folder.is_dir() and any(path.suffix == ".npz" for path in folder.iterdir()):
-        return _NpzFiles(artifact, folder, count)
+    if holds_npz(folder):
+        return _NpzFiles(artifact, folder, count, most)
     try:
-        return _Images(artifact, folder, count)
+        return _Images(artifact, folder, count, most)
     except UsageError as error:
-        raise UsageError(f"{error}; or calibrate with a folder of .npz files, one array an input in each") from error
+        raise UsageError(f"{error}; or give a folder of .npz files, one array an input in each") from error
+
+
+def holds_npz(folder: Path) -> bool:
+    """Whether `folder` directly contains `.npz` files: then it has feeds."""
+    return folder.is_dir() and any(path.suffix == ".npz" for path in folder.iterdir())
 
 
 def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:

@@ -88,6 +88,8 @@ def build_model(
         module = _make(recipe, args, seed)
     else:
         module, args = _make_for(recipe, args, state, match, seed)
+    if state is None:
+        _fill_zero_layers(module, seed)
     report = None if state is None else load_weights(module, state, match=match, allow_partial=allow_partial)
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
     if lazy:
@@ -175,6 +177,22 @@ def _make(recipe: Recipe, args: Mapping[str, Any], seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would seed the GPUs too
         module = recipe.build(args)
     return module.cpu().eval()
+
+
+def _fill_zero_layers(module: nn.Module, seed: int) -> None:
+    """Give layers whose weights are all zero until they are trained (heads of vision transformers) random ones.
+
+    Else every output would be the same, whatever the rest computes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in module.modules():
+            if (
+                isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                and not is_lazy(layer.weight)
+                and not layer.weight.any()
+            ):
+                layer.weight.normal_(0.0, layer.weight[0].numel() ** -0.5, generator=generator)
 
 
 def _make_for(

@@ -201,7 +201,7 @@ def _check_worth(
     floating = fp32_source(source, "INT8 is timed against FP16, which is made from it (`allow_slower` leaves that out)")
     progress("timing INT8 against FP16")
     profiles = engine.manifest.profiles
-    converted = convert_onnx(floating, ConvertOptions(precision="fp16", profile=profiles[0]))
+    converted = convert_onnx(floating, None, ConvertOptions(precision="fp16", profile=profiles[0]))
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder, ArtifactWriter(Path(folder, "fp16")) as writer:
         converted.save(writer.path / ONNX)
         built = build_engine(flavour, writer.path / ONNX, profiles, options, progress, shown=f"{what} in FP16")

@@ -16,20 +16,22 @@ from deploy.artifact.manifest import ENGINE, FLAVOURS, ONNX, Manifest, Stage
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
-from deploy.data.image_folder import data_digest
+from deploy.data.evidence_feeds import real_data
 from deploy.engine.cuda import open_device
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
+from deploy.evidence.options import ToleranceOptions
+from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
 from deploy.options import collect, option
 from deploy.pipeline.artifact_cache import ENGINE_CACHE
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
 from deploy.pipeline.stage import PathLike, default_out, fp32_source, open_source, run_stage
-from deploy.precision.formats import IMAGES, ConvertOptions
+from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.options import HalfPrecision
 from deploy.precision.int8.options import QuantizeOptions, quantize_settings
 from deploy.progress import Progress, silent
@@ -55,7 +57,9 @@ class BuildTrtOptions:
         None, switches={"fp16": "Convert to FP16 first.", "bf16": "Convert to bfloat16 first."}
     )
     fp16_io: bool = option(False, "Inputs and outputs in FP16 too.")
-    data: Path | None = option(None, "Real images for activation ranges and parity of the conversion.", metavar="IMAGEFOLDER")
+    data: Path | None = option(
+        None, "Real input for the conversion, its ranges and parity: an ImageFolder, or a folder of .npz feeds.", metavar="DIR"
+    )
     int8: bool = option(False, "Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
     flavour: str = option("auto", f"auto, {' or '.join(FLAVOURS)}.", metavar="F")
     shapes: tuple[str, ...] = option(
@@ -66,6 +70,7 @@ class BuildTrtOptions:
     allow_slower: bool = option(False, "With --int8 on a GPU: keep an engine that is slower than FP16.")
     cache: bool = option(True, "Build anew where the same engine was built before, and do not keep it.")
     quantization: QuantizeOptions = field(default_factory=QuantizeOptions)
+    tolerance: ToleranceOptions = field(default_factory=ToleranceOptions)
     build: BuildOptions = field(default_factory=BuildOptions)
 
     def __post_init__(self) -> None:
@@ -102,6 +107,11 @@ def build_trt(
     version_compatible: bool = False,
     hardware_compatible: bool = False,
     allow_slower: bool = False,
+    rtol: float | None = None,
+    atol: float | None = None,
+    min_cosine: float | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
     cache: bool = True,
     progress: Progress = silent,
 ) -> Artifact:
@@ -150,7 +160,9 @@ def preflight(
 def _options(given: Mapping[str, Any]) -> BuildTrtOptions:
     build = collect(BuildOptions, given)
     quantization = given["quantization"] or QuantizeOptions()
-    return collect(BuildTrtOptions, given, build=build, quantization=quantization)
+    tolerance = collect(ToleranceOptions, given)
+    tolerance.tolerance("fp32")  # raises now what makes no sense
+    return collect(BuildTrtOptions, given, build=build, quantization=quantization, tolerance=tolerance)
 
 
 def _calibration(
@@ -210,13 +222,16 @@ class _BuildTrt:
         self._gate = gate
         self._progress = progress
         self._reference: Artifact | None = None  # what the accuracy of INT8 is compared with
+        self._real: CalibrationSet | None = None  # what is converted on
 
     def request(self) -> dict[str, Any]:
         self._check_source()
         self._flavour = load_flavour(self._options.flavour)
         self._profiles = make_profiles(self._options.shapes, self._source.manifest.inputs, self._source.manifest.profiles)
         self._gpu = gpu_identity()
-        self._circumstances = _circumstances(self._options, self._data, self._gate, self._flavour, self._profiles, self._gpu)
+        self._circumstances = _circumstances(
+            self._options, self._data, self._real, self._gate, self._flavour, self._profiles, self._gpu
+        )
         return {**self._circumstances, "parent": self._source.manifest.digest}
 
     def _check_source(self) -> None:
@@ -232,6 +247,7 @@ class _BuildTrt:
         if options.int8 and manifest.precision != "int8" and self._data is None:
             raise UsageError("`int8` needs images to calibrate on: `calib` IMAGEFOLDER")
         source.verify(weights=False)
+        self._real = real_data(source, options.data)
         if self._gate is not None:
             self._reference = fp32_source(source, "the accuracy of INT8 is compared with it")
             self._gate.check(self._reference)
@@ -252,10 +268,10 @@ class _BuildTrt:
         from deploy.precision.int8.quantize import hint
 
         options, progress = self._options, self._progress
-        typed = self._typed()
         path = writer.path / ONNX
-        typed.save(path)
+        typed = self._typed().saved(path)
         made = typed.manifest
+        made = msgspec.structs.replace(made, parity=typed.proven(writer.describe(made), self._tolerance(made), progress))
         if self._gate is not None:
             assert self._reference is not None
             described = writer.describe(made)
@@ -284,6 +300,9 @@ class _BuildTrt:
             progress=progress,
         )
 
+    def _tolerance(self, manifest: Manifest) -> Tolerance:
+        return self._options.tolerance.tolerance(manifest.precision)
+
     def preflight(self) -> "Preflight":
         from deploy.pipeline.preflight import check_parser  # loads onnx
 
@@ -299,7 +318,7 @@ class _BuildTrt:
             convert = ConvertOptions(
                 precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=self._profiles[0]
             )
-        return typed_graph(self._source, self._data, quantize=quantize, convert=convert, progress=self._progress)
+        return typed_graph(self._source, self._data or self._real, quantize=quantize, convert=convert, progress=self._progress)
 
 
 def gpu_identity() -> list[str] | None:
@@ -317,6 +336,7 @@ def gpu_identity() -> list[str] | None:
 def _circumstances(
     options: BuildTrtOptions,
     data: CalibrationSet | None,
+    real: CalibrationSet | None,
     gate: Gate | None,
     flavour: Flavour,
     profiles: list[Profile],
@@ -328,7 +348,8 @@ def _circumstances(
     return {
         "precision": options.precision,
         "fp16_io": options.fp16_io,
-        "data": data_digest(options.data, IMAGES) if options.data else None,
+        "data": real.digest() if real else None,
+        "tolerance": vars(options.tolerance),
         "int8": quantize_settings(quantization) if options.int8 else None,
         "allow_slower": options.allow_slower,
         "calib": (data.digest() or secrets.token_hex()) if data is not None else None,  # read once: never the same again

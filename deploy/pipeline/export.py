@@ -1,8 +1,10 @@
 """The stage `export`: a trained state_dict to an ONNX artifact, compared with the eager module."""
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import torch
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD
-from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Source, Stage, file_digest
-from deploy.artifact.onnxfile import check_onnx, model_specs, open_onnx, save_model
+from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage, file_digest
+from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, open_onnx, save_model
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.image_folder import data_digest
-from deploy.errors import ArtifactError, OutputError
+from deploy.data.calibration_set import calibration_set
+from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of
+from deploy.errors import ArtifactError, ExportError, OutputError, UsageError
+from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
 from deploy.intake.build import BuiltModel, build_model
@@ -35,11 +39,10 @@ from deploy.pipeline.export_interface import (
     read_classes,
 )
 from deploy.pipeline.export_options import ExportOptions
-from deploy.pipeline.export_parity import REAL_IMAGES, Case, check_parity, finite, image_cases, run_eager
+from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, embedding_bounds, finite, other_size, run_eager
 from deploy.pipeline.stage import PathLike, run_stage
+from deploy.pipeline.written import Case, prove
 from deploy.progress import Progress, silent
-from deploy.runtime.load import open_session
-from deploy.runtime.session import SessionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,9 @@ def export(
     opset: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    min_cosine: float | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
     name: str | None = None,
     progress: Progress = silent,
 ) -> Artifact:
@@ -75,7 +81,13 @@ def export(
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
     options = collect(ExportOptions, given)
+    limits = collect(ToleranceOptions, given)
+    limits.tolerance("fp32")  # raises now what makes no sense
     if options.onnx is not None:
+        if limits != ToleranceOptions():
+            raise UsageError(
+                "`onnx` takes the graph as it is: there is nothing to compare it with; leave out the limits of parity"
+            )
         target = Path(out) if out is not None else _default_out(name or options.onnx.stem, "a bare ONNX file", keep_bare=False)
         return export_onnx_file(options.onnx, target, preprocess=preprocess, classes=options.classes, name=name)
     default = name or (arch or model or "").rpartition(":")[2].lower()
@@ -83,23 +95,26 @@ def export(
         target = Path(out)
     else:
         target = BUILD / default if weights is not None else _default_out(default, "random weights")
-    return export_artifact(target, options, progress)
+    return export_artifact(target, options, limits, progress)
 
 
-def export_artifact(out: Path, options: ExportOptions, progress: Progress = silent) -> Artifact:
+def export_artifact(
+    out: Path, options: ExportOptions, limits: ToleranceOptions | None = None, progress: Progress = silent
+) -> Artifact:
     """Export to the artifact `out`; what was loaded and what was not is logged.
 
     Raises CheckpointError, FactoryError, ExportError, ParityError, OutputError, DataError, UsageError and BackendError
     (ONNX Runtime, which parity is checked on, is not installed). `out` is then as it was.
     """
-    return run_stage(_Export(options, progress), out)
+    return run_stage(_Export(options, limits or ToleranceOptions(), progress), out)
 
 
 class _Export:
     name = "export"
 
-    def __init__(self, options: ExportOptions, progress: Progress) -> None:
+    def __init__(self, options: ExportOptions, limits: ToleranceOptions, progress: Progress) -> None:
         self._options = options
+        self._limits = limits
         self._progress = progress
 
     def request(self) -> dict[str, Any]:
@@ -120,7 +135,10 @@ class _Export:
         else:
             self._preprocess = default_preprocess(self._built, self._specs)
         self._classes = read_classes(options.classes) if options.classes else None
-        return _request(options, self._built, self._specs, self._preprocess, self._classes)
+        return {
+            **_request(options, self._built, self._specs, self._preprocess, self._classes),
+            "limits": vars(self._limits),
+        }
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         options, module, progress = self._options, self._built.module, self._progress
@@ -129,49 +147,98 @@ class _Export:
         else:
             logger.log(logging.INFO if self._report.complete else logging.WARNING, "%s", self._report.summary())
         progress("running the eager module")
-        feeds = random_feeds(self._specs, example_dims(self._specs, batch_dim(self._specs)))
-        outputs, cases = self._eager_cases(feeds)
+        dims = example_dims(self._specs, batch_dim(self._specs))
+        self._specs = _bounded(self._specs, module, dims, self._preprocess)
+        outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.out, stage))
         progress("exporting to ONNX")
-        example = {name: torch.from_numpy(array) for name, array in feeds[PARITY_BATCHES.index(EXAMPLE_BATCH)].items()}
+        example = {name: torch.from_numpy(array) for name, array in feed.items()}
         files = [file.path for file in self._built.source_files]
         graph = export_graph(module, self._specs, example, outputs, opset=options.opset, user_files=files)
         save_model(graph, writer.path / ONNX)
         check_onnx(writer.path / ONNX)
         save_weights(module, writer.path / WEIGHTS)
-        written = writer.describe(self._manifest(*model_specs(graph), writer.out, stage))
-        progress("comparing with eager")
-        if options.data is not None:
-            cases += image_cases(written, module, options.data, files)
-        with open_session(written, "onnxruntime", SessionOptions(device="cpu")) as session:
-            parity = check_parity(session, cases, options.tolerance())
+        inputs, results = model_specs(graph)
+        precision = model_precision(graph)
+        del graph  # its weights are as large as the file
+        written = writer.describe(self._manifest(_with_bounds(inputs, self._specs), results, writer.out, stage, precision))
+        parity = prove(
+            written,
+            cases,
+            self._limits.tolerance(precision),
+            against="eager",
+            remedy="another `opset` may help; looser limits: `rtol`, `atol`",
+            progress=progress,
+        )
+        if parity.constant:
+            logger.warning(
+                "output %s is the same number everywhere: that the file agrees with eager proves nothing of it",
+                parity.constant[0],
+            )
         source = msgspec.structs.replace(written.manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
         return msgspec.structs.replace(written.manifest, source=source, parity=parity)
 
-    def _eager_cases(self, feeds: list[Feed]) -> tuple[list[str], list[Case]]:
-        """The names of the outputs, and what the eager module makes of each feed; no cases where that is not finite."""
+    def _real_feeds(self, out: Path, stage: Stage) -> list[NamedFeed]:
+        """The first rows of `data`."""
+        if self._options.data is None:
+            return []
+        described = Artifact(out, self._manifest(list(self._specs), [], out, stage))
+        data = calibration_set(described, self._options.data, most=REAL_ROWS)
+        return [NamedFeed(kind_of(data), feed) for feed in islice(data.feeds(REAL_ROWS), REAL_ROWS)]
+
+    def _eager_cases(self, made_up: list[Feed], real: list[NamedFeed]) -> tuple[list[str], list[Case], Feed]:
+        """The names of the outputs, what the eager module makes of the feeds and of other sizes, and the feed to export with.
+
+        No cases of made-up feeds where it does not run them, or the results are not finite, and there are real ones.
+        """
         module, specs = self._built.module, self._specs
         files = [file.path for file in self._built.source_files]
-        first = run_eager(module, specs, feeds[0], files)
+        example = made_up[PARITY_BATCHES.index(EXAMPLE_BATCH)]
+        try:
+            first = run_eager(module, specs, made_up[0], files)
+            results = [first, *(run_eager(module, specs, feed, files, ran=made_up[0]) for feed in made_up[1:])]
+        except ExportError:
+            if not real:
+                raise
+            made_up, results = [], []
+            rows = EXAMPLE_BATCH if batch_dim(specs) else None
+            example = {name: array[:rows] for name, array in real[0].feed.items()}
+            first = run_eager(module, specs, example, files)
         names = output_names(self._options.outputs, self._built, specs, list(first))
         check_classes(self._classes, [array.shape for array in first.values()])
-        results = [first, *(run_eager(module, specs, feed, files, ran=feeds[0]) for feed in feeds[1:])]
-        cases = [
-            Case("random", feed, dict(zip(names, arrays.values(), strict=True)))
-            for feed, arrays in zip(feeds, results, strict=True)
-        ]
-        if not all(finite(case, fatal=self._options.data is None) for case in cases):
-            logger.warning("the eager module gives NaN or infinity on random input: parity is checked on images alone")
-            return names, []
-        return names, cases
+        check_repeatable(module, specs, made_up[0] if made_up else example, first, files)
+        cases = [_case("random", feed, names, arrays) for feed, arrays in zip(made_up, results, strict=True)]
+        if not all(finite(case, fatal=not real) for case in cases):
+            cases = []
+        if real and not cases:
+            logger.warning("the eager module does not run made-up input, or gives NaN: parity is checked on real input alone")
+        if cases:
+            cases += self._other_sizes(names, files)
+        for data, feed, _ in real:
+            cases.append(_case(data, feed, names, run_eager(module, specs, feed, files)))
+            finite(cases[-1], fatal=True)
+        return names, cases, example
 
-    def _manifest(self, inputs: list[TensorSpec], outputs: list[TensorSpec], out: Path, stage: Stage) -> Manifest:
+    def _other_sizes(self, names: list[str], files: list[str]) -> list[Case]:
+        module = self._built.module
+        case, sizes = other_size(module, self._specs, names, files)
+        if sizes:
+            logger.warning(
+                "%s runs with %s, and neither with odd sizes nor with 32 more: it is compared at these sizes alone",
+                type(module).__name__,
+                sizes,
+            )
+        return [case] if case is not None and finite(case, fatal=False) else []
+
+    def _manifest(
+        self, inputs: list[TensorSpec], outputs: list[TensorSpec], out: Path, stage: Stage, precision: Precision = "fp32"
+    ) -> Manifest:
         options, built = self._options, self._built
         profile = default_profile(inputs)
         return Manifest(
             format=FORMAT,
             kind="onnx",
             name=options.name or out.resolve().name,
-            precision="fp32",
+            precision=precision,
             source=Source(
                 factory=built.factory,
                 args=dict(built.args),
@@ -198,6 +265,25 @@ class _Export:
         )
 
 
+def _case(data: str, feed: Feed, names: Sequence[str], results: Feed) -> Case:
+    return Case(data, feed, dict(zip(names, results.values(), strict=True)))
+
+
+def _bounded(
+    specs: Sequence[TensorSpec], module: torch.nn.Module, dims: Mapping[str, int], preprocess: Preprocess | None
+) -> tuple[TensorSpec, ...]:
+    """`specs` with the range of made-up numbers where it is known and was not given: rows of an Embedding, or raw pixels."""
+    tables = embedding_bounds(module, specs, dims)
+    pixels = preprocess.pixel_range() if preprocess is not None else None
+    return tuple(
+        spec if spec.bounds is not None else dataclasses.replace(spec, bounds=tables.get(spec.name, pixels)) for spec in specs
+    )
+
+
+def _with_bounds(specs: Sequence[TensorSpec], bounded: Sequence[TensorSpec]) -> list[TensorSpec]:
+    return [dataclasses.replace(spec, bounds=other.bounds) for spec, other in zip(specs, bounded, strict=True)]
+
+
 def _request(
     options: ExportOptions,
     built: BuiltModel,
@@ -214,14 +300,13 @@ def _request(
         "weights": file_digest(options.weights) if options.weights else None,
         "match": options.match,
         "allow_partial": options.allow_partial,
-        "inputs": [str(spec) for spec in specs],
+        "inputs": [[str(spec), spec.bounds] for spec in specs],
         "outputs": list(options.outputs),
         "preprocess": preprocess.to_json() if preprocess else None,
         "classes": classes,
         "opset": options.opset,
-        "tolerance": [options.rtol, options.atol],
         "name": options.name,
-        "data": data_digest(options.data, REAL_IMAGES) if options.data else None,
+        "data": folder_digest(options.data, REAL_ROWS) if options.data else None,
         "tools": tool_versions(),
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +16,30 @@ logger = logging.getLogger(__name__)
 BATCH = "batch"
 
 
-_EXPECTED = f"NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}"
+_EXPECTED = f"NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}, and after it a range such as [0,30522] if you like"
 
 
 def parse_input(text: str) -> TensorSpec:
-    """`"image=1x3x224x224:float32"` -> the spec; float32 when no dtype is given. Raises UsageError."""
+    """`"ids=1x6:int64[0,30522]"` -> the spec; float32 when no dtype is given, no range where none is. Raises UsageError."""
+    text, bounds = _bounds(text)
     shape_text, _, dtype = text.rpartition(":")
     if "=" not in shape_text:  # no dtype, or a colon in the name
         shape_text, dtype = text, "float32"
     if dtype not in DTYPES:
         raise UsageError(f"cannot read the input {text!r}; expected {_EXPECTED}")
     name, (shape,) = parse_shapes(shape_text, what="the input", expected=_EXPECTED)
-    return TensorSpec(name=name, dtype=dtype, shape=shape)
+    return TensorSpec(name=name, dtype=dtype, shape=shape, bounds=bounds)
+
+
+def _bounds(text: str) -> tuple[str, tuple[float, float] | None]:
+    """What is before the range `[LOW,HIGH]` at the end of an input, and the range."""
+    found = re.fullmatch(r"(.*)\[([^\[\],]+),([^\[\],]+)\]", text)
+    if found is None:
+        return text, None
+    try:
+        return found[1], (float(found[2]), float(found[3]))
+    except ValueError:
+        raise UsageError(f"cannot read the range of the input {text!r}; expected {_EXPECTED}") from None
 
 
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:

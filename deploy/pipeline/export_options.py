@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 from deploy.artifact.preprocess import PRESETS
 from deploy.errors import UsageError
-from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.intake.options import Match
 from deploy.options import option
 
@@ -30,16 +29,17 @@ class ExportOptions:
     allow_partial: bool = option(False, "Load the tensors that fit, and say which did not.")
     num_classes: int | None = option(None, "Classes of the head.", metavar="N", default="read from the checkpoint's head")
     inputs: tuple[str, ...] = option(
-        (), "An input, by position; a letter is a dynamic dimension.", flag="--input", metavar="NAME=1x3x224x224[:dtype]"
+        (),
+        "An input, by position; a letter is a dynamic dimension.",
+        flag="--input",
+        metavar="NAME=1x3x224x224[:dtype[LOW,HIGH]]",
     )
     outputs: tuple[str, ...] = option((), "Name of an output, by position.", flag="--output", metavar="NAME")
     static_batch: bool = option(False, "Keep the leading 1 as it is, instead of a dynamic batch.")
     preprocess: str | None = option(None, f"{', '.join(PRESETS)} or a JSON file.", metavar="NAME|FILE.json")
     classes: Path | None = option(None, "Class names, one a line.", metavar="FILE")
-    data: Path | None = option(None, "Check parity on real images too.", metavar="IMAGEFOLDER")
+    data: Path | None = option(None, "Check parity on real input too: an ImageFolder, or a folder of .npz feeds.", metavar="DIR")
     opset: int | None = option(None, "ONNX opset.", metavar="N", default="PyTorch's")
-    rtol: float | None = option(None, "Relative tolerance of parity.", metavar="X", default="1e-4")
-    atol: float | None = option(None, "Absolute tolerance of parity.", metavar="X", default="1e-5")
     name: str | None = option(None, "The artifact's name.", metavar="NAME", default="the last part of DIR")
 
     def __post_init__(self) -> None:
@@ -59,7 +59,6 @@ class ExportOptions:
             raise UsageError(f"`num_classes` must be 1 or more, not {self.num_classes}")
         if self.opset is not None and not 18 <= self.opset <= 25:
             raise UsageError(f"`opset` must be 18 to 25, not {self.opset}")
-        self.tolerance()  # checked now, not after the export
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
@@ -69,13 +68,6 @@ class ExportOptions:
         ]
         if unfit:
             raise UsageError(f"`onnx` takes the graph as it is; leave out {', '.join(unfit)}")
-
-    def tolerance(self) -> Tolerance:
-        default = TOLERANCES["fp32"]
-        return Tolerance(
-            rtol=default.rtol if self.rtol is None else self.rtol,
-            atol=default.atol if self.atol is None else self.atol,
-        )
 
 
 def _default(each: "Field[Any]") -> Any:

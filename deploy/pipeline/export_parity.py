@@ -1,32 +1,19 @@
-"""The exported ONNX file compared with the eager module."""
+"""What the eager module makes of feeds, and whether a comparison with it can prove anything."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from deploy.artifact.artifact import Artifact
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim
-from deploy.data.image_folder import image_feeds
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, odd_sizes, random_feed
 from deploy.errors import ExportError
-from deploy.evidence.parity import Parity, Tolerance, compare
+from deploy.evidence.parity import TOLERANCES, judge
 from deploy.intake.export_errors import fixed_reason, line_of
 from deploy.intake.exporter import flatten_outputs
-from deploy.precision.cpu import ONNXRUNTIME_VERSION
-from deploy.runtime.session import Session
+from deploy.pipeline.written import Case
 
-REAL_IMAGES = 8
-"""Real images that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
-
-
-class Case(NamedTuple):
-    """One feed, and what the eager module makes of it, by output name. `data` is `random` or `images`."""
-
-    data: str
-    feed: Feed
-    expected: Feed
+REAL_ROWS = 8
+"""Rows of real data that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
 
 
 def run_eager(
@@ -36,13 +23,14 @@ def run_eager(
     user_files: Sequence[str],
     ran: Mapping[str, np.ndarray] | None = None,
 ) -> Feed:
-    """The eager module's outputs, flattened. `ran` is a feed that it could run, of another batch size.
+    """The eager module's outputs, flattened. `ran` is a feed that it could run, of another batch size. `feed` stays as it is.
 
     Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.
     """
     try:
         with torch.inference_mode():
-            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name]) for spec in specs)))
+            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name].copy()) for spec in specs)))
+            return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
     except ExportError:
         raise
     except Exception as error:  # the user's own code: any error may come
@@ -56,23 +44,129 @@ def run_eager(
             raise ExportError(
                 f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
             ) from error
+        integers = [spec.name for spec in specs if np.dtype(feed[spec.name].dtype).kind in "iu"]
+        ranged = (
+            f"; {', '.join(integers)} got made-up integers: say their range, NAME=1x6:int64[0,100], or give feeds with `data`"
+            if integers
+            else ""
+        )
         raise ExportError(
-            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with `inputs` NAME=1x3x224x224[:dtype]"
+            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with `inputs` NAME=1x3x224x224[:dtype]{ranged}"
         ) from error
-    return {name: tensor.numpy() for name, tensor in results.items()}
 
 
 def _shapes(feed: Mapping[str, np.ndarray]) -> str:
     return ", ".join(f"{name} {array.shape}" for name, array in feed.items())
 
 
-def image_cases(artifact: Artifact, module: torch.nn.Module, folder: Path, user_files: Sequence[str]) -> Iterator[Case]:
-    names = [spec.name for spec in artifact.manifest.outputs]
-    for feed in image_feeds(artifact, folder, batch_size=REAL_IMAGES, count=REAL_IMAGES):
-        results = run_eager(module, artifact.manifest.inputs, feed, user_files)
-        case = Case("images", feed, dict(zip(names, results.values(), strict=True)))
-        finite(case, fatal=True)
-        yield case
+def check_repeatable(
+    module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Feed, first: Feed, user_files: Sequence[str]
+) -> None:
+    """Raise ExportError, naming the submodule, where the module gives another result than `first` for the same feed."""
+    again = run_eager(module, specs, feed, user_files)
+    _, wrong = judge(again, first, TOLERANCES["fp32"], data="the same", batch=0)
+    if not wrong:
+        return
+    culprit = _first_that_differs(module, specs, feed, user_files)
+    raise ExportError(
+        f"{type(module).__name__} gives another result each time it is run{culprit}, so that nothing can be compared with it:"
+        " take the random part out (dropout without training=self.training, torch.rand...)"
+    )
+
+
+def _first_that_differs(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Feed, user_files: Sequence[str]) -> str:
+    """`, first in 'drop' (Dropout)`: the first submodule whose output differs although its input does not."""
+    runs: list[list[tuple[str, str, list[torch.Tensor], list[torch.Tensor]]]] = []
+    for _ in range(2):
+        seen: list[tuple[str, str, list[torch.Tensor], list[torch.Tensor]]] = []
+
+        def hook(inner: torch.nn.Module, args: object, result: object, *, name: str, seen=seen) -> None:  # type: ignore[no-untyped-def]
+            seen.append((name, type(inner).__name__, _tensors(args), _tensors(result)))
+
+        handles = [
+            inner.register_forward_hook(lambda m, a, r, name=name: hook(m, a, r, name=name))
+            for name, inner in module.named_modules()
+            if name
+        ]
+        try:
+            run_eager(module, specs, feed, user_files)
+        finally:
+            for handle in handles:
+                handle.remove()
+        runs.append(seen)
+    for (name, kind, inputs, results), (_, _, other_inputs, other_results) in zip(*runs, strict=False):
+        if _equal(inputs, other_inputs) and not _equal(results, other_results):
+            return f", first in {name!r} ({kind})"
+    return ""
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, second, strict=True))
+
+
+def other_size(
+    module: torch.nn.Module, specs: Sequence[TensorSpec], outputs: Sequence[str], user_files: Sequence[str]
+) -> tuple[Case | None, str]:
+    """The module at other sizes of the dynamic dimensions beside the batch, and the sizes if there are any to try.
+
+    Odd sizes first; where the module cannot run them, multiples of 32. No case where it runs neither.
+    """
+    dims = example_dims(specs, batch_dim(specs))
+    odd = odd_sizes(specs, dims)
+    if odd is None:
+        return None, ""
+    even = {dim: size + 32 if odd[dim] != size else size for dim, size in dims.items()}
+    for sizes in (odd, even):
+        feed = random_feed(specs, sizes, seed=len(sizes))
+        try:
+            results = run_eager(module, specs, feed, user_files)
+        except ExportError:
+            continue
+        return Case("random", feed, dict(zip(outputs, results.values(), strict=True))), ""
+    return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if dim in odd and odd[dim] != size)
+
+
+def embedding_bounds(
+    module: torch.nn.Module, specs: Sequence[TensorSpec], dims: Mapping[str, int]
+) -> dict[str, tuple[float, float]]:
+    """The rows of the table for every integer input that goes straight into an Embedding, by name.
+
+    Found by running the module on zeros, which are in every table.
+    """
+    zeros = {
+        spec.name: torch.zeros(spec.concrete(dims), dtype=getattr(torch, spec.dtype))
+        for spec in specs
+        if hasattr(torch, spec.dtype)
+    }
+    if len(zeros) != len(specs) or not any(spec.dtype.startswith(("int", "uint")) for spec in specs):
+        return {}
+    where = {tensor.data_ptr(): name for name, tensor in zeros.items()}
+    bounds: dict[str, tuple[float, float]] = {}
+
+    def look(table: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        name = where.get(args[0].data_ptr()) if args and isinstance(args[0], torch.Tensor) else None
+        if name is not None:
+            rows = float(table.num_embeddings)  # type: ignore[arg-type]
+            bounds[name] = (0.0, min(rows, bounds.get(name, (0.0, rows))[1]))
+
+    handles = [each.register_forward_pre_hook(look) for each in module.modules() if isinstance(each, torch.nn.Embedding)]
+    try:
+        with torch.inference_mode():
+            module(*zeros.values())
+    except Exception:  # noqa: S110  # zeros may be no input; the run on the feeds says what is wrong
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bounds
 
 
 def finite(case: Case, *, fatal: bool) -> bool:
@@ -81,21 +175,6 @@ def finite(case: Case, *, fatal: bool) -> bool:
     if broken and fatal:
         raise ExportError(
             f"the eager module itself gives NaN or infinity in output {broken[0]!r} on {case.data} input: parity cannot be checked"
-            "\ncheck the weights; if the model needs real input, give some with `data` IMAGEFOLDER"
+            "\ncheck the weights; if the model needs real input, give some with `data`"
         )
     return not broken
-
-
-def check_parity(session: Session, seen: Sequence[Case], tolerance: Tolerance) -> Parity:
-    cases = [
-        compare(
-            session.run(case.feed),
-            case.expected,
-            tolerance,
-            data=case.data,
-            batch=len(next(iter(case.feed.values()))),
-            what=session.name,
-        )
-        for case in seen
-    ]
-    return Parity(against="eager", by=f"onnxruntime {ONNXRUNTIME_VERSION}", tolerance=tolerance, cases=cases)

@@ -36,7 +36,7 @@ def check_parser(typed: Typed, flavour: Flavour, profiles: list[Profile], progre
     shown = typed.source.shown
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
         path = Path(folder, ONNX)
-        typed.save(path)
+        typed = typed.saved(path)
         progress("parsing")
         network = parse_network(flavour, path, shown=shown)
         model = ir.load(path)

@@ -12,8 +12,11 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ONNX, Manifest, Stage
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
+from deploy.data.evidence_feeds import calibration_feeds
 from deploy.errors import UsageError
 from deploy.evaluation.gate import Gate, check_accuracy
+from deploy.evidence.options import ToleranceOptions
+from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import collect, option
 from deploy.pipeline.artifact_cache import INT8_CACHE
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
@@ -67,23 +70,29 @@ def quantize(
     fp16: bool = False,
     eval_folder: PathLike | None = None,
     max_drop: float | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    min_cosine: float | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
     progress: Progress = silent,
 ) -> Artifact:
     """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
 
     `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
     (`build/<name>-int8-fp16`). What the other options mean: `QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy
-    is compared before and after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. Raises a
-    DeployError; nothing that stood at `out` is lost then.
+    is compared before and after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. The limits of
+    parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
+    tolerance = collect(ToleranceOptions, given).tolerance("int8")
     options = collect(QuantizeOptions, given)
     gate = collect(GateOptions, given).gate()
     source = open_source(artifact)
     check_fp32(source)
     data = calibration_set(source, calib, images)
     suffixes = ["int8", "fp16"] if fp16 else ["int8"]
-    return quantize_artifact(source, default_out(out, source, *suffixes), data, options, gate, progress)
+    return quantize_artifact(source, default_out(out, source, *suffixes), data, options, gate, tolerance, progress)
 
 
 def quantize_artifact(
@@ -92,6 +101,7 @@ def quantize_artifact(
     data: CalibrationSet,
     options: QuantizeOptions,
     gate: Gate | None = None,
+    tolerance: Tolerance = TOLERANCES["int8"],
     progress: Progress = silent,
 ) -> Artifact:
     """Write `artifact` in INT8 to `out`, unless it is there already.
@@ -101,18 +111,25 @@ def quantize_artifact(
     PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, AccuracyError
     (nothing is written), DataError, BackendError (ONNX Runtime is not installed) and OutputError.
     """
-    return run_stage(_Quantize(artifact, data, options, gate, progress), out, artifact)
+    return run_stage(_Quantize(artifact, data, options, tolerance, gate, progress), out, artifact)
 
 
 class _Quantize:
     name = "quantize"
 
     def __init__(
-        self, source: Artifact, data: CalibrationSet, options: QuantizeOptions, gate: Gate | None, progress: Progress
+        self,
+        source: Artifact,
+        data: CalibrationSet,
+        options: QuantizeOptions,
+        tolerance: Tolerance,
+        gate: Gate | None,
+        progress: Progress,
     ) -> None:
         self._source = source
         self._data = data
         self._options = options
+        self._tolerance = tolerance
         self._gate = gate
         self._progress = progress
         self._request: dict[str, Any] | None = None
@@ -125,7 +142,8 @@ class _Quantize:
         request = quantize_request(self._source, self._data, self._options)
         if request is None:
             return None
-        whole = {**request, "gate": self._gate.request() if self._gate else None}
+        tolerance = msgspec.to_builtins(self._tolerance)
+        whole = {**request, "tolerance": tolerance, "gate": self._gate.request() if self._gate else None}
         self._request = {name: value for name, value in whole.items() if name != "parent"}  # known by its content instead
         return whole
 
@@ -139,22 +157,34 @@ class _Quantize:
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.precision.int8.quantize import hint, quantize_onnx  # loads onnx and ONNX Runtime
+        from deploy.pipeline.written import prove, source_cases  # these load onnx and ONNX Runtime
+        from deploy.precision.int8.quantize import hint, quantize_onnx
 
-        quantized = quantize_onnx(self._source, self._data, self._options, self._progress)
+        source, progress = self._source, self._progress
+        quantized = quantize_onnx(source, self._data, self._options, progress)
         quantized.save(writer.path / ONNX)
-        made = writer.describe(
-            descendant(
-                self._source,
-                writer.out,
-                stage,
-                precision="int8",
-                parity=quantized.parity,
-                calibration=quantized.calibration,
-                exclusions=quantized.exclusions,
-            )
+        manifest = descendant(
+            source,
+            writer.out,
+            stage,
+            precision="int8",
+            parity=None,
+            calibration=quantized.calibration,
+            exclusions=quantized.exclusions,
         )
+        feeds = calibration_feeds(source, self._data, quantized.feeds)
+        del quantized  # its weights are as large as the file
+        parity = prove(
+            writer.describe(manifest),
+            source_cases(source, feeds),
+            self._tolerance,
+            against=source.manifest.digest,
+            emulated=self._options.fp16,
+            remedy=hint(manifest.calibration),
+            progress=progress,
+        )
+        manifest = msgspec.structs.replace(manifest, parity=parity)
         if self._gate is None:
-            return made.manifest
-        accuracy = check_accuracy(self._source, made, self._gate, hint(quantized.calibration), self._progress)
-        return msgspec.structs.replace(made.manifest, accuracy=accuracy)
+            return manifest
+        accuracy = check_accuracy(source, writer.describe(manifest), self._gate, hint(manifest.calibration), progress)
+        return msgspec.structs.replace(manifest, accuracy=accuracy)

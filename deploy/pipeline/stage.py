@@ -70,6 +70,8 @@ def check_fp32(artifact: Artifact) -> None:
     manifest = artifact.manifest
     if manifest.kind != "onnx":
         raise UsageError(f"{artifact.shown} is an engine; give the FP32 ONNX artifact that it descends from")
+    if manifest.precision == "fp64":
+        raise UsageError(f"{artifact.shown} computes in double precision; export the model in FP32 (`module.float()`)")
     if manifest.precision != "fp32":
         raise UsageError(f"{artifact.shown} is {manifest.precision} already; give the FP32 artifact that it was made from")
 

@@ -1,6 +1,6 @@
 """The typed ONNX graph that an engine is built from: the artifact's own, or one quantized or converted on the way."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -10,24 +10,51 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.data.calibration_set import CalibrationSet
+from deploy.data.evidence_feeds import NamedFeed, calibration_feeds, parity_feeds
+from deploy.evidence.parity import Parity, Tolerance
+from deploy.pipeline.written import prove, source_cases
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.convert import convert_onnx
 from deploy.precision.int8.options import QuantizeOptions
-from deploy.precision.int8.quantize import quantize_onnx
+from deploy.precision.int8.quantize import hint, quantize_onnx
 from deploy.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Typed:
-    """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it."""
+    """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it.
+
+    feeds: what the graph is compared with `source` on; none where it is the artifact's own. emulated: half precision is
+    emulated then. remedy: what to try if it is too far off.
+    """
 
     source: Artifact
     model: ir.Model | None
     manifest: Manifest
+    feeds: list[NamedFeed]
+    emulated: bool = False
+    remedy: str = ""
 
-    def save(self, path: Path) -> None:
-        """Write the graph to `path`. The artifact's own is written again too: its external data may have another name there."""
+    def saved(self, path: Path) -> "Typed":
+        """The same without the graph, which is written to `path`. The artifact's own is written again too: its external data may
+        have another name there."""
         save_model(load_model(self.source.onnx_path) if self.model is None else self.model, path)
+        return replace(self, model=None)
+
+    def proven(self, written: Artifact, tolerance: Tolerance, progress: Progress) -> Parity | None:
+        """The parity of the written graph with the source; that of the artifact where the graph is its own. Raises ParityError."""
+        if not self.feeds:
+            return self.manifest.parity
+        return prove(
+            written,
+            source_cases(self.source, self.feeds),
+            tolerance,
+            against=self.source.manifest.digest,
+            emulated=self.emulated,
+            engine=True,
+            remedy=self.remedy,
+            progress=progress,
+        )
 
 
 def typed_graph(
@@ -38,7 +65,7 @@ def typed_graph(
     convert: ConvertOptions | None,
     progress: Progress,
 ) -> Typed:
-    """Quantize `source` on `data` or convert it, where it is in FP32 and that is asked for; else take it as it is."""
+    """Quantize `source` or convert it, on `data`, where it is in FP32 and that is asked for; else take it as it is."""
     manifest = msgspec.structs.replace(source.manifest, files={})
     if quantize is not None and manifest.precision == "fp32":
         assert data is not None
@@ -46,22 +73,30 @@ def typed_graph(
         changed = msgspec.structs.replace(
             manifest,
             precision="int8",
-            parity=quantized.parity,
+            parity=None,
             accuracy=None,
             calibration=quantized.calibration,
             exclusions=quantized.exclusions,
         )
-        return Typed(source=source, model=quantized.model, manifest=changed)
+        return Typed(
+            source=source,
+            model=quantized.model,
+            manifest=changed,
+            feeds=calibration_feeds(source, data, quantized.feeds),
+            emulated=quantize.fp16,
+            remedy=hint(quantized.calibration),
+        )
     if convert is not None:
-        converted = convert_onnx(source, convert, progress)
+        converted = convert_onnx(source, data, convert, progress)
         changed = msgspec.structs.replace(
             manifest,
             precision=convert.precision,
             inputs=converted.inputs,
             outputs=converted.outputs,
-            parity=converted.parity,
+            parity=None,
             accuracy=None,
             exclusions=converted.exclusions,
         )
-        return Typed(source=source, model=converted.model, manifest=changed)
-    return Typed(source=source, model=None, manifest=manifest)
+        feeds = parity_feeds(source, data, convert.profile)
+        return Typed(source=source, model=converted.model, manifest=changed, feeds=feeds, emulated=True, remedy=converted.remedy)
+    return Typed(source=source, model=None, manifest=manifest, feeds=[])

@@ -1,6 +1,8 @@
 """ONNX graphs in memory that run on the CPU with ONNX Runtime, to measure activation ranges and parity."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,25 +54,21 @@ class CpuGraph:
     """
 
     def __init__(self, model: ir.Model, *, also: Sequence[str] = (), streams: int = 1) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = max(1, usable_cores() // streams)
-        # Idle threads that spin would slow down the other session of a comparison.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = _session_options(streams)
         proto, self._weights = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        try:
-            self._session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            for node in unknown_nodes(model):
-                if f"{node.domain}:{node.op_type}(" in str(error):
-                    raise PrecisionError(
-                        f"ONNX Runtime, which ranges and parity are measured with, does not know node {node.name!r}: it is"
-                        f" operator {node.op_type} of domain {node.domain}; replace it by operators of ONNX"
-                    ) from error
-            raise PrecisionError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
+        self._session = _open(proto.SerializeToString(), options, lambda: model)
         self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def read(cls, path: Path) -> "CpuGraph":
+        """The graph of an ONNX file as it is written."""
+        graph = cls.__new__(cls)
+        graph._weights = {}
+        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path))
+        graph._outputs = [output.name for output in graph._session.get_outputs()]
+        return graph
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> Feed:
         """All outputs by name. Raises PrecisionError when a node fails."""
@@ -78,6 +76,29 @@ class CpuGraph:
             return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
         except Exception as error:  # as above
             raise PrecisionError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
+
+
+def _session_options(streams: int) -> "onnxruntime.SessionOptions":
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = max(1, usable_cores() // streams)
+    # Idle threads that spin would slow down the other session of a comparison.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model]) -> Any:
+    """A session on serialized bytes or a file; `model` is looked into for what an error is about."""
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        for node in unknown_nodes(model()):
+            if f"{node.domain}:{node.op_type}(" in str(error):
+                raise PrecisionError(
+                    f"ONNX Runtime, which ranges and parity are measured with, does not know node {node.name!r}: it is"
+                    f" operator {node.op_type} of domain {node.domain}; replace it by operators of ONNX"
+                ) from error
+        raise PrecisionError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
 
 
 def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:

@@ -2,7 +2,7 @@
 
 A format is a folder beside this file, whose entry module has
 
-    def convert_onnx(artifact: Artifact, options: ConvertOptions, progress: Progress) -> Converted
+    def convert_onnx(artifact: Artifact, data: CalibrationSet | None, options: ConvertOptions, progress: Progress) -> Converted
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from typing import Literal
 
 from deploy.artifact.tensors import Profile
 from deploy.errors import UsageError
-from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import option
 
 ConvertPrecision = Literal["fp16", "bf16"]
@@ -30,34 +29,23 @@ FORMATS: dict[ConvertPrecision, Format] = {
     "bf16": Format("bfloat16: the range of FP32, 7 bits of mantissa.", "deploy.precision.half.convert"),
 }
 
-IMAGES = 128
-"""Images of `data` that activation ranges are read from, drawn evenly over the classes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """How to convert.
 
-    profile: sizes of symbolic dimensions for random input are those of its optimum; None: the manifest's first profile.
-    rtol, atol: the tolerance of parity; None: `TOLERANCES` of the precision.
+    profile: sizes of symbolic dimensions for made-up input are those of its optimum; None: the manifest's first profile.
     """
 
     precision: ConvertPrecision = option(switches={name: each.text for name, each in FORMATS.items()})
     fp16_io: bool = option(False, "Inputs and outputs in FP16 too; with --fp16 only, for numpy has no bfloat16.")
-    data: Path | None = option(None, "Real images for activation ranges and parity, beside random input.", metavar="IMAGEFOLDER")
+    data: Path | None = option(
+        None, "Real input for activation ranges and parity: an ImageFolder, or a folder of .npz feeds.", metavar="DIR"
+    )
     profile: Profile | None = None
-    rtol: float | None = None
-    atol: float | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in FORMATS:
             raise UsageError(f"`precision` must be {' or '.join(FORMATS)}, not {self.precision!r}")
         if self.fp16_io and self.precision != "fp16":
             raise UsageError("`fp16_io` needs the precision fp16: inputs and outputs in BF16 are not supported")
-        self.tolerance()  # raises now, not after the conversion
-
-    def tolerance(self) -> Tolerance:
-        default = TOLERANCES[self.precision]
-        return Tolerance(
-            rtol=default.rtol if self.rtol is None else self.rtol, atol=default.atol if self.atol is None else self.atol
-        )

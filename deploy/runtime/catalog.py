@@ -101,3 +101,10 @@ def refuse_engine(artifact: Artifact) -> None:
             f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the backend {flavour}; run the ONNX"
             f" artifact that it was built from{parent} on others"
         )
+
+
+def refuse_wrong(artifact: Artifact, backend: str) -> None:
+    """Raise BackendError if the file of `artifact` was found to be wrong on `backend` when it was made."""
+    parity = artifact.manifest.parity
+    if parity is not None and artifact.manifest.kind == "onnx" and (wrong := parity.wrong_on(backend)):
+        raise BackendError(f"{artifact.location} must not run on {backend}: compared with what it was made from, {wrong}")

@@ -10,7 +10,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError
 from deploy.host.extras import extra_of, missing
-from deploy.runtime.catalog import AUTO, BACKENDS, Backend, split_backend
+from deploy.runtime.catalog import AUTO, BACKENDS, Backend, refuse_wrong, split_backend
 from deploy.runtime.fastest import fastest_backend
 from deploy.runtime.session import Session, SessionOptions
 
@@ -55,18 +55,21 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
     """Open `artifact` with a backend of `BACKENDS`, with a variant after a colon if you like.
 
     `auto` is the flavour of an engine, and for any other artifact the first of `AUTO` that can run it here. Raises UsageError
-    for an unknown backend, BackendError if it is not installed or cannot run the artifact, ArtifactError if a file of the
-    artifact is damaged.
+    for an unknown backend, BackendError if it is not installed, cannot run the artifact, or is known to compute something else
+    than what the artifact was made from, ArtifactError if a file of the artifact is damaged.
     """
     options = options or SessionOptions()
     if backend == "auto" and artifact.manifest.target is not None:
         backend = artifact.manifest.target.flavour
     if backend != "auto":
         chosen, variant = split_backend(backend)
+        if not chosen.needs_gpu(variant):
+            refuse_wrong(artifact, chosen.name)
         return import_backend(chosen).open_session(artifact, dataclasses.replace(options, variant=variant))
     reasons = []
     for name in AUTO:
         try:
+            refuse_wrong(artifact, name)
             return import_backend(BACKENDS[name]).open_session(artifact, options)
         except BackendError as error:
             reasons.append(f"{name}: {error}")

@@ -15,6 +15,7 @@ import deploy
 from deploy.cli.options import in_flags, options
 from deploy.engine.options import BuildOptions
 from deploy.errors import UsageError
+from deploy.evidence.options import ToleranceOptions
 from deploy.options import described_fields, option
 from deploy.pipeline.build_trt import BuildTrtOptions
 from deploy.pipeline.export_options import ExportOptions
@@ -95,10 +96,10 @@ def test_messages_get_the_flags_of_the_command() -> None:
 
 
 FUNCTIONS: list[tuple[Callable[..., Any], tuple[type, ...], set[str]]] = [
-    (deploy.export, (ExportOptions,), set()),
-    (deploy.convert, (ConvertOptions,), set()),
-    (deploy.quantize, (CalibrationOptions, QuantizeOptions, GateOptions), set()),
-    (deploy.build_trt, (BuildTrtOptions, BuildOptions, CalibrationOptions, GateOptions), {"quantization"}),
+    (deploy.export, (ExportOptions, ToleranceOptions), set()),
+    (deploy.convert, (ConvertOptions, ToleranceOptions), set()),
+    (deploy.quantize, (CalibrationOptions, QuantizeOptions, GateOptions, ToleranceOptions), set()),
+    (deploy.build_trt, (BuildTrtOptions, BuildOptions, CalibrationOptions, GateOptions, ToleranceOptions), {"quantization"}),
 ]
 """Public functions, the dataclasses that their options are in, and parameters that the command line spells out."""
 

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from deploy.errors import ParityError, UsageError
-from deploy.evidence.parity import TOLERANCES, Difference, Parity, ParityCase, Tolerance, compare, difference
+from deploy.evidence.parity import (
+    TOLERANCES,
+    Difference,
+    Parity,
+    ParityCase,
+    Tolerance,
+    compare,
+    constant_outputs,
+    difference,
+    judge,
+)
 
 INF, NAN = float("inf"), float("nan")
 LOOSE = Tolerance(rtol=0.1, atol=0.01)
@@ -64,7 +74,7 @@ def test_the_limit_is_a_share_of_the_largest_magnitude_plus_the_absolute_toleran
         check([1.0105, 10.0], [0.0, 10.0])
     message = str(caught.value)
     assert message.startswith("build/net: output 'y' is off by 1.01 at batch 2 on random input; at most 1.01 is allowed")
-    assert "rtol 0.1 of 10, atol 0.01; cosine 0.99" in message
+    assert "`rtol` 0.1 of 10, `atol` 0.01; cosine 0.99" in message
 
 
 @pytest.mark.parametrize("broken", [INF, -INF, NAN])
@@ -87,7 +97,7 @@ def test_another_shape_is_refused():
 
 def test_other_outputs_are_refused():
     x = np.zeros(1)
-    with pytest.raises(ParityError, match="net has the outputs a, b; the reference has a, c"):
+    with pytest.raises(ParityError, match="net: the outputs are a, b; those of the reference are a, c"):
         compare({"a": x, "b": x}, {"a": x, "c": x}, LOOSE, data="random", batch=1, what="net")
 
 
@@ -114,3 +124,42 @@ def test_negative_tolerances_are_refused(rtol, atol):
 
 def test_tolerances_grow_with_the_loss_of_bits():
     assert TOLERANCES["fp32"].rtol < TOLERANCES["fp16"].rtol < TOLERANCES["bf16"].rtol
+
+
+WHOLE = Tolerance(rtol=0.01, atol=0.0, min_cosine=0.9, min_sqnr=10.0, min_agreement=0.9)
+
+
+def within(actual, expected, tolerance=WHOLE):
+    return not judge({"y": np.asarray(actual)}, {"y": np.asarray(expected)}, tolerance, data="random", batch=1)[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 50), (2, 8, 8, 3)])
+def test_one_pixel_of_a_map_does_not_decide_and_one_score_does(shape):
+    expected = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    actual = expected.copy()
+    actual.flat[3] += 0.5
+    assert within(actual, expected)
+    assert not within(actual.ravel()[None], expected.ravel()[None])
+    assert not within(expected * np.float32(0.5), expected), "a map that is half as large is off by 6 dB"
+
+
+def test_probabilities_are_held_to_the_whole():
+    expected = np.array([[0.1, 0.2, 0.7]], np.float32)
+    assert within([[0.12, 0.2, 0.68]], expected)
+    assert not within([[0.7, 0.2, 0.1]], expected)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+def test_integers_are_held_to_the_share_that_agrees(dtype):
+    expected = np.arange(100) % 2
+    for wrong, fits in ((5, True), (10, True), (11, False)):
+        actual = np.where(np.arange(100) < wrong, 1 - expected, expected)
+        assert within(actual.astype(dtype), expected.astype(dtype)) is fits
+    assert not within(np.array([1]).astype(dtype), np.array([0]).astype(dtype), TOLERANCES["fp32"]), "one class in FP32"
+
+
+def test_outputs_that_no_comparison_can_fail_are_found():
+    varied, same = np.array([[1.0, 2.0]]), np.zeros((1, 2))
+    assert constant_outputs([{"a": varied, "b": same}, {"a": varied, "b": same}]) == ["b"]
+    assert constant_outputs([{"a": same}, {"a": same + 1}]) == []
+    assert constant_outputs([{"a": np.ones(1)}]) == []  # one number may be the same by chance

@@ -14,6 +14,7 @@ from deploy.artifact.find import open_artifact
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import ShapeRange
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
+from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
 from deploy.pipeline import convert, stage
 from deploy.pipeline.convert import convert_artifact
@@ -121,7 +122,7 @@ def test_what_stands_is_not_made_again_and_other_options_make_it_again(artifact,
     first = convert_artifact(artifact, tmp_path / "half", FP16)
     inode = first.payload.stat().st_ino
     assert convert_artifact(artifact, tmp_path / "half", FP16).payload.stat().st_ino == inode
-    other = convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.5))
+    other = convert_artifact(artifact, tmp_path / "half", FP16, Tolerance(rtol=0.5, atol=0.0))
     assert other.payload.stat().st_ino != inode
     assert other.manifest.parity.tolerance.rtol == 0.5
     convert_artifact(artifact, tmp_path / "half", FP16)
@@ -156,7 +157,7 @@ def test_a_planted_overflow_fails_and_nothing_is_written(tmp_path, monkeypatch):
     standing = convert_artifact(artifact, tmp_path / "half", FP16)  # protected by its ranges
     monkeypatch.setattr(half, "nodes_to_keep", lambda *_: {})
     with pytest.raises(ParityError, match=r"'scores' is off by inf at batch 1 on random input.*try bf16"):
-        convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=0.9))
+        convert_artifact(artifact, tmp_path / "half", FP16, Tolerance(rtol=0.9, atol=0.0))
     with pytest.raises(ParityError):
         convert_artifact(artifact, tmp_path / "new", FP16)
     assert Artifact.open(tmp_path / "half").manifest == standing.manifest
@@ -166,7 +167,7 @@ def test_a_planted_overflow_fails_and_nothing_is_written(tmp_path, monkeypatch):
 
 def test_more_error_than_the_tolerance_allows_fails(artifact, tmp_path):
     with pytest.raises(ParityError, match="allowed"):
-        convert_artifact(artifact, tmp_path / "half", ConvertOptions(precision="fp16", rtol=1e-7, atol=0))
+        convert_artifact(artifact, tmp_path / "half", FP16, Tolerance(rtol=1e-7, atol=0))
     assert not (tmp_path / "half").exists()
 
 
@@ -177,10 +178,7 @@ def test_real_images_give_ranges_and_parity(tmp_path, images):
     options = ConvertOptions(precision="fp16", data=images)
     made = convert_artifact(artifact, tmp_path / "images-too", options)
     assert made.manifest.exclusions
-    assert [(case.data, case.batch) for case in made.manifest.parity.cases] == [
-        *(("random", size) for size in (1, 2, 5)),
-        *(("images", size) for size in (1, 2, 5)),
-    ]
+    assert [(case.data, case.batch) for case in made.manifest.parity.cases] == [("images", size) for size in (1, 2, 5)]
     inode = made.payload.stat().st_ino
     assert convert_artifact(artifact, tmp_path / "images-too", options).payload.stat().st_ino == inode
     Image.new("L", (8, 8), 7).save(images / "one" / "0.png")
@@ -201,8 +199,8 @@ def test_other_symbolic_dimensions_take_their_sizes_from_the_profile(tmp_path, m
         tensors, "random_feed", lambda *args, **options: shapes.append(original(*args, **options)["image"].shape) or original(*args, **options)
     )  # fmt: skip
     profile = {"image": ShapeRange(min=(1, 1, 5, 8), opt=(4, 1, 12, 8), max=(8, 1, 20, 8))}
-    made = convert_onnx(artifact, ConvertOptions(precision="fp16", profile=profile))
-    assert set(shapes) == {(1, 1, 12, 8), (2, 1, 12, 8), (5, 1, 12, 8)}
+    made = convert_onnx(artifact, None, ConvertOptions(precision="fp16", profile=profile))
+    assert {(1, 1, 12, 8), (2, 1, 12, 8), (5, 1, 12, 8)} <= set(shapes)
     assert [str(spec) for spec in made.inputs] == ["image: float32 batchx1xHx8"]
     assert convert_artifact(artifact, tmp_path / "half", FP16).manifest.precision == "fp16"  # sizes as at the export
 

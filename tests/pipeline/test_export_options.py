@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from deploy.errors import UsageError
-from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.pipeline.export_options import ExportOptions
 
 NET: dict[str, Any] = {"arch": "mlp"}
@@ -28,8 +27,6 @@ BARE: dict[str, Any] = {"onnx": Path("net.onnx")}
         ({**NET, "num_classes": 0}, "`num_classes` must be 1 or more, not 0"),
         ({**NET, "opset": 17}, "`opset` must be 18 to 25, not 17"),
         ({**NET, "opset": 26}, "`opset` must be 18 to 25, not 26"),
-        ({**NET, "rtol": -1.0}, "0 or more"),
-        ({**NET, "atol": float("nan")}, "0 or more"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
@@ -49,10 +46,3 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
 def test_options_that_go_together_are_taken(options: dict[str, Any]) -> None:
     taken = ExportOptions(**options)
     assert {name: getattr(taken, name) for name in options} == options
-
-
-def test_a_tolerance_that_is_not_given_is_that_of_fp32() -> None:
-    default = TOLERANCES["fp32"]
-    assert ExportOptions(**NET).tolerance() == default
-    assert ExportOptions(**NET, rtol=0.5).tolerance() == Tolerance(rtol=0.5, atol=default.atol)
-    assert ExportOptions(**NET, atol=0.0).tolerance() == Tolerance(rtol=default.rtol, atol=0.0)

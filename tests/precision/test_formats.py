@@ -11,7 +11,6 @@ from deploy.precision.formats import ConvertOptions
     [
         ({"precision": "fp8"}, "fp16 or bf16"),
         ({"precision": "bf16", "fp16_io": True}, "`fp16_io` needs the precision fp16"),
-        ({"precision": "fp16", "rtol": -1.0}, "0 or more"),
     ],
 )
 def test_options_are_checked_at_once(options, message):

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.manifest import Calibration, request_digest
-from deploy.evidence.parity import Parity
 from deploy.host.cache import cache_folder, keep
 
 
@@ -20,14 +19,12 @@ class Calibrated:
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
     keep: nodes whose tensors FP16 cannot represent, with the reason.
     record: the evidence for the manifest.
-    parity: None until the quantized graph has been compared with FP32.
     """
 
     scales: dict[str, float]
     bias: dict[str, np.ndarray]
     keep: dict[str, str]
     record: Calibration
-    parity: Parity | None = None
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +32,6 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bias: dict[str, list[float]]
     keep: dict[str, str]
     record: Calibration
-    parity: Parity | None
 
 
 def folder() -> Path:
@@ -50,7 +46,7 @@ def read(request: dict[str, Any]) -> Calibrated | None:
     except (OSError, msgspec.DecodeError):
         return None
     bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
-    return Calibrated(scales=kept.scales, bias=bias, keep=kept.keep, record=kept.record, parity=kept.parity)
+    return Calibrated(scales=kept.scales, bias=bias, keep=kept.keep, record=kept.record)
 
 
 def write(request: dict[str, Any], calibrated: Calibrated) -> None:
@@ -60,7 +56,6 @@ def write(request: dict[str, Any], calibrated: Calibrated) -> None:
         bias={name: values.tolist() for name, values in calibrated.bias.items()},
         keep=calibrated.keep,
         record=calibrated.record,
-        parity=calibrated.parity,
     )
     keep(_path(request), msgspec.json.encode(kept), "the calibration")
 

@@ -1,9 +1,8 @@
-"""Quantizing the graph of an artifact in memory: calibration, bias correction, audit and the comparison with FP32."""
+"""Quantizing the graph of an artifact in memory: calibration, bias correction and audit."""
 
-import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from deploy.artifact.tensors import Feed, row_count
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
-from deploy.errors import ParityError, UsageError
-from deploy.evidence.parity import TOLERANCES, Parity, compare
-from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
-from deploy.precision.half.emulate import Emulate
+from deploy.data.evidence_feeds import first_rows as first_feeds
+from deploy.errors import UsageError
+from deploy.precision.checked import check_prepared
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
@@ -45,15 +43,15 @@ _NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A model with Q/DQ pairs, the nodes left in floating point, its calibration, and its parity with the FP32 graph.
+    """A model with Q/DQ pairs, the nodes left in floating point, and its calibration.
 
-    parity: None until it has been compared; never None in the result of `quantize_onnx`.
+    feeds: rows of the calibration data to compare it on, `PARITY_ROWS` or a little more.
     """
 
     model: ir.Model
     exclusions: list[Exclusion]
     calibration: Calibration
-    parity: Parity | None
+    feeds: list[Feed]
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with the weights beside it if they exceed 2 GB. Raises OSError."""
@@ -63,13 +61,12 @@ class Quantized:
 def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent) -> Quantized:
     """Quantize the FP32 graph of `artifact` in memory; scales and corrections come from the cache if it has them.
 
-    Raises PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, DataError
-    and BackendError (ONNX Runtime is not installed).
+    Raises PrecisionError for a graph that cannot be quantized, that makes numbers that are not finite, or that would compute
+    something else after the preparation; DataError, and BackendError (ONNX Runtime is not installed).
     """
     request = quantize_request(artifact, data, options)
     progress("reading the graph")
-    source = load_model(artifact.onnx_path)
-    model = source.clone()
+    model = load_model(artifact.onnx_path)
     Prepare(opset=OPSET)(model)
     FoldBatchNorm()(model)
     equalize = Equalize()
@@ -78,23 +75,16 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     equalized = bool(equalize.layers)
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
-    exact = source if equalized else None
-    del source  # its weights are another copy if layers were folded or equalized
     selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
-        return _quantized(model, selection, known, options)
+        return _quantized(model, selection, known, options, first_feeds(data, PARITY_ROWS))
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
-    progress("comparing with FP32")
-    quantized = _quantized(model, selection, known, options)
-    if exact is not None:  # equalization must not have changed what the model computes
-        run = CpuGraph(exact)
-        references = [(feed, run(feed)) for feed, _ in references]
-    known = dataclasses.replace(known, parity=_parity(artifact, quantized.model, references, known.record))
+    check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
-    return dataclasses.replace(quantized, parity=known.parity)
+    return _quantized(model, selection, known, options, [feed for feed, _ in references])
 
 
 def hint(calibration: Calibration | None) -> str:
@@ -167,8 +157,10 @@ def _calibrate(
     return known, references
 
 
-def _quantized(model: ir.Model, selection: Selection, known: Calibrated, options: QuantizeOptions) -> Quantized:
-    """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for; parity is that of `known`."""
+def _quantized(
+    model: ir.Model, selection: Selection, known: Calibrated, options: QuantizeOptions, feeds: list[Feed]
+) -> Quantized:
+    """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
     if options.floats == "fp32":
         ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)(model)
@@ -181,7 +173,7 @@ def _quantized(model: ir.Model, selection: Selection, known: Calibrated, options
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
-    return Quantized(model=model, exclusions=exclusions, calibration=known.record, parity=known.parity)
+    return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds)
 
 
 def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:
@@ -193,27 +185,3 @@ def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: 
     if dead := [name for name, value in amax.items() if value == 0]:
         logger.warning("always 0 on the calibration data: %s", ", ".join(dead[:10]) + ("..." if len(dead) > 10 else ""))
     return {name: scale_of(value) for name, value in amax.items()}
-
-
-def _parity(artifact: Artifact, model: ir.Model, references: Sequence[tuple[Feed, Feed]], record: Calibration) -> Parity:
-    """Compare the quantized model with the outputs of the FP32 graph on calibration data."""
-    mixed = record.floats == "fp16"
-    if mixed:
-        model = model.clone()
-        Emulate()(model)
-    run = CpuGraph(model)
-    data = "images" if record.kind == "images" else "feeds"
-    what = f"{artifact.shown} in INT8"
-    try:
-        cases = [
-            compare(run(feed), expected, TOLERANCES["int8"], data=data, batch=row_count(feed), what=what)
-            for feed, expected in references
-        ]
-    except ParityError as error:
-        raise ParityError(f"{error}; nothing was written\n{hint(record)}") from error
-    return Parity(
-        against=artifact.manifest.digest,
-        by=f"{'emulation on ' * mixed}onnxruntime {ONNXRUNTIME_VERSION}",
-        tolerance=TOLERANCES["int8"],
-        cases=cases,
-    )

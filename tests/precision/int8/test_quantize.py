@@ -12,7 +12,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, LayerNoise
 from deploy.data.calibration_set import CalibrationSet, calibration_set
-from deploy.errors import ParityError
+from deploy.errors import PrecisionError
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.options import QuantizeOptions
@@ -94,7 +94,7 @@ def test_equalization_is_compared_with_the_graph_before_it(tmp_path, monkeypatch
             return result
 
     monkeypatch.setattr(int8, "Equalize", Wrong)
-    with pytest.raises(ParityError):
+    with pytest.raises(PrecisionError, match=r"computes something else once the graph is .* equalized"):
         quantize_onnx(artifact, data, dataclasses.replace(QuantizeOptions(), method="max"))
 
 

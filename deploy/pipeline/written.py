@@ -1,0 +1,158 @@
+"""The written file, run on every backend of the CPU that is installed, against the source that it was made from."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.onnxfile import load_model
+from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count
+from deploy.data.evidence_feeds import NamedFeed
+from deploy.errors import BackendError, DeployError, ParityError, PrecisionError
+from deploy.evidence.parity import BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
+from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
+from deploy.precision.half.emulate import Emulate
+from deploy.progress import Progress
+from deploy.runtime.catalog import AUTO, BACKENDS
+from deploy.runtime.load import import_backend, open_session
+from deploy.runtime.session import SessionOptions
+
+
+class Case(NamedTuple):
+    """One feed, and what the source makes of it, by output name."""
+
+    data: str
+    feed: Feed
+    expected: Feed
+
+
+def source_cases(source: Artifact, feeds: Sequence[NamedFeed]) -> list[Case]:
+    """What the ONNX file of `source` makes of `feeds`, as it is written, with ONNX Runtime.
+
+    A feed that it cannot run is left out if it need not run. Raises PrecisionError for another.
+    """
+    try:
+        run = CpuGraph.read(source.onnx_path)
+    except PrecisionError as error:
+        raise PrecisionError(f"cannot convert {source.shown}: {error}") from error
+    cases = []
+    for data, feed, maybe in feeds:
+        try:
+            cases.append(Case(data, feed, run(copied(feed))))
+        except PrecisionError as error:
+            if maybe:
+                continue
+            shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in feed.items())
+            made_up = "made-up input" if data == "random" else "input"
+            raise PrecisionError(
+                f"{source.shown} cannot run {made_up} of the sizes {shapes}: {error}\nsay what it takes: give feeds with `data`,"
+                " a folder of .npz files"
+            ) from error
+    return cases
+
+
+def prove(
+    written: Artifact,
+    cases: Sequence[Case],
+    tolerance: Tolerance,
+    *,
+    against: str,
+    emulated: bool = False,
+    engine: bool = False,
+    remedy: str,
+    progress: Progress,
+) -> Parity:
+    """The parity of the written ONNX file with its source, by the default backend, or `emulated` in half precision.
+
+    engine: the file is what an engine is built from: no backend of the CPU is to run it. remedy: what to try if it is too far
+    off. Raises ParityError where the emulation, or the default backend, is beyond the tolerance.
+    """
+    what = f"{written.manifest.name} in {written.manifest.precision.upper()}"
+    backends = [] if engine else _on_backends(written, cases, tolerance, progress)
+    if emulated or engine or not backends:
+        by = f"{'emulation on ' * emulated}onnxruntime {ONNXRUNTIME_VERSION}"
+        progress("comparing the emulated file with its source" if emulated else "comparing with its source")
+        first = _judged(_file_runner(written, emulated=emulated), by, written.manifest.inputs, cases, tolerance)
+        failed = [first, *backends[:1]]
+    else:
+        first = backends[0]
+        failed = [first]
+    for each in failed:
+        if each.wrong is not None:
+            raise ParityError(f"{what} on {each.by}: {each.wrong}; nothing was written: {remedy}")
+    return Parity(
+        against=against,
+        by=first.by,
+        tolerance=tolerance,
+        cases=first.cases,
+        backends=backends,
+        constant=constant_outputs([case.expected for case in cases]),
+    )
+
+
+def copied(feed: Feed) -> Feed:
+    """The same numbers in memory of their own: what runs on a feed may write to it."""
+    return {name: array.copy() for name, array in feed.items()}
+
+
+def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance, progress: Progress) -> list[BackendParity]:
+    """Each backend that `auto` may take and that can open the file, the default one first."""
+    found = []
+    for name in AUTO:
+        progress(f"comparing on {name}")
+        try:
+            by = f"{name} {import_backend(BACKENDS[name]).version(())}"
+            session = open_session(written, name, SessionOptions(device="cpu"))
+        except BackendError:
+            continue  # not installed, or opening the file there is an error by itself
+        with session:
+            found.append(_judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=name))
+    return found
+
+
+def _file_runner(written: Artifact, *, emulated: bool) -> Callable[[Feed], Feed]:
+    if not emulated:
+        return CpuGraph.read(written.onnx_path)
+    model = load_model(written.onnx_path)
+    Emulate()(model)
+    run = CpuGraph(model)
+    return lambda feed: run({name: _plain(array) for name, array in feed.items()})
+
+
+def _judged(
+    run: Callable[[Feed], Feed],
+    by: str,
+    inputs: Sequence[TensorSpec],
+    cases: Sequence[Case],
+    tolerance: Tolerance,
+    *,
+    backend: str = "",
+) -> BackendParity:
+    """Every case until one is wrong."""
+    judged: list[ParityCase] = []
+    wrong = None
+    for case in cases:
+        sizes = dynamic_sizes(inputs, case.feed)
+        try:
+            results = {name: _plain(array) for name, array in run(_fitted(case.feed, inputs)).items()}
+        except DeployError as error:
+            wrong = f"it fails on {case.data} input at batch {row_count(case.feed)}: {error}"
+            break
+        found, reason = judge(results, case.expected, tolerance, data=case.data, batch=row_count(case.feed), sizes=sizes)
+        if reason:
+            wrong = reason
+            break
+        judged.append(found)
+    return BackendParity(backend=backend, by=by, cases=judged, wrong=wrong)
+
+
+def _fitted(feed: Feed, inputs: Sequence[TensorSpec]) -> Feed:
+    """A copy of `feed` with floats of the file's own type."""
+    return {
+        spec.name: feed[spec.name].astype(spec.dtype if spec.dtype == "float16" else feed[spec.name].dtype) for spec in inputs
+    }
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
