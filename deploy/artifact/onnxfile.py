@@ -96,6 +96,8 @@ def _precision(weights: Iterable[tuple[str, int]], operators: Sequence[str]) -> 
     if "DequantizeLinear" in operators:
         return "int8"
     dtypes = {dtype for dtype, rank in weights if rank > 1}
+    if "float32" in dtypes:
+        dtypes -= {"float64"}  # positions or anchors beside the weights proper
     return next((_FLOATS[dtype] for dtype in _FLOATS if dtype in dtypes), "fp32")
 
 
@@ -151,7 +153,8 @@ def looked_up(graph: onnx.GraphProto) -> dict[str, int]:
         elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in same:
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
             name, size = same[node.input[1]], tables[node.input[0]][axis]
-            rows[name] = min(size, rows.get(name, size))
+            if size:
+                rows[name] = min(size, rows.get(name, size))
     return rows
 
 

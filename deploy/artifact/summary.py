@@ -37,6 +37,8 @@ def summary(artifact: Artifact) -> str:
             lines += [_row("", text) for text in backends_text(manifest.parity)]
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+    if manifest.precision == "fp16" and manifest.parent and manifest.parity and _made_up(manifest.parity):
+        lines.append(_row("ranges", "from random numbers alone: real input may overflow where these did not (--data)"))
     if manifest.engine_parity:
         lines.append(_row("engine", parity_text(manifest.engine_parity, "the typed ONNX file")))
     if manifest.calibration:
@@ -86,6 +88,10 @@ def parity_text(parity: Parity, against: str | None = None) -> str:
         f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, cosine {worst.cosine:.6f}{noise} against {against}"
         f" on {' and '.join(seen)} ({parity.by})"
     )
+
+
+def _made_up(parity: Parity) -> bool:
+    return all(case.data == "random" for case in parity.cases)
 
 
 def _batch_text(case: ParityCase) -> str:

@@ -54,7 +54,7 @@ class TensorSpec:
     bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+        if self.bounds is not None and not (self.bounds[0] < self.bounds[1] and all(map(math.isfinite, self.bounds))):
             raise UsageError(f"{self.name!r} has the range {list(self.bounds)}; expected [LOW,HIGH] with LOW below HIGH")
         if self.dtype not in DTYPES:
             raise UsageError(f"{self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -130,10 +130,15 @@ def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
     return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
 
 
+def batched(specs: Sequence[TensorSpec]) -> bool:
+    """Whether every tensor begins with the symbolic batch, so that feeds can be cut and joined by rows."""
+    batch = batch_dim(specs)
+    return batch is not None and all(spec.shape and spec.shape[0] == batch for spec in specs)
+
+
 def rows_join(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
     """Whether feeds can be concatenated, and their results split: all tensors must begin with the symbolic batch."""
-    batch = batch_dim(inputs)
-    return batch is not None and all(spec.shape and spec.shape[0] == batch for spec in (*inputs, *outputs))
+    return batch_dim(inputs) is not None and batched([*inputs, *outputs])
 
 
 def default_profile(specs: Sequence[TensorSpec]) -> Profile | None:
@@ -273,7 +278,7 @@ def random_feed(specs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int 
             feed[spec.name] = (rng.random(shape) < 0.5).astype(dtype)
         else:
             feed[spec.name] = rng.integers(0, 10, shape).astype(dtype)
-        if dtype.kind in "biu" and shape and _MASK.search(spec.name):
+        if spec.bounds is None and dtype.kind in "biu" and shape and _MASK.search(spec.name):
             feed[spec.name][..., 0] = 1
     return feed
 
@@ -312,6 +317,15 @@ def odd_sizes(specs: Sequence[TensorSpec], dims: Mapping[str, int], profile: Pro
                 size = min(max(dims[dim] * 5 // 8 | 1, low), high)
                 sizes[dim] = size if size != dims[dim] else low
     return {**dims, **sizes} if any(size != dims[dim] for dim, size in sizes.items()) else None
+
+
+def other_sizes(specs: Sequence[TensorSpec], dims: Mapping[str, int], profile: Profile | None = None) -> list[dict[str, int]]:
+    """Sizes to try beside `dims`: `odd_sizes`, and for networks that take multiples of 32 only, 32 more. Empty where none differ."""
+    odd = odd_sizes(specs, dims, profile)
+    if odd is None:
+        return []
+    more = {dim: size + 32 if odd[dim] != size else size for dim, size in dims.items()}
+    return [odd] if profile else [odd, more]
 
 
 def dynamic_sizes(specs: Sequence[TensorSpec], feed: Feed) -> dict[str, int]:

@@ -1,8 +1,11 @@
 """The feeds that an artifact is compared on with what it was made from, and that activation ranges are read from."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
@@ -11,16 +14,20 @@ from deploy.artifact.tensors import (
     Profile,
     TensorSpec,
     batch_dim,
+    batched,
     example_dims,
     odd_sizes,
+    other_sizes,
     random_feed,
     random_feeds,
     row_count,
     slice_rows,
 )
 from deploy.calibration import npzfolder
+from deploy.calibration.npzfolder import NpzFolderError
 from deploy.data.calibration_set import CalibrationSet, calibration_set, holds_npz
 from deploy.data.image_folder import data_digest
+from deploy.errors import DataError
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.progress import Progress
 
@@ -49,7 +56,10 @@ def real_data(artifact: Artifact, folder: Path | None) -> CalibrationSet | None:
 def folder_digest(folder: Path, most: int) -> str:
     """The SHA-256 of what `calibration_set` takes of a folder. Raises DataError."""
     if holds_npz(folder):
-        return request_digest({"npz": [file_digest(path) for path in npzfolder.scan(folder)[:most]]})
+        try:
+            return request_digest({"npz": [file_digest(path) for path in npzfolder.scan(folder)[:most]]})
+        except NpzFolderError as error:
+            raise DataError(str(error)) from error
     return data_digest(folder, most)
 
 
@@ -68,10 +78,14 @@ def parity_feeds(artifact: Artifact, data: CalibrationSet | None, profile: Profi
     if data is None:
         dims = made_up_dims(specs, profile)
         feeds = [NamedFeed("random", feed) for feed in random_feeds(specs, dims)]
-        odd = odd_sizes(specs, dims, profile)
-        return feeds + ([NamedFeed("random", random_feed(specs, odd, seed=len(feeds) + 1), maybe=True)] if odd else [])
+        return feeds + [
+            NamedFeed("random", random_feed(specs, sizes, seed=len(feeds) + 1), maybe=True)
+            for sizes in other_sizes(specs, dims, profile)
+        ]
     feeds = [NamedFeed(kind_of(data), feed) for feed in _of_each_batch(specs, data)]
-    return feeds + [NamedFeed(feeds[0].data, cut, maybe=True) for cut in _odd_cut(specs, feeds[0].feed)]
+    if not feeds:
+        raise DataError("there is no real input in `data`: at least one image or feed is needed")
+    return feeds + [NamedFeed(feeds[0].data, cut, maybe=True) for cut in odd_cut(specs, feeds[0].feed)]
 
 
 def range_feeds(artifact: Artifact, data: CalibrationSet | None, profile: Profile | None, progress: Progress) -> Iterator[Feed]:
@@ -94,19 +108,28 @@ def made_up_dims(specs: Sequence[TensorSpec], profile: Profile | None) -> dict[s
 
 
 def _of_each_batch(specs: Sequence[TensorSpec], data: CalibrationSet) -> Iterator[Feed]:
-    if batch_dim(specs) is None:
-        feeds = data.feeds(1)
-        yield from (feed for feed, _ in zip(feeds, PARITY_BATCHES, strict=False))
+    if not batched(specs):
+        yield from islice(data.feeds(1), len(PARITY_BATCHES))
         return
-    seen: set[int] = set()  # there may be fewer rows
-    for size in PARITY_BATCHES:
-        feed = next(data.feeds(size), None)
-        if feed is not None and row_count(feed) not in seen:
-            seen.add(row_count(feed))
-            yield feed
+    rows = _joined(data, max(PARITY_BATCHES))
+    found = row_count(rows) if rows else 0
+    for size in dict.fromkeys(min(size, found) for size in PARITY_BATCHES if found):
+        yield slice_rows(rows, 0, size)
 
 
-def _odd_cut(specs: Sequence[TensorSpec], feed: Feed) -> Iterator[Feed]:
+def _joined(data: CalibrationSet, wanted: int) -> Feed:
+    """The first `wanted` rows of `data` in one feed, or as many as are of the sizes of the first."""
+    parts: list[Feed] = []
+    for feed in data.feeds(wanted):
+        if parts and any(feed[name].shape[1:] != array.shape[1:] for name, array in parts[0].items()):
+            break
+        parts.append(feed)
+        if sum(map(row_count, parts)) >= wanted:
+            break
+    return {name: np.concatenate([part[name] for part in parts])[:wanted] for name in parts[0]} if parts else {}
+
+
+def odd_cut(specs: Sequence[TensorSpec], feed: Feed) -> Iterator[Feed]:
     """The corner of a real feed that has odd sizes of the symbolic dimensions other than the batch."""
     dims = {
         dim: size for spec in specs for dim, size in zip(spec.shape, feed[spec.name].shape, strict=True) if isinstance(dim, str)
@@ -123,15 +146,16 @@ def _odd_cut(specs: Sequence[TensorSpec], feed: Feed) -> Iterator[Feed]:
 def calibration_feeds(artifact: Artifact, data: CalibrationSet, feeds: Sequence[Feed]) -> list[NamedFeed]:
     """Feeds of the calibration set, and one of odd sizes where dimensions other than the batch are symbolic."""
     kind = kind_of(data)
-    odd = (NamedFeed(kind, cut, maybe=True) for cut in _odd_cut(artifact.manifest.inputs, feeds[0]))
+    odd = (NamedFeed(kind, cut, maybe=True) for cut in odd_cut(artifact.manifest.inputs, feeds[0]))
     return [*(NamedFeed(kind, feed) for feed in feeds), *odd]
 
 
-def first_rows(data: CalibrationSet, rows: int) -> list[Feed]:
+def first_rows(data: CalibrationSet, batch_size: int, rows: int) -> list[Feed]:
     """Feeds of the first `rows` rows of `data`, which must be readable more than once."""
     found: list[Feed] = []
-    for feed in data.feeds(1):
-        found.append(slice_rows(feed, 0, rows) if batch_dim(data.specs) else feed)
-        if sum(map(row_count, found)) >= rows:
+    for feed in data.feeds(batch_size):
+        missing = rows - sum(map(row_count, found))
+        if missing <= 0:
             break
+        found.append(slice_rows(feed, 0, missing) if batched(data.specs) else feed)
     return found

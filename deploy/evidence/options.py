@@ -20,8 +20,5 @@ class ToleranceOptions:
 
     def tolerance(self, precision: str) -> Tolerance:
         """The tolerance of `precision` with these limits. Raises UsageError for a limit that makes no sense."""
-        given = {name: value for name, value in vars(self).items() if name in _LIMITS and value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
         return replace(TOLERANCES[precision], **given)
-
-
-_LIMITS = ("rtol", "atol", "min_cosine", "min_sqnr", "min_agreement")

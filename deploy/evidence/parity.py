@@ -256,7 +256,7 @@ def constant_outputs(references: Sequence[Mapping[str, np.ndarray]]) -> list[str
 
 
 def _constant(arrays: Sequence[np.ndarray]) -> bool:
-    if sum(array.size for array in arrays) <= len(arrays):
-        return False  # one number a feed may well be the same by chance
+    if all(array.size <= (len(array) if array.ndim else 1) for array in arrays):
+        return False  # one number a row, such as a class, may well be the same by chance
     first = next(array.ravel()[0] for array in arrays if array.size)
     return all(bool((array == first).all()) for array in arrays)

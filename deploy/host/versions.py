@@ -5,8 +5,8 @@ from importlib import metadata
 
 from deploy.version import __version__
 
-_TOOLS = ("deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-"""What the making of an artifact depends on."""
+_TOOLS = ("deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino")
+"""What the making of an artifact, and its comparison with what it was made from, depends on."""
 
 
 def version_of(distribution: str) -> str | None:

@@ -34,7 +34,7 @@ class AdaptivePools(TorchFunctionMode):
             count, kind = _AXES[func]
             x = args[0] if args else kwargs["input"]
             cells = args[1] if len(args) > 1 else kwargs["output_size"]
-            cells = [cells] * count if isinstance(cells, int) or cells is None else list(cells)
+            cells = list(cells) if isinstance(cells, (tuple, list)) else [cells] * count
             axes = list(range(x.ndim - count, x.ndim))
             sizes = [x.shape[axis] if cell is None else cell for axis, cell in zip(axes, cells, strict=True)]
             if any(

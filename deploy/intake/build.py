@@ -187,12 +187,12 @@ def _fill_zero_layers(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in module.modules():
-            if (
-                isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-                and not is_lazy(layer.weight)
-                and not layer.weight.any()
-            ):
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_zero(layer.weight):
                 layer.weight.normal_(0.0, layer.weight[0].numel() ** -0.5, generator=generator)
+
+
+def _is_zero(weight: torch.Tensor) -> bool:
+    return not is_lazy(weight) and weight.numel() > 0 and not weight.any()
 
 
 def _make_for(

@@ -12,6 +12,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from deploy.artifact.tensors import TensorSpec
+from deploy.intake.adaptive_pools import AdaptivePools
 
 
 def explain(
@@ -82,7 +83,8 @@ def fixed_at(
 
     setattr(ShapeEnv, "_set_replacement", watched)  # noqa: B010  # mypy forbids to assign a method
     try:
-        torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        with AdaptivePools():
+            torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
     except Exception:  # noqa: S110  # the error that is being explained
         pass
     finally:

@@ -20,7 +20,7 @@ from deploy.engine.builder import BuiltEngine, build_engine
 from deploy.engine.flavour import Flavour
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, EngineError
-from deploy.evidence.parity import TOLERANCES, Parity, compare
+from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare
 from deploy.evidence.timing import Ratio, paired_ratio, sample
 from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
@@ -67,7 +67,14 @@ def open_engine(engine: Artifact) -> TensorRTSession | None:
     return session
 
 
-def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], macs: Mapping[str, int], gpu: str) -> Proof:
+def prove(
+    session: TensorRTSession,
+    engine: Artifact,
+    typed: Mapping[str, str],
+    macs: Mapping[str, int],
+    gpu: str,
+    tolerance: Tolerance | None = None,
+) -> Proof:
     """Attest the engine as it was built, and compare it with its typed ONNX file.
 
     typed: precision by node of the typed network. macs: multiply-accumulates by node. gpu: its name. Raises EngineError and ParityError.
@@ -75,10 +82,10 @@ def prove(session: TensorRTSession, engine: Artifact, typed: Mapping[str, str], 
     feed = random_feed(session.inputs, session.dims())
     times = {layer.name: layer.ms for layer in session.layer_times(feed)}
     share, by_node = engine_share(engine_layers(session.information()), typed, macs, times)
-    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine, gpu))
+    return Proof(share=share, by_node=by_node, parity=engine_parity(session, engine, gpu, tolerance))
 
 
-def engine_parity(session: Session, engine: Artifact, gpu: str) -> Parity:
+def engine_parity(session: Session, engine: Artifact, gpu: str, tolerance: Tolerance | None = None) -> Parity:
     """Compare what `session` computes on `gpu` with the typed ONNX file of `engine`, on random input.
 
     The batches are those of `_batches`. The ONNX file runs on ONNX Runtime, half precision emulated in FP32. Raises
@@ -86,7 +93,7 @@ def engine_parity(session: Session, engine: Artifact, gpu: str) -> Parity:
     """
     manifest = engine.manifest
     assert manifest.target is not None
-    tolerance = TOLERANCES[manifest.precision]
+    tolerance = tolerance or TOLERANCES[manifest.precision]
     model = load_model(engine.onnx_path)
     Prepare()(model)
     Emulate()(model)
@@ -163,6 +170,7 @@ def attested(
     *,
     gpu: list[str] | None,
     faster_than_fp16: bool,
+    tolerance: Tolerance | None = None,
     progress: Progress,
 ) -> Manifest:
     """The manifest of a new engine with its precision share, and what `gpu`, by its name, says of it.
@@ -178,7 +186,7 @@ def attested(
     if gpu and session is not None:
         with session:
             progress("attesting the engine")
-            proof = prove(session, engine, by_node, macs, gpu[0])
+            proof = prove(session, engine, by_node, macs, gpu[0], tolerance)
             share, by_node, parity = proof.share, proof.by_node, proof.parity
             check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
             if faster_than_fp16:

@@ -1,6 +1,7 @@
 """The stage `convert`: an FP32 ONNX artifact in half precision, with the evidence that it still computes the same."""
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ from deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     from deploy.precision.converted import Converted
+
+logger = logging.getLogger(__name__)
+
+MADE_UP_RANGES = "the ranges of FP16 come from random numbers alone: give real input with `data`"
 
 
 def convert(
@@ -91,6 +96,8 @@ class _Convert:
         from deploy.pipeline.written import prove, source_cases  # these load onnx and ONNX Runtime
 
         source, options = self._source, self._options
+        if self._data is None and options.precision == "fp16":
+            logger.warning(MADE_UP_RANGES)
         cases = source_cases(source, parity_feeds(source, self._data, options.profile))
         converted: Converted = importlib.import_module(FORMATS[options.precision].module).convert_onnx(
             source, self._data, options, self._progress

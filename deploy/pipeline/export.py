@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from deploy.artifact.artifact import Artifact
@@ -19,8 +20,8 @@ from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import calibration_set
-from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of
-from deploy.errors import ArtifactError, ExportError, OutputError, UsageError
+from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
+from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
@@ -183,7 +184,10 @@ class _Export:
             return []
         described = Artifact(out, self._manifest(list(self._specs), [], out, stage))
         data = calibration_set(described, self._options.data, most=REAL_ROWS)
-        return [NamedFeed(kind_of(data), feed) for feed in islice(data.feeds(REAL_ROWS), REAL_ROWS)]
+        feeds = [NamedFeed(kind_of(data), feed) for feed in islice(data.feeds(REAL_ROWS), REAL_ROWS)]
+        if not feeds:
+            raise DataError("there is no real input in `data`: at least one image or feed is needed")
+        return feeds
 
     def _eager_cases(self, made_up: list[Feed], real: list[NamedFeed]) -> tuple[list[str], list[Case], Feed]:
         """The names of the outputs, what the eager module makes of the feeds and of other sizes, and the feed to export with.
@@ -200,8 +204,8 @@ class _Export:
             if not real:
                 raise
             made_up, results = [], []
-            rows = EXAMPLE_BATCH if batch_dim(specs) else None
-            example = {name: array[:rows] for name, array in real[0].feed.items()}
+            example = _example(real[0].feed, specs)
+            real = [*real, *(NamedFeed(real[0].data, cut, maybe=True) for cut in odd_cut(specs, real[0].feed))]
             first = run_eager(module, specs, example, files)
         names = output_names(self._options.outputs, self._built, specs, list(first))
         check_classes(self._classes, [array.shape for array in first.values()])
@@ -213,9 +217,15 @@ class _Export:
             logger.warning("the eager module does not run made-up input, or gives NaN: parity is checked on real input alone")
         if cases:
             cases += self._other_sizes(names, files)
-        for data, feed, _ in real:
-            cases.append(_case(data, feed, names, run_eager(module, specs, feed, files)))
-            finite(cases[-1], fatal=True)
+        for data, feed, maybe in real:
+            try:
+                case = _case(data, feed, names, run_eager(module, specs, feed, files))
+            except ExportError:
+                if maybe:
+                    continue  # a size that nobody gave
+                raise
+            if finite(case, fatal=not maybe):
+                cases.append(case)
         return names, cases, example
 
     def _other_sizes(self, names: list[str], files: list[str]) -> list[Case]:
@@ -263,6 +273,16 @@ class _Export:
             stage=stage,
             created="",
         )
+
+
+def _example(feed: Feed, specs: Sequence[TensorSpec]) -> Feed:
+    """`EXAMPLE_BATCH` rows of `feed`, repeated where it has fewer; inputs without the batch as they are."""
+    batch = batch_dim(specs)
+    first = {spec.name: spec.shape[0] if spec.shape else None for spec in specs}
+    return {
+        name: np.resize(array, (EXAMPLE_BATCH, *array.shape[1:])) if batch and first[name] == batch else array
+        for name, array in feed.items()
+    }
 
 
 def _case(data: str, feed: Feed, names: Sequence[str], results: Feed) -> Case:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, odd_sizes, random_feed
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
 from deploy.errors import ExportError
 from deploy.evidence.parity import TOLERANCES, judge
 from deploy.intake.export_errors import fixed_reason, line_of
@@ -13,7 +13,7 @@ from deploy.intake.exporter import flatten_outputs
 from deploy.pipeline.written import Case
 
 REAL_ROWS = 8
-"""Rows of real data that parity is checked on, at the largest of `PARITY_BATCHES` or the model's own batch."""
+"""Images that parity is checked on, in one batch or the model's own; of `.npz` files, as many files."""
 
 
 def run_eager(
@@ -46,7 +46,7 @@ def run_eager(
             ) from error
         integers = [spec.name for spec in specs if np.dtype(feed[spec.name].dtype).kind in "iu"]
         ranged = (
-            f"; {', '.join(integers)} got made-up integers: say their range, NAME=1x6:int64[0,100], or give feeds with `data`"
+            f"; {', '.join(integers)} are integers: say their range, NAME=1x6:int64[0,100], or give feeds with `data`"
             if integers
             else ""
         )
@@ -109,7 +109,9 @@ def _tensors(value: object) -> list[torch.Tensor]:
 
 
 def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)
+    )
 
 
 def other_size(
@@ -120,18 +122,15 @@ def other_size(
     Odd sizes first; where the module cannot run them, multiples of 32. No case where it runs neither.
     """
     dims = example_dims(specs, batch_dim(specs))
-    odd = odd_sizes(specs, dims)
-    if odd is None:
-        return None, ""
-    even = {dim: size + 32 if odd[dim] != size else size for dim, size in dims.items()}
-    for sizes in (odd, even):
+    tried = other_sizes(specs, dims)
+    for sizes in tried:
         feed = random_feed(specs, sizes, seed=len(sizes))
         try:
             results = run_eager(module, specs, feed, user_files)
         except ExportError:
             continue
         return Case("random", feed, dict(zip(outputs, results.values(), strict=True))), ""
-    return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if dim in odd and odd[dim] != size)
+    return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if tried and tried[0][dim] != size)
 
 
 def embedding_bounds(

@@ -74,7 +74,7 @@ class CpuGraph:
         """All outputs by name. Raises PrecisionError when a node fails."""
         try:
             return dict(zip(self._outputs, self._session.run(None, dict(feed)), strict=True))
-        except Exception as error:  # as above
+        except Exception as error:  # ONNX Runtime has no base class of errors
             raise PrecisionError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """Artifacts say so when they are damaged, and know their parents."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from PIL import Image
 
 import deploy
 from deploy.artifact.artifact import Artifact, standing
-from deploy.artifact.manifest import ONNX, WEIGHTS, Parent, Stage
+from deploy.artifact.manifest import MANIFEST, ONNX, WEIGHTS, Parent, Stage
+from deploy.artifact.summary import summary
 from deploy.artifact.tensors import random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError
@@ -122,3 +124,19 @@ def test_weights_are_checked_only_where_they_are_read(
     assert f"{WEIGHTS} {'is missing' if harm == 'deleted' else 'has' if harm == 'truncated' else 'is damaged'}" in inspected.err
     with pytest.raises(ArtifactError, match=r"weights\.safetensors is (damaged|missing)"):
         deploy.load(lenet5.path, "eager")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "manifests").glob("*.json")), ids=lambda path: path.stem)
+def test_manifests_of_earlier_versions_stay_readable(path: Path, tmp_path: Path) -> None:
+    """Written before parity had a figure for each backend."""
+    text = path.read_text(encoding="utf-8")
+    assert "backends" not in text
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    artifact = Artifact.open(tmp_path)
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.backends == []
+    assert artifact.manifest.parity.wrong_on("onnxruntime") is None
+    assert artifact.manifest.name in summary(artifact) or artifact.shown in summary(artifact)
+    (tmp_path / MANIFEST).write_text(json.dumps({**json.loads(text), "name": "another"}), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="was edited"):
+        Artifact.open(tmp_path)

@@ -12,6 +12,7 @@ from deploy.artifact import tensors
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.summary import summary
 from deploy.artifact.tensors import ShapeRange
 from deploy.errors import ArtifactError, OutputError, ParityError, PrecisionError, UsageError
 from deploy.evidence.parity import Tolerance
@@ -46,7 +47,9 @@ def test_an_operator_that_cannot_be_run_is_named_with_its_file(tmp_path):
     path = tmp_path / "odd.onnx"
     graph = '<ir_version: 10, opset_import: ["": 20, "acme": 1]> g (float[n, 4] x) => (float[n, 4] y) { a = Relu(x) [odd] y = acme.Odd(a) }'
     onnx.save(onnx.parser.parse_model(graph), path)
-    with pytest.raises(PrecisionError, match=r"cannot convert .*odd\.onnx: .* node 'odd': it is operator Odd of domain acme"):
+    with pytest.raises(
+        PrecisionError, match=r"odd\.onnx cannot be compared with: .* node 'odd': it is operator Odd of domain acme"
+    ):
         convert_artifact(open_artifact(path), tmp_path / "half", FP16)
     assert not (tmp_path / "half").exists()
 
@@ -183,6 +186,18 @@ def test_real_images_give_ranges_and_parity(tmp_path, images):
     assert convert_artifact(artifact, tmp_path / "images-too", options).payload.stat().st_ino == inode
     Image.new("L", (8, 8), 7).save(images / "one" / "0.png")
     assert convert_artifact(artifact, tmp_path / "images-too", options).payload.stat().st_ino != inode
+
+
+def test_ranges_of_random_numbers_are_said_to_be_such(artifact, tmp_path, images, caplog):
+    made = convert_artifact(artifact, tmp_path / "half", FP16)
+    assert "come from random numbers alone: give real input with `data`" in caplog.text
+    assert "ranges     from random numbers alone" in summary(made)
+    caplog.clear()
+    real = make_artifact(tmp_path / "real", preprocess=Preprocess(channels=1))
+    made = convert_artifact(real, tmp_path / "other", ConvertOptions(precision="fp16", data=images))
+    convert_artifact(artifact, tmp_path / "wide", ConvertOptions(precision="bf16"))
+    assert "random numbers" not in caplog.text
+    assert "random numbers" not in summary(made)
 
 
 def test_images_without_a_preprocessing_are_refused(artifact, tmp_path, images):

@@ -1,7 +1,5 @@
 """An ONNX graph in half precision."""
 
-import logging
-
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model
 from deploy.data.calibration_set import CalibrationSet
@@ -11,8 +9,6 @@ from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.options import half_precision
 from deploy.precision.half.rewrite import convert_model
 from deploy.progress import Progress, silent
-
-logger = logging.getLogger(__name__)
 
 
 def convert_onnx(
@@ -24,8 +20,6 @@ def convert_onnx(
     (ONNX Runtime is not installed).
     """
     precision = half_precision(options.precision)
-    if data is None and precision == "fp16":
-        logger.warning("the ranges of FP16 come from random numbers alone: give real input with `data`")
     model = load_model(artifact.onnx_path)
     exclusions = convert_model(
         model,

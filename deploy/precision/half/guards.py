@@ -29,8 +29,6 @@ _KEEPS = frozenset(
 )
 """Operators whose output may be as small as an input is."""
 
-_ROOTS = ("Sqrt",)
-
 
 def lost_guards(model: ir.Model, precision: HalfPrecision) -> dict[str, str]:
     """The nodes, by name with the reason, from a guard that half precision rounds away to what it guards.
@@ -41,10 +39,10 @@ def lost_guards(model: ir.Model, precision: HalfPrecision) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in model.graph:
         bound = _guard(node)
-        if bound is None or not _is_lost(bound, precision):
+        if bound is None or bound >= 1 or not _is_lost(bound, precision):
             continue
         reason = f"its guard of {bound:.3g} vanishes in {precision.upper()}"
-        path = _guarded(node.outputs[0], bound, precision, set())
+        path = _guarded(node.outputs[0], bound, precision, {})
         for each in [node, *path] if path else ():
             if each.name:
                 found.setdefault(each.name, reason)
@@ -83,27 +81,30 @@ def _positive(value: ir.Value | None) -> float | None:
     return float(array[0]) if array[0] > 0 and (array == array[0]).all() else None
 
 
-def _guarded(value: ir.Value, bound: float, precision: HalfPrecision, seen: set[ir.Value]) -> list[ir.Node]:
+def _guarded(value: ir.Value, bound: float, precision: HalfPrecision, known: dict[ir.Value, list[ir.Node]]) -> list[ir.Node]:
     """The nodes from `value`, which may be as small as `bound`, to what must not meet zero; none where nothing does."""
-    path: list[ir.Node] = []
-    if value in seen:
-        return path
-    seen.add(value)
+    if value in known:
+        return known[value]
+    path = known[value] = []
     for node, index in value.uses():
         if node.domain not in STANDARD:
             continue
-        if (
-            (node.op_type == "Div" and index == 1)
-            or node.op_type in ("Log", "Reciprocal")
-            or (node.op_type == "Pow" and index == 0)
-        ):
+        if _meets_zero(node, index):
             path.append(node)
             if node.op_type in ("Reciprocal", "Pow") or (node.op_type == "Div" and _is_constant(node.inputs[0])):
                 path += [user for user, _ in node.outputs[0].uses()]  # as large as the guard is small, until it is multiplied
-        elif node.op_type in _ROOTS:
+        elif node.op_type == "Sqrt":
             root = bound**0.5
-            behind = _guarded(node.outputs[0], root, precision, seen) if _is_lost(root, precision) else []
-            path += [node, *behind]
-        elif node.op_type in _KEEPS and (behind := _guarded(node.outputs[0], bound, precision, seen)):
-            path += [node, *behind]
+            path += [node, *(_guarded(node.outputs[0], root, precision, known) if _is_lost(root, precision) else [])]
+        elif node.op_type in _KEEPS:
+            least = bound * min(bound, 1.0) if node.op_type == "Mul" else bound  # the other factor may be as small
+            if behind := _guarded(node.outputs[0], least, precision, known):
+                path += [node, *behind]
     return path
+
+
+def _meets_zero(node: ir.Node, index: int) -> bool:
+    """Whether input `index` of `node` must not be zero."""
+    return (
+        (node.op_type == "Div" and index == 1) or node.op_type in ("Log", "Reciprocal") or (node.op_type == "Pow" and index == 0)
+    )

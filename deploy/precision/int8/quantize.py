@@ -79,7 +79,7 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
-        return _quantized(model, selection, known, options, first_feeds(data, PARITY_ROWS))
+        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS))
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     check_prepared(artifact, references)
     if request is not None:

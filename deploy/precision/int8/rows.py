@@ -5,7 +5,7 @@ from threading import Lock
 
 import numpy as np
 
-from deploy.artifact.tensors import Feed, batch_dim, row_count, slice_rows
+from deploy.artifact.tensors import Feed, batched, row_count, slice_rows
 from deploy.data.calibration_set import CalibrationSet
 from deploy.progress import Progress
 
@@ -33,7 +33,7 @@ class Rows:
         self._lock = Lock()
 
     def __iter__(self) -> Iterator[Feed]:
-        symbolic = batch_dim(self._data.specs) is not None
+        symbolic = batched(self._data.specs)
         for feed in self._data.feeds(self._batch_size):
             self._progress("calibrating", self.count, self._data.count or 0)
             missing = self._wanted - self.count
@@ -60,6 +60,6 @@ class Rows:
 def first_rows(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> tuple[Feed, Feed]:
     """The first `wanted` rows of a feed and its outputs; all rows if the batch is fixed or an output has no batch axis."""
     rows = row_count(feed)
-    if batch_dim(data.specs) is None or any(not array.ndim or len(array) != rows for array in outputs.values()):
+    if not batched(data.specs) or any(not array.ndim or len(array) != rows for array in outputs.values()):
         return feed, outputs
     return slice_rows(feed, 0, wanted), slice_rows(outputs, 0, wanted)

@@ -20,10 +20,10 @@ def resnet(reference: Callable[[str], Artifact]) -> Artifact:
     return reference("resnet18")
 
 
-def layers(artifact: Artifact, backend: str, shape: tuple[int, ...]) -> list[LayerTime]:
+def layers(artifact: Artifact, backend: str, shape: tuple[int, ...], runs: int = 3) -> list[LayerTime]:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     with open_session(artifact, backend) as session:
-        return named_layers(artifact, session.layer_times({"input": x}, runs=3))
+        return named_layers(artifact, session.layer_times({"input": x}, runs=runs))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -60,7 +60,7 @@ def test_the_layers_take_about_as_long_as_a_run(resnet: Artifact, backend: str) 
 
 
 def test_eager_layers_are_modules_with_their_own_time_and_their_nodes(resnet: Artifact) -> None:
-    found = {layer.modules[0]: layer for layer in layers(resnet, "eager", (1, 3, 64, 64))}
+    found = {layer.modules[0]: layer for layer in layers(resnet, "eager", (1, 3, 64, 64), runs=15)}
     assert found["layer1.0.conv1"].operator == "Conv2d"
     assert found["layer1.0.conv1"].nodes == ("layer1.0.conv1/Conv",)
     assert found["layer1.0.bn1"].nodes == ()  # folded into the convolution

@@ -16,11 +16,10 @@ def artifact(tmp_path):
     return make_artifact(tmp_path / "net")
 
 
-def test_progress_is_told_and_ranges_of_random_numbers_are_said_to_be_such(artifact, caplog):
+def test_progress_is_told(artifact):
     told = []
     convert_onnx(artifact, None, FP16, lambda what, done=0, total=0: told.append((what, done, total)))
     assert ("reading activation ranges", 3, 8) in told  # rows
-    assert "come from random numbers alone" in caplog.text
 
 
 def test_the_graph_can_be_had_without_an_artifact(artifact, tmp_path):

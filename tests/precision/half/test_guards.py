@@ -13,6 +13,10 @@ NORMALIZED = {
     "added": "[l] l = ReduceMax<keepdims = 1>(x, axes) [g] g = Add(l, e) [y] y = Div(x, g)",
     "reciprocal": "[l] l = ReduceMax<keepdims = 1>(x, axes) [g] g = Max(l, e) [r] r = Reciprocal(g) [y] y = Mul(x, r)",
     "root": "[l] l = ReduceMax<keepdims = 1>(x, axes) [g] g = Add(l, tiny) [s] s = Sqrt(g) [y] y = Div(x, s)",
+    "in two branches that join": (
+        "[l] l = ReduceMax<keepdims = 1>(x, axes) [g] g = Clip(l, e) [t] t = Identity(g) [u] u = Identity(g) [m] m = Mul(t, u)"
+        " [s] s = Sqrt(m) [y] y = Div(x, s)"
+    ),
     "behind a reshape": (
         "[l] l = ReduceMax<keepdims = 1>(x, axes) [g] g = Clip(l, e) [t] t = Expand(g, shape) [u] u = Identity(t) [y] y = Div(x, u)"
     ),

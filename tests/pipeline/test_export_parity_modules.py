@@ -1,0 +1,163 @@
+"""Modules with which a comparison goes wrong unless one looks: they change their input, draw random numbers, know one size, give zeros."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deploy
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.summary import summary
+from deploy.errors import ExportError, UsageError
+
+HEAD = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
+
+
+def exported(folder: Path, body: str, *inputs: str, **options: object) -> Artifact:
+    """The artifact of the module `Net`, whose class body is `body`."""
+    (folder / "some_net.py").write_text(f"{HEAD}\n\nclass Net(nn.Module):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n")
+    return deploy.export(folder / "out", model=f"{folder / 'some_net.py'}:Net", inputs=list(inputs), **options)  # type: ignore[arg-type]
+
+
+IN_PLACE = {
+    "normalizes its input": "def forward(self, x):\n    x.sub_(0.5).div_(0.25)\n    return x * 2",
+    "clamps its input": "def forward(self, x):\n    return F.relu_(x) + 1",
+    "writes to a part": "def forward(self, x):\n    x[:, 0] = 0\n    return x.sum((2, 3))",
+    "returns its input": "def forward(self, x):\n    y = x + 1\n    return y, x",
+}
+
+
+@pytest.mark.parametrize("body", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_module_that_overwrites_its_input_is_exported_right(body: str, tmp_path: Path) -> None:
+    artifact = exported(tmp_path, body, "x=1x3x8x8")
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.worst.max_abs < 1e-4
+    x = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    kept = x.copy()
+    for backend in ("onnxruntime", "openvino"):
+        with deploy.load(artifact, backend=backend) as session:
+            session.run({"x": x})
+        np.testing.assert_array_equal(x, kept)
+
+
+RANDOM = {
+    "a function": ("def forward(self, x):\n    return F.dropout(x, 0.5)", ""),
+    "noise": ("def forward(self, x):\n    return x + torch.randn_like(x)", ""),
+    "a submodule": (
+        "def __init__(self):\n    super().__init__()\n    self.body = nn.Sequential(nn.Linear(8, 8), Noise())\n"
+        "def forward(self, x):\n    return self.body(x)",
+        "first in 'body.1' (Noise)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "named"), RANDOM.values(), ids=RANDOM)
+def test_a_module_that_differs_from_itself_is_named(
+    body: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = "class Noise(nn.Module):\n    def forward(self, x):\n        return x * torch.rand(1)\n"
+    monkeypatch.setitem(globals(), "HEAD", HEAD + noise)
+    with pytest.raises(ExportError, match="Net gives another result each time it is run") as caught:
+        exported(tmp_path, body, "x=1x8")
+    assert named in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_runs_at_one_size_alone_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    body = (
+        "def __init__(self):\n    super().__init__()\n    self.place = nn.Parameter(torch.randn(1, 3, 224, 1))\n"
+        "def forward(self, x):\n    return x + self.place"
+    )
+    try:
+        exported(tmp_path, body, "x=1x3xHxW")
+    except ExportError as error:
+        assert "'H'" in str(error)  # noqa: PT017  # either is right: the exporter may notice before
+    else:
+        assert "compared at these sizes alone" in caplog.text
+
+
+def test_what_is_right_at_the_examples_size_alone_is_found(tmp_path: Path) -> None:
+    body = "def forward(self, x):\n    return x * SCALES[x.shape[2]] if not torch.compiler.is_exporting() else x * SCALES[224]"
+    scales = (
+        "class Scales(dict):\n    def __missing__(self, size):\n        return 2.0 if size == 224 else 3.0\nSCALES = Scales()\n"
+    )
+    (tmp_path / "sizes_net.py").write_text(f"{HEAD}{scales}class Net(nn.Module):\n{textwrap.indent(body, '    ')}\n")
+    with pytest.raises(deploy.DeployError, match=r"H 141"):
+        deploy.export(tmp_path / "out", model=f"{tmp_path / 'sizes_net.py'}:Net", inputs=["x=1x3xHx8"])
+    assert not (tmp_path / "out").exists()
+
+
+ZEROS = "def __init__(self):\n    super().__init__()\n    self.head = nn.Linear(8, 4)\n    {}\ndef forward(self, x):\n    return self.head(x)"
+
+
+def test_a_head_of_zeros_gets_random_weights_where_none_are_given(tmp_path: Path) -> None:
+    artifact = exported(tmp_path, ZEROS.format("nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)"), "x=1x8")
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.constant == []
+    with deploy.load(artifact) as session:
+        assert np.ptp(session(np.ones((1, 8), np.float32))) > 0
+
+
+def test_an_output_that_proves_nothing_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+
+    state = {"head.weight": torch.zeros(4, 8), "head.bias": torch.zeros(4)}
+    torch.save(state, tmp_path / "zeros.pth")
+    artifact = exported(tmp_path, ZEROS.format("pass"), "x=1x8", weights=tmp_path / "zeros.pth")
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.constant == ["output"]
+    assert "proves nothing of output" in summary(artifact)
+    assert "the same number everywhere" in caplog.text
+
+
+TOKENS = (
+    "def __init__(self):\n    super().__init__()\n    self.word = nn.Embedding(100, 8)\n    self.kind = nn.Embedding(2, 8)\n"
+    "def forward(self, ids, kinds):\n    return (self.word({}) + self.kind({})).mean(1)"
+)
+
+
+def test_integers_go_as_far_as_the_table_they_look_up(tmp_path: Path) -> None:
+    artifact = exported(tmp_path, TOKENS.format("ids", "kinds"), "ids=1x6:int64", "kinds=1x6:int64")
+    assert [spec.bounds for spec in artifact.manifest.inputs] == [(0.0, 100.0), (0.0, 2.0)]
+
+
+def test_integers_that_go_elsewhere_first_need_a_range_or_feeds(tmp_path: Path) -> None:
+    body = TOKENS.format("ids", "kinds * 1")
+    with pytest.raises(ExportError, match=r"say their range, NAME=1x6:int64\[0,100\], or give feeds with `data`"):
+        exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64")
+    ranged = exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64[0,2]")
+    assert ranged.manifest.inputs[1].bounds == (0.0, 2.0)
+    (tmp_path / "feeds").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        np.savez(tmp_path / "feeds" / f"{index}.npz", ids=rng.integers(0, 100, (2, 6)), kinds=rng.integers(0, 2, (2, 6)))
+    real = exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64", data=tmp_path / "feeds")
+    assert real.manifest.parity is not None
+    assert {case.data for case in real.manifest.parity.cases} == {"feeds"}
+
+
+@pytest.mark.parametrize("text", ["x=1x6:int64[5,5]", "x=1x6:int64[a,b]"])
+def test_a_range_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="range"):
+        exported(tmp_path, "def forward(self, x):\n    return x", text)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("half", "fp16"), ("bfloat16", "bf16"), ("double", "fp64")])
+def test_a_module_in_another_precision_is_called_that(dtype: str, precision: str, tmp_path: Path) -> None:
+    body = (
+        f"def __init__(self):\n    super().__init__()\n    self.conv = nn.Conv2d(3, 4, 3).{dtype}()\n"
+        f"def forward(self, x):\n    return self.conv(x.{dtype}()).float().mean((2, 3))"
+    )
+    artifact = exported(tmp_path, body, "x=1x3x8x8")
+    assert artifact.manifest.precision == precision
+    with pytest.raises(UsageError, match=rf"{precision}|double"):
+        deploy.convert(artifact, tmp_path / "half", precision="fp16")
+
+
+def test_raw_pixels_are_made_up_where_the_preprocessing_leaves_them(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"scale": 1, "crop": 8}')
+    artifact = exported(
+        tmp_path, "def forward(self, x):\n    return (x / 255).mean((2, 3))", "x=1x3x8x8", preprocess=str(tmp_path / "p.json")
+    )
+    assert artifact.manifest.inputs[0].bounds == (0.0, 255.0)
