@@ -55,11 +55,12 @@ class CpuGraph:
 
     def __init__(self, model: ir.Model, *, also: Sequence[str] = (), streams: int = 1) -> None:
         options = _session_options(streams)
-        # ONNX Runtime reads the weights where they are, and does not keep their arrays alive.
         proto, self._weights, self._arrays = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
         self._session = _open(proto.SerializeToString(), options, lambda: model)
+        # ONNX Runtime reads the weights where they are, and does not keep their arrays alive.
+        self._alive = [value.const_value for value in model.graph.initializers.values()], self._arrays
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
