@@ -55,12 +55,10 @@ class CpuGraph:
 
     def __init__(self, model: ir.Model, *, also: Sequence[str] = (), streams: int = 1) -> None:
         options = _session_options(streams)
-        proto, self._weights, self._arrays = _serialize(model)
+        proto, self._weights = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
         self._session = _open(proto.SerializeToString(), options, lambda: model)
-        # ONNX Runtime reads the weights where they are, and does not keep their arrays alive.
-        self._alive = [value.const_value for value in model.graph.initializers.values()], self._arrays
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
@@ -103,14 +101,13 @@ def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model]) -> A
         raise PrecisionError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
 
 
-def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue], list[np.ndarray]]:
+def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
     """The model without its large weights, and these weights, which ONNX Runtime reads where they are.
 
     So there is never a message of more than 2 GB, which protobuf cannot hold, and no weight is copied.
     """
     slim = model.clone()
     weights: dict[str, OrtValue] = {}
-    arrays: list[np.ndarray] = []
     for name, value in slim.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
@@ -121,7 +118,6 @@ def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue], l
                 value.const_value = ir.tensor(tensor.numpy(), name=name)
             continue
         array = np.require(tensor.numpy(), requirements=["C", "A"]).view(stored)
-        arrays.append(array)
         weights[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
         value.const_value = ir.ExternalTensor(_LOCATION, 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name)
-    return ir.to_proto(slim), weights, arrays
+    return ir.to_proto(slim), weights
