@@ -23,6 +23,7 @@ import numpy as np
 import onnxruntime
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import usable_cores
@@ -52,6 +53,10 @@ SHAPE_OPERATORS = {
 logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
+
+_CRASHES_ON_HALF = "NchwcTransformer"
+"""ONNX Runtime's optimizer for the layout of convolutions on the CPU. It ends the process with a segmentation fault where a
+Transpose leads to a MatMul in FP16, as in every attention of PyTorch (seen with 1.32)."""
 _KERNEL_TIME = "_kernel_time"
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
@@ -75,7 +80,13 @@ class OnnxRuntimeSession(Session):
         providers = self._providers(artifact, options, settings)
         try:
             # Without enable_fallback=0, the CPU replaces a provider that fails, with only a line on standard output.
-            return onnxruntime.InferenceSession(str(artifact.onnx_path), settings, providers=providers, enable_fallback=0)
+            return onnxruntime.InferenceSession(
+                str(artifact.onnx_path),
+                settings,
+                providers=providers,
+                enable_fallback=0,
+                disabled_optimizers=[_CRASHES_ON_HALF] if _may_hold_half(artifact.manifest) else [],
+            )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
             if artifact.manifest.precision == "bf16" and self.device == "cpu":
@@ -280,6 +291,13 @@ def _reason(error: Exception) -> str:
     """The message of an error, without its number and code."""
     line = first_line(error)
     return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+
+
+def _may_hold_half(manifest: Manifest) -> bool:
+    """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
+    if manifest.precision == "int8":
+        return manifest.calibration is None or manifest.calibration.floats != "fp32"
+    return manifest.precision in ("fp16", "bf16")
 
 
 def version(variant: Sequence[str]) -> str:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -210,3 +212,37 @@ def test_bound_outputs_whose_shape_the_inputs_do_not_tell_are_the_callers(tmp_pa
         torch.testing.assert_close(rows, x[x.max(1).values > 0])
         assert positive.dtype == torch.bool
         torch.testing.assert_close(positive, x > 0)
+
+
+HALF_ATTENTION = {
+    "batch and row change places": "t = Transpose<perm = [1, 0, 2]>(h) m = MatMul(t, w)",
+    "rows become columns too": "t = Transpose<perm = [1, 2, 0]>(h) m = MatMul(t, w3)",
+    "after a norm": "n = LayerNormalization(h, g, g) t = Transpose<perm = [1, 0, 2]>(n) m = MatMul(t, w)",
+    "of two activations": "t = Transpose<perm = [1, 0, 2]>(h) u = Transpose<perm = [1, 2, 0]>(h) m = MatMul(t, u)",
+}
+
+
+@pytest.mark.parametrize("body", HALF_ATTENTION.values(), ids=HALF_ATTENTION)
+def test_attention_in_half_precision_does_not_end_the_process(body: str, tmp_path: Path) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[2, 4, 3] x) => (float[A, B, C] y) <float16[3, 5] w, float16[2, 5] w3, float16[3] g>
+        {{ h = Cast<to = 10>(x) {body} y = Cast<to = 1>(m) }}"""
+    model = onnx.parser.parse_model(text)
+    del model.graph.value_info[:]
+    for name, shape in (("w", (3, 5)), ("w3", (2, 5)), ("g", (3,))):
+        array = np.linspace(-1, 1, np.prod(shape)).reshape(shape).astype(np.float16)
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "net.onnx")
+    code = (
+        "import sys, deploy, numpy as np\n"
+        "with deploy.load(sys.argv[1], backend='onnxruntime') as session:\n"
+        "    np.save(sys.argv[2], session(np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 4, 3)))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "net.onnx"), str(tmp_path / "y.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), plain, providers=["CPUExecutionProvider"])
+    (expected,) = exact.run(None, {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 4, 3)})
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=5e-3)
