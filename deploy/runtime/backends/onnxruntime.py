@@ -54,9 +54,9 @@ logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
 
-_CRASHES_ON_HALF = "NchwcTransformer"
-"""ONNX Runtime's optimizer for the layout of convolutions on the CPU. It ends the process with a segmentation fault where a
-Transpose leads to a MatMul in FP16, as in every attention of PyTorch (seen with 1.32)."""
+_CRASHES_ON_HALF = "MatmulTransposeFusion"
+"""The optimizer that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are FP16, as in every
+attention of PyTorch, ONNX Runtime ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not need it."""
 _KERNEL_TIME = "_kernel_time"
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
