@@ -19,6 +19,8 @@ from deploy.evidence.parity import Parity
 FORMAT = 1
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
+DATA = ".data"
+"""What is added to the name of an ONNX file for the file beside it with its large weights."""
 WEIGHTS = "weights.safetensors"
 ENGINE = "engine.plan"
 RUNTIME_CACHE = "runtime.cache"

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
+from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
 
@@ -18,8 +18,17 @@ _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Uns
 
 _FLOATS: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
-EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Weights above this size go into a separate file, because a protobuf message cannot exceed 2 GiB."""
+EXTERNAL_DATA_BYTES = 250_000_000
+"""Weights above this size go into a file beside the graph, which is mapped into memory and not read.
+
+A protobuf message is copied several times by whoever reads it, and cannot exceed 2 GiB.
+"""
+
+_SMALL = 1024
+"""Bytes up to which a tensor is read and not mapped: shapes are computed from such constants."""
+
+_PAGE = 4096
+"""Large weights begin at a multiple of this in their file, so that they can be used where they are mapped."""
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -102,8 +111,14 @@ def _precision(weights: Iterable[tuple[str, int]], operators: Sequence[str]) -> 
 
 
 def load_model(path: Path) -> ir.Model:
-    """The model in an ONNX file, with its external weights read into memory."""
-    return ir.external_data.load_to_model(ir.load(path))
+    """The model in an ONNX file. Large external weights stay in theirs, which they are mapped from: it must not change meanwhile."""
+    model = ir.load(path)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (tensor.nbytes <= _SMALL or graph is not model.graph):
+                value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
+    return model
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -112,13 +127,16 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def save_model(model: ir.Model, path: Path, *, external_over: int | None = None) -> None:
-    """Write `path`; weights of more than `external_over` bytes go into `<name>.data` beside it.
+    """Write `path`; weights of more than `external_over` bytes go into a file beside it. Raises OSError.
 
-    The default limit is `EXTERNAL_DATA_BYTES`. Raises OSError.
+    The default limit is `EXTERNAL_DATA_BYTES`. `path` must not be what `model` was loaded from.
     """
     limit = EXTERNAL_DATA_BYTES if external_over is None else external_over
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > limit else None)
+    if size > limit:
+        ir.save(model, path, external_data=f"{path.name}{DATA}", alignment=_PAGE)
+    else:
+        ir.save(ir.external_data.load_to_model(model), path)
 
 
 def check_onnx(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from deploy.artifact.artifact import Artifact, parent_record
-from deploy.artifact.manifest import WEIGHTS, Manifest, Stage, request_digest
+from deploy.artifact.manifest import DATA, WEIGHTS, Manifest, Stage, request_digest
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, OutputError
 from deploy.host.cache import ENGINES, cache_folder, trim
@@ -76,9 +76,12 @@ INT8_CACHE = ArtifactCache("int8", "INT8 artifact")
 
 def _duplicate(source: Path, target: Path) -> None:
     """A hard link where both are on one file system, else a copy. Nothing of ours writes to a file that is in place, and
-    what others do to one is found by its hash."""
+    what others do to one is found by its hash. onnx does not read weights beside a graph if their file has a second name."""
     try:
-        os.link(source, target)
+        if source.name.endswith(DATA):
+            shutil.copyfile(source, target)
+        else:
+            os.link(source, target)
     except FileNotFoundError:
         raise
     except OSError:

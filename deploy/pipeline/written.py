@@ -12,6 +12,7 @@ from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shap
 from deploy.data.evidence_feeds import NamedFeed
 from deploy.errors import BackendError, DeployError, ParityError, PrecisionError
 from deploy.evidence.parity import BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
+from deploy.host.memory import release
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.progress import Progress
@@ -60,6 +61,8 @@ def source_cases(source: Artifact, feeds: Sequence[NamedFeed]) -> list[Case]:
         if not maybe or all(np.isfinite(array).all() for array in case.expected.values() if array.dtype.kind == "f"):
             cases.append(case)
             other = other or maybe
+    del run
+    release(source.size)
     if tried and not other:
         logger.warning("%s does not run with %s: it is compared at one size alone", source.shown, ", ".join(tried))
     return cases
@@ -82,11 +85,13 @@ def prove(
     off. Raises ParityError where the emulation, or the default backend, is beyond the tolerance.
     """
     what = f"{written.manifest.name} in {written.manifest.precision.upper()}"
+    release(written.size)  # what it was made from
     backends = [] if engine else _on_backends(written, cases, tolerance, progress)
     if emulated or engine or not backends:
         by = f"{'emulation on ' * emulated}onnxruntime {ONNXRUNTIME_VERSION}"
         progress("comparing the emulated file with its source" if emulated else "comparing with its source")
         first = _judged(_file_runner(written, emulated=emulated), by, written.manifest.inputs, cases, tolerance)
+        release(written.size)
         failed = [first, *backends[:1]]
     else:
         first = backends[0]
@@ -121,6 +126,8 @@ def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance,
             continue  # not installed, or opening the file there is an error by itself
         with session:
             found.append(_judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=name))
+        del session
+        release(written.size)
     return found
 
 

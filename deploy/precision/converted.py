@@ -26,7 +26,7 @@ class Converted:
     remedy: str
 
     def save(self, path: Path) -> None:
-        """Write the ONNX file, with the weights beside it where they exceed 2 GB. Raises OSError."""
+        """Write the ONNX file, with large weights beside it. Raises OSError."""
         save_model(self.model, path)
 
 

@@ -48,7 +48,8 @@ def _upgrade(model: ir.Model, opset: int) -> bool:
         return False
     try:
         if version < _FIRST_CONVERTIBLE:
-            converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), _FIRST_CONVERTIBLE))
+            converted = ir.from_proto(onnx.version_converter.convert_version(slim_proto(model), _FIRST_CONVERTIBLE))
+            _put_back(model.graph, converted.graph)
             model.graph, model.ir_version = converted.graph, converted.ir_version
         version_converter.convert_version(model, opset)
     except Exception as error:  # the two converters raise errors of several families
@@ -59,6 +60,17 @@ def _upgrade(model: ir.Model, opset: int) -> bool:
         node.version = None
     model.ir_version = max(model.ir_version, 10)  # the first IR version for opset 22
     return True
+
+
+def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
+    """Turn the inputs of `slim` that are large weights of `original` into these weights again."""
+    for value in list(slim.inputs):
+        weight = original.initializers.get(value.name or "")
+        if weight is not None and value.name not in slim.initializers:
+            value.const_value = weight.const_value
+            slim.register_initializer(value)
+            if weight not in original.inputs:
+                slim.inputs.remove(value)
 
 
 def _infer_types(model: ir.Model) -> bool:

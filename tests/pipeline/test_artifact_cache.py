@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 import deploy
+from deploy.artifact import onnxfile
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE
 from deploy.engine import builder
@@ -155,3 +156,19 @@ def test_an_int8_artifact_is_copied_for_the_same_file_and_feeds_alone(
     assert (second.manifest.name, second.root()) == ("second", lenet5)
     assert second.manifest.calibration == first.manifest.calibration
     assert second.manifest.parity == first.manifest.parity
+
+
+def test_a_copy_of_an_artifact_with_weights_beside_its_graph_can_be_used(
+    lenet5: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnx refuses such a file with a second name: a hard link."""
+    monkeypatch.setattr(onnxfile, "EXTERNAL_DATA_BYTES", 1000)
+    (tmp_path / "feeds").mkdir()
+    feed = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    np.savez(tmp_path / "feeds" / "0.npz", input=feed)
+    made = [deploy.quantize(lenet5, tmp_path / name, calib=tmp_path / "feeds") for name in ("first", "second")]
+    for artifact in made:
+        assert "model.onnx.data" in artifact.manifest.files
+        deploy.build_trt(artifact, tmp_path / "engine").verify()
+        with deploy.load(artifact.path) as session:
+            assert session.run({"input": feed})["logits"].shape == (2, 10)

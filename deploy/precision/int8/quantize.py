@@ -54,7 +54,7 @@ class Quantized:
     feeds: list[Feed]
 
     def save(self, path: Path) -> None:
-        """Write the ONNX file, with the weights beside it if they exceed 2 GB. Raises OSError."""
+        """Write the ONNX file, with large weights beside it. Raises OSError."""
         save_model(self.model, path)
 
 
