@@ -1,7 +1,7 @@
 """The feeds that an artifact is compared on with what it was made from, and that activation ranges are read from."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,11 +38,15 @@ _RANGE_BATCH = 8
 
 
 class NamedFeed(NamedTuple):
-    """A feed and where it comes from. maybe: sizes nobody named, at which the model need not run."""
+    """A feed and where it comes from.
+
+    maybe: sizes nobody named, at which the model need not run. expected: what the model makes of it, where that is known.
+    """
 
     data: Literal["random", "images", "feeds"]
     feed: Feed
     maybe: bool = False
+    expected: Feed | None = None
 
 
 def real_data(artifact: Artifact, folder: Path | None) -> CalibrationSet | None:
@@ -143,11 +147,16 @@ def odd_cut(specs: Sequence[TensorSpec], feed: Feed) -> Iterator[Feed]:
         }  # fmt: skip
 
 
-def calibration_feeds(artifact: Artifact, data: CalibrationSet, feeds: Sequence[Feed]) -> list[NamedFeed]:
-    """Feeds of the calibration set, and one of odd sizes where dimensions other than the batch are symbolic."""
+def calibration_feeds(
+    artifact: Artifact, data: CalibrationSet, feeds: Sequence[Feed], expected: Sequence[Feed]
+) -> list[NamedFeed]:
+    """Feeds of the calibration set, and one of odd sizes where dimensions other than the batch are symbolic.
+
+    expected: what the model makes of `feeds`, or empty.
+    """
     kind = kind_of(data)
     odd = (NamedFeed(kind, cut, maybe=True) for cut in odd_cut(artifact.manifest.inputs, feeds[0]))
-    return [*(NamedFeed(kind, feed) for feed in feeds), *odd]
+    return [*(NamedFeed(kind, feed, expected=results) for feed, results in zip_longest(feeds, expected)), *odd]
 
 
 def first_rows(data: CalibrationSet, batch_size: int, rows: int) -> list[Feed]:

@@ -217,7 +217,7 @@ class _Export:
             logger.warning("the eager module does not run made-up input, or gives NaN: parity is checked on real input alone")
         if cases:
             cases += self._other_sizes(names, files)
-        for data, feed, maybe in real:
+        for data, feed, maybe, _ in real:
             try:
                 case = _case(data, feed, names, run_eager(module, specs, feed, files))
             except ExportError:

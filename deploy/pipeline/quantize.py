@@ -157,7 +157,7 @@ class _Quantize:
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.pipeline.written import prove, source_cases  # these load onnx and ONNX Runtime
+        from deploy.pipeline.written import check_unrounded, prove, source_cases  # these load onnx and ONNX Runtime
         from deploy.precision.int8.quantize import hint, quantize_onnx
 
         source, progress = self._source, self._progress
@@ -172,11 +172,15 @@ class _Quantize:
             calibration=quantized.calibration,
             exclusions=quantized.exclusions,
         )
-        feeds = calibration_feeds(source, self._data, quantized.feeds)
+        feeds = calibration_feeds(source, self._data, quantized.feeds, quantized.expected)
+        stored = quantized.stored
         del quantized  # its weights are as large as the file
+        written, cases = writer.describe(manifest), source_cases(source, feeds)
+        check_unrounded(written, stored, cases, progress)
+        del stored
         parity = prove(
-            writer.describe(manifest),
-            source_cases(source, feeds),
+            written,
+            cases,
             self._tolerance,
             against=source.manifest.digest,
             emulated=self._options.fp16,

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
@@ -12,42 +11,51 @@ from deploy.artifact.onnxfile import load_model, save_model
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import NamedFeed, calibration_feeds, parity_feeds
 from deploy.evidence.parity import Parity, Tolerance
-from deploy.pipeline.written import prove, source_cases
+from deploy.pipeline.written import check_unrounded, prove, source_cases
+from deploy.precision.converted import Converted
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.convert import convert_onnx
 from deploy.precision.int8.options import QuantizeOptions
-from deploy.precision.int8.quantize import hint, quantize_onnx
+from deploy.precision.int8.quantize import Quantized, hint, quantize_onnx
+from deploy.precision.int8.stored import Stored
 from deploy.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Typed:
-    """The graph that an engine is built from, None for the artifact's own, and what the manifest says of it.
+    """The graph that an engine is built from, as it is made, None for the artifact's own, and what the manifest says of it.
 
-    feeds: what the graph is compared with `source` on; none where it is the artifact's own. emulated: half precision is
-    emulated then. remedy: what to try if it is too far off.
+    feeds: what the graph is compared with `source` on; none where it is the artifact's own. stored: what it must hold where it was
+    quantized here. emulated: half precision is emulated. remedy: what to try if it is too far off.
     """
 
     source: Artifact
-    model: ir.Model | None
+    made: Quantized | Converted | None
     manifest: Manifest
     feeds: list[NamedFeed]
+    stored: Stored | None = None
     emulated: bool = False
     remedy: str = ""
 
     def saved(self, path: Path) -> "Typed":
         """The same without the graph, which is written to `path`. The artifact's own is written again too: its external data may
         have another name there."""
-        save_model(load_model(self.source.onnx_path) if self.model is None else self.model, path)
-        return replace(self, model=None)
+        if self.made is None:
+            save_model(load_model(self.source.onnx_path), path)
+        else:
+            self.made.save(path)
+        return replace(self, made=None)
 
     def proven(self, written: Artifact, tolerance: Tolerance, progress: Progress) -> Parity | None:
         """The parity of the written graph with the source; that of the artifact where the graph is its own. Raises ParityError."""
         if not self.feeds:
             return self.manifest.parity
+        cases = source_cases(self.source, self.feeds)
+        if self.stored is not None:
+            check_unrounded(written, self.stored, cases, progress)
         return prove(
             written,
-            source_cases(self.source, self.feeds),
+            cases,
             tolerance,
             against=self.source.manifest.digest,
             emulated=self.emulated,
@@ -80,9 +88,10 @@ def typed_graph(
         )
         return Typed(
             source=source,
-            model=quantized.model,
+            made=quantized,
+            stored=quantized.stored,
             manifest=changed,
-            feeds=calibration_feeds(source, data, quantized.feeds),
+            feeds=calibration_feeds(source, data, quantized.feeds, quantized.expected),
             emulated=quantize.fp16,
             remedy=hint(quantized.calibration),
         )
@@ -98,5 +107,5 @@ def typed_graph(
             exclusions=converted.exclusions,
         )
         feeds = parity_feeds(source, data, convert.profile)
-        return Typed(source=source, model=converted.model, manifest=changed, feeds=feeds, emulated=True, remedy=converted.remedy)
-    return Typed(source=source, model=None, manifest=manifest, feeds=[])
+        return Typed(source=source, made=converted, manifest=changed, feeds=feeds, emulated=True, remedy=converted.remedy)
+    return Typed(source=source, made=None, manifest=manifest, feeds=[])

@@ -5,16 +5,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count
 from deploy.data.evidence_feeds import NamedFeed
 from deploy.errors import BackendError, DeployError, ParityError, PrecisionError
-from deploy.evidence.parity import BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
+from deploy.evidence.parity import TOLERANCES, BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
 from deploy.host.memory import release
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.half.emulate import Emulate
+from deploy.precision.int8.stored import Stored
 from deploy.progress import Progress
 from deploy.runtime.catalog import AUTO, BACKENDS
 from deploy.runtime.load import import_backend, open_session
@@ -36,36 +38,42 @@ def source_cases(source: Artifact, feeds: Sequence[NamedFeed]) -> list[Case]:
 
     A feed that it cannot run is left out if it need not run. Raises PrecisionError for another.
     """
-    try:
-        run = CpuGraph.read(source.onnx_path)
-    except PrecisionError as error:
-        raise PrecisionError(f"{source.shown} cannot be compared with: {error}") from error
+    run: CpuGraph | None = None
     cases = []
     tried: list[str] = []
     other = False
-    for data, feed, maybe in feeds:
+    for data, feed, maybe, expected in feeds:
         if maybe and other:
             continue  # one other size is enough
-        try:
-            case = Case(data, feed, run(copied(feed)))
-        except PrecisionError as error:
-            if maybe:
-                tried += [f"{dim} {size}" for dim, size in dynamic_sizes(source.manifest.inputs, feed).items()]
-                continue
-            shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in feed.items())
-            made_up = "made-up input" if data == "random" else "input"
-            raise PrecisionError(
-                f"{source.shown} cannot run {made_up} of the sizes {shapes}: {error}\nsay what it takes: give feeds with `data`,"
-                " a folder of .npz files"
-            ) from error
-        if not maybe or all(np.isfinite(array).all() for array in case.expected.values() if array.dtype.kind == "f"):
-            cases.append(case)
+        if expected is None:
+            run = run or _opened(source)
+            try:
+                expected = run(copied(feed))
+            except PrecisionError as error:
+                if maybe:
+                    tried += [f"{dim} {size}" for dim, size in dynamic_sizes(source.manifest.inputs, feed).items()]
+                    continue
+                shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in feed.items())
+                made_up = "made-up input" if data == "random" else "input"
+                raise PrecisionError(
+                    f"{source.shown} cannot run {made_up} of the sizes {shapes}: {error}\nsay what it takes: give feeds with"
+                    " `data`, a folder of .npz files"
+                ) from error
+        if not maybe or all(np.isfinite(array).all() for array in expected.values() if array.dtype.kind == "f"):
+            cases.append(Case(data, feed, expected))
             other = other or maybe
     del run
     release(source.size)
     if tried and not other:
         logger.warning("%s does not run with %s: it is compared at one size alone", source.shown, ", ".join(tried))
     return cases
+
+
+def _opened(source: Artifact) -> CpuGraph:
+    try:
+        return CpuGraph.read(source.onnx_path)
+    except PrecisionError as error:
+        raise PrecisionError(f"{source.shown} cannot be compared with: {error}") from error
 
 
 def prove(
@@ -109,6 +117,24 @@ def prove(
     )
 
 
+def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], progress: Progress) -> None:
+    """Compare the written INT8 file, with what it rounds undone, with its source.
+
+    Raises ParityError beyond the tolerance of FP32; where the rest is FP16, beyond that of BF16, for the tolerance of the file
+    decides how exact it must be.
+    """
+    progress("comparing the file without its rounding")
+    model = load_model(written.onnx_path)
+    stored.unround(model)
+    half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.initializers.values())
+    run = _emulated(model) if half else CpuGraph(model)
+    found = _judged(run, "", written.manifest.inputs, cases, TOLERANCES["bf16" if half else "fp32"])
+    if found.wrong is not None:
+        raise ParityError(
+            f"{written.manifest.name} computes something else than its source, INT8 aside: {found.wrong}; nothing was written"
+        )
+
+
 def copied(feed: Feed) -> Feed:
     """The same numbers in memory of their own: what runs on a feed may write to it."""
     return {name: array.copy() for name, array in feed.items()}
@@ -132,9 +158,10 @@ def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance,
 
 
 def _file_runner(written: Artifact, *, emulated: bool) -> Callable[[Feed], Feed]:
-    if not emulated:
-        return CpuGraph.read(written.onnx_path)
-    model = load_model(written.onnx_path)
+    return _emulated(load_model(written.onnx_path)) if emulated else CpuGraph.read(written.onnx_path)
+
+
+def _emulated(model: ir.Model) -> Callable[[Feed], Feed]:
     Emulate()(model)
     run = CpuGraph(model)
     return lambda feed: run({name: _plain(array) for name, array in feed.items()})

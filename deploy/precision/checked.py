@@ -9,17 +9,19 @@ from deploy.evidence.parity import TOLERANCES, judge
 from deploy.precision.cpu import CpuGraph
 
 
-def check_prepared(artifact: Artifact, results: Sequence[tuple[Feed, Feed]]) -> None:
+def check_prepared(artifact: Artifact, results: Sequence[tuple[Feed, Feed]]) -> list[Feed]:
     """Compare the outputs of a prepared graph with those of the file of `artifact`, by feed, within the tolerance of FP32.
 
-    Raises PrecisionError.
+    Returns those of the file. Raises PrecisionError.
     """
     run = CpuGraph.read(artifact.onnx_path)
+    expected = []
     for feed, outputs in results:
-        expected = run(feed)
-        _, wrong = judge(outputs, expected, TOLERANCES["fp32"], data="the given", batch=row_count(feed))
+        expected.append(run(feed))
+        _, wrong = judge(outputs, expected[-1], TOLERANCES["fp32"], data="the given", batch=row_count(feed))
         if wrong:
             raise PrecisionError(
                 f"{artifact.shown} computes something else once the graph is of a newer opset, folded and equalized: {wrong}; newer"
                 " opsets define some operators in another way (Upsample, Resize): export it with a newer one"
             )
+    return expected

@@ -31,6 +31,7 @@ from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_reque
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
+from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
 from deploy.progress import Progress, silent
@@ -46,16 +47,20 @@ class Quantized:
     """A model with Q/DQ pairs, the nodes left in floating point, and its calibration.
 
     feeds: rows of the calibration data to compare it on, `PARITY_ROWS` or a little more.
+    expected: what the file of the source makes of `feeds`; none where it was not run. stored: what the file must hold.
     """
 
     model: ir.Model
     exclusions: list[Exclusion]
     calibration: Calibration
     feeds: list[Feed]
+    expected: list[Feed]
+    stored: Stored
 
     def save(self, path: Path) -> None:
-        """Write the ONNX file, with large weights beside it. Raises OSError."""
+        """Write the ONNX file, with large weights beside it. Raises OSError, and ParityError if it does not hold what it must."""
         save_model(self.model, path)
+        self.stored.check(path)
 
 
 def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent) -> Quantized:
@@ -79,12 +84,12 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
-        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS))
+        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [])
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
-    check_prepared(artifact, references)
+    expected = check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
-    return _quantized(model, selection, known, options, [feed for feed, _ in references])
+    return _quantized(model, selection, known, options, [feed for feed, _ in references], expected)
 
 
 def hint(calibration: Calibration | None) -> str:
@@ -158,22 +163,29 @@ def _calibrate(
 
 
 def _quantized(
-    model: ir.Model, selection: Selection, known: Calibrated, options: QuantizeOptions, feeds: list[Feed]
+    model: ir.Model,
+    selection: Selection,
+    known: Calibrated,
+    options: QuantizeOptions,
+    feeds: list[Feed],
+    expected: list[Feed],
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
     if options.floats == "fp32":
+        stored = Stored.of(model, placement, known.scales, known.bias)
         ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)(model)
         exclusions = list(placement.excluded)
     else:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
         placement = place(model, selection, stay={**small, **known.keep})
         bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
+        stored = Stored.of(model, placement, known.scales, bias)
         ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(model)
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
-    return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds)
+    return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
 
 
 def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:

@@ -1,0 +1,143 @@
+"""That a written INT8 file holds the weights and scales that were computed, and without its rounding computes what its source does.
+
+A fault in one of many layers may change the outputs less than INT8 itself does, so that comparing these does not show it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from deploy.artifact.onnxfile import load_model
+from deploy.errors import ParityError
+from deploy.precision.int8.placement import Placement
+
+_BIAS = 2
+"""The input of a layer that is its bias."""
+
+_STEPS = 0.6
+"""How many steps of its scale a weight may be away from the code: rounding is half of one, and a scale in FP16 moves the largest
+code by a sixteenth."""
+
+_SCALE_ERROR = 1e-3
+"""The largest relative error of an activation's scale; that of FP16 is 2^-11."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What an INT8 file must hold.
+
+    weights: the FP32 weight of every layer with an INT8 weight. edges: by quantized tensor, the inputs (node, index) that read it.
+    scales: by quantized tensor. bias: what was added to the bias of a node, or to its output.
+    """
+
+    weights: Mapping[str, ir.TensorProtocol]
+    edges: Mapping[str, tuple[tuple[str, int], ...]]
+    scales: Mapping[str, float]
+    bias: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, model: ir.Model, placement: Placement, scales: Mapping[str, float], bias: Mapping[str, np.ndarray]) -> "Stored":
+        """model: prepared, before it is quantized."""
+        tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+        weights = {node: tensors[weight.initializer] for node, weight in placement.weights.items()}
+        return cls(
+            weights={node: tensor for node, tensor in weights.items() if tensor is not None},
+            edges=placement.edges,
+            scales={tensor: scales[tensor] for tensor in placement.edges},
+            bias=bias,
+        )
+
+    def check(self, path: Path) -> None:
+        """Raise ParityError naming the layer if the ONNX file at `path` holds something else."""
+        nodes = {node.name or "": node for node in load_model(path).graph}
+        for node, weight in self.weights.items():
+            if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy()):
+                raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")
+        for tensor, uses in self.edges.items():
+            for node, index in uses:
+                for found in _scales(_producer(nodes[node], index)):
+                    if found.shape != () or not abs(found - self.scales[tensor]) <= _SCALE_ERROR * self.scales[tensor]:
+                        raise ParityError(
+                            f"the scale of {tensor!r} in the written file is {found}, where {node!r} reads it; calibration gave"
+                            f" {self.scales[tensor]:.6g}"
+                        )
+
+    def unround(self, model: ir.Model) -> None:
+        """Undo in place what INT8 rounds in the model of the file: weights are in floating point again, and pairs do nothing.
+
+        What is left must compute what the source computes: all but the numbers that `check` looks at is compared so.
+        """
+        nodes = {node.name or "": node for node in model.graph}
+        for name, weight in self.weights.items():
+            _replace(model.graph, nodes[name], 1, weight.numpy())
+        for name, shift in self.bias.items():
+            node, index = nodes[name], _BIAS
+            if len(node.inputs) <= index or (old := _constant(node, index)) is None:
+                node, index = nodes[f"{name}/bias_correction"], 1
+                old = _constant(node, index)
+            if old is not None:
+                _replace(model.graph, node, index, old.astype(np.float32) - shift)
+        for node in model.graph:
+            value, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+            if value is None or (value.is_initializer() and node.op_type != "Concat"):
+                continue
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                node.op_type = "Identity"
+                node.resize_inputs(1)
+                node.attributes.clear()
+                result.type = value.type
+            elif result.dtype == ir.DataType.INT8:  # it joins codes
+                result.type = value.type
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
+    """Make `array`, in the type that it is read in, input `index` of `node`."""
+    old = node.inputs[index]
+    assert old is not None
+    assert old.dtype is not None
+    name = f"{node.name}/unrounded_{index}"
+    tensor = ir.tensor(array.astype(old.dtype.numpy()), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    node.replace_input_with(index, value)
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    """The node that makes an input, behind Casts between number formats."""
+    value = node.inputs[index]
+    maker = value.producer() if value is not None else None
+    while maker is not None and maker.op_type == "Cast":
+        value = maker.inputs[0]
+        maker = value.producer() if value is not None else None
+    return maker
+
+
+def _constant(node: ir.Node, index: int) -> np.ndarray | None:
+    value = node.inputs[index]
+    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+
+
+def _weight_problem(dequantize: ir.Node | None, weight: np.ndarray) -> str:
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return "it is not quantized"
+    codes, scale = _constant(dequantize, 0), _constant(dequantize, 1)
+    if codes is None or scale is None or codes.shape != weight.shape:
+        return "its codes or scales are not there"
+    axis = dequantize.attributes.get_int("axis", 1)
+    steps = scale.astype(np.float32)
+    if steps.ndim:
+        steps = np.expand_dims(steps, tuple(other for other in range(weight.ndim) if other != axis % weight.ndim))
+    off = float((np.abs(codes * steps - weight) / steps).max(initial=0.0))
+    return "" if off <= _STEPS else f"it is off by {off:.3g} steps of its scale"
+
+
+def _scales(maker: ir.Node | None) -> Iterator[np.ndarray]:
+    """The scales of the pair, or the QuantizeLinear alone, that makes a tensor."""
+    while maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scale = _constant(maker, 1)
+        if scale is not None:
+            yield scale.astype(np.float64)
+        maker = _producer(maker, 0) if maker.op_type == "DequantizeLinear" else None

@@ -1,0 +1,137 @@
+"""Faults in a written INT8 file that its outputs hardly show."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from deploy.artifact.onnxfile import load_model, save_model
+from deploy.errors import ParityError
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.half.emulate import Emulate
+from deploy.precision.half.rewrite import ToHalf
+from deploy.precision.int8.placement import Selection, place
+from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.stored import Stored
+
+NET = """g (float[N, 8, 6, 6] x) => (float[] y) <float[8, 8, 3, 3] u, float[8] b, float[8, 8, 1, 1] v, float[16, 4] w, float[8, 4, 2, 2] t> {
+    [first] a = Conv<pads = [1, 1, 1, 1]>(x, u, b)
+    [second] c = Conv(a, v)
+    d = Concat<axis = 1>(a, c)
+    [up] e = ConvTranspose<strides = [2, 2]>(c, t)
+    g = GlobalAveragePool(d)
+    f = Flatten(g)
+    [head] h = MatMul(f, w)
+    k = ReduceMean(e)
+    y = Add(h, k)
+}"""
+SCALES = {"x": 0.02, "a": 0.1, "c": 0.1, "d": 0.1, "f": 0.05, "g": 0.05}
+Fault = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(params=["fp32", "fp16"])
+def written(request: pytest.FixtureRequest, build: Callable[[str], onnx.ModelProto], tmp_path: Path) -> tuple[Stored, Path]:
+    model = ir.from_proto(build(NET))
+    placement = place(model, Selection())
+    scales = {tensor: SCALES[tensor] for tensor in placement.edges}
+    bias = {"first": np.ones(8, np.float32), "second": np.ones(8, np.float32), "head": np.ones(4, np.float32)}
+    stored = Stored.of(model, placement, scales, bias)
+    ToInt8(placement, scales, bias=bias)(model)
+    if request.param == "fp16":
+        ToHalf("fp16")(model)
+    save_model(model, tmp_path / "net.onnx")
+    return stored, tmp_path / "net.onnx"
+
+
+def outputs(model: ir.Model) -> np.ndarray:
+    return CpuGraph(model)({"x": np.random.default_rng(1).standard_normal((2, 8, 6, 6)).astype(np.float32)})["y"]
+
+
+def unrounded(stored: Stored, path: Path) -> np.ndarray:
+    model = load_model(path)
+    stored.unround(model)
+    if any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.initializers.values()):
+        Emulate()(model)
+    return outputs(model)
+
+
+def test_without_its_rounding_the_file_computes_what_its_source_does(
+    written: tuple[Stored, Path], build: Callable[[str], onnx.ModelProto]
+) -> None:
+    exact = outputs(ir.from_proto(build(NET)))
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in onnx.load(written[1]).graph.initializer)
+    np.testing.assert_allclose(unrounded(*written), exact, rtol=2e-2 if half else 1e-5, atol=2e-2 if half else 1e-5)
+
+
+def test_what_is_not_rounded_still_counts(written: tuple[Stored, Path]) -> None:
+    stored, path = written
+    sound = unrounded(stored, path)
+    for name in ("first/corrected_bias", "second/corrected_bias", "head/correction"):
+        proto = onnx.load(path)
+        change(name, lambda bias: bias + 1)(proto)
+        onnx.save(proto, path.with_name("faulty.onnx"))
+        assert np.abs(unrounded(stored, path.with_name("faulty.onnx")) - sound).max() > 0.5, name
+
+
+def test_what_was_computed_is_in_the_file(written: tuple[Stored, Path]) -> None:
+    stored, path = written
+    assert set(stored.weights) == {"first", "second", "up", "head"}
+    assert {"x", "a", "c"} <= set(stored.scales)
+    stored.check(path)
+
+
+def tensor_of(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+
+
+def change(name: str, edit: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    def fault(proto: onnx.ModelProto) -> None:
+        tensor = tensor_of(proto, name)
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(edit(array.copy())).astype(array.dtype), name))
+
+    return fault
+
+
+def one_channel(factor: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda scale: np.concatenate([scale[:-1], scale[-1:] * factor])
+
+
+def other_axis(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.name == "u/DequantizeLinear")
+    next(attribute for attribute in node.attribute if attribute.name == "axis").i = 1
+
+
+def float_again(proto: onnx.ModelProto) -> None:
+    """A layer that reads an activation past its pair."""
+    node = next(node for node in proto.graph.node if node.name == "second")
+    dequantized = next(node for node in proto.graph.node if node.name == "v/DequantizeLinear")
+    node.input[1] = dequantized.input[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [
+        (change("u_scale", lambda scale: scale / 2), "weight of 'first'"),
+        (change("v_scale", one_channel(2)), "weight of 'second'"),
+        (change("t_scale", lambda scale: scale * 1.02), "weight of 'up'"),
+        (change("w_int8", lambda codes: codes[::-1]), "weight of 'head'"),
+        (change("w_int8", lambda codes: codes.T.reshape(codes.shape)), "weight of 'head'"),
+        (change("x_scale", lambda scale: scale / 2), "scale of 'x' .* calibration gave 0.02"),
+        (change("a_scale", lambda scale: scale * 1.01), "scale of 'a'"),
+        (change("c_scale", lambda scale: scale * 4), "scale of 'c'"),
+        (other_axis, "weight of 'first'"),
+        (float_again, "weight of 'second' .* it is not quantized"),
+    ],
+)
+def test_a_fault_is_found_and_the_layer_named(written: tuple[Stored, Path], fault: Fault, names: str) -> None:
+    stored, path = written
+    proto = onnx.load(path)
+    fault(proto)
+    onnx.save(proto, path)
+    with pytest.raises(ParityError, match=names):
+        stored.check(path)
