@@ -110,9 +110,12 @@ def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, OrtValue]]:
     """
     slim = model.clone()
     weights: dict[str, OrtValue] = {}
-    for name, value in slim.graph.initializers.items():
+    for name, value in list(slim.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None:
+            continue
+        if not value.uses() and not value.is_graph_output():  # ONNX Runtime refuses a weight that nothing reads
+            del slim.graph.initializers[name]
             continue
         stored = _STORED.get(tensor.dtype)
         if stored is None or tensor.nbytes < _SHARED_BYTES:

@@ -90,3 +90,11 @@ def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "deploy.precision.cpu")
     with pytest.raises(BackendError, match=r"needs onnxruntime, which is not installed: pip install 'deploy\[cpu\]'"):
         import deploy.precision.cpu  # noqa: F401
+
+
+@pytest.mark.parametrize("size", [2, 4096])
+def test_a_weight_that_nothing_reads_is_no_obstacle(parse, size):
+    model = parse(MODEL)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(size, np.float32), "unused"))
+    found = cpu_graph(model)({"x": np.eye(2, dtype=np.float32)})
+    assert found["y"].tolist() == [[1, 2], [3, 4]]
