@@ -126,7 +126,7 @@ def _calibrate(
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
-    scales = _scales(histograms, placement, options)
+    scales, joint = _scales(histograms, placement, options)
     progress("measuring each layer")
     audit = Audit(model, placement, scales, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
@@ -144,6 +144,7 @@ def _calibrate(
     layers = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
     known = Calibrated(
         scales=scales,
+        joint=joint,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
@@ -173,27 +174,41 @@ def _quantized(
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
     if options.floats == "fp32":
-        stored = Stored.of(model, placement, known.scales, known.bias)
-        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)(model)
+        stored = Stored.of(model, placement, known.scales, known.joint, known.bias)
+        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=known.bias)(model)
         exclusions = list(placement.excluded)
     else:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
         placement = place(model, selection, stay={**small, **known.keep})
         bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
-        stored = Stored.of(model, placement, known.scales, bias)
-        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(model)
+        stored = Stored.of(model, placement, known.scales, known.joint, bias)
+        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(
+            model
+        )
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
     return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
 
 
-def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:
-    """The scale of every tensor; within a group, all have the scale of the widest."""
+def _scales(
+    histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The scale of every tensor for the layers that read it, and that of branches of a Concat where it is another one.
+
+    Within a group, all have the scale of the widest, unless their own is less than half of it: then one bit would be lost.
+    """
     method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
     amax = {name: threshold(histogram, method, percentile=options.percentile) for name, histogram in histograms.items()}
+    branches = {name for name, uses in placement.edges.items() if any(node in placement.joints for node, _ in uses)}
+    joint: dict[str, float] = {}
     for group in placement.groups:
-        amax |= dict.fromkeys(group, max(amax[name] for name in group))
+        widest = max(amax[name] for name in group)
+        for name in group:
+            if amax[name] >= widest / 2 or name in placement.joints.values():
+                amax[name] = widest
+            elif name in branches:
+                joint[name] = scale_of(widest)
     if dead := [name for name, value in amax.items() if value == 0]:
         logger.warning("always 0 on the calibration data: %s", ", ".join(dead[:10]) + ("..." if len(dead) > 10 else ""))
-    return {name: scale_of(value) for name, value in amax.items()}
+    return {name: scale_of(value) for name, value in amax.items()}, joint
