@@ -12,7 +12,6 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Feed, row_count
-from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
@@ -23,11 +22,12 @@ from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect, scale_of
-from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_request
+from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
@@ -126,7 +126,13 @@ def _calibrate(
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
-    scales, joint = _scales(histograms, placement, options)
+    if options.method == AUTO:
+        progress("comparing ranges at the layers that read them")
+        amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
+    else:
+        method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
+        amax = {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
+    scales, joint = _scales(amax, placement)
     progress("measuring each layer")
     audit = Audit(model, placement, scales, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
@@ -191,15 +197,12 @@ def _quantized(
     return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
 
 
-def _scales(
-    histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions
-) -> tuple[dict[str, float], dict[str, float]]:
+def _scales(amax: Mapping[str, float], placement: Placement) -> tuple[dict[str, float], dict[str, float]]:
     """The scale of every tensor for the layers that read it, and that of branches of a Concat where it is another one.
 
     Within a group, all have the scale of the widest, unless their own is less than half of it: then one bit would be lost.
     """
-    method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
-    amax = {name: threshold(histogram, method, percentile=options.percentile) for name, histogram in histograms.items()}
+    amax = dict(amax)
     branches = {name for name, uses in placement.edges.items() if any(node in placement.joints for node, _ in uses)}
     joint: dict[str, float] = {}
     for group in placement.groups:
