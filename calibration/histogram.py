@@ -44,16 +44,17 @@ class Histogram:
 
     counts: (BINS,) int64; values that are exactly zero are in bin 0.
     width: the width of a bin; 0.0 until the first value other than zero.
-    amax: the exact largest magnitude; 0.0 if there are no values.
+    amax: the exact largest magnitude; 0.0 if there are no values. low: the exact smallest value, with its sign.
     zeros: the number of values that are exactly zero, which every scale represents without error.
     """
 
-    __slots__ = ("amax", "counts", "width", "zeros")
+    __slots__ = ("amax", "counts", "low", "width", "zeros")
 
     def __init__(self) -> None:
         self.counts = np.zeros(BINS, dtype=np.int64)
         self.width = 0.0
         self.amax = 0.0
+        self.low = math.inf
         self.zeros = 0
 
     @property
@@ -74,6 +75,7 @@ class Histogram:
         if amax == 0:  # and so were all values before
             self.counts[0] += values.size
             self.zeros += values.size
+            self.low = min(self.low, 0.0)
             return
         width = max(self.width, math.ldexp(1 / BINS, max(math.frexp(amax)[1], LOWEST_EXPONENT)))
         self.counts = _widened(self.counts, self.width, width)
@@ -89,7 +91,7 @@ class Histogram:
         size = min(CHUNK, values.size)
         scaled, bins, lanes = (np.empty(size, dtype=dtype) for dtype in (np.float32, np.int32, np.int64))
         counts = np.zeros(_LANES * BINS, dtype=np.int64)
-        top, zeros = 0.0, 0
+        top, low, zeros = 0.0, self.low, 0
         for chunk in _chunks(values):
             magnitudes, indices = scaled[: chunk.size], bins[: chunk.size]
             with np.errstate(over="ignore", invalid="ignore"):
@@ -101,8 +103,10 @@ class Histogram:
             counts += np.bincount(np.add(indices, _LANE[: chunk.size], out=lanes[: chunk.size]), minlength=_LANES * BINS)
             zeros += chunk.size - int(np.count_nonzero(chunk != 0))
             top = max(top, largest)
+            low = min(low, float(chunk.min()))
         self.counts += counts.reshape(_LANES, BINS).sum(axis=0)
         self.amax = max(self.amax, top * self.width)
+        self.low = low
         self.zeros += zeros
         return True
 

@@ -15,18 +15,17 @@ import onnx_ir as ir
 
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.placement import Placement, Weight
-from deploy.precision.int8.rewrite import quantize_weight
+from deploy.precision.int8.rewrite import quantize_weight, read_back
 
 NOISE_ROWS = 4
 """Rows of data that the noise is measured on. A few are enough, because every position of an image is a sample."""
 
-_CORRECTED = ("Conv", "ConvTranspose", "Gemm")
-"""Operators with a bias that can be corrected; they are linear in their input."""
+_CORRECTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators whose bias can be corrected; they are linear in their input. That of a MatMul is added behind it."""
 
 _CHANNEL_AXIS = 1
 _BIAS = 2
 _MATRIX = 2
-_RANGE = (-128, 127)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -55,8 +54,17 @@ class Audit:
     of the layer in total, regardless of the number of rows.
     """
 
-    def __init__(self, model: ir.Model, placement: Placement, scales: Mapping[str, float], *, per_tensor: bool) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        placement: Placement,
+        scales: Mapping[str, float],
+        *,
+        shifts: Mapping[str, float] | None = None,
+        per_tensor: bool,
+    ) -> None:
         self._scales = scales
+        self._shifts = shifts or {}
         taken: dict[str, dict[int, str]] = {name: {} for name in placement.nodes}
         for tensor, uses in placement.edges.items():
             for node, index in uses:
@@ -97,7 +105,7 @@ class Audit:
             return dict(zip((probe.name for probe in self._probes), pool.map(self._error, self._probes), strict=True))
 
     def _error(self, probe: "_Probe") -> LayerError:
-        run = CpuGraph(probe.build(), streams=STREAMS)
+        run = CpuGraph(probe.build(self._noise[0][probe.tensors[0]].ndim), streams=STREAMS)
         constants = probe.constants()
         mean, noise = _Sums(), _Sums()
         for means in self._means.values() if probe.has_weight else ():
@@ -110,13 +118,7 @@ class Audit:
         return _error(mean.totals, noise.totals)
 
     def _rounded(self, name: str, exact: np.ndarray) -> np.ndarray:
-        """`exact` after quantization to INT8 and back."""
-        scale = np.float32(self._scales[name])
-        codes: np.ndarray = np.divide(exact, scale)
-        np.rint(codes, out=codes)
-        np.clip(codes, *_RANGE, out=codes)
-        codes *= scale
-        return codes
+        return read_back(exact, self._scales[name], self._shifts.get(name, 0.0))
 
 
 class _Mean:
@@ -194,7 +196,8 @@ class _Probe:
             arrays["weight"] = _read_back(arrays["constant1"], self._stored.axis)
         return arrays
 
-    def build(self) -> ir.Model:
+    def build(self, rank: int) -> ir.Model:
+        """rank: of the first activation, and of the output."""
         inputs = {f"{sort}{index}": _value(f"{sort}{index}") for index in self._taken for sort in ("exact", "rounded")}
         inputs |= {f"constant{index}": _value(f"constant{index}", tensor.dtype) for index, tensor in self._known.items()}
         if self._stored is not None:
@@ -210,8 +213,10 @@ class _Probe:
             ir.Node("", "Size", [error], outputs=[_value("size", ir.DataType.INT64)]),
         ]
         axes = []
-        if self._stored is not None and self._node.op_type in _CORRECTED:
-            others = [axis for axis in range(len(self._known[1].shape)) if axis != _CHANNEL_AXIS]
+        stack = self._node.op_type == "MatMul" and self._stored is not None and len(self._known[1].shape) > _MATRIX
+        if self._stored is not None and self._node.op_type in _CORRECTED and not stack:
+            channel = rank - 1 if self._node.op_type == "MatMul" else _CHANNEL_AXIS
+            others = [axis for axis in range(rank) if axis != channel]
             tensor = ir.tensor(np.array(others, dtype=np.int64), name="axes")
             axes.append(
                 ir.Value(name="axes", type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)

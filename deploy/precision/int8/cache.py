@@ -15,7 +15,7 @@ from deploy.host.cache import cache_folder, keep
 class Calibrated:
     """The result of a calibration.
 
-    scales: by activation tensor. joint: see `deploy.precision.int8.rewrite.ToInt8`.
+    scales: by activation tensor. joint, shifts: see `deploy.precision.int8.rewrite.ToInt8`.
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
     keep: nodes whose tensors FP16 cannot represent, with the reason.
     record: the evidence for the manifest.
@@ -23,6 +23,7 @@ class Calibrated:
 
     scales: dict[str, float]
     joint: dict[str, float]
+    shifts: dict[str, float]
     bias: dict[str, np.ndarray]
     keep: dict[str, str]
     record: Calibration
@@ -31,6 +32,7 @@ class Calibrated:
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scales: dict[str, float]
     joint: dict[str, float]
+    shifts: dict[str, float]
     bias: dict[str, list[float]]
     keep: dict[str, str]
     record: Calibration
@@ -48,7 +50,7 @@ def read(request: dict[str, Any]) -> Calibrated | None:
     except (OSError, msgspec.DecodeError):
         return None
     bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
-    return Calibrated(scales=kept.scales, joint=kept.joint, bias=bias, keep=kept.keep, record=kept.record)
+    return Calibrated(scales=kept.scales, joint=kept.joint, shifts=kept.shifts, bias=bias, keep=kept.keep, record=kept.record)
 
 
 def write(request: dict[str, Any], calibrated: Calibrated) -> None:
@@ -56,6 +58,7 @@ def write(request: dict[str, Any], calibrated: Calibrated) -> None:
     kept = _File(
         scales=calibrated.scales,
         joint=calibrated.joint,
+        shifts=calibrated.shifts,
         bias={name: values.tolist() for name, values in calibrated.bias.items()},
         keep=calibrated.keep,
         record=calibrated.record,

@@ -17,6 +17,7 @@ from deploy.calibration.thresholds import Method, threshold
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.histograms import scale_of
 from deploy.precision.int8.placement import QUANTIZED, Placement
+from deploy.precision.int8.rewrite import read_back
 
 CANDIDATES: tuple[tuple[Method, float], ...] = (
     ("percentile", 99.99),
@@ -31,7 +32,6 @@ CANDIDATES: tuple[tuple[Method, float], ...] = (
 _ALIKE = 1.01
 """Candidates that differ by less than this factor are one."""
 
-_RANGE = (-128, 127)
 _OUTPUT = "energy"
 
 
@@ -86,19 +86,9 @@ def _errors(
         exact = sample[operands[index]]
         signal += layer.energy(exact, sample) if layer else float(np.square(exact, dtype=np.float64).sum())
         for place, amax in enumerate(candidates):
-            off = exact - _rounded(exact, amax)
+            off = exact - read_back(exact, scale_of(amax))
             errors[place] += layer.energy(off, sample) if layer else float(np.square(off, dtype=np.float64).sum())
     return errors / signal if signal else errors
-
-
-def _rounded(exact: np.ndarray, amax: float) -> np.ndarray:
-    """`exact` after quantization to INT8 and back."""
-    scale = np.float32(scale_of(amax))
-    codes: np.ndarray = np.divide(exact, scale)
-    np.rint(codes, out=codes)
-    np.clip(codes, *_RANGE, out=codes)
-    codes *= scale
-    return codes
 
 
 class _Layer:

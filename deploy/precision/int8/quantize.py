@@ -1,8 +1,8 @@
 """Quantizing the graph of an artifact in memory: calibration, bias correction and audit."""
 
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +26,12 @@ from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
-from deploy.precision.int8.histograms import Activations, collect, scale_of
+from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
-from deploy.precision.int8.placement import Placement, Selection, place
+from deploy.precision.int8.placement import Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
+from deploy.precision.int8.scales import scales_of
 from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
@@ -132,9 +133,9 @@ def _calibrate(
     else:
         method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
         amax = {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
-    scales, joint = _scales(amax, placement)
+    scales = scales_of(model, placement, histograms, amax)
     progress("measuring each layer")
-    audit = Audit(model, placement, scales, per_tensor=options.per_tensor)
+    audit = Audit(model, placement, scales.own, shifts=scales.shifts, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
@@ -149,8 +150,9 @@ def _calibrate(
     corrected = options.bias_correction
     layers = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
     known = Calibrated(
-        scales=scales,
-        joint=joint,
+        scales=scales.own,
+        joint=scales.joint,
+        shifts=scales.shifts,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
@@ -179,39 +181,26 @@ def _quantized(
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
-    if options.floats == "fp32":
-        stored = Stored.of(model, placement, known.scales, known.joint, known.bias)
-        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=known.bias)(model)
-        exclusions = list(placement.excluded)
-    else:
+    half = options.floats == "fp16"
+    if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
         placement = place(model, selection, stay={**small, **known.keep})
-        bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
-        stored = Stored.of(model, placement, known.scales, known.joint, bias)
-        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(
-            model
-        )
+    shifts = {name: shift for name, shift in known.shifts.items() if name in placement.edges}
+    stored = Stored.of(model, placement, known.scales, known.joint, shifts)
+    to_int8 = ToInt8(
+        placement,
+        known.scales,
+        joint=known.joint,
+        shifts=shifts,
+        bias={name: correction for name, correction in known.bias.items() if name in placement.nodes},
+        per_tensor=options.per_tensor,
+        smallest=SMALLEST_FP16 if half else 0.0,
+    )
+    to_int8(model)
+    stored = dataclasses.replace(stored, bias=to_int8.added)
+    exclusions = list(placement.excluded)
+    if half:
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
-        exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
+        exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
     return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
-
-
-def _scales(amax: Mapping[str, float], placement: Placement) -> tuple[dict[str, float], dict[str, float]]:
-    """The scale of every tensor for the layers that read it, and that of branches of a Concat where it is another one.
-
-    Within a group, all have the scale of the widest, unless their own is less than half of it: then one bit would be lost.
-    """
-    amax = dict(amax)
-    branches = {name for name, uses in placement.edges.items() if any(node in placement.joints for node, _ in uses)}
-    joint: dict[str, float] = {}
-    for group in placement.groups:
-        widest = max(amax[name] for name in group)
-        for name in group:
-            if amax[name] >= widest / 2 or name in placement.joints.values():
-                amax[name] = widest
-            elif name in branches:
-                joint[name] = scale_of(widest)
-    if dead := [name for name, value in amax.items() if value == 0]:
-        logger.warning("always 0 on the calibration data: %s", ", ".join(dead[:10]) + ("..." if len(dead) > 10 else ""))
-    return {name: scale_of(value) for name, value in amax.items()}, joint

@@ -13,9 +13,7 @@ import onnx_ir as ir
 from deploy.artifact.onnxfile import load_model
 from deploy.errors import ParityError
 from deploy.precision.int8.placement import Placement
-
-_BIAS = 2
-"""The input of a layer that is its bias."""
+from deploy.precision.int8.rewrite import bias_place
 
 _STEPS = 0.6
 """How many steps of its scale a weight may be away from the code: rounding is half of one, and a scale in FP16 moves the largest
@@ -30,7 +28,7 @@ class Stored:
     """What an INT8 file must hold.
 
     weights: the FP32 weight of every layer with an INT8 weight. edges: by quantized tensor, the inputs (node, index) that read it.
-    scales: by quantized tensor. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
+    scales: by quantized tensor. shifts: what is taken off a tensor before. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
     """
 
     weights: Mapping[str, ir.TensorProtocol]
@@ -38,6 +36,7 @@ class Stored:
     scales: Mapping[str, float]
     joint: Mapping[str, float]
     joints: Collection[str]
+    shifts: Mapping[str, float]
     bias: Mapping[str, np.ndarray]
 
     @classmethod
@@ -47,7 +46,7 @@ class Stored:
         placement: Placement,
         scales: Mapping[str, float],
         joint: Mapping[str, float],
-        bias: Mapping[str, np.ndarray],
+        shifts: Mapping[str, float],
     ) -> "Stored":
         """model: prepared, before it is quantized."""
         tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -58,7 +57,8 @@ class Stored:
             scales={tensor: scales[tensor] for tensor in placement.edges},
             joint=joint,
             joints=frozenset(placement.joints),
-            bias=bias,
+            shifts=shifts,
+            bias={},
         )
 
     def check(self, path: Path) -> None:
@@ -86,12 +86,11 @@ class Stored:
         for name, weight in self.weights.items():
             _replace(model.graph, nodes[name], 1, weight.numpy())
         for name, shift in self.bias.items():
-            node, index = nodes[name], _BIAS
-            if len(node.inputs) <= index or (old := _constant(node, index)) is None:
-                node, index = nodes[f"{name}/bias_correction"], 1
-                old = _constant(node, index)
-            if old is not None:
+            node, index = bias_place(nodes[name]) or (nodes[f"{name}/bias_correction"], 1)
+            if (old := _constant(node, index)) is not None:
                 _replace(model.graph, node, index, old.astype(np.float32) - shift)
+        for tensor in self.shifts:
+            _replace(model.graph, nodes[f"{tensor}/Sub"], 1, np.zeros((), np.float32))
         for node in model.graph:
             value, result = node.inputs[0] if node.inputs else None, node.outputs[0]
             if value is None or (value.is_initializer() and node.op_type != "Concat"):
