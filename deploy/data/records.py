@@ -53,7 +53,7 @@ class RecordInput:
                 raise DataError(f"{path} has no row in {' or '.join(str(table.path) for table in self.tables)}")
             table, row = entry
             for image in others:
-                found[image.spec.name] = image.load(_named_image(table, row, image.spec.name))
+                found[image.spec.name] = _named_image(table, row, image)
             for spec in self.values:
                 found[spec.name] = _values(table, row, spec)
         return {spec.name: found[spec.name].astype(spec.dtype, copy=False) for spec in self.specs}
@@ -139,11 +139,16 @@ def _check_columns(table: Table, spec: TensorSpec, inputs: Sequence[str]) -> Non
     raise DataError(f"{table.path} has no column {spec.name!r} for {spec}{each}; it has {', '.join(table.columns)}")
 
 
-def _named_image(table: Table, row: Row, column: str) -> Path:
-    name = row[column]
+def _named_image(table: Table, row: Row, image: ImageInput) -> np.ndarray:
+    """The array of a further image input, whose file a row names."""
+    where = f"{table.path}: the row of {printable(row[FILE_NAME])}"
+    name = row[image.spec.name]
     if not isinstance(name, str) or not name:
-        raise DataError(f"{table.path}: the row of {printable(row[FILE_NAME])} names no image in {column!r}")
-    return table.path.parent / name
+        raise DataError(f"{where} names no image in {image.spec.name!r}")
+    try:
+        return image.load(table.path.parent / name)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _values(table: Table, row: Row, spec: TensorSpec) -> np.ndarray:

@@ -38,7 +38,6 @@ class Labelled(ABC):
     files: all that hold the data, in order.
     """
 
-    noun = "image"
     root: Path
     classes: tuple[str, ...] | None
     files: tuple[Path, ...]
@@ -78,14 +77,23 @@ class _Images(Labelled):
 
 
 class _Npz(Labelled):
-    noun = "row"
-
     def __init__(self, artifact: Artifact, folder: Path) -> None:
         found = read_npz_folder(folder)
         self.root, self.classes = folder, found.classes
         self.files = tuple(path for path, _ in found.samples)
         self._samples = found.samples
         self._specs = artifact.manifest.inputs
+        if self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
+            raise DataError(
+                f"{folder} holds .npz files without labels: {self.files[0].name} has no array {LABEL!r} with the index of each row's"
+                " class, and is in no class folder"
+            )
+
+    def _may_have_labels(self, path: Path) -> bool:
+        try:
+            return read_npz(path, self._specs)[1] is not None
+        except DataError:
+            return True  # damaged: it is told of when its turn comes
 
     def batches(self, classes: Sequence[int], batch_size: int, skip: Skip | None) -> Iterator[Batch]:
         for path, folder in self._samples:
@@ -105,7 +113,7 @@ class _Npz(Labelled):
         if label is not None:
             labels = np.full(sum(rows), label)
         elif labels is None:
-            raise DataError(f"{path} has no array {LABEL!r} with the index of each row's class, and lies in no class folder")
+            raise DataError(f"{path} has no array {LABEL!r} with the index of each row's class")
         if labels.dtype.kind not in "iu" or labels.shape != (sum(rows),):
             raise DataError(f"{path}: {LABEL!r} is {labels.dtype} {labels.shape}; expected {sum(rows)} indices of classes")
         for feed, part in zip(feeds, np.split(labels, np.cumsum(rows)[:-1]), strict=True):
