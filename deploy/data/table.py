@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The rows of a table, by the path of the image: the folder of the table and `file_name`, normalized."""
+    """The rows of a table, by the path of the image: the folder of the table and `file_name`, absolute."""
 
     path: Path
     columns: tuple[str, ...]
@@ -66,8 +66,8 @@ def read_table(path: Path) -> Table:
 
 
 def normal(path: Path) -> Path:
-    """`path` without `.` and `..`, as tables and folders are compared."""
-    return Path(os.path.normpath(path))
+    """`path` from the root on, without `.` and `..`, as tables and folders are compared."""
+    return Path(os.path.abspath(path))
 
 
 def _csv(path: Path) -> tuple[tuple[str, ...], Iterator[Row]]:

@@ -90,8 +90,10 @@ def _expand(path: Path, table: bool, skip: Skip | None) -> list[tuple[Path, Path
     try:
         if not path.exists():
             raise DataError(f"no image at {path}")
-        files, above = (images_under(path), [path, *path.parents]) if path.is_dir() else ([path], [*path.parents])
-        folder = next(filter(find_table, above), above[0]) if table else above[0]
+        files, folder = (images_under(path), path) if path.is_dir() else ([path], path.parent)
+        above = folder.absolute()
+        if table and (found := next(filter(find_table, (above, *above.parents)), None)):
+            folder = found
         return [(file, folder) for file in files]
     except DataError as error:
         if skip is None:
