@@ -81,7 +81,8 @@ class _Images(CalibrationSet):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
-            logger.warning("%d of %d images cannot be read and were left out: %s", len(self.skipped), self.count, shown)
+            reason = f"; the first: {printable(self._reason)}" if self._source.tables else ""
+            logger.warning("%d of %d images cannot be read and were left out: %s%s", len(self.skipped), self.count, shown, reason)
 
     def _skip(self, path: Path, error: Exception) -> None:
         if not isinstance(error, DataError):

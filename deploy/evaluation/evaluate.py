@@ -1,5 +1,6 @@
 """Measures the accuracy of a classifier on labelled images."""
 
+import functools
 import logging
 import time
 from dataclasses import asdict, dataclass, field
@@ -75,13 +76,14 @@ def evaluate(
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     class_scores(artifact)
     data = labelled(artifact, Path(folder))
-    _warn_of_order(artifact, data)
-    return measure(
+    if artifact.manifest.classes is None and data.classes is not None:
+        _warn_of_order(data.root, data.classes)
+    return _measure(
         artifact, data, backend=backend, batch_size=batch_size, device=device, threads=threads, progress=progress, skip=skip
     )
 
 
-def measure(
+def _measure(
     artifact: Artifact,
     data: Labelled,
     *,
@@ -92,7 +94,7 @@ def measure(
     progress: Progress = silent,
     skip: Skip | None = None,
 ) -> Evaluation:
-    """`evaluate` on data that was read, without a word on the order of the class folders."""
+    """`evaluate` on data that was read."""
     logits = class_scores(artifact)
     classes = _classes(artifact, data, logits)
     size, reason = data.batch_size(batch_size)
@@ -132,11 +134,9 @@ def measure(
 
 
 def check_evaluation(artifact: Artifact, folder: Path | str) -> None:
-    """What `evaluate` raises and warns of before it runs anything: UsageError for no image classifier, DataError for the folder."""
+    """Raise what `evaluate` raises before it runs anything: UsageError for no image classifier, DataError for the folder."""
     logits = class_scores(artifact)
-    data = labelled(artifact, Path(folder))
-    _classes(artifact, data, logits)
-    _warn_of_order(artifact, data)
+    _classes(artifact, labelled(artifact, Path(folder)), logits)
 
 
 def _quiet(path: Path, error: Exception) -> None:
@@ -184,16 +184,20 @@ def _classes(artifact: Artifact, data: Labelled, logits: TensorSpec) -> list[int
     return [names.index(folder) for folder in data.classes]
 
 
-def _warn_of_order(artifact: Artifact, data: Labelled) -> None:
-    """Say so where nothing but the order of the folders makes them classes, and it is not that of the numbers they are called by."""
-    if artifact.manifest.classes is None and data.classes is not None and (ordered := out_of_order(data.classes)):
-        index = next(index for index, name in enumerate(data.classes) if name != ordered[index])
+@functools.cache
+def _warn_of_order(root: Path, classes: tuple[str, ...]) -> None:
+    """Say where class folders are called by numbers and their order is another; once, for a gate evaluates twice.
+
+    Nothing but their order makes them classes where the model has no names.
+    """
+    if ordered := out_of_order(classes):
+        index = next(index for index, name in enumerate(classes) if name != ordered[index])
         logger.warning(
             "the class folders of %s are called by numbers, and taken in the order of torchvision's ImageFolder: class %d is %r, not %r;"
             " if the model's classes are the numbers, export it with --classes FILE, which lists them in their order",
-            data.root,
+            root,
             index,
-            data.classes[index],
+            classes[index],
             ordered[index],
         )
 

@@ -11,8 +11,8 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
 from deploy.errors import AccuracyError, UsageError
-from deploy.evaluation.evaluate import Evaluation, check_evaluation, measure
-from deploy.evaluation.labelled import files_request, labelled
+from deploy.evaluation.evaluate import Evaluation, check_evaluation, evaluate
+from deploy.evaluation.labelled import files_request
 from deploy.progress import Progress
 from deploy.words import count_of
 
@@ -66,7 +66,7 @@ class Expected:
 
 def check_expected(artifact: Artifact, expected: Expected, progress: Progress) -> Accuracy:
     """Evaluate an export. Raises AccuracyError where what training reported is above the 95 % interval of its top-1."""
-    found = measure(artifact, labelled(artifact, expected.folder), progress=progress)
+    found = evaluate(artifact, expected.folder, progress=progress)
     accuracy = _accuracy(found, expected_top1=expected.top1)
     low, high = accuracy.top1_low, accuracy.top1_high
     assert low is not None
@@ -108,8 +108,8 @@ def _accuracy(found: Evaluation, **others: Any) -> Accuracy:
 
 def check_accuracy(before: Artifact, after: Artifact, gate: Gate, hint: str, progress: Progress) -> Accuracy:
     """Evaluate both artifacts on the same images. Raises AccuracyError, which ends with `hint`, if too much is lost."""
-    first = measure(before, labelled(before, gate.folder), progress=progress)
-    second = measure(after, labelled(after, gate.folder), progress=progress)
+    first = evaluate(before, gate.folder, progress=progress)
+    second = evaluate(after, gate.folder, progress=progress)
     drop, low, high = paired_drop(first.ranks == 0, second.ranks == 0)
     accuracy = _accuracy(
         second,

@@ -176,7 +176,6 @@ def test_folders_called_by_numbers_keep_the_order_of_training_and_it_is_said_whe
     assert evaluate(nameless, folder).top1 == 100
     assert "called by numbers" in caplog.text
     assert "class 2 is '10', not '2'" in caplog.text
-    caplog.clear()
     named = make_model(tmp_path / "named", names=[str(index) for index in range(classes)], classes=classes)
     for name in range(classes):
         Image.new("L", (8, 8), round(255 * name / (classes - 1))).save(folder / str(name) / "0.png")
