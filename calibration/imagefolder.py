@@ -3,11 +3,12 @@
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
@@ -58,8 +59,8 @@ class ImageFolder:
         return tuple(drawn[:count])
 
 
-def scan(root: Path) -> ImageFolder:
-    """The images under `root`, whose folders are the classes. Images may be at any depth in them.
+def scan(root: Path, suffixes: frozenset[str] = SUFFIXES) -> ImageFolder:
+    """The images under `root`, whose folders are the classes. Images, files of these suffixes, may be at any depth in them.
 
     Hidden files and folders are skipped, and links to folders are followed. Raises ImageFolderError if there is no such
     folder, or no class folder in it, or a class folder without images.
@@ -70,19 +71,21 @@ def scan(root: Path) -> ImageFolder:
         entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise ImageFolderError(f"{root} cannot be read: {error.strerror}") from error
+    what = "images" if suffixes is SUFFIXES else f"{' and '.join(sorted(suffixes))} files"
+    example = "image.png" if suffixes is SUFFIXES else f"1{min(suffixes)}"
     folders = [entry for entry in entries if entry.is_dir()]
     loose = [entry for entry in entries if not entry.is_dir()]
     if not folders:
-        layout = f"images must lie in one folder a class, as {root / 'CLASS' / 'image.png'}"
-        if any(is_image(path) for path in loose):
-            raise ImageFolderError(f"{root} holds images, but no class folders: {layout}")
+        layout = f"{what} must lie in one folder a class, as {root / 'CLASS' / example}"
+        if any(path.suffix.lower() in suffixes for path in loose):
+            raise ImageFolderError(f"{root} holds {what}, but no class folders: {layout}")
         raise ImageFolderError(f"{root} holds {'no class folders' if loose else 'nothing'}: {layout}")
     samples: list[Sample] = []
     empty: list[str] = []
     ignored = len(loose)
     for label, folder in enumerate(folders):
         files = walk(folder)
-        images = [path for path in files if is_image(path)]
+        images = [path for path in files if path.suffix.lower() in suffixes]
         ignored += len(files) - len(images)
         samples += [(path, label) for path in images]
         if not images:
@@ -90,7 +93,7 @@ def scan(root: Path) -> ImageFolder:
     if empty:
         more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
         raise ImageFolderError(
-            f"{root} has class folders without images: {', '.join(empty[:10])}{more}; add images or remove the folders"
+            f"{root} has class folders without {what}: {', '.join(empty[:10])}{more}; add {what} or remove the folders"
         )
     return ImageFolder(root=root, classes=tuple(folder.name for folder in folders), samples=tuple(samples), ignored=ignored)
 
@@ -120,6 +123,11 @@ def _refuse(error: OSError) -> None:
     raise ImageFolderError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
+Record = Mapping[str, np.ndarray]
+"""What a model takes of one file where it has several inputs: an array for each, by name."""
+
+
+@overload
 def batches(
     samples: Sequence[Sample],
     load: Callable[[Path], np.ndarray],
@@ -127,10 +135,32 @@ def batches(
     *,
     workers: int | None = None,
     skip: Callable[[Path, Exception], None] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
+
+@overload
+def batches(
+    samples: Sequence[Sample],
+    load: Callable[[Path], Record],
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    skip: Callable[[Path, Exception], None] | None = None,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]: ...
+
+
+def batches(
+    samples: Sequence[Sample],
+    load: Callable[[Path], np.ndarray | Record],
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    skip: Callable[[Path, Exception], None] | None = None,
+) -> Iterator[tuple[Any, np.ndarray]]:
     """Images and labels, in order: (N, C, H, W) float32 and (N,) int64; the last batch may be smaller.
 
-    `load` makes a (C, H, W) array of a file. `workers` threads (None: one for each CPU core, at most 8) call it up to one
+    `load` makes a (C, H, W) array of a file, or a dict of arrays; the images of a batch are then a dict too, of the same
+    dtypes, each with N in front. `workers` threads (None: one for each CPU core, at most 8) call it up to one
     batch ahead of need, so that memory does not grow with the number of images. An error of `load` is raised with a note
     that names the file. With `skip`, an image whose `load` raises an Exception is left out, the next images fill the batch,
     and `skip` is called with the error, in order and in the thread of the caller; if `skip` raises, the stream ends.
@@ -142,47 +172,62 @@ def batches(
     return _batches(samples, load, batch_size, workers, skip)
 
 
+_IMAGE = ""
+"""The name of an array that `load` gives none."""
+
+
 def _batches(
     samples: Sequence[Sample],
-    load: Callable[[Path], np.ndarray],
+    load: Callable[[Path], np.ndarray | Record],
     batch_size: int,
     workers: int,
     skip: Callable[[Path, Exception], None] | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Any, np.ndarray]]:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     try:
         waiting = iter(samples)
         ahead = deque(pool.submit(load, path) for path, _ in islice(waiting, max(batch_size, 2 * workers)))
-        images: np.ndarray | None = None
+        rows: dict[str, np.ndarray] = {}
         taken: list[Sample] = []
         for index, (path, label) in enumerate(samples):
-            image: np.ndarray | None = None
+            loaded: np.ndarray | Record | None = None
             try:
-                image = ahead.popleft().result()
+                loaded = ahead.popleft().result()
             except Exception as error:
                 error.add_note(f"while loading {path}")
                 if skip is None:
                     raise
                 skip(path, error)
             ahead.extend(pool.submit(load, path) for path, _ in islice(waiting, 1))
-            if image is None:
+            if loaded is None:
                 continue
-            if images is None:
-                images = np.empty((min(batch_size, len(samples) - index), *image.shape), dtype=np.float32)
-            if image.shape != images.shape[1:]:
-                raise ImageFolderError(
-                    f"{path} gives an array of shape {image.shape} and {taken[0][0]} one of {images.shape[1:]}: images of"
-                    " one batch must be of one size; resize and crop them, or use batches of 1"
-                )
-            images[len(taken)] = image
+            record = loaded if isinstance(loaded, Mapping) else {_IMAGE: loaded.astype(np.float32, copy=False)}
+            if not taken:
+                most = min(batch_size, len(samples) - index)
+                rows = {name: np.empty((most, *array.shape), dtype=array.dtype) for name, array in record.items()}
+            _put(record, rows, path, taken)
             taken.append((path, label))
             if len(taken) == batch_size:
-                yield images, _labels(taken)
-                images, taken = None, []
-        if images is not None:
-            yield images[: len(taken)], _labels(taken)
+                yield rows.get(_IMAGE, rows), _labels(taken)
+                taken = []
+        if taken:
+            rows = {name: array[: len(taken)] for name, array in rows.items()}
+            yield rows.get(_IMAGE, rows), _labels(taken)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _put(record: Record, rows: dict[str, np.ndarray], path: Path, taken: Sequence[Sample]) -> None:
+    """Write a record into the next of the `rows`. Raises ImageFolderError for an array of another shape than those before."""
+    for name, array in record.items():
+        shape = rows[name].shape[1:]
+        if array.shape != shape:
+            of = f" for {name!r}" if name else ""
+            raise ImageFolderError(
+                f"{path} gives an array of shape {array.shape}{of} and {taken[0][0]} one of {shape}: images of"
+                " one batch must be of one size; resize and crop them, or use batches of 1"
+            )
+        rows[name][len(taken)] = array
 
 
 def _labels(samples: Sequence[Sample]) -> np.ndarray:

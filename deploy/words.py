@@ -1,6 +1,7 @@
 """Small pieces of the English in messages: counts with their nouns, and names that are almost right."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def count_of(count: int, noun: str) -> str:
@@ -15,3 +16,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that UTF-8 can hold: bytes of the name that are none are written as `\\xe9`."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

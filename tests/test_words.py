@@ -1,7 +1,10 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from deploy.models import errors
-from deploy.words import count_of, did_you_mean
+from deploy.words import count_of, did_you_mean, printable
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
@@ -23,3 +26,12 @@ def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
 def test_near_names_are_suggested_here_and_in_models(name: str, known: list[str], hint: str) -> None:
     assert did_you_mean(name, known) == hint
     assert errors.did_you_mean(name, known) == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(b"caf\xc3\xa9.png", "café.png"), (b"caf\xe9.png", r"caf\xe9.png"), (b"\xff\xfe", r"\xff\xfe"), (b"a b", "a b")],
+)
+def test_a_path_is_printed_whatever_its_bytes(name: bytes, text: str) -> None:
+    path = os.fsdecode(name)
+    assert printable(path) == printable(Path(path)) == text

@@ -157,25 +157,33 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Accuracy in per cent on the same labelled images, of this artifact and of the FP32 artifact it was made from.
+    """Accuracy in per cent on labelled images, and that of the FP32 artifact it was made from on the same ones.
 
+    top1_low, top1_high: the 95 % interval of top-1: see `evaluation.gate.wilson`.
+    expected_top1: of an export, what training reported, where that was given.
+    parent_..., top1_drop: None for an export, which has no parent.
     top1_drop: points of top-1 accuracy lost, with its 95 % interval: see `evaluation.gate.paired_drop`.
     """
 
     images: int
     top1: float
     top5: float
-    parent_top1: float
-    parent_top5: float
-    top1_drop: float
-    top1_drop_low: float
-    top1_drop_high: float
     backend: str
+    top1_low: float | None = None
+    top1_high: float | None = None
+    expected_top1: float | None = None
+    parent_top1: float | None = None
+    parent_top5: float | None = None
+    top1_drop: float | None = None
+    top1_drop_low: float | None = None
+    top1_drop_high: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that an artifact records about itself. `digest` is the SHA-256 of everything but itself and `created`.
 
+    preprocess: how an image becomes the input `image`, which is None where there is one input alone.
+    other_images: how images become further inputs, by name.
     parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
     """
 
@@ -201,6 +209,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     target: Target | None = None
     precision_share: PrecisionShare | None = None
     engine_parity: Parity | None = None
+    image: str | None = None
+    other_images: dict[str, Preprocess] = {}
     digest: str = ""
 
     def sealed(self) -> Self:

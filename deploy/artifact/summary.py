@@ -139,12 +139,15 @@ def calibration_text(calibration: Calibration) -> list[str]:
 
 
 def accuracy_text(accuracy: Accuracy) -> str:
-    """Accuracy before and after, with the interval of the difference."""
-    return (
-        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {count_of(accuracy.images, 'image')}; FP32 {accuracy.parent_top1:.2f} %,"
-        f" {accuracy.parent_top5:.2f} %: {drop_text(accuracy.top1_drop)} (95 % interval of the loss"
-        f" {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
-    )
+    """Accuracy, and what is known beside it: that of FP32 with the interval of the difference, or what training reported."""
+    text = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {count_of(accuracy.images, 'image')}"
+    if accuracy.top1_drop is not None:
+        return (
+            f"{text}; FP32 {accuracy.parent_top1:.2f} %, {accuracy.parent_top5:.2f} %: {drop_text(accuracy.top1_drop)} (95 % interval"
+            f" of the loss {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
+        )
+    reported = "" if accuracy.expected_top1 is None else f"; training reported {accuracy.expected_top1:.2f} %"
+    return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {accuracy.backend})"
 
 
 def drop_text(points: float) -> str:

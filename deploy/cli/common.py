@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,9 +13,10 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD, artifacts_under, open_artifact
 from deploy.cli.log import logged_by
 from deploy.cli.options import PATH
-from deploy.errors import UsageError
+from deploy.errors import DeployError, UsageError
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import BACKENDS
+from deploy.words import count_of, printable
 
 _QUIET_S = 2.0
 
@@ -115,6 +117,40 @@ def _bar() -> Iterator[Progress]:
         thread.join()
         if started.is_set():
             bar.stop()
+
+
+class Failures:
+    """The files that a command could not use, with the reasons: they are said, and the command ends with status 1."""
+
+    def __init__(self) -> None:
+        self._errors: list[tuple[Path, Exception]] = []
+
+    def __enter__(self) -> "Failures":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Say them where there are no results, for an error ends the command."""
+        if kind is not None and issubclass(kind, DeployError):
+            self._say()
+
+    def skip(self, path: Path, error: Exception) -> None:
+        if not isinstance(error, DeployError):
+            raise error
+        self._errors.append((path, error))
+
+    def to_json(self) -> list[dict[str, str]]:
+        return [{"path": printable(path), "error": printable(str(error))} for path, error in self._errors]
+
+    def end(self) -> None:
+        """After the results: say each on standard error and end with status 1, unless there are none."""
+        if self._errors:
+            self._say()
+            click.echo(f"{count_of(len(self._errors), 'file')} could not be used", err=True)
+            raise click.exceptions.Exit(1)
+
+    def _say(self) -> None:
+        for _, error in self._errors:
+            click.echo(f"error: {printable(str(error))}", err=True)
 
 
 def fp32(found: Artifact) -> bool:

@@ -25,9 +25,11 @@ def command(artifact: str | None, as_json: bool) -> None:
     if manifest.created:
         rows.append(("made", f"{manifest.created} by {manifest.stage.name}"))
     rows += _origin(opened)
-    if manifest.preprocess:
-        shown = {key: value for key, value in manifest.preprocess.to_json().items() if value is not None}
-        rows.append(("images", ", ".join(f"{key} {value}" for key, value in shown.items())))
+    for name, preprocess in ((manifest.image, manifest.preprocess), *manifest.other_images.items()):
+        if preprocess:
+            shown = {key: value for key, value in preprocess.to_json().items() if value is not None}
+            of = f"{name}: " if name else ""
+            rows.append(("images", of + ", ".join(f"{key} {value}" for key, value in shown.items())))
     if manifest.classes:
         more = f" ... {manifest.classes[-1]}" if len(manifest.classes) > 5 else ""
         rows.append(("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes[:5])}{more}"))

@@ -7,6 +7,7 @@ import click
 
 from deploy.artifact.manifest import MANIFEST
 from deploy.cli.common import (
+    Failures,
     backend_option,
     classifier,
     debug_option,
@@ -17,6 +18,7 @@ from deploy.cli.common import (
     threads_option,
 )
 from deploy.errors import UsageError
+from deploy.words import printable
 
 SCHEMA = 1
 
@@ -30,7 +32,10 @@ SCHEMA = 1
 @json_option
 @debug_option
 def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads: int | None, as_json: bool) -> None:
-    """Show the likeliest classes of images, with their probabilities."""
+    """Show the likeliest classes of images, with their probabilities.
+
+    Files that cannot be used are said at the end, with exit status 1; the others have their results.
+    """
     from deploy.evaluation.predict import predict  # loads heavy libraries
 
     named = bool(paths) and (paths[0].endswith(".onnx") or (Path(paths[0]) / MANIFEST).is_file())
@@ -38,11 +43,16 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
     artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
-    with progress_bar() as progress:
-        predictions = predict(artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress)
+    with Failures() as failures, progress_bar() as progress:
+        predictions = predict(
+            artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress, skip=failures.skip
+        )
     if as_json:
-        document = {"schema": SCHEMA, "predictions": [prediction.to_json() for prediction in predictions]}
+        found = [prediction.to_json() for prediction in predictions]
+        document = {"schema": SCHEMA, "predictions": found, "failed": failures.to_json()}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-        return
-    for prediction in predictions:
-        click.echo(f"{prediction.path}: " + ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes))
+    else:
+        for prediction in predictions:
+            classes = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+            click.echo(f"{printable(prediction.path)}: {classes}")
+    failures.end()

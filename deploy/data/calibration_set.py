@@ -12,12 +12,12 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
 from deploy.artifact.tensors import Feed, TensorSpec, format_specs, slice_rows
-from deploy.calibration import npzfolder
 from deploy.calibration.imagefolder import Sample
-from deploy.calibration.npzfolder import NpzFolderError
-from deploy.data.image_folder import image_batches, read_folder
-from deploy.data.images import image_input
+from deploy.data.image_folder import image_batches, read_folder, samples_digest
+from deploy.data.npz_folder import holds_npz, read_npz, read_npz_folder
+from deploy.data.records import record_input
 from deploy.errors import DataError, InputError, UsageError
+from deploy.words import printable
 
 logger = logging.getLogger(__name__)
 
@@ -58,36 +58,41 @@ class _Images(CalibrationSet):
 
     def __init__(self, artifact: Artifact, folder: Path, count: int | None, most: int) -> None:
         super().__init__(artifact.manifest.inputs)
-        self._source = image_input(artifact)
         images = read_folder(folder)
+        self._source = record_input(artifact, [folder])
         self._folder = folder
         self._samples: Sequence[Sample] = images.sample(count or most)
         self.count = len(self._samples)
         if count is not None and self.count < count:
             logger.warning("%d images were asked for; %s holds %d: all of them are used", count, folder, self.count)
+        if gone := self._source.missing([path for path, _ in images.samples]):
+            logger.warning("%s%s", gone[0], f", nor {len(gone) - 1} more" if gone[1:] else "")
         if len(images.classes) == 1 and most == IMAGES:
             logger.warning("%s holds one class only, %r: the scales will fit its images", folder, images.classes[0])
 
     def digest(self) -> str:
-        return request_digest({"images": [[label, file_digest(path)] for path, label in self._samples]})
+        return samples_digest(self._samples, self._folder if self._source.tables else None)
 
     def feeds(self, batch_size: int) -> Iterator[Feed]:
         self.skipped = []
+        self._reason = ""
         size, _ = self._source.batch_size(batch_size)
         for feed, _ in image_batches(self._source, self._samples, size, skip=self._skip):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
-            logger.warning("%d of %d images cannot be read and were left out: %s", len(self.skipped), self.count, shown)
+            reason = f"; the first: {printable(self._reason)}" if self._source.tables else ""
+            logger.warning("%d of %d images cannot be read and were left out: %s%s", len(self.skipped), self.count, shown, reason)
 
     def _skip(self, path: Path, error: Exception) -> None:
         if not isinstance(error, DataError):
             raise error
-        self.skipped.append(str(path))
+        self.skipped.append(printable(path))
+        self._reason = self._reason or str(error)
         if len(self.skipped) > max(1, int(SKIPPED * len(self._samples))):
             raise DataError(
                 f"{self._folder}: over {SKIPPED:.0%} of {self.count} images cannot be read, among them"
-                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them"
+                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them. The first: {printable(self._reason)}"
             ) from error
 
 
@@ -96,11 +101,8 @@ class _NpzFiles(CalibrationSet):
 
     def __init__(self, artifact: Artifact, folder: Path, count: int | None, most: int) -> None:
         super().__init__(artifact.manifest.inputs)
-        try:
-            files = npzfolder.scan(folder)
-        except NpzFolderError as error:
-            raise DataError(str(error)) from error
-        self._files = files[: count or most]
+        samples = read_npz_folder(folder).sample(count or most)
+        self._files = [path for path, _ in samples]
         self.count = len(self._files)
         if count is not None and self.count < count:
             logger.warning("%d feeds were asked for; %s holds %d: all of them are used", count, folder, self.count)
@@ -110,11 +112,8 @@ class _NpzFiles(CalibrationSet):
 
     def feeds(self, batch_size: int) -> Iterator[Feed]:
         for path in self._files:
-            try:
-                arrays = npzfolder.read(path)
-            except NpzFolderError as error:
-                raise DataError(str(error)) from error
-            yield from _fit(arrays, self.specs, batch_size, str(path))
+            arrays, _ = read_npz(path, self.specs)
+            yield from fit_feed(arrays, self.specs, batch_size, str(path))
 
 
 class _Feeds(CalibrationSet):
@@ -139,7 +138,7 @@ class _Feeds(CalibrationSet):
         for index, feed in enumerate(self._feeds):
             if index == self._limit:
                 return
-            yield from _fit(feed, self.specs, batch_size, f"calibration feed {index}")
+            yield from fit_feed(feed, self.specs, batch_size, f"calibration feed {index}")
 
 
 def calibration_set(
@@ -147,7 +146,8 @@ def calibration_set(
 ) -> CalibrationSet:
     """The first `count` feeds of `data` for `artifact`. Images are a random sample, drawn evenly over the classes.
 
-    A folder that directly contains `.npz` files has feeds; any other folder must be an ImageFolder. The default of `count`
+    A folder of `.npz` files has feeds: directly, or in class folders; any other folder must be an ImageFolder, with a table
+    where the model takes more than an image (`deploy.data.table`). The default of `count`
     is `most` for a folder, or fewer if it has fewer, and all of an iterable. Raises DataError for a folder that cannot be
     used, UsageError if the artifact takes no images or `count` is below 1.
     """
@@ -164,12 +164,7 @@ def calibration_set(
         raise UsageError(f"{error}; or give a folder of .npz files, one array an input in each") from error
 
 
-def holds_npz(folder: Path) -> bool:
-    """Whether `folder` directly contains `.npz` files: then it has feeds."""
-    return folder.is_dir() and any(path.suffix == ".npz" for path in folder.iterdir())
-
-
-def _fit(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:
+def fit_feed(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:
     """`feed` as the model takes it: with a batch dimension, and in pieces of `batch_size` rows if the batch is symbolic."""
     names = [spec.name for spec in specs]
     if sorted(feed) != sorted(names):

@@ -23,10 +23,9 @@ from deploy.artifact.tensors import (
     row_count,
     slice_rows,
 )
-from deploy.calibration import npzfolder
-from deploy.calibration.npzfolder import NpzFolderError
-from deploy.data.calibration_set import CalibrationSet, calibration_set, holds_npz
+from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.image_folder import data_digest
+from deploy.data.npz_folder import holds_npz, read_npz_folder
 from deploy.errors import DataError
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.progress import Progress
@@ -57,14 +56,11 @@ def real_data(artifact: Artifact, folder: Path | None) -> CalibrationSet | None:
     return None if folder is None else calibration_set(artifact, folder, most=IMAGES)
 
 
-def folder_digest(folder: Path, most: int) -> str:
-    """The SHA-256 of what `calibration_set` takes of a folder. Raises DataError."""
+def folder_digest(folder: Path, most: int, *, table: bool = False) -> str:
+    """The SHA-256 of what `calibration_set` takes of a folder, with `table` of its table too. Raises DataError."""
     if holds_npz(folder):
-        try:
-            return request_digest({"npz": [file_digest(path) for path in npzfolder.scan(folder)[:most]]})
-        except NpzFolderError as error:
-            raise DataError(str(error)) from error
-    return data_digest(folder, most)
+        return request_digest({"npz": [file_digest(path) for path, _ in read_npz_folder(folder).sample(most)]})
+    return data_digest(folder, most, table=table)
 
 
 def kind_of(data: CalibrationSet) -> Literal["images", "feeds"]:

@@ -10,8 +10,10 @@ from deploy.artifact.manifest import file_digest, request_digest
 from deploy.artifact.tensors import Feed
 from deploy.calibration import imagefolder
 from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
-from deploy.data.images import ImageInput, image_input
+from deploy.data.records import RecordInput, record_input
+from deploy.data.table import FILE_NAME, find_table, normal, read_table
 from deploy.errors import DataError, UsageError
+from deploy.words import printable
 
 
 def read_folder(folder: Path | str) -> ImageFolder:
@@ -34,7 +36,7 @@ def images_under(folder: Path) -> list[Path]:
 
 
 def image_batches(
-    source: ImageInput,
+    source: RecordInput,
     samples: Sequence[tuple[Path, int]],
     batch_size: int,
     *,
@@ -43,18 +45,22 @@ def image_batches(
     """Feeds and labels of `samples`, in order, in batches of `batch_size`; threads decode the images ahead of need.
 
     If the model's batch is fixed, the last feed is filled up with copies of its last image and has more rows than labels.
-    Raises what `ImageInput.load` raises, unless `skip` takes the error, which leaves the image out; DataError for images
+    Raises what `RecordInput.load` raises, unless `skip` takes the error, which leaves the image out; DataError for images
     of different sizes in one batch, and UsageError for a batch that does not fit into memory.
     """
     try:
-        for images, labels in imagefolder.batches(samples, source.load, batch_size, skip=skip):
-            if isinstance(source.spec.shape[0], int) and len(images) < batch_size:
-                images = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
-            yield {source.spec.name: images.astype(source.spec.dtype, copy=False)}, labels
+        fixed = isinstance(source.specs[0].shape[0], int)
+        for feed, labels in imagefolder.batches(samples, source.load, batch_size, skip=skip):
+            yield (_filled(feed, batch_size) if fixed else feed), labels
     except ImageFolderError as error:
         raise DataError(str(error)) from error
     except MemoryError as error:
         raise UsageError(f"a batch size of {batch_size} takes more memory than there is: {error}") from error
+
+
+def _filled(feed: Feed, rows: int) -> Feed:
+    """`feed` with `rows` rows, the last one repeated."""
+    return {name: array[np.minimum(np.arange(rows), len(array) - 1)] for name, array in feed.items()}
 
 
 def image_feeds(artifact: Artifact, folder: Path | str, *, batch_size: int, count: int, seed: int = 0) -> Iterator[Feed]:
@@ -64,7 +70,7 @@ def image_feeds(artifact: Artifact, folder: Path | str, *, batch_size: int, coun
     leaves images in many sizes, a feed has one image. Raises UsageError when the artifact takes no images, and DataError
     for a folder that cannot be used; a DataError for an image comes when its feed is taken.
     """
-    source = image_input(artifact)
+    source = record_input(artifact, [Path(folder)])
     size, _ = source.batch_size(batch_size)
     if count < 1:
         raise UsageError(f"the number of images must be 1 or more, not {count}")
@@ -72,7 +78,29 @@ def image_feeds(artifact: Artifact, folder: Path | str, *, batch_size: int, coun
     return (feed for feed, _ in image_batches(source, samples, size))
 
 
-def data_digest(folder: Path, count: int) -> str:
-    """SHA-256 over the `count` images of a folder that a stage uses, by class and content. Raises DataError."""
-    samples = read_folder(folder).sample(count)
-    return request_digest({"images": [[label, file_digest(path)] for path, label in samples]})
+def data_digest(folder: Path, count: int, *, table: bool = False) -> str:
+    """SHA-256 over the `count` images of a folder that a stage uses, by class and content, with `table` over theirs too.
+
+    Raises DataError.
+    """
+    return samples_digest(read_folder(folder).sample(count), folder if table else None)
+
+
+def samples_digest(samples: Sequence[tuple[Path, int]], folder: Path | None) -> str:
+    """SHA-256 over images, by class and content; `folder`: that of the table which is read with them. Raises DataError."""
+    content: dict[str, object] = {"images": [[label, file_digest(path)] for path, label in samples]}
+    if folder is not None:  # rows belong to images by name
+        content["names"] = [printable(path.relative_to(folder)) for path, _ in samples]
+        content["table"] = [file_digest(path) for path in table_files(folder, [path for path, _ in samples])]
+    return request_digest(content)
+
+
+def table_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """The table in `folder`, if there is one, and the further images that it names in the rows of `images`. Raises DataError."""
+    path = find_table(folder)
+    if path is None:
+        return []
+    rows = read_table(path).rows
+    cells = [cell for image in images for name, cell in rows.get(normal(image), {}).items() if name != FILE_NAME]
+    named = [folder / cell for cell in cells if isinstance(cell, str) and imagefolder.is_image(Path(cell))]
+    return [path, *(image for image in named if image.is_file())]

@@ -35,14 +35,19 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def classifier(artifact: Artifact) -> tuple[ImageInput, TensorSpec]:
-    """The image input and the output (logits) of an artifact. Raises UsageError if it is no image classifier."""
-    source, outputs = image_input(artifact), artifact.manifest.outputs
+    """The only input, of images, and the output (logits) of an artifact. Raises UsageError if it is no image classifier."""
+    return image_input(artifact), class_scores(artifact)
+
+
+def class_scores(artifact: Artifact) -> TensorSpec:
+    """The only output of a classifier, (batch, classes). Raises UsageError if it has another, or names that are not as many."""
+    outputs = artifact.manifest.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         raise UsageError(f"{artifact.location} gives {format_specs(outputs)}; expected one output of shape batch x classes")
     count = outputs[0].shape[1]
     if isinstance(count, int):
         check_names(artifact, count)
-    return source, outputs[0]
+    return outputs[0]
 
 
 def check_names(artifact: Artifact, count: int) -> None:

@@ -96,7 +96,7 @@ def _key(source: Artifact, request: Mapping[str, Any]) -> str:
         "precision": manifest.precision,
         "inputs": msgspec.to_builtins(manifest.inputs),
         "outputs": msgspec.to_builtins(manifest.outputs),
-        "preprocess": msgspec.to_builtins(manifest.preprocess),
+        "preprocess": msgspec.to_builtins([manifest.image, manifest.preprocess, manifest.other_images]),
         "exclusions": msgspec.to_builtins(manifest.exclusions),
         "calibration": msgspec.to_builtins(manifest.calibration),
     }

@@ -230,8 +230,9 @@ class _BuildTrt:
         self._flavour = load_flavour(self._options.flavour)
         self._profiles = make_profiles(self._options.shapes, self._source.manifest.inputs, self._source.manifest.profiles)
         self._gpu = gpu_identity()
+        gate = self._gate.request(self._source) if self._gate else None
         self._circumstances = _circumstances(
-            self._options, self._data, self._real, self._gate, self._flavour, self._profiles, self._gpu
+            self._options, self._data, self._real, gate, self._flavour, self._profiles, self._gpu
         )
         return {**self._circumstances, "parent": self._source.manifest.digest}
 
@@ -341,7 +342,7 @@ def _circumstances(
     options: BuildTrtOptions,
     data: CalibrationSet | None,
     real: CalibrationSet | None,
-    gate: Gate | None,
+    gate: Mapping[str, Any] | None,
     flavour: Flavour,
     profiles: list[Profile],
     gpu: list[str] | None,
@@ -357,7 +358,7 @@ def _circumstances(
         "int8": quantize_settings(quantization) if options.int8 else None,
         "allow_slower": options.allow_slower,
         "calib": (data.digest() or secrets.token_hex()) if data is not None else None,  # read once: never the same again
-        "gate": gate.request() if gate else None,
+        "gate": gate,
         "flavour": [flavour.name, flavour.version],
         "gpu": gpu,
         "profiles": msgspec.to_builtins(profiles),

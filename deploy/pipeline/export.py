@@ -1,6 +1,5 @@
 """The stage `export`: a trained state_dict to an ONNX artifact, compared with the eager module."""
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,9 @@ from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import calibration_set
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
 from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
+from deploy.evaluation.evaluate import check_evaluation
+from deploy.evaluation.gate import Expected, check_expected
+from deploy.evaluation.labelled import labelled
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
@@ -34,13 +36,14 @@ from deploy.options import collect
 from deploy.pipeline.export_interface import (
     check_classes,
     default_preprocess,
+    image_fields,
     input_specs,
-    load_preprocess,
+    load_preprocesses,
     output_names,
     read_classes,
 )
 from deploy.pipeline.export_options import ExportOptions
-from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, embedding_bounds, finite, other_size, run_eager
+from deploy.pipeline.export_parity import REAL_ROWS, bounded, check_repeatable, finite, other_size, run_eager, with_bounds
 from deploy.pipeline.stage import PathLike, run_stage
 from deploy.pipeline.written import Case, prove
 from deploy.progress import Progress, silent
@@ -65,6 +68,8 @@ def export(
     preprocess: str | None = None,
     classes: PathLike | None = None,
     data: PathLike | None = None,
+    eval_folder: PathLike | None = None,
+    expect_top1: float | None = None,
     opset: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
@@ -77,7 +82,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
+    instead, with `preprocess`, `classes`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
@@ -90,7 +95,15 @@ def export(
                 "`onnx` takes the graph as it is: there is nothing to compare it with; leave out the limits of parity"
             )
         target = Path(out) if out is not None else _default_out(name or options.onnx.stem, "a bare ONNX file", keep_bare=False)
-        return export_onnx_file(options.onnx, target, preprocess=preprocess, classes=options.classes, name=name)
+        return export_onnx_file(
+            options.onnx,
+            target,
+            preprocess=preprocess,
+            classes=options.classes,
+            name=name,
+            expected=_expected(options),
+            progress=progress,
+        )
     default = name or (arch or model or "").rpartition(":")[2].lower()
     if out is not None:
         target = Path(out)
@@ -132,14 +145,23 @@ class _Export:
         )
         self._specs = input_specs(options.inputs, self._built, static_batch=options.static_batch)
         if options.preprocess:
-            self._preprocess = load_preprocess(options.preprocess, self._specs)
+            self._preprocesses = load_preprocesses(options.preprocess, self._specs)
         else:
-            self._preprocess = default_preprocess(self._built, self._specs)
+            own = default_preprocess(self._built, self._specs)
+            self._preprocesses = {} if own is None else {self._specs[0].name: own}
+        self._expected = _expected(options)
         self._classes = read_classes(options.classes) if options.classes else None
-        return {
-            **_request(options, self._built, self._specs, self._preprocess, self._classes),
+        request = {
+            **_request(options, self._built, self._specs, self._preprocesses, self._classes),
             "limits": vars(self._limits),
         }
+        if self._expected is not None:
+            described = Artifact(
+                Path("the export"), self._manifest(list(self._specs), [], Path("export"), Stage(name=self.name, request=""))
+            )
+            labelled(described, self._expected.folder)  # raises now what makes no sense
+            request["eval"] = self._expected.request(described)
+        return request
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         options, module, progress = self._options, self._built.module, self._progress
@@ -149,7 +171,7 @@ class _Export:
             logger.log(logging.INFO if self._report.complete else logging.WARNING, "%s", self._report.summary())
         progress("running the eager module")
         dims = example_dims(self._specs, batch_dim(self._specs))
-        self._specs = _bounded(self._specs, module, dims, self._preprocess)
+        self._specs = bounded(self._specs, module, dims, self._preprocesses)
         outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.out, stage))
         progress("exporting to ONNX")
         example = {name: torch.from_numpy(array) for name, array in feed.items()}
@@ -161,7 +183,9 @@ class _Export:
         inputs, results = model_specs(graph)
         precision = model_precision(graph)
         del graph  # its weights are as large as the file
-        written = writer.describe(self._manifest(_with_bounds(inputs, self._specs), results, writer.out, stage, precision))
+        written = writer.describe(self._manifest(with_bounds(inputs, self._specs), results, writer.out, stage, precision))
+        if self._expected is not None:
+            check_evaluation(written, self._expected.folder)
         parity = prove(
             written,
             cases,
@@ -176,7 +200,8 @@ class _Export:
                 parity.constant[0],
             )
         source = msgspec.structs.replace(written.manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
-        return msgspec.structs.replace(written.manifest, source=source, parity=parity)
+        accuracy = None if self._expected is None else check_expected(written, self._expected, progress)
+        return msgspec.structs.replace(written.manifest, source=source, parity=parity, accuracy=accuracy)
 
     def _real_feeds(self, out: Path, stage: Stage) -> list[NamedFeed]:
         """The first rows of `data`."""
@@ -263,7 +288,7 @@ class _Export:
             inputs=inputs,
             outputs=outputs,
             profiles=[profile] if profile else [],
-            preprocess=self._preprocess,
+            **image_fields(self._preprocesses, inputs),
             classes=self._classes,
             parity=None,
             accuracy=None,
@@ -289,26 +314,11 @@ def _case(data: str, feed: Feed, names: Sequence[str], results: Feed) -> Case:
     return Case(data, feed, dict(zip(names, results.values(), strict=True)))
 
 
-def _bounded(
-    specs: Sequence[TensorSpec], module: torch.nn.Module, dims: Mapping[str, int], preprocess: Preprocess | None
-) -> tuple[TensorSpec, ...]:
-    """`specs` with the range of made-up numbers where it is known and was not given: rows of an Embedding, or raw pixels."""
-    tables = embedding_bounds(module, specs, dims)
-    pixels = preprocess.pixel_range() if preprocess is not None else None
-    return tuple(
-        spec if spec.bounds is not None else dataclasses.replace(spec, bounds=tables.get(spec.name, pixels)) for spec in specs
-    )
-
-
-def _with_bounds(specs: Sequence[TensorSpec], bounded: Sequence[TensorSpec]) -> list[TensorSpec]:
-    return [dataclasses.replace(spec, bounds=other.bounds) for spec, other in zip(specs, bounded, strict=True)]
-
-
 def _request(
     options: ExportOptions,
     built: BuiltModel,
     specs: Sequence[TensorSpec],
-    preprocess: Preprocess | None,
+    preprocesses: Mapping[str, Preprocess],
     classes: list[str] | None,
 ) -> dict[str, Any]:
     """Everything that the artifact depends on, as JSON-like values; where the user's files lie is part of the manifest."""
@@ -322,38 +332,54 @@ def _request(
         "allow_partial": options.allow_partial,
         "inputs": [[str(spec), spec.bounds] for spec in specs],
         "outputs": list(options.outputs),
-        "preprocess": preprocess.to_json() if preprocess else None,
+        "preprocess": [[name, preprocess.to_json()] for name, preprocess in preprocesses.items()],
         "classes": classes,
         "opset": options.opset,
         "name": options.name,
-        "data": folder_digest(options.data, REAL_ROWS) if options.data else None,
+        "data": folder_digest(options.data, REAL_ROWS, table=len(specs) > 1) if options.data else None,
         "tools": tool_versions(),
     }
 
 
-def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: Path | None, name: str | None) -> Artifact:
+def _expected(options: ExportOptions) -> Expected | None:
+    return None if options.eval_folder is None else Expected(folder=options.eval_folder, top1=options.expect_top1)
+
+
+def export_onnx_file(
+    path: Path,
+    out: Path,
+    *,
+    preprocess: str | None,
+    classes: Path | None,
+    name: str | None,
+    expected: Expected | None = None,
+    progress: Progress = silent,
+) -> Artifact:
     """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
 
-    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError.
+    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError, and what `check_expected` raises.
     """
     bare = open_onnx(path)
     check_output(out, bare)
     names = read_classes(classes) if classes else None
     check_classes(names, [spec.shape for spec in bare.manifest.outputs])
-    loaded = load_preprocess(preprocess, bare.manifest.inputs)
+    loaded = load_preprocesses(preprocess, bare.manifest.inputs)
     with ArtifactWriter(out) as writer:
         for file in bare.manifest.files:
             shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
-        return writer.commit(
-            msgspec.structs.replace(
-                bare.manifest,
-                name=name or out.resolve().name,
-                files={},
-                preprocess=loaded,
-                classes=names,
-                tools=tool_versions(),
-            )
+        manifest = msgspec.structs.replace(
+            bare.manifest,
+            name=name or out.resolve().name,
+            files={},
+            **image_fields(loaded, bare.manifest.inputs),
+            classes=names,
+            tools=tool_versions(),
         )
+        if expected is not None:
+            written = writer.describe(manifest)
+            check_evaluation(written, expected.folder)
+            manifest = msgspec.structs.replace(written.manifest, accuracy=check_expected(written, expected, progress))
+        return writer.commit(manifest)
 
 
 def _default_out(name: str, less: str, *, keep_bare: bool = True) -> Path:

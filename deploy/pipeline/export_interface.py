@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
+from deploy.data.images import takes_images
 from deploy.errors import UsageError
 from deploy.intake.build import BuiltModel
 
@@ -71,6 +73,41 @@ def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[Tenso
     if len(names) != len(found):
         raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
     return names
+
+
+def load_preprocesses(spec: str | None, inputs: Sequence[TensorSpec]) -> dict[str, Preprocess]:
+    """`--preprocess` by image input, first that of the image files themselves; empty where there is none.
+
+    `imagenet` is for the only image input, and `left=imagenet,right=mnist` for those named. Raises UsageError when one does not fit.
+    """
+    if spec is None:
+        return {}
+    specs = {each.name: each for each in inputs}
+    parts = [part.partition("=") for part in spec.split(",")]
+    if all(equals and name in specs for name, equals, _ in parts):
+        names = [name for name, _, _ in parts]
+        if len(set(names)) < len(names):
+            raise UsageError(f"`preprocess` {spec} names an input twice")
+        loaded = {name: load_preprocess(each, [specs[name]]) for name, _, each in parts}
+    else:
+        images = [each for each in inputs if takes_images(each)] if len(inputs) > 1 else list(inputs)
+        if len(images) > 1:
+            example = ",".join(f"{each.name}=imagenet" for each in images)
+            raise UsageError(
+                f"`preprocess` must say which input it is for, such as {example}: the first is that of the image files"
+            )
+        loaded = {each.name: load_preprocess(spec, [each]) for each in images} or {"": load_preprocess(spec, inputs)}
+    return {name: each for name, each in loaded.items() if each is not None}
+
+
+def image_fields(preprocesses: Mapping[str, Preprocess], inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+    """The fields of a manifest about the image inputs: `preprocess`, `image` and `other_images`."""
+    first = next(iter(preprocesses), None)
+    return {
+        "preprocess": preprocesses[first] if first is not None else None,
+        "image": first if len(inputs) > 1 else None,
+        "other_images": {name: each for name, each in preprocesses.items() if name != first},
+    }
 
 
 def load_preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:

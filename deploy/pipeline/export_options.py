@@ -36,9 +36,19 @@ class ExportOptions:
     )
     outputs: tuple[str, ...] = option((), "Name of an output, by position.", flag="--output", metavar="NAME")
     static_batch: bool = option(False, "Keep the leading 1 as it is, instead of a dynamic batch.")
-    preprocess: str | None = option(None, f"{', '.join(PRESETS)} or a JSON file.", metavar="NAME|FILE.json")
+    preprocess: str | None = option(
+        None, f"{', '.join(PRESETS)} or a JSON file; of several inputs, INPUT=NAME,INPUT=NAME.", metavar="NAME|FILE.json"
+    )
     classes: Path | None = option(None, "Class names, one a line.", metavar="FILE")
     data: Path | None = option(None, "Check parity on real input too: an ImageFolder, or a folder of .npz feeds.", metavar="DIR")
+    eval_folder: Path | None = option(
+        None, "Measure accuracy on it, and keep it in the manifest.", flag="--eval", metavar="IMAGEFOLDER"
+    )
+    expect_top1: float | None = option(
+        None,
+        "Fail where this top-1, which training reported, is above the 95 % interval of that on --eval.",
+        metavar="PERCENT",
+    )
     opset: int | None = option(None, "ONNX opset.", metavar="N", default="PyTorch's")
     name: str | None = option(None, "The artifact's name.", metavar="NAME", default="the last part of DIR")
 
@@ -47,6 +57,8 @@ class ExportOptions:
             raise UsageError(
                 f"`name` must be a plain name, not {self.name!r}: it is also the name of the folder and of the served model"
             )
+        if self.expect_top1 is not None and self.eval_folder is None:
+            raise UsageError("`expect_top1` needs `eval_folder`, the images that accuracy is measured on")
         if self.onnx is not None:
             self._check_bare()
         elif (self.arch is None) == (self.model is None):
@@ -62,7 +74,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "classes", "name")
+        taken = ("onnx", "preprocess", "classes", "eval_folder", "expect_top1", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

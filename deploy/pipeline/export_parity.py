@@ -1,10 +1,12 @@
 """What the eager module makes of feeds, and whether a comparison with it can prove anything."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
 from deploy.errors import ExportError
 from deploy.evidence.parity import TOLERANCES, judge
@@ -177,3 +179,19 @@ def finite(case: Case, *, fatal: bool) -> bool:
             "\ncheck the weights; if the model needs real input, give some with `data`"
         )
     return not broken
+
+
+def bounded(
+    specs: Sequence[TensorSpec], module: torch.nn.Module, dims: Mapping[str, int], preprocesses: Mapping[str, Preprocess]
+) -> tuple[TensorSpec, ...]:
+    """`specs` with the range of made-up numbers where it is known and was not given: rows of an Embedding, or raw pixels."""
+    tables = embedding_bounds(module, specs, dims)
+    pixels = {name: preprocess.pixel_range() for name, preprocess in preprocesses.items()}
+    return tuple(
+        spec if spec.bounds is not None else dataclasses.replace(spec, bounds=tables.get(spec.name, pixels.get(spec.name)))
+        for spec in specs
+    )
+
+
+def with_bounds(specs: Sequence[TensorSpec], bounded: Sequence[TensorSpec]) -> list[TensorSpec]:
+    return [dataclasses.replace(spec, bounds=other.bounds) for spec, other in zip(specs, bounded, strict=True)]

@@ -143,7 +143,7 @@ class _Quantize:
         if request is None:
             return None
         tolerance = msgspec.to_builtins(self._tolerance)
-        whole = {**request, "tolerance": tolerance, "gate": self._gate.request() if self._gate else None}
+        whole = {**request, "tolerance": tolerance, "gate": self._gate.request(self._source) if self._gate else None}
         self._request = {name: value for name, value in whole.items() if name != "parent"}  # known by its content instead
         return whole
 

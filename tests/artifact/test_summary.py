@@ -85,3 +85,21 @@ def test_a_long_expression_is_a_letter_in_the_summary_and_whole_in_the_manifest(
     shown = summary(dataclasses.replace(shared_lenet5, manifest=manifest)).splitlines()
     assert [row.split()[-1] for row in shown if row.startswith("  output ")] == ["batchxA", "batchxB", "batchxA"]
     assert manifest.to_json().count(pooled) == 2
+
+
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [
+        (None, "accuracy   top-1 80.00 %, top-5 95.00 % of 20 images (95 % interval of top-1 58.40 to 91.93; onnxruntime)"),
+        (84.2, "of 20 images; training reported 84.20 % (95 % interval of top-1 58.40 to 91.93; onnxruntime)"),
+    ],
+)
+def test_the_accuracy_of_an_export_has_its_interval_and_what_training_reported(
+    shared_lenet5: Artifact, expected: float | None, text: str
+) -> None:
+    accuracy = Accuracy(
+        images=20, top1=80, top5=95, top1_low=58.4, top1_high=91.93, backend="onnxruntime", expected_top1=expected
+    )
+    assert text in summary(
+        dataclasses.replace(shared_lenet5, manifest=msgspec.structs.replace(shared_lenet5.manifest, accuracy=accuracy))
+    )

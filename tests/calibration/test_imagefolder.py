@@ -298,3 +298,28 @@ def test_images_of_different_sizes_name_both_files():
 def test_a_batch_size_of_zero_is_refused_at_once():
     with pytest.raises(ImageFolderError, match="batch size must be 1 or more, not 0"):
         batches(numbered(4), number, 0)
+
+
+def test_records_of_several_arrays_are_joined_by_name_and_keep_their_dtypes():
+    def load(path: Path) -> dict[str, np.ndarray]:
+        return {"x": number(path), "n": np.array(int(path.stem), dtype=np.int64)}
+
+    found = list(batches(numbered(5), load, 2))
+    assert [(each["x"].shape, each["n"].shape, each["n"].dtype) for each, _ in found] == [
+        ((size, 1, 1, 1), (size,), np.int64) for size in (2, 2, 1)
+    ]
+    assert np.concatenate([each["n"] for each, _ in found]).tolist() == list(range(5))
+    assert np.concatenate([each["x"].reshape(-1) for each, _ in found]).tolist() == list(range(5))
+
+
+def test_records_of_different_shapes_in_one_batch_name_the_array():
+    with pytest.raises(ImageFolderError, match=r"1\.png gives an array of shape \(2,\) for 'n' and 0\.png one of \(1,\)"):
+        list(batches(numbered(4), lambda path: {"n": np.zeros(int(path.stem) + 1)}, 4))
+
+
+def test_other_files_than_images_may_be_what_lies_in_the_folders(tmp_path):
+    touch(tmp_path, "a/0.npz", "a/0.png", "b/1.NPZ")
+    assert [path.name for path, _ in scan(tmp_path, frozenset((".npz",))).samples] == ["0.npz", "1.NPZ"]
+    touch(tmp_path, "c/0.png")
+    with pytest.raises(ImageFolderError, match=r"class folders without \.npz files: c"):
+        scan(tmp_path, frozenset((".npz",)))

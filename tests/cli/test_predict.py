@@ -1,5 +1,8 @@
 """`deploy predict`."""
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,33 @@ def test_every_image_is_a_line_with_the_likeliest_classes_first(run: Run, folder
         assert shares == sorted(shares, reverse=True)
 
 
-def test_an_image_that_is_missing_or_damaged_is_named(run: Run, folder: Path) -> None:
+def test_files_that_cannot_be_used_are_named_and_the_others_have_their_results(run: Run, folder: Path) -> None:
     assert run("export", "--arch", "lenet5").status == 0
     refused(run("predict", "build/lenet5", "images/none.png"), 1, "images/none.png")
     (folder / "images" / "digit 3" / "1.png").write_bytes(b"no image")
-    refused(run("predict", "images/digit 3"), 1, "images/digit 3/1.png")
+    (folder / "empty").mkdir()
+    given = ("images/digit 3", "images/none.png", "empty", "images/digit 7/0.png")
+    finished = run("predict", "build/lenet5", *given)
+    assert finished.status == 1
+    assert [line.partition(": ")[0] for line in finished.out.splitlines()] == ["images/digit 3/0.png", "images/digit 7/0.png"]
+    *named, last = [line for line in finished.err.splitlines() if "images/" in line or "empty" in line or "file" in line]
+    assert last == "3 files could not be used"
+    for name in ("images/none.png", "empty", "images/digit 3/1.png"):
+        assert any(line.startswith("error: ") and name in line for line in named), finished.err
+    document = json.loads(run("predict", "build/lenet5", *given, "--json").out)
+    assert [each["path"] for each in document["predictions"]] == ["images/digit 3/0.png", "images/digit 7/0.png"]
+    assert sorted(each["path"] for each in document["failed"]) == ["empty", "images/digit 3/1.png", "images/none.png"]
+
+
+def test_names_that_are_not_utf8_are_printed_and_are_json(run: Run, folder: Path) -> None:
+    assert run("export", "--arch", "lenet5").status == 0
+    strange = os.fsencode(folder / "images" / "digit 3") + b"/caf\xe9.png"
+    shutil.copy(folder / "images" / "digit 3" / "0.png", strange)
+    with open(os.fsencode(folder / "images" / "digit 7") + b"/\xff.png", "wb") as file:
+        file.write(b"no image")
+    finished = run("predict", "build/lenet5", "images")
+    assert "images/digit 3/caf\\xe9.png: " in finished.out.encode("utf-8").decode()
+    assert r"images/digit 7/\xff.png" in finished.err
+    document = json.loads(run("predict", "build/lenet5", "images", "--json").out.encode("utf-8"))
+    assert r"images/digit 3/caf\xe9.png" in [each["path"] for each in document["predictions"]]
+    assert [each["path"] for each in document["failed"]] == [r"images/digit 7/\xff.png"]

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from onnx import TensorProto
+from PIL import Image
 
 from deploy.artifact.preprocess import Preprocess
 from deploy.calibration import imagefolder
@@ -162,3 +163,62 @@ def test_a_batch_beyond_the_memory_is_an_error_with_its_size(model, tmp_path, mo
         evaluate(model, folder, batch_size=100_000_000)
     with pytest.raises(UsageError, match=message):
         predict(model, folder, batch_size=100_000_000)
+
+
+def test_folders_called_by_numbers_keep_the_order_of_training_and_it_is_said_where_that_is_another(
+    tmp_path, make_model, make_folder, caplog
+):
+    classes = 12
+    folder = tmp_path / "data"
+    for place, name in enumerate(sorted(str(index) for index in range(classes))):  # the order of torchvision's ImageFolder
+        Image.new("L", (8, 8), round(255 * place / (classes - 1))).save(_made(folder / name) / "0.png")
+    nameless = make_model(tmp_path / "nameless", names=None, classes=classes)
+    assert evaluate(nameless, folder).top1 == 100
+    assert "called by numbers" in caplog.text
+    assert "class 2 is '10', not '2'" in caplog.text
+    named = make_model(tmp_path / "named", names=[str(index) for index in range(classes)], classes=classes)
+    for name in range(classes):
+        Image.new("L", (8, 8), round(255 * name / (classes - 1))).save(folder / str(name) / "0.png")
+    assert evaluate(named, folder).top1 == 100
+    assert evaluate(nameless, folder).top1 < 50
+    assert caplog.text.count("called by numbers") == 1
+
+
+def _made(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_files_that_cannot_be_used_are_told_once_and_left_out(model, tmp_path, make_folder):
+    folder = make_folder(tmp_path, ant=[0, 1, 0], gnu=[6])
+    (folder / "ant/01.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"ant/01\.png"):
+        evaluate(model, folder)
+    told = []
+    found = evaluate(model, folder, skip=lambda path, error: told.append((path, type(error))))
+    assert (found.images, found.top1, len(found.ranks)) == (3, 100, 3)
+    assert told == [(folder / "ant/01.png", DataError)]
+
+
+def test_an_image_that_the_model_does_not_run_with_is_left_out(tmp_path, make_model, make_folder, paint):
+    tiny = make_model(tmp_path / "tiny", shape=("batch", 1, "H", 8), preprocess=Preprocess(channels=1))
+    folder = make_folder(tmp_path / "data", ant=[0], gnu=[6])
+    paint(folder / "ant/wide.png", 0, (9, 8))
+    told = []
+    assert evaluate(tiny, folder, skip=lambda path, error: told.append(path.name)).images == 2
+    assert told == ["wide.png"]
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_that_is_no_class_is_refused(model, tmp_path, label):
+    np.savez(tmp_path / "0.npz", input=np.zeros((2, 1, 8, 8), np.float32), label=[0, label])
+    with pytest.raises(DataError, match=rf"0\.npz has the label {label}, and there are 7 classes"):
+        evaluate(model, tmp_path)
+
+
+def test_accuracy_on_npz_files_is_that_on_the_images_they_were_made_of(model, tmp_path, make_folder):
+    folder = make_folder(tmp_path / "images", ant=[0, 1], gnu=[6, 6, 0])
+    for path in folder.rglob("*.png"):
+        array = np.asarray(Image.open(path), np.float32)[None, None] / 255
+        np.savez(_made(tmp_path / "npz" / path.parent.name) / f"{path.stem}.npz", input=array)
+    assert evaluate(model, tmp_path / "npz").top1 == evaluate(model, folder).top1 == 60

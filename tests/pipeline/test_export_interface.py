@@ -11,7 +11,15 @@ from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import UsageError
 from deploy.intake.build import BuiltModel
-from deploy.pipeline.export_interface import check_classes, default_preprocess, load_preprocess, parse_input, read_classes
+from deploy.pipeline.export_interface import (
+    check_classes,
+    default_preprocess,
+    image_fields,
+    load_preprocess,
+    load_preprocesses,
+    parse_input,
+    read_classes,
+)
 
 
 def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
@@ -85,6 +93,37 @@ def test_a_preset_follows_the_input_and_is_refused_where_the_channels_differ() -
     assert loaded.crop == 64
     with pytest.raises(UsageError, match="`preprocess` imagenet does not fit the input: it makes 3x64x64"):
         load_preprocess("imagenet", [image("batch", 1, 64, 64)])
+
+
+def test_of_several_inputs_those_that_images_become_are_named_or_the_only_one_that_can_be() -> None:
+    left, right = image("batch", 3, 8, 8), dataclasses.replace(image("batch", 1, 4, 4), name="right")
+    vector = TensorSpec(name="v", dtype="float32", shape=("batch", 3))
+    assert load_preprocesses(None, [left, vector]) == {}
+    assert load_preprocesses("none", [vector, left]) == {"image": load_preprocess("none", [left])}
+    found = load_preprocesses("right=mnist,image=none", [left, vector, right])
+    assert list(found) == ["right", "image"]
+    assert found["right"].crop == 4
+    assert image_fields(found, [left, vector, right]) == {
+        "preprocess": found["right"], "image": "right", "other_images": {"image": found["image"]},
+    }  # fmt: skip
+    assert image_fields(load_preprocesses("none", [left]), [left])["image"] is None
+    assert image_fields({}, [left, vector])["preprocess"] is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none", "`preprocess` must say which input it is for, such as image=imagenet,right=imagenet"),
+        ("image=none,image=none", "names an input twice"),
+        ("image=none,v=none", "is for models with one image input; this one takes v"),
+        ("image=nothing", "unknown preprocess 'nothing'"),
+        ("image=mnist", "`preprocess` mnist does not fit the input"),
+    ],
+)
+def test_preprocessing_of_an_input_that_cannot_be_meant_is_refused(spec: str, message: str) -> None:
+    left, right = image("batch", 3, 8, 8), dataclasses.replace(image("batch", 3, 4, 4), name="right")
+    with pytest.raises(UsageError, match=message):
+        load_preprocesses(spec, [left, right, TensorSpec(name="v", dtype="float32", shape=("batch", 3))])
 
 
 def test_preprocessing_of_the_architecture_is_left_out_with_a_warning_where_another_input_was_given(

@@ -26,6 +26,8 @@ BARE: dict[str, Any] = {"onnx": Path("net.onnx")}
         ({**NET, "allow_partial": True}, "give one with `weights`"),
         ({**NET, "num_classes": 0}, "`num_classes` must be 1 or more, not 0"),
         ({**NET, "opset": 17}, "`opset` must be 18 to 25, not 17"),
+        ({**NET, "expect_top1": 84.2}, "`expect_top1` needs `eval_folder`"),
+        ({**BARE, "expect_top1": 84.2}, "`expect_top1` needs `eval_folder`"),
         ({**NET, "opset": 26}, "`opset` must be 18 to 25, not 26"),
     ],
 )
@@ -38,6 +40,7 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
     "options",
     [
         {**BARE, "preprocess": "imagenet", "classes": Path("classes.txt"), "name": "net"},
+        {**BARE, "eval_folder": Path("photos"), "expect_top1": 84.2},
         {**NET, "match": "order", "allow_partial": True, "weights": Path("w.pth")},
         {"model": "net.py:Net", "opset": 18, "num_classes": 1},
         {**NET, "opset": 25},
