@@ -128,9 +128,9 @@ def batches(
     workers: int | None = None,
     skip: Callable[[Path, Exception], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels, in order: (N, C, H, W) float32 and (N,) int64; the last batch may be smaller.
+    """Images and labels, in order: (N, C, H, W) and (N,) int64; the last batch may be smaller.
 
-    `load` makes a (C, H, W) array of a file. `workers` threads (None: one for each CPU core, at most 8) call it up to one
+    `load` makes a (C, H, W) array of a file, of the same dtype for all. `workers` threads (None: one for each CPU core, at most 8) call it up to one
     batch ahead of need, so that memory does not grow with the number of images. An error of `load` is raised with a note
     that names the file. With `skip`, an image whose `load` raises an Exception is left out, the next images fill the batch,
     and `skip` is called with the error, in order and in the thread of the caller; if `skip` raises, the stream ends.
@@ -168,7 +168,7 @@ def _batches(
             if image is None:
                 continue
             if images is None:
-                images = np.empty((min(batch_size, len(samples) - index), *image.shape), dtype=np.float32)
+                images = np.empty((min(batch_size, len(samples) - index), *image.shape), dtype=image.dtype)
             if image.shape != images.shape[1:]:
                 raise ImageFolderError(
                     f"{path} gives an array of shape {image.shape} and {taken[0][0]} one of {images.shape[1:]}: images of"

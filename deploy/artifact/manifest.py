@@ -14,6 +14,7 @@ import msgspec
 
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Profile, TensorSpec
+from deploy.artifact.usercode import UserFunction
 from deploy.evidence.parity import Parity
 
 FORMAT = 1
@@ -202,6 +203,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     precision_share: PrecisionShare | None = None
     engine_parity: Parity | None = None
     digest: str = ""
+
+    @property
+    def functions(self) -> list[UserFunction]:
+        """The functions of the user's that go with the artifact: a file of each is among `files`, or it is imported."""
+        return [self.preprocess.function] if self.preprocess is not None and self.preprocess.function is not None else []
 
     def sealed(self) -> Self:
         """A copy with the right `digest`."""

@@ -3,7 +3,7 @@
 import click
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.summary import megabytes, summary
+from deploy.artifact.summary import megabytes, preprocess_text, summary
 from deploy.cli.common import debug_option, json_option, open_or_newest
 from deploy.errors import ArtifactError
 
@@ -26,8 +26,7 @@ def command(artifact: str | None, as_json: bool) -> None:
         rows.append(("made", f"{manifest.created} by {manifest.stage.name}"))
     rows += _origin(opened)
     if manifest.preprocess:
-        shown = {key: value for key, value in manifest.preprocess.to_json().items() if value is not None}
-        rows.append(("images", ", ".join(f"{key} {value}" for key, value in shown.items())))
+        rows.append(("images", preprocess_text(manifest.preprocess)))
     if manifest.classes:
         more = f" ... {manifest.classes[-1]}" if len(manifest.classes) > 5 else ""
         rows.append(("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes[:5])}{more}"))

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.image_ops import image_name
 from deploy.artifact.preprocess import PRESET_NAMES, Preprocess
 from deploy.artifact.tensors import TensorSpec, format_shape, format_specs
-from deploy.errors import UsageError
+from deploy.errors import UsageError, UserCodeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +19,40 @@ class ImageInput:
     spec: TensorSpec
     preprocess: Preprocess
 
-    def load(self, path: Path) -> np.ndarray:
-        """One preprocessed image, float32, without the batch dimension.
+    def load(self, source: Path | bytes) -> np.ndarray:
+        """One preprocessed image, of a file or its bytes, without the batch dimension; float32, or as the user's function has it.
 
-        Raises DataError with the name of a file that cannot be read, UsageError if the array does not fit the input.
+        Raises DataError with the name of a file that cannot be read, UsageError if the array does not fit the input, and
+        UserCodeError if the user's function fails, or its array does not fit.
         """
-        image = self.preprocess.open(path)
+        image = self.preprocess.open(source)
+        if self.preprocess.function is not None:
+            return self.fit(image)
         expected = self.spec.shape[1:]
         if any(isinstance(dim, int) and dim != size for dim, size in zip(expected, image.shape, strict=True)):
             raise UsageError(
-                f"the preprocessing in the manifest makes {format_shape(image.shape)} of {path}; the model takes"
+                f"the preprocessing in the manifest makes {format_shape(image.shape)} of {image_name(source)}; the model takes"
                 f" {self.spec}: export it with a --preprocess that fits"
+            )
+        return image
+
+    def fit(self, array: np.ndarray) -> np.ndarray:
+        """What the user's function returned, without the batch. Raises UserCodeError for another shape or dtype than the input's.
+
+        For an input in half precision, float32 is taken too.
+        """
+        function = self.preprocess.function
+        assert function is not None
+        wanted = self.spec.shape
+        image = array[0] if array.ndim == len(wanted) and array.shape[0] == 1 else array
+        fits = image.ndim == len(wanted) - 1 and all(
+            isinstance(dim, str) or dim == size for dim, size in zip(wanted[1:], image.shape, strict=True)
+        )
+        dtypes = {self.spec.dtype, "float32"} if self.spec.dtype == "float16" else {self.spec.dtype}
+        if not fits or str(array.dtype) not in dtypes:
+            raise UserCodeError(
+                f"{function} returns {array.dtype} {format_shape(array.shape) or 'scalar'}{function.line(self.preprocess.folder)};"
+                f" the model takes {self.spec}, without the batch or with a batch of 1"
             )
         return image
 
@@ -48,8 +72,12 @@ class ImageInput:
 
 
 def image_input(artifact: Artifact) -> ImageInput:
-    """The image input of `artifact`. Raises UsageError if it has other inputs, or no preprocessing."""
-    specs, preprocess = artifact.manifest.inputs, artifact.manifest.preprocess
+    """The image input of `artifact`. Raises UsageError if it has other inputs, or no preprocessing. Runs no code of the user's."""
+    specs, preprocess = artifact.manifest.inputs, artifact.preprocess
+    if preprocess is not None and preprocess.function is not None:
+        if len(specs) == 1 and specs[0].shape:
+            return ImageInput(spec=specs[0], preprocess=preprocess)
+        raise UsageError(f"{artifact.location} takes {format_specs(specs)}; images can be fed to a model with one input")
     if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("float32", "float16"):
         raise UsageError(
             f"{artifact.location} takes {format_specs(specs)}; images can be fed to a model with one input of four"
@@ -57,7 +85,7 @@ def image_input(artifact: Artifact) -> ImageInput:
         )
     if preprocess is None:
         raise UsageError(
-            f"{artifact.location} does not say how images become its input; export it with --preprocess ({PRESET_NAMES}"
-            " or a JSON file)"
+            f"{artifact.location} does not say how images become its input; export it with --preprocess ({PRESET_NAMES},"
+            " a JSON file, or a function of yours)"
         )
     return ImageInput(spec=specs[0], preprocess=preprocess)

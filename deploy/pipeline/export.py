@@ -19,7 +19,7 @@ from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, o
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
 from deploy.artifact.writer import ArtifactWriter, check_output
-from deploy.data.calibration_set import calibration_set
+from deploy.data.calibration_set import calibration_set, holds_npz
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
 from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
 from deploy.evidence.options import ToleranceOptions
@@ -33,11 +33,13 @@ from deploy.intake.weightsfile import save_weights
 from deploy.options import collect
 from deploy.pipeline.export_interface import (
     check_classes,
+    copy_function,
     default_preprocess,
     input_specs,
     load_preprocess,
     output_names,
     read_classes,
+    upright,
 )
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, embedding_bounds, finite, other_size, run_eager
@@ -63,6 +65,7 @@ def export(
     outputs: Sequence[str] = (),
     static_batch: bool = False,
     preprocess: str | None = None,
+    exif_orientation: bool = False,
     classes: PathLike | None = None,
     data: PathLike | None = None,
     opset: int | None = None,
@@ -77,7 +80,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
+    instead, with `preprocess`, `exif_orientation`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
@@ -90,7 +93,7 @@ def export(
                 "`onnx` takes the graph as it is: there is nothing to compare it with; leave out the limits of parity"
             )
         target = Path(out) if out is not None else _default_out(name or options.onnx.stem, "a bare ONNX file", keep_bare=False)
-        return export_onnx_file(options.onnx, target, preprocess=preprocess, classes=options.classes, name=name)
+        return export_onnx_file(options, target)
     default = name or (arch or model or "").rpartition(":")[2].lower()
     if out is not None:
         target = Path(out)
@@ -132,9 +135,12 @@ class _Export:
         )
         self._specs = input_specs(options.inputs, self._built, static_batch=options.static_batch)
         if options.preprocess:
-            self._preprocess = load_preprocess(options.preprocess, self._specs)
+            real_images = options.data is not None and not holds_npz(options.data)
+            self._preprocess = load_preprocess(options.preprocess, self._specs, probe=not real_images)
         else:
             self._preprocess = default_preprocess(self._built, self._specs)
+        if options.exif_orientation:
+            self._preprocess = upright(self._preprocess)
         self._classes = read_classes(options.classes) if options.classes else None
         return {
             **_request(options, self._built, self._specs, self._preprocess, self._classes),
@@ -150,7 +156,8 @@ class _Export:
         progress("running the eager module")
         dims = example_dims(self._specs, batch_dim(self._specs))
         self._specs = _bounded(self._specs, module, dims, self._preprocess)
-        outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.out, stage))
+        copy_function(self._preprocess, options.preprocess, writer.path)
+        outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.path, stage))
         progress("exporting to ONNX")
         example = {name: torch.from_numpy(array) for name, array in feed.items()}
         files = [file.path for file in self._built.source_files]
@@ -178,11 +185,11 @@ class _Export:
         source = msgspec.structs.replace(written.manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
         return msgspec.structs.replace(written.manifest, source=source, parity=parity)
 
-    def _real_feeds(self, out: Path, stage: Stage) -> list[NamedFeed]:
-        """The first rows of `data`."""
+    def _real_feeds(self, folder: Path, stage: Stage) -> list[NamedFeed]:
+        """The first rows of `data`. The file of a user's function is in `folder`."""
         if self._options.data is None:
             return []
-        described = Artifact(out, self._manifest(list(self._specs), [], out, stage))
+        described = Artifact(folder, self._manifest(list(self._specs), [], folder, stage))
         data = calibration_set(described, self._options.data, most=REAL_ROWS)
         feeds = [NamedFeed(kind_of(data), feed) for feed in islice(data.feeds(REAL_ROWS), REAL_ROWS)]
         if not feeds:
@@ -331,25 +338,29 @@ def _request(
     }
 
 
-def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: Path | None, name: str | None) -> Artifact:
+def export_onnx_file(options: ExportOptions, out: Path) -> Artifact:
     """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
 
-    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError.
+    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError and UserCodeError.
     """
-    bare = open_onnx(path)
+    assert options.onnx is not None
+    bare = open_onnx(options.onnx)
     check_output(out, bare)
-    names = read_classes(classes) if classes else None
+    names = read_classes(options.classes) if options.classes else None
     check_classes(names, [spec.shape for spec in bare.manifest.outputs])
-    loaded = load_preprocess(preprocess, bare.manifest.inputs)
+    preprocess = load_preprocess(options.preprocess, bare.manifest.inputs)
+    if options.exif_orientation:
+        preprocess = upright(preprocess)
     with ArtifactWriter(out) as writer:
+        copy_function(preprocess, options.preprocess, writer.path)
         for file in bare.manifest.files:
-            shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
+            shutil.copyfile(options.onnx.parent / file, writer.path / (ONNX if file == options.onnx.name else file))
         return writer.commit(
             msgspec.structs.replace(
                 bare.manifest,
-                name=name or out.resolve().name,
+                name=options.name or out.resolve().name,
                 files={},
-                preprocess=loaded,
+                preprocess=preprocess,
                 classes=names,
                 tools=tool_versions(),
             )
