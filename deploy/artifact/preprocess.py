@@ -69,8 +69,8 @@ class Preprocess:
     exif_orientation: bool = False
     function: UserFunction | None = None
 
-    folder: ClassVar[Path | None] = None
-    """Where the file of `function` lies: of an instance that `within` made."""
+    _folder: ClassVar[Path | None] = None
+    """No field, and no part of the JSON form: where an artifact lies is not written in it."""
 
     def __post_init__(self) -> None:
         if self.function is not None:
@@ -201,7 +201,7 @@ class Preprocess:
             if ":" in spec:
                 return cls(function=UserFunction.read(spec))
             raise UsageError(
-                f"unknown preprocess {spec!r}; expected {PRESET_NAMES}, a JSON file, FILE.py:FUNCTION or pkg.mod:FUNCTION"
+                f"unknown preprocess {spec!r}; expected {PRESET_NAMES}, or a JSON file, FILE.py:FUNCTION or pkg.mod:FUNCTION"
             )
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -214,10 +214,15 @@ class Preprocess:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the file of `function` lies; None where that is not known, see `within`."""
+        return self._folder
+
     def within(self, folder: Path) -> "Preprocess":
         """The same, with the file of its function in `folder`."""
         found = copy.copy(self)
-        object.__setattr__(found, "folder", folder)
+        object.__setattr__(found, "_folder", folder)
         return found
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -259,12 +264,12 @@ class Preprocess:
         return image if self.crop is None else center_crop(image, *_pair(self.crop), fill)
 
     def _user_array(self, function: UserFunction, image: Image.Image) -> np.ndarray:
-        if function.file is not None and self.folder is None:
+        if function.file is not None and self._folder is None:
             raise UsageError(f"{function} is in a file of an artifact: take the preprocessing from `Artifact.preprocess`")
-        result = function.call(self.folder, image)
+        result = function.call(self._folder, image)
         if not isinstance(result, np.ndarray):
             raise UserCodeError(
-                f"{function} returns a {type(result).__name__}{function.line(self.folder)}; expected a numpy array"
+                f"{function} returns a {type(result).__name__}{function.line(self._folder)}; expected a numpy array"
             )
         return result
 

@@ -75,7 +75,7 @@ class UserFunction:
             _check_alone(source, content)
             return cls(name=name, file=source.name, sha256=hashlib.sha256(content).hexdigest())
         module = _import(source, None)
-        function = cls(name=name, module=source, sha256=_digest_of(module), version=version_of_module(source))
+        function = cls(name=name, module=source, sha256=_digest_of(module), version=_version_of(module))
         function.load(None)
         return function
 
@@ -132,13 +132,11 @@ class UserFunction:
         return content
 
     def _compare(self, module: ModuleType) -> None:
-        """Log a warning where the module is another than the one that was recorded."""
-        assert self.module is not None
-        version = version_of_module(self.module)
-        if version != self.version:
-            logger.warning("%s is of version %s here; the artifact was made with %s", self, version, self.version)
-        elif _digest_of(module) != self.sha256:
-            logger.warning("the file of %s is another than the one that the artifact was made with", self)
+        """Log a warning where the module's file is another than the one that was recorded."""
+        if _digest_of(module) != self.sha256:
+            now = _version_of(module)
+            versions = f": version {now or 'unknown'}, and it was {self.version or 'unknown'}" if now != self.version else ""
+            logger.warning("the file of %s is another than the one that the artifact was made with%s", self, versions)
 
 
 def split_spec(spec: str, what: str, part: str) -> tuple[Path | str, str]:
@@ -194,6 +192,11 @@ def _file_of(function: Callable[..., Any]) -> str | None:
 def _digest_of(module: ModuleType) -> str | None:
     file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and os.path.isfile(file) else None
+
+
+def _version_of(module: ModuleType) -> str | None:
+    """The version of the distribution that an installed module comes in; None where that is not known."""
+    return version_of_module(module.__name__) if is_installed(getattr(module, "__file__", None) or "") else None
 
 
 def _run(path: Path, content: bytes) -> ModuleType:

@@ -27,7 +27,10 @@ class ImageInput:
         """
         image = self.preprocess.open(source)
         if self.preprocess.function is not None:
-            return self.fit(image)
+            try:
+                return self.fit(image)
+            except UserCodeError as error:
+                raise UserCodeError(f"{image_name(source)}: {error}") from error
         expected = self.spec.shape[1:]
         if any(isinstance(dim, int) and dim != size for dim, size in zip(expected, image.shape, strict=True)):
             raise UsageError(

@@ -27,7 +27,9 @@ def version_of(distribution: str) -> str | None:
 def version_of_module(module: str) -> str | None:
     """The version of the distribution that a module, `torchvision.transforms` for example, comes in; None if that is not known."""
     top = module.partition(".")[0]
-    return next(map(version_of, metadata.packages_distributions().get(top, [])), None)
+    if known := version_of(top):
+        return known
+    return next(map(version_of, metadata.packages_distributions().get(top, [])), None)  # takes a second
 
 
 def versions(distributions: tuple[str, ...]) -> dict[str, str | None]:
