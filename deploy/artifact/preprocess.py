@@ -4,13 +4,12 @@ The arithmetic is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `
 In place of all that, a function of the user's may make the array.
 """
 
-import copy
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -68,9 +67,6 @@ class Preprocess:
     fill: int | tuple[int, ...] = 0
     exif_orientation: bool = False
     function: UserFunction | None = None
-
-    _folder: ClassVar[Path | None] = None
-    """No field, and no part of the JSON form: where an artifact lies is not written in it."""
 
     def __post_init__(self) -> None:
         if self.function is not None:
@@ -216,14 +212,14 @@ class Preprocess:
 
     @property
     def folder(self) -> Path | None:
-        """Where the file of `function` lies; None where that is not known, see `within`."""
-        return self._folder
+        """Where the file of `function` lies; None where that is not known."""
+        return None
 
     def within(self, folder: Path) -> "Preprocess":
-        """The same, with the file of its function in `folder`."""
-        found = copy.copy(self)
-        object.__setattr__(found, "_folder", folder)
-        return found
+        """The same, with the file of its function in `folder`; itself where it needs none."""
+        if self.function is None or self.function.file is None:
+            return self
+        return _Placed(folder, self)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(channels, height, width) float32, or (height, width, channels) with the layout `hwc`; no batch dimension.
@@ -264,12 +260,12 @@ class Preprocess:
         return image if self.crop is None else center_crop(image, *_pair(self.crop), fill)
 
     def _user_array(self, function: UserFunction, image: Image.Image) -> np.ndarray:
-        if function.file is not None and self._folder is None:
+        if function.file is not None and self.folder is None:
             raise UsageError(f"{function} is in a file of an artifact: take the preprocessing from `Artifact.preprocess`")
-        result = function.call(self._folder, image)
+        result = function.call(self.folder, image)
         if not isinstance(result, np.ndarray):
             raise UserCodeError(
-                f"{function} returns a {type(result).__name__}{function.line(self._folder)}; expected a numpy array"
+                f"{function} returns a {type(result).__name__}{function.line(self.folder)}; expected a numpy array"
             )
         return result
 
@@ -280,6 +276,21 @@ class Preprocess:
             return self(image)
         except (DataError, UserCodeError) as error:
             raise type(error)(f"{image_name(source)}: {error}") from error
+
+
+class _Placed(Preprocess):
+    """With the folder of the function's file, which is no field: where an artifact lies is not written in its manifest."""
+
+    __slots__ = ("_place",)  # msgspec writes what is in __dict__
+    _place: Path
+
+    def __init__(self, folder: Path, preprocess: Preprocess) -> None:
+        super().__init__(**vars(preprocess))
+        object.__setattr__(self, "_place", folder)
+
+    @property
+    def folder(self) -> Path:
+        return self._place
 
 
 def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
