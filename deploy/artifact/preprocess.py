@@ -270,7 +270,9 @@ class Preprocess:
         return result
 
     def open(self, source: Path | str | bytes) -> np.ndarray:
-        """Read an image file, or its bytes, and preprocess it. Raises DataError with the name of the file."""
+        """Read an image file, or its bytes, and preprocess it. Raises DataError, or UserCodeError, with the name of the file."""
+        if self.function is not None and (self.folder is not None or self.function.module is not None):
+            self.function.load(self.folder)  # an error of this is not the image's
         image = read_image(source)
         try:
             return self(image)

@@ -220,10 +220,10 @@ def _import(name: str, version: str | None) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _import_error(name, error) from error
-        wanted = f" {version}" if version else ""
+        wanted = f" (version {version})" if version else ""
         raise UserCodeError(
-            f"no module {name!r} to import (not installed, and not in {os.getcwd()}): the artifact names it, and does not hold it;"
-            f" install what it comes in{wanted}"
+            f"no module {name!r} to import: the artifact names it, and does not hold it; it must be installed{wanted} or in the"
+            f" current folder, {os.getcwd()}"
         ) from error
     except (Exception, SystemExit) as error:  # the user's code: any error may come
         raise _import_error(name, error) from error
