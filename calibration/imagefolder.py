@@ -157,9 +157,9 @@ def batches(
     workers: int | None = None,
     skip: Callable[[Path, Exception], None] | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Images and labels, in order: (N, C, H, W) float32 and (N,) int64; the last batch may be smaller.
+    """Images and labels, in order: (N, C, H, W) and (N,) int64; the last batch may be smaller.
 
-    `load` makes a (C, H, W) array of a file, or a dict of arrays; the images of a batch are then a dict too, of the same
+    `load` makes a (C, H, W) array of a file, of the same dtype for all, or a dict of arrays; the images of a batch are then a dict too, of the same
     dtypes, each with N in front. `workers` threads (None: one for each CPU core, at most 8) call it up to one
     batch ahead of need, so that memory does not grow with the number of images. An error of `load` is raised with a note
     that names the file. With `skip`, an image whose `load` raises an Exception is left out, the next images fill the batch,
@@ -201,7 +201,7 @@ def _batches(
             ahead.extend(pool.submit(load, path) for path, _ in islice(waiting, 1))
             if loaded is None:
                 continue
-            record = loaded if isinstance(loaded, Mapping) else {_IMAGE: loaded.astype(np.float32, copy=False)}
+            record = loaded if isinstance(loaded, Mapping) else {_IMAGE: loaded}
             if not taken:
                 most = min(batch_size, len(samples) - index)
                 rows = {name: np.empty((most, *array.shape), dtype=array.dtype) for name, array in record.items()}

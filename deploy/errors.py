@@ -6,6 +6,7 @@
     ├── ArtifactError       an artifact that is missing, damaged, edited or of another format
     ├── CheckpointError     a checkpoint that cannot be read, or does not fit the module
     ├── FactoryError        a model factory that cannot be found, imported or called
+    ├── UserCodeError       a function of the user's in an artifact that cannot be imported, fails or returns what does not fit
     ├── ExportError         a module that the ONNX exporter cannot handle
     ├── PrecisionError      a graph that a precision pass cannot convert
     ├── ParityError         outputs further from the reference than the tolerance allows
@@ -52,6 +53,10 @@ class CheckpointError(DeployError):
 
 class FactoryError(DeployError):
     """A model factory that cannot be found, imported or called."""
+
+
+class UserCodeError(DeployError):
+    """A function of the user's in an artifact that cannot be imported, fails, or returns what does not fit."""
 
 
 class ExportError(DeployError):

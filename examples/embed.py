@@ -5,7 +5,7 @@ import sys
 import deploy
 
 artifact = deploy.open_artifact(sys.argv[1])
-preprocess, classes = artifact.manifest.preprocess, artifact.manifest.classes
+preprocess, classes = artifact.preprocess, artifact.manifest.classes
 if preprocess is None:
     sys.exit(f"{sys.argv[1]} was exported without --preprocess")
 with deploy.load(artifact) as session:

@@ -29,7 +29,7 @@ app = FastAPI(lifespan=lifespan)
 @app.post("/classify")
 async def classify(request: Request) -> dict[str, object]:
     try:
-        image = artifact.manifest.preprocess.open(await request.body())
+        image = artifact.preprocess.open(await request.body())
         outputs = await app.state.batcher.run_async({"input": image[None]}, timeout_s=1)
     except DataError as error:
         raise HTTPException(400, str(error)) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.artifact.manifest import ENGINE, FORMAT, MANIFEST, ONNX, WEIGHTS, Manifest, Parent, Stage, content_digest, file_digest
+from deploy.artifact.preprocess import Preprocess
 from deploy.errors import ArtifactError, UsageError
 
 
@@ -59,6 +60,14 @@ class Artifact:
         return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
 
     @property
+    def preprocess(self) -> Preprocess | None:
+        """How an image becomes the input, ready to use: `artifact.preprocess.open("cat.jpg")`.
+
+        Where that is a function of the user's, its first use runs the user's code.
+        """
+        return self.manifest.preprocess and self.manifest.preprocess.within(self.path)
+
+    @property
     def location(self) -> Path:
         """The path that a user would type."""
         return self.path / self.bare if self.bare else self.path
@@ -74,7 +83,8 @@ class Artifact:
     @property
     def size(self) -> int:
         """The size in bytes of the engine, or of the ONNX file with its external data; without the weights for rebuilding."""
-        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name != WEIGHTS]
+        others = {WEIGHTS, *(function.file for function in self.manifest.functions)}
+        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name not in others]
         return sum(self.manifest.files[name].bytes for name in names)
 
     def verify(self, *, weights: bool = True) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Profile, TensorSpec
+from deploy.artifact.usercode import UserFunction
 from deploy.evidence.parity import Parity
 
 FORMAT = 1
@@ -212,6 +213,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     image: str | None = None
     other_images: dict[str, Preprocess] = {}
     digest: str = ""
+
+    @property
+    def functions(self) -> list[UserFunction]:
+        """The functions of the user's that go with the artifact: a file of each is among `files`, or it is imported."""
+        images = [self.preprocess, *self.other_images.values()]
+        return [image.function for image in images if image is not None and image.function is not None]
 
     def sealed(self) -> Self:
         """A copy with the right `digest`."""

@@ -1,9 +1,9 @@
 """Makes the array that a model takes of an image. It is part of the manifest; all commands use the same code.
 
 The arithmetic is that of torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on a PIL image, without torch.
+In place of all that, a function of the user's may make the array.
 """
 
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from deploy.errors import DataError, UsageError
+from deploy.artifact.image_ops import center_crop, eight_bit, image_name, letterbox, read_image, resize, resize_shorter, upright
+from deploy.artifact.usercode import UserFunction
+from deploy.errors import DataError, UsageError, UserCodeError
 
 _LARGE = 10.0
 """Normalized pixels stay well below it."""
@@ -36,11 +38,19 @@ class Preprocess:
     """How an image becomes one model input, float32.
 
     resize: the shorter side in pixels (the longer in proportion), or (height, width); None leaves the size.
-    crop: side of the centre square, or (height, width), zero-padded where the image is smaller; None leaves it whole.
+    resize_mode: `shorter`, the default for one number; `stretch` to exactly (height, width), the default for two;
+        `letterbox`: the whole image in proportion, padded to (height, width). One number is then a square.
+    position: of the image in its letterbox, `center` or `top-left`.
+    crop: side of the centre square, or (height, width), padded where the image is smaller; None leaves it whole.
+    fill: the padding of letterbox and crop, 0 to 255: one number, or one a channel in the order of `order`.
+    exif_orientation: turn the image upright first, as its EXIF orientation says. False leaves it as it is stored, which is
+        what torchvision's ImageFolder and most training code do.
     mean, std: one value a channel, on pixels times `scale`: `(pixel * scale - mean) / std`.
     channels: 3, or 1 for grey (ITU-R 601-2 luma, as PIL's mode "L").
     order: of the three channels, `rgb` or `bgr`; mean and std are in that order too.
     layout: `chw`, or `hwc` for models that take channels last.
+    function: makes the array of the PIL image, as it was read (and turned upright); of the rest, only `exif_orientation` goes
+        with it. `Artifact.preprocess` knows where its file is.
     """
 
     resize: Size | None = None
@@ -52,8 +62,16 @@ class Preprocess:
     channels: Literal[1, 3] = 3
     order: Literal["rgb", "bgr"] = "rgb"
     layout: Literal["chw", "hwc"] = "chw"
+    resize_mode: Literal["shorter", "stretch", "letterbox"] | None = None
+    position: Literal["center", "top-left"] = "center"
+    fill: int | tuple[int, ...] = 0
+    exif_orientation: bool = False
+    function: UserFunction | None = None
 
     def __post_init__(self) -> None:
+        if self.function is not None:
+            self._check_function()
+            return
         if isinstance(self.channels, bool) or self.channels not in (1, 3):
             raise UsageError(f"preprocess: channels must be 1 or 3, not {self.channels!r}")
         for name in ("mean", "std"):
@@ -80,18 +98,58 @@ class Preprocess:
             size = getattr(self, name)
             if size is not None and min(_pair(size)) < 1:
                 raise UsageError(f"preprocess: {name} must be 1 or more, not {size}")
+        self._check_padding()
+
+    def _check_function(self) -> None:
+        """Raise UsageError for what would have no effect beside a function."""
+        defaults = {each.name: each.default for each in fields(self)} | {"function": self.function}
+        defaults["exif_orientation"] = self.exif_orientation
+        if other := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            raise UsageError(f"preprocess: {self.function} makes the whole array; leave out {', '.join(other)}")
+
+    def _check_padding(self) -> None:
+        if self.resize_mode not in (None, "shorter", "stretch", "letterbox"):
+            raise UsageError(f"preprocess: resize_mode must be shorter, stretch or letterbox, not {self.resize_mode!r}")
+        if self.resize_mode is not None and self.resize is None:
+            raise UsageError(f"preprocess: resize_mode {self.resize_mode} needs resize, the size in pixels")
+        if self.resize_mode == "shorter" and not isinstance(self.resize, int):
+            raise UsageError(f"preprocess: resize_mode shorter takes one number as resize, not {self.resize}")
+        if self.position not in ("center", "top-left"):
+            raise UsageError(f"preprocess: position must be center or top-left, not {self.position!r}")
+        if self.position != "center" and self.resize_mode != "letterbox":
+            raise UsageError("preprocess: position is of resize_mode letterbox")
+        fill = self.fill if isinstance(self.fill, tuple) else (self.fill,)
+        if len(fill) not in (1, self.channels) or not all(type(each) is int and 0 <= each <= 255 for each in fill):
+            raise UsageError(f"preprocess: fill must be a number of 0 to 255, or {self.channels} of them, not {self.fill!r}")
+        if any(fill) and self.resize_mode != "letterbox" and self.crop is None:
+            raise UsageError("preprocess: fill is the padding of resize_mode letterbox and of crop; there is neither")
+        if not isinstance(self.exif_orientation, bool):
+            raise UsageError(f"preprocess: exif_orientation must be true or false, not {self.exif_orientation!r}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every result; None if images keep different sizes, or a function makes them."""
+        if self.crop is not None:
+            return _pair(self.crop)
+        if self.resize is None or (isinstance(self.resize, int) and self.resize_mode in (None, "shorter")):
+            return None
+        return _pair(self.resize)
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """(channels, height, width) of every result, in the order of `layout`; None if images keep different sizes."""
-        size = self.crop if self.crop is not None else self.resize if isinstance(self.resize, tuple) else None
-        if size is None:
+        if self.size is None:
             return None
-        height, width = _pair(size)
+        height, width = self.size
         return (self.channels, height, width) if self.layout == "chw" else (height, width, self.channels)
 
     def pixel_range(self) -> tuple[float, float] | None:
-        """The range of what a network gets that takes raw pixels, such as 0 to 255; None where the numbers are about 1."""
+        """The range of what a network gets that takes raw pixels, such as 0 to 255; None where the numbers are about 1.
+
+        None too where a function makes them.
+        """
+        if self.function is not None:
+            return None
         ends = [(pixel * self.scale - mean) / std for pixel in (0, 255) for mean, std in zip(self.mean, self.std, strict=True)]
         low, high = min(ends), max(ends)
         return (low, high) if max(abs(low), abs(high)) > _LARGE else None
@@ -99,8 +157,8 @@ class Preprocess:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocess":
         """From the JSON form, in which every key is optional. Raises UsageError for an unknown key or a bad value."""
-        known = {field.name for field in fields(cls)}
-        unknown = [key for key in value if key not in known]
+        known = {field.name for field in fields(cls)} - {"function"}
+        unknown = [key for key in value if key not in known and (key != "function" or value[key] is not None)]
         if unknown:
             raise UsageError(f"preprocess: unknown {', '.join(map(repr, unknown))}; expected {', '.join(sorted(known))}")
         options = dict(value)
@@ -112,6 +170,8 @@ class Preprocess:
             for name in ("resize", "crop"):
                 if options.get(name) is not None:
                     options[name] = _size(options[name])
+            if isinstance(options.get("fill"), list):
+                options["fill"] = tuple(options["fill"])
             if "scale" in options:
                 name = "scale"
                 options["scale"] = _number(options["scale"])
@@ -124,15 +184,21 @@ class Preprocess:
 
     @classmethod
     def load(cls, spec: str, size: tuple[int, int] | None) -> "Preprocess":
-        """From a preset's name or a JSON file. `size` is the (height, width) of the input, None if it is dynamic.
+        """From a preset's name, a JSON file, or a function as `FILE.py:FUNCTION` or `pkg.mod:FUNCTION`.
 
-        Raises UsageError.
+        `size` is the (height, width) of the input, None if it is dynamic. Raises UsageError, and what `UserFunction.read` raises.
         """
         if spec in PRESETS:
             return preset(spec, size)
         path = Path(spec)
+        if path.suffix == ".py":
+            raise UsageError(f"{spec} is a Python file: name the function in it, {spec}:FUNCTION")
         if not path.is_file():
-            raise UsageError(f"unknown preprocess {spec!r}; expected {PRESET_NAMES} or a JSON file")
+            if ":" in spec:
+                return cls(function=UserFunction.read(spec))
+            raise UsageError(
+                f"unknown preprocess {spec!r}; expected {PRESET_NAMES}, or a JSON file, FILE.py:FUNCTION or pkg.mod:FUNCTION"
+            )
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -144,22 +210,29 @@ class Preprocess:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the file of `function` lies; None where that is not known."""
+        return None
+
+    def within(self, folder: Path) -> "Preprocess":
+        """The same, with the file of its function in `folder`; itself where it needs none."""
+        if self.function is None or self.function.file is None:
+            return self
+        return _Placed(folder, self)
+
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(channels, height, width) float32, or (height, width, channels) with the layout `hwc`; no batch dimension.
 
-        Transparency is dropped and an EXIF orientation is left as it is, as by torchvision's ImageFolder; of 16-bit grey
-        pixels the high byte is taken, as Pillow does with 16-bit colour. Raises DataError for 32-bit pixels, whose range
-        is unknown, and for colour spaces that Pillow cannot convert.
+        Transparency is dropped, and an EXIF orientation is left as it is unless `exif_orientation`; of 16-bit grey pixels the
+        high byte is taken, as Pillow does with 16-bit colour. Raises DataError for 32-bit pixels, whose range is unknown, and
+        for colour spaces that Pillow cannot convert. With a function, what that returns, and what `UserFunction.call` raises.
         """
-        image = _eight_bit(image, "L" if self.channels == 1 else "RGB")
-        if self.resize is not None:
-            width, height = image.size
-            target = _resized(height, width, self.resize)
-            if target != (height, width):
-                image = image.resize((target[1], target[0]), INTERPOLATIONS[self.interpolation])
-        if self.crop is not None:
-            image = _center_crop(image, *_pair(self.crop))
-        pixels = np.asarray(image)
+        if self.exif_orientation:
+            image = upright(image)
+        if self.function is not None:
+            return self._user_array(self.function, image)
+        pixels = np.asarray(self._sized(eight_bit(image, "L" if self.channels == 1 else "RGB")))
         planes = pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
         if self.order == "bgr":
             planes = planes[::-1]
@@ -171,22 +244,55 @@ class Preprocess:
         result /= np.array(self.std, dtype=np.float32)[:, None, None]
         return result if self.layout == "chw" else np.ascontiguousarray(result.transpose(1, 2, 0))
 
+    def _sized(self, image: Image.Image) -> Image.Image:
+        resampling = INTERPOLATIONS[self.interpolation]
+        fill = self.fill[::-1] if isinstance(self.fill, tuple) and self.order == "bgr" else self.fill
+        if isinstance(fill, tuple) and len(fill) == 1:
+            fill = fill[0]
+        if self.resize is not None:
+            if self.resize_mode == "letterbox":
+                centred = self.position == "center"
+                image = letterbox(image, *_pair(self.resize), resampling, fill=fill, centred=centred)
+            elif isinstance(self.resize, int) and self.resize_mode != "stretch":
+                image = resize_shorter(image, self.resize, resampling)
+            else:
+                image = resize(image, *_pair(self.resize), resampling)
+        return image if self.crop is None else center_crop(image, *_pair(self.crop), fill)
+
+    def _user_array(self, function: UserFunction, image: Image.Image) -> np.ndarray:
+        if function.file is not None and self.folder is None:
+            raise UsageError(f"{function} is in a file of an artifact: take the preprocessing from `Artifact.preprocess`")
+        result = function.call(self.folder, image)
+        if not isinstance(result, np.ndarray):
+            raise UserCodeError(
+                f"{function} returns a {type(result).__name__}{function.line(self.folder)}; expected a numpy array"
+            )
+        return result
+
     def open(self, source: Path | str | bytes) -> np.ndarray:
-        """Read an image file, or its bytes, and preprocess it. Raises DataError with the name of the file."""
-        name = "the image" if isinstance(source, bytes) else str(source)
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                image.load()
-        except FileNotFoundError:
-            raise DataError(f"no image at {name}") from None
-        except UnidentifiedImageError:
-            raise DataError(f"{name} is not an image that Pillow can read") from None
-        except Exception as error:  # Pillow's decoders fail in many ways on damaged files
-            raise DataError(f"{name} cannot be read: {error}") from error
+        """Read an image file, or its bytes, and preprocess it. Raises DataError, or UserCodeError, with the name of the file."""
+        if self.function is not None and (self.folder is not None or self.function.module is not None):
+            self.function.load(self.folder)  # an error of this is not the image's
+        image = read_image(source)
         try:
             return self(image)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+        except (DataError, UserCodeError) as error:
+            raise type(error)(f"{image_name(source)}: {error}") from error
+
+
+class _Placed(Preprocess):
+    """With the folder of the function's file, which is no field: where an artifact lies is not written in its manifest."""
+
+    __slots__ = ("_place",)  # msgspec writes what is in __dict__
+    _place: Path
+
+    def __init__(self, folder: Path, preprocess: Preprocess) -> None:
+        super().__init__(**vars(preprocess))
+        object.__setattr__(self, "_place", folder)
+
+    @property
+    def folder(self) -> Path:
+        return self._place
 
 
 def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
@@ -194,13 +300,15 @@ def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
 
     For a square crop the shorter side of the image is resized: for `imagenet` to 8/7 of the crop (256 for 224), for the
     others to the crop itself. For an oblong crop both sides are resized, so that no image is padded. If `size` is None
-    (dynamic), `imagenet` takes 224 and the others do not resize.
+    (dynamic), `imagenet` takes 224 and the others do not resize. `yolo` letterboxes to the size, or to 640x640.
 
     Raises UsageError for an unknown name.
     """
     if name not in PRESETS:
         raise UsageError(f"unknown preprocess {name!r}; expected one of {PRESET_NAMES}")
     base = PRESETS[name]
+    if base.resize_mode == "letterbox":
+        return replace(base, resize=size or base.resize)
     if name == "imagenet":
         size = size or (224, 224)
     if size is None:
@@ -209,21 +317,6 @@ def preset(name: str, size: tuple[int, int] | None) -> Preprocess:
     if size[0] == size[1]:
         return replace(base, resize=height, crop=size[0])
     return replace(base, resize=(height, width), crop=size)
-
-
-PRESETS = {
-    # torchvision's ImageNet statistics, https://pytorch.org/vision/stable/models.html
-    "imagenet": Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-    # Mean and standard deviation of the 60,000 MNIST training images, as in PyTorch's MNIST example.
-    "mnist": Preprocess(mean=(0.1307,), std=(0.3081,), channels=1),
-    # Those of the 50,000 CIFAR-10 training images.
-    "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    # Pixels scaled to 0..1.
-    "none": Preprocess(),
-}
-
-PRESET_NAMES = ", ".join(PRESETS)
-"""The names of the presets for help texts and errors."""
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -243,36 +336,18 @@ def _size(value: Any) -> Size:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in `mode`, L or RGB. Raises DataError."""
-    # Pillow before 11.3 opens 16-bit grey PNG and PPM files as mode "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise DataError(f"32-bit pixels (mode {image.mode!r}) have no known range; convert the image to 8 bits a channel")
-    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
-    try:
-        return image.convert(mode)
-    except ValueError as error:
-        raise DataError(f"mode {image.mode!r} cannot be converted to {mode}; convert the image to RGB") from error
+PRESETS = {
+    # torchvision's ImageNet statistics, https://pytorch.org/vision/stable/models.html
+    "imagenet": Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    # Mean and standard deviation of the 60,000 MNIST training images, as in PyTorch's MNIST example.
+    "mnist": Preprocess(mean=(0.1307,), std=(0.3081,), channels=1),
+    # Those of the 50,000 CIFAR-10 training images.
+    "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    # Pixels scaled to 0..1.
+    "none": Preprocess(),
+    # https://docs.ultralytics.com/reference/data/augment/#ultralytics.data.augment.LetterBox: grey of 114 around the centre.
+    "yolo": Preprocess(resize=(640, 640), resize_mode="letterbox", fill=114),
+}
 
-
-def _resized(height: int, width: int, resize: Size) -> tuple[int, int]:
-    """torchvision's `Resize`: the shorter side to `resize`, the longer truncated to whole pixels."""
-    if not isinstance(resize, int):
-        return resize
-    short, long = min(height, width), max(height, width)
-    scaled = int(resize * long / short)
-    return (resize, scaled) if height <= width else (scaled, resize)
-
-
-def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """torchvision's `CenterCrop`, its rounding and its padding with zeros included."""
-    if image.height < height or image.width < width:
-        left, top = max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)
-        padded = Image.new(image.mode, (max(width, image.width), max(height, image.height)))
-        padded.paste(image, (left, top))
-        image = padded
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+PRESET_NAMES = ", ".join(PRESETS)
+"""The names of the presets for help texts and errors."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
+from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
 from deploy.words import count_of
@@ -136,6 +137,17 @@ def calibration_text(calibration: Calibration) -> list[str]:
         _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}"),
         _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
     ]
+
+
+def preprocess_text(preprocess: Preprocess) -> str:
+    """How an image becomes an input, and what is done about its EXIF orientation."""
+    exif = "turned upright by the EXIF orientation" if preprocess.exif_orientation else "EXIF orientation ignored"
+    function = preprocess.function
+    if function is not None:
+        code = f"SHA-256 {function.sha256[:12]}" if function.sha256 else "no file"
+        return f"{function} (the user's code, {function.version or code}), {exif}"
+    shown = {key: value for key, value in preprocess.to_json().items() if value is not None and key != "exif_orientation"}
+    return f"{', '.join(f'{key} {value}' for key, value in shown.items())}, {exif}"
 
 
 def accuracy_text(accuracy: Accuracy) -> str:

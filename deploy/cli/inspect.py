@@ -3,7 +3,7 @@
 import click
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.summary import megabytes, summary
+from deploy.artifact.summary import megabytes, preprocess_text, summary
 from deploy.cli.common import debug_option, json_option, open_or_newest
 from deploy.errors import ArtifactError
 
@@ -27,9 +27,7 @@ def command(artifact: str | None, as_json: bool) -> None:
     rows += _origin(opened)
     for name, preprocess in ((manifest.image, manifest.preprocess), *manifest.other_images.items()):
         if preprocess:
-            shown = {key: value for key, value in preprocess.to_json().items() if value is not None}
-            of = f"{name}: " if name else ""
-            rows.append(("images", of + ", ".join(f"{key} {value}" for key, value in shown.items())))
+            rows.append(("images", (f"{name}: " if name else "") + preprocess_text(preprocess)))
     if manifest.classes:
         more = f" ... {manifest.classes[-1]}" if len(manifest.classes) > 5 else ""
         rows.append(("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes[:5])}{more}"))

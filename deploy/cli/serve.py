@@ -45,6 +45,7 @@ _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
     help="Serve over REST on the Ray cluster at ADDRESS; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
 )
 @options(RayOptions)
+@options(ModelOptions)
 @backend_option
 @device_option
 @threads_option
@@ -59,8 +60,13 @@ def command(models: tuple[str, ...], address: str | None, **given: Any) -> int:
     if not models:
         raise UsageError("Missing argument 'ARTIFACT|NAME=PATH[@VERSION]...'.")
     sources = [ModelSource.parse(text) for text in models]
-    opened = ModelOptions(
-        backend=given["backend"], device=given["device"], threads=given["threads"], batching=collect(BatcherOptions, given)
+    opened = collect(
+        ModelOptions,
+        given,
+        backend=given["backend"],
+        device=given["device"],
+        threads=given["threads"],
+        batching=collect(BatcherOptions, given),
     )
     if ray is not None:
         from deploy.serving.ray_serve import serve_on_ray  # loads Ray

@@ -24,6 +24,14 @@ def version_of(distribution: str) -> str | None:
     return None
 
 
+def version_of_module(module: str) -> str | None:
+    """The version of the distribution that a module, `torchvision.transforms` for example, comes in; None if that is not known."""
+    top = module.partition(".")[0]
+    if known := version_of(top):
+        return known
+    return next(map(version_of, metadata.packages_distributions().get(top, [])), None)  # takes a second
+
+
 def versions(distributions: tuple[str, ...]) -> dict[str, str | None]:
     """The version of Python and of every distribution; None for one that is not installed."""
     return {"python": platform.python_version(), **{name: version_of(name) for name in distributions}}

@@ -10,9 +10,7 @@ import importlib.util
 import os
 import re
 import sys
-import sysconfig
 import threading
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +19,10 @@ from pathlib import Path
 from types import ModuleType
 
 from deploy.artifact.manifest import SourceFile, file_digest
+from deploy.artifact.usercode import INSTALLED, is_installed, user_line
 from deploy.errors import FactoryError
 
-_INSTALLED = ("site-packages", "dist-packages")
-_STDLIB = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
 _PACKAGE = "deploy"
-_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[1]) + os.sep
 
 _PREFIX = "_deploy_user_"
 """Comes before the name of a file when another module already has that name."""
@@ -200,7 +196,7 @@ class UserModules:
 
     def _search_path(self, path: list[str]) -> list[str]:
         """`path` with the user's folders: most come first, those in `_last` just before what is installed."""
-        installed = next((index for index, entry in enumerate(path) if Path(entry).name in _INSTALLED), len(path))
+        installed = next((index for index, entry in enumerate(path) if Path(entry).name in INSTALLED), len(path))
         return [*self._first, *path[:installed], *self._last, *path[installed:]]
 
     def _list_files(self, program: _Program) -> tuple[SourceFile, ...]:
@@ -208,23 +204,6 @@ class UserModules:
         digests = {own: program.digests.get(own) or file_digest(Path(own))} if own else {}
         digests |= program.digests
         return tuple(SourceFile(path=path, sha256=digest) for path, digest in digests.items())
-
-
-def is_installed(location: str) -> bool:
-    """Whether a file, or a folder that ends in a slash, belongs to the standard library or to an installed package."""
-    real = os.path.realpath(location) + (os.sep if location.endswith(os.sep) else "")
-    return any(f"{os.sep}{part}{os.sep}" in real for part in _INSTALLED) or real.startswith(_STDLIB)
-
-
-def user_line(error: BaseException) -> str:
-    """` (FILE:LINE)`, the innermost line of the user's code in the traceback of `error`; empty if there is none."""
-    files = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [(file, line) for file, line in files if os.path.isfile(file) and not is_installed(file) and not _is_ours(file)]
-    return f" ({own[-1][0]}:{own[-1][1]})" if own else ""
-
-
-def _is_ours(file: str) -> bool:
-    return file.startswith(_PACKAGE_FOLDER)
 
 
 def _extended(program: _Program, modules: Mapping[str, ModuleType], added: tuple[str, ...]) -> _Program:

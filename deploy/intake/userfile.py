@@ -1,7 +1,6 @@
 """A user's own factory, `FILE.py:FACTORY` or `pkg.mod:FACTORY`: finding it, calling it, describing it."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -9,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from deploy.artifact.usercode import is_installed, member, split_spec, user_line
 from deploy.errors import FactoryError, UsageError
-from deploy.intake.isolation import UserModules, is_installed, user_line
+from deploy.intake.isolation import UserModules
 from deploy.intake.recipe import Interface, Recipe
-from deploy.words import did_you_mean
 
 
 class UserRecipe(Recipe):
@@ -22,7 +21,9 @@ class UserRecipe(Recipe):
     """
 
     def __init__(self, spec: str, folder: str | None) -> None:
-        source, self._name = _split(spec)
+        source, self._name = split_spec(spec, "the model", "FACTORY")
+        if isinstance(source, Path) and not source.is_file():
+            raise FactoryError(f"no file {source}, which {spec!r} names")
         self.factory = f"{source}:{self._name}"
         self.folder = folder
         self._modules = UserModules(source, folder)
@@ -52,12 +53,7 @@ class UserRecipe(Recipe):
         return Interface()
 
     def _find(self, module: ModuleType) -> Callable[..., Any]:
-        value: Any = module
-        for part in self._name.split("."):
-            if not hasattr(value, part):
-                known = [name for name, member in vars(value).items() if callable(member) and not name.startswith("_")]
-                raise FactoryError(f"{self._modules.source} has no {self._name!r}{did_you_mean(part, known)}")
-            value = getattr(value, part)
+        value = member(module, self._name, self._modules.source, FactoryError)
         if isinstance(value, nn.Module):
             raise FactoryError(f"{self.factory} is a module already made; expected a class or function that makes one")
         if not callable(value):
@@ -89,16 +85,3 @@ class UserRecipe(Recipe):
                     f"{self.factory} does not take these arguments: {error}; it is {self._name}{self._signature}"
                     " (`model_args` NAME=VALUE)"
                 ) from error
-
-
-def _split(spec: str) -> tuple[Path | str, str]:
-    """The file, or the dotted name of the module, and the name of the factory in it. Raises UsageError, FactoryError."""
-    target, colon, name = spec.rpartition(":")
-    if not colon or not target or not name:
-        raise UsageError(f"cannot read the model {spec!r}; expected FILE.py:FACTORY or pkg.mod:FACTORY")
-    if not target.endswith(".py") and os.sep not in target:
-        return target, name
-    file = Path(os.path.abspath(target))
-    if not file.is_file():
-        raise FactoryError(f"no file {file}, which {spec!r} names")
-    return file, name

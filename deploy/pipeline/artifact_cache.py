@@ -45,12 +45,13 @@ class ArtifactCache:
             logger.warning("a kept %s is damaged, and is made again: %s", self._what, error)
             shutil.rmtree(kept, ignore_errors=True)
             return None
+        wanted = [name for name in found.manifest.files if not (writer.path / name).exists()]  # the user's files are there
         try:
             os.utime(kept)
-            for name in found.manifest.files:
+            for name in wanted:
                 _duplicate(found.path / name, writer.path / name)
         except FileNotFoundError:  # trimmed in the meantime
-            for name in found.manifest.files:
+            for name in wanted:
                 (writer.path / name).unlink(missing_ok=True)
             return None
         logger.info("the same %s was made before: copied from %s", self._what, self.folder)

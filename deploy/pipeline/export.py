@@ -20,6 +20,7 @@ from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, 
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import calibration_set
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
+from deploy.data.npz_folder import holds_npz
 from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
 from deploy.evaluation.evaluate import check_evaluation
 from deploy.evaluation.gate import Expected, check_expected
@@ -35,12 +36,14 @@ from deploy.intake.weightsfile import save_weights
 from deploy.options import collect
 from deploy.pipeline.export_interface import (
     check_classes,
+    copy_functions,
     default_preprocess,
     image_fields,
     input_specs,
     load_preprocesses,
     output_names,
     read_classes,
+    upright,
 )
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.export_parity import REAL_ROWS, bounded, check_repeatable, finite, other_size, run_eager, with_bounds
@@ -66,6 +69,7 @@ def export(
     outputs: Sequence[str] = (),
     static_batch: bool = False,
     preprocess: str | None = None,
+    exif_orientation: bool = False,
     classes: PathLike | None = None,
     data: PathLike | None = None,
     eval_folder: PathLike | None = None,
@@ -82,7 +86,8 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `classes`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
+    instead, with `preprocess`, `exif_orientation`, `classes`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing that
+    stood at `out` is lost then.
     """
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
@@ -95,15 +100,7 @@ def export(
                 "`onnx` takes the graph as it is: there is nothing to compare it with; leave out the limits of parity"
             )
         target = Path(out) if out is not None else _default_out(name or options.onnx.stem, "a bare ONNX file", keep_bare=False)
-        return export_onnx_file(
-            options.onnx,
-            target,
-            preprocess=preprocess,
-            classes=options.classes,
-            name=name,
-            expected=_expected(options),
-            progress=progress,
-        )
+        return export_onnx_file(options, target, expected=_expected(options), progress=progress)
     default = name or (arch or model or "").rpartition(":")[2].lower()
     if out is not None:
         target = Path(out)
@@ -145,10 +142,13 @@ class _Export:
         )
         self._specs = input_specs(options.inputs, self._built, static_batch=options.static_batch)
         if options.preprocess:
-            self._preprocesses = load_preprocesses(options.preprocess, self._specs)
+            real_images = options.data is not None and not holds_npz(options.data)
+            self._preprocesses = load_preprocesses(options.preprocess, self._specs, probe=not real_images)
         else:
             own = default_preprocess(self._built, self._specs)
             self._preprocesses = {} if own is None else {self._specs[0].name: own}
+        if options.exif_orientation:
+            self._preprocesses = upright(self._preprocesses)
         self._expected = _expected(options)
         self._classes = read_classes(options.classes) if options.classes else None
         request = {
@@ -172,7 +172,8 @@ class _Export:
         progress("running the eager module")
         dims = example_dims(self._specs, batch_dim(self._specs))
         self._specs = bounded(self._specs, module, dims, self._preprocesses)
-        outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.out, stage))
+        copy_functions(self._preprocesses, options.preprocess, self._specs, writer.path)
+        outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.path, stage))
         progress("exporting to ONNX")
         example = {name: torch.from_numpy(array) for name, array in feed.items()}
         files = [file.path for file in self._built.source_files]
@@ -203,11 +204,11 @@ class _Export:
         accuracy = None if self._expected is None else check_expected(written, self._expected, progress)
         return msgspec.structs.replace(written.manifest, source=source, parity=parity, accuracy=accuracy)
 
-    def _real_feeds(self, out: Path, stage: Stage) -> list[NamedFeed]:
-        """The first rows of `data`."""
+    def _real_feeds(self, folder: Path, stage: Stage) -> list[NamedFeed]:
+        """The first rows of `data`. The file of a user's function is in `folder`."""
         if self._options.data is None:
             return []
-        described = Artifact(out, self._manifest(list(self._specs), [], out, stage))
+        described = Artifact(folder, self._manifest(list(self._specs), [], folder, stage))
         data = calibration_set(described, self._options.data, most=REAL_ROWS)
         feeds = [NamedFeed(kind_of(data), feed) for feed in islice(data.feeds(REAL_ROWS), REAL_ROWS)]
         if not feeds:
@@ -346,32 +347,29 @@ def _expected(options: ExportOptions) -> Expected | None:
 
 
 def export_onnx_file(
-    path: Path,
-    out: Path,
-    *,
-    preprocess: str | None,
-    classes: Path | None,
-    name: str | None,
-    expected: Expected | None = None,
-    progress: Progress = silent,
+    options: ExportOptions, out: Path, *, expected: Expected | None = None, progress: Progress = silent
 ) -> Artifact:
     """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
 
-    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError, and what `check_expected` raises.
+    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError, UserCodeError, and what `check_expected` raises.
     """
-    bare = open_onnx(path)
+    assert options.onnx is not None
+    bare = open_onnx(options.onnx)
     check_output(out, bare)
-    names = read_classes(classes) if classes else None
+    names = read_classes(options.classes) if options.classes else None
     check_classes(names, [spec.shape for spec in bare.manifest.outputs])
-    loaded = load_preprocesses(preprocess, bare.manifest.inputs)
+    preprocesses = load_preprocesses(options.preprocess, bare.manifest.inputs)
+    if options.exif_orientation:
+        preprocesses = upright(preprocesses)
     with ArtifactWriter(out) as writer:
+        copy_functions(preprocesses, options.preprocess, bare.manifest.inputs, writer.path)
         for file in bare.manifest.files:
-            shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
+            shutil.copyfile(options.onnx.parent / file, writer.path / (ONNX if file == options.onnx.name else file))
         manifest = msgspec.structs.replace(
             bare.manifest,
-            name=name or out.resolve().name,
+            name=options.name or out.resolve().name,
             files={},
-            **image_fields(loaded, bare.manifest.inputs),
+            **image_fields(preprocesses, bare.manifest.inputs),
             classes=names,
             tools=tool_versions(),
         )

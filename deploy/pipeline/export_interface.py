@@ -1,22 +1,27 @@
 """What goes in and out of an export, by its options: inputs, outputs, preprocessing and class names, checked early."""
 
 import dataclasses
+import itertools
 import logging
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
-from deploy.data.images import takes_images
-from deploy.errors import UsageError
+from deploy.artifact.usercode import UserFunction, split_spec
+from deploy.data.images import ImageInput, takes_images
+from deploy.errors import UsageError, UserCodeError
 from deploy.intake.build import BuiltModel
 
 logger = logging.getLogger(__name__)
 
 BATCH = "batch"
-
 
 _EXPECTED = f"NAME=1x3x224x224[:dtype], dtype one of {', '.join(DTYPES)}, and after it a range such as [0,30522] if you like"
 
@@ -75,29 +80,34 @@ def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[Tenso
     return names
 
 
-def load_preprocesses(spec: str | None, inputs: Sequence[TensorSpec]) -> dict[str, Preprocess]:
+def load_preprocesses(spec: str | None, inputs: Sequence[TensorSpec], *, probe: bool = True) -> dict[str, Preprocess]:
     """`--preprocess` by image input, first that of the image files themselves; empty where there is none.
 
-    `imagenet` is for the only image input, and `left=imagenet,right=mnist` for those named. Raises UsageError when one does not fit.
+    `imagenet` is for the only image input, and `left=imagenet,right=mnist` for those named. Raises as `load_preprocess` does.
     """
+    specs = {each.name: each for each in inputs}
+    loaded = {
+        name: load_preprocess(text, [specs[name]] if name in specs else inputs, probe=probe)
+        for name, text in _by_input(spec, inputs).items()
+    }
+    return {name: each for name, each in loaded.items() if each is not None}
+
+
+def _by_input(spec: str | None, inputs: Sequence[TensorSpec]) -> dict[str, str]:
+    """What `--preprocess` says for each image input, by its name."""
     if spec is None:
         return {}
-    specs = {each.name: each for each in inputs}
+    names = {each.name for each in inputs}
     parts = [part.partition("=") for part in spec.split(",")]
-    if all(equals and name in specs for name, equals, _ in parts):
-        names = [name for name, _, _ in parts]
-        if len(set(names)) < len(names):
+    if all(equals and name in names for name, equals, _ in parts):
+        if len({name for name, _, _ in parts}) < len(parts):
             raise UsageError(f"`preprocess` {spec} names an input twice")
-        loaded = {name: load_preprocess(each, [specs[name]]) for name, _, each in parts}
-    else:
-        images = [each for each in inputs if takes_images(each)] if len(inputs) > 1 else list(inputs)
-        if len(images) > 1:
-            example = ",".join(f"{each.name}=imagenet" for each in images)
-            raise UsageError(
-                f"`preprocess` must say which input it is for, such as {example}: the first is that of the image files"
-            )
-        loaded = {each.name: load_preprocess(spec, [each]) for each in images} or {"": load_preprocess(spec, inputs)}
-    return {name: each for name, each in loaded.items() if each is not None}
+        return {name: text for name, _, text in parts}
+    images = [each for each in inputs if takes_images(each)] if len(inputs) > 1 else list(inputs)
+    if len(images) > 1:
+        example = ",".join(f"{each.name}=imagenet" for each in images)
+        raise UsageError(f"`preprocess` must say which input it is for, such as {example}: the first is that of the image files")
+    return {each.name: spec for each in images} or {"": spec}
 
 
 def image_fields(preprocesses: Mapping[str, Preprocess], inputs: Sequence[TensorSpec]) -> dict[str, Any]:
@@ -110,16 +120,85 @@ def image_fields(preprocesses: Mapping[str, Preprocess], inputs: Sequence[Tensor
     }
 
 
-def load_preprocess(spec: str | None, inputs: Sequence[TensorSpec]) -> Preprocess | None:
-    """`--preprocess`, a preset or a JSON file, for the image input it is given to. Raises UsageError when it does not fit."""
+def load_preprocess(spec: str | None, inputs: Sequence[TensorSpec], *, probe: bool = True) -> Preprocess | None:
+    """`--preprocess`, a preset, a JSON file or a function, for the image input it is given to.
+
+    probe: run a function on a made-up image. Raises UsageError when it does not fit, UserCodeError for a function that fails.
+    """
     if spec is None:
         return None
-    if not _is_image(inputs):
+    if len(inputs) != 1:
         raise UsageError(f"`preprocess` is for models with one image input; this one takes {', '.join(map(str, inputs))}")
     loaded = _for_size(spec, inputs[0])
+    if loaded.function is not None:
+        _try_function(loaded, loaded.function, spec, inputs[0], probe=probe)
+        return loaded
+    if not _is_image(inputs):
+        raise UsageError(f"`preprocess` {spec} is for models with one image input; this one takes {inputs[0]}")
     if misfit := _misfit(loaded, inputs[0]):
         raise UsageError(f"`preprocess` {spec} does not fit the input: {misfit}")
     return loaded
+
+
+def upright(preprocesses: Mapping[str, Preprocess]) -> dict[str, Preprocess]:
+    """The same, of images that are first turned as their EXIF orientation says. Raises UsageError where there is none."""
+    if not preprocesses:
+        raise UsageError("`exif_orientation` is a part of the preprocessing: say how images become the input with `preprocess`")
+    return {name: dataclasses.replace(each, exif_orientation=True) for name, each in preprocesses.items()}
+
+
+def copy_functions(preprocesses: Mapping[str, Preprocess], spec: str | None, inputs: Sequence[TensorSpec], target: Path) -> None:
+    """Copy the files of the user's functions, which `spec` names, to the folder `target`.
+
+    Raises UsageError for two files of one name.
+    """
+    copied: dict[str | None, str | None] = {}
+    for name, text in _by_input(spec, inputs).items():
+        function = preprocesses[name].function if name in preprocesses else None
+        if function is None:
+            continue
+        if function.file is not None and copied.setdefault(function.file, function.sha256) != function.sha256:
+            raise UsageError(f"`preprocess` names two files {function.file}: in the artifact, they need names of their own")
+        function.copy(_folder_of(text), target)
+
+
+def _try_function(preprocess: Preprocess, function: UserFunction, spec: str, image: TensorSpec, *, probe: bool) -> None:
+    """Load the function from a copy of its file, as it will be from the artifact, and run it on made-up images until one fits.
+
+    Raises UserCodeError, with the lines of the user's own file.
+    """
+    with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
+        function.copy(_folder_of(spec), Path(folder))
+        placed = ImageInput(spec=image, preprocess=preprocess.within(Path(folder)))
+        try:
+            function.load(Path(folder))
+            if probe:
+                _run_on_made_up(placed)
+        except UserCodeError as error:
+            cause = error.__cause__
+            lost = isinstance(cause, OSError) and str(cause.filename).startswith(folder)
+            hint = f"\n{function.file} alone goes into the artifact, and nothing that lies beside it" if lost else ""
+            raise UserCodeError(str(error).replace(folder, str(_folder_of(spec))) + hint) from error
+
+
+def _run_on_made_up(source: ImageInput) -> None:
+    """Raise UserCodeError where the function takes none of the images that a model like this may be for."""
+    own = _size_of(source.spec) if _is_image([source.spec]) else None
+    failed: list[UserCodeError] = []
+    for mode, (height, width) in itertools.product(("RGB", "L"), ([own] if own else []) + [(480, 640)]):
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        try:
+            source.fit(source.preprocess(Image.fromarray(noise).convert(mode)))
+            return
+        except UserCodeError as error:
+            failed.append(UserCodeError(f"{error}\nit was tried on a made-up image of {width}x{height} pixels, {mode}"))
+            failed[-1].__cause__ = error.__cause__
+    raise failed[0]
+
+
+def _folder_of(spec: str) -> Path:
+    source, _ = split_spec(spec, "the function", "FUNCTION")
+    return source.parent if isinstance(source, Path) else Path()
 
 
 def default_preprocess(built: BuiltModel, inputs: Sequence[TensorSpec]) -> Preprocess | None:
@@ -160,17 +239,18 @@ def _is_image(inputs: Sequence[TensorSpec]) -> bool:
 
 
 def _for_size(spec: str, image: TensorSpec) -> Preprocess:
+    return Preprocess.load(spec, _size_of(image) if _is_image([image]) else None)
+
+
+def _size_of(image: TensorSpec) -> tuple[int, int] | None:
+    """Height and width of an image input; None where they are dynamic."""
     height, width = image.shape[2:] if image.shape[1] in (1, 3) else image.shape[1:3]
-    return Preprocess.load(spec, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _misfit(preprocess: Preprocess, image: TensorSpec) -> str:
     """How the array that `preprocess` makes differs from the input, as far as both are fixed; "" where it does not."""
-    size: tuple[Dim, Dim] = ("height", "width")
-    if preprocess.crop is not None:
-        size = (preprocess.crop, preprocess.crop) if isinstance(preprocess.crop, int) else preprocess.crop
-    elif isinstance(preprocess.resize, tuple):
-        size = preprocess.resize
+    size: tuple[Dim, Dim] = preprocess.size or ("height", "width")
     made = (preprocess.channels, *size) if preprocess.layout == "chw" else (*size, preprocess.channels)
     wanted = image.shape[1:]
     if all(have == want or isinstance(have, str) or isinstance(want, str) for have, want in zip(made, wanted, strict=True)):

@@ -37,7 +37,13 @@ class ExportOptions:
     outputs: tuple[str, ...] = option((), "Name of an output, by position.", flag="--output", metavar="NAME")
     static_batch: bool = option(False, "Keep the leading 1 as it is, instead of a dynamic batch.")
     preprocess: str | None = option(
-        None, f"{', '.join(PRESETS)} or a JSON file; of several inputs, INPUT=NAME,INPUT=NAME.", metavar="NAME|FILE.json"
+        None,
+        f"How an image becomes the input: {', '.join(PRESETS)}, a JSON file, or a function of yours, which goes into the artifact;"
+        " of several inputs, INPUT=NAME,INPUT=NAME.",
+        metavar="NAME|FILE.json|FILE.py:FUNCTION",
+    )
+    exif_orientation: bool = option(
+        False, "First turn images upright by their EXIF orientation.", default="left as stored, as by torchvision's ImageFolder"
     )
     classes: Path | None = option(None, "Class names, one a line.", metavar="FILE")
     data: Path | None = option(None, "Check parity on real input too: an ImageFolder, or a folder of .npz feeds.", metavar="DIR")
@@ -74,7 +80,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "classes", "eval_folder", "expect_top1", "name")
+        taken = ("onnx", "preprocess", "exif_orientation", "classes", "eval_folder", "expect_top1", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

@@ -49,6 +49,9 @@ def run_stage(work: Work, out: Path, source: Artifact | None = None) -> Artifact
         logger.info("%s is up to date", out)
         return current
     with ArtifactWriter(out) as writer:
+        if source is not None:
+            for function in source.manifest.functions:
+                function.copy(source.path, writer.path)
         return writer.commit(work.make(writer, stage))
 
 

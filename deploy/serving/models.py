@@ -12,6 +12,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
 from deploy.errors import BackendError, DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
+from deploy.options import option
 from deploy.runtime.batching.batcher import Batcher, BatcherOptions
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
 from deploy.runtime.load import load
@@ -28,6 +29,8 @@ class ModelOptions:
 
     warmup: run every batch size once before requests come.
     """
+
+    allow_code: bool = option(False, "Serve artifacts with code of their user's (--preprocess FILE.py:FUNCTION), and run it.")
 
     backend: str = "auto"
     device: str = "auto"
@@ -58,9 +61,12 @@ class Served:
 def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Served:
     """Load and warm up a model. Loading checks the hashes of the files that are run.
 
-    Raises ArtifactError, BackendError or UsageError.
+    Raises ArtifactError, BackendError, UsageError or UserCodeError.
     """
     artifact = open_artifact(source.path)
+    check_code(artifact, options)
+    for function in artifact.manifest.functions:
+        function.load(artifact.path)  # what is missing is found now, not by the first request
     session = load(artifact, options.backend, options.device, threads=options.threads, contexts=options.batching.instances)
     try:
         batcher = Batcher(session, options.batching, observe=meter.batch)
@@ -74,6 +80,13 @@ def open_served(source: ModelSource, options: ModelOptions, meter: Meter) -> Ser
         session.close()
         raise
     return Served(source=source, artifact=artifact, session=session, batcher=batcher, meter=meter)
+
+
+def check_code(artifact: Artifact, options: ModelOptions) -> None:
+    """Raise UsageError for an artifact that runs code of its user's, where that is not allowed."""
+    if artifact.manifest.functions and not options.allow_code:
+        listed = ", ".join(map(str, artifact.manifest.functions))
+        raise UsageError(f"{artifact.shown} runs code of its user's ({listed}); serve it with `allow_code` if you trust it")
 
 
 def _warm_up(session: Session, batcher: Batcher) -> None:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError, UsageError
 from deploy.serving.log import log_as_json
-from deploy.serving.models import ModelOptions, Models
+from deploy.serving.models import ModelOptions, Models, check_code
 from deploy.serving.options import RayOptions, ServerOptions
 from deploy.serving.rest_app import make_app
 from deploy.serving.source import ModelSource
@@ -48,7 +48,9 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
     sources = [replace(source, path=source.path.resolve()) for source in sources]
     app = application(sources, models, options, on)
     for source in sources:
-        open_artifact(source.path).verify(weights=False)
+        artifact = open_artifact(source.path)
+        check_code(artifact, models)
+        artifact.verify(weights=False)
     _connect(on)
     stop = threading.Event()
     # After `_connect`, because Ray replaces signal handlers with its own.

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive
 
+from deploy.data.images import ImageInput
 from deploy.errors import InputError, RefusedError, UnavailableError, UsageError
 from deploy.evaluation.classifier import classifier, likeliest
 from deploy.serving import answers, metrics
@@ -176,9 +177,9 @@ class _Door:
             }
         )
 
-    def _image(self, data: bytes, source: Any) -> dict[str, np.ndarray]:
+    def _image(self, data: bytes, source: ImageInput) -> dict[str, np.ndarray]:
         check_image(data, self._limits.image_pixels)
-        image = source.preprocess.open(data)
+        image = source.load(data)
         rows = source.spec.shape[0] if isinstance(source.spec.shape[0], int) else 1
         return {source.spec.name: np.repeat(image[None], rows, axis=0).astype(source.spec.dtype, copy=False)}
 

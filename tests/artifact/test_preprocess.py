@@ -1,17 +1,19 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from deploy.artifact.preprocess import INTERPOLATIONS, PRESETS, Preprocess, preset
-from deploy.errors import DataError, UsageError
+from deploy.artifact.usercode import UserFunction
+from deploy.errors import DataError, UsageError, UserCodeError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -181,11 +183,12 @@ def test_the_json_form_is_read_from_a_file(tmp_path):
 def test_the_json_form_takes_every_option():
     value = {
         "resize": [30, 40], "crop": [20, 30], "mean": 10, "std": [2], "scale": 1, "interpolation": "bicubic",
-        "channels": 1, "order": "bgr", "layout": "hwc",
+        "channels": 1, "order": "bgr", "layout": "hwc", "resize_mode": "letterbox", "position": "top-left", "fill": [9],
+        "exif_orientation": True,
     }  # fmt: skip
     expected = Preprocess(
         resize=(30, 40), crop=(20, 30), mean=(10.0,), std=(2.0,), scale=1.0, interpolation="bicubic", channels=1,
-        order="bgr", layout="hwc",
+        order="bgr", layout="hwc", resize_mode="letterbox", position="top-left", fill=(9,), exif_orientation=True,
     )  # fmt: skip
     found = Preprocess.from_json(value)
     assert found == expected
@@ -216,6 +219,18 @@ def test_the_json_form_takes_every_option():
         ({"channels": True}, "channels must be 1 or 3, not True"),
         ({"order": "brg"}, "order must be rgb or bgr"),
         ({"layout": "nchw"}, "layout must be chw or hwc"),
+        ({"resize": 8, "resize_mode": "pad"}, "resize_mode must be shorter, stretch or letterbox, not 'pad'"),
+        ({"resize_mode": "letterbox"}, "resize_mode letterbox needs resize"),
+        ({"resize": [8, 9], "resize_mode": "shorter"}, r"shorter takes one number as resize, not \(8, 9\)"),
+        ({"resize": 8, "resize_mode": "letterbox", "position": "left"}, "position must be center or top-left"),
+        ({"resize": 8, "position": "top-left"}, "position is of resize_mode letterbox"),
+        ({"resize": 8, "resize_mode": "letterbox", "fill": 256}, "fill must be a number of 0 to 255, or 3 of them, not 256"),
+        ({"resize": 8, "resize_mode": "letterbox", "fill": [1, 2]}, r"fill must be .*, not \(1, 2\)"),
+        ({"crop": 8, "fill": 0.5}, "fill must be"),
+        ({"crop": 8, "fill": "grey"}, "fill must be"),
+        ({"resize": 8, "fill": 114}, "fill is the padding of"),
+        ({"exif_orientation": "yes"}, "exif_orientation must be true or false"),
+        ({"function": {"name": "f", "file": "f.py"}}, "unknown 'function'; expected channels"),
     ],
 )
 def test_a_wrong_option_is_named(value, message):
@@ -259,6 +274,106 @@ def test_an_exif_orientation_is_left_as_torchvisions_imagefolder_leaves_it(tmp_p
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     picture(20, 30).save(tmp_path / "turned.jpg", exif=exif)
     assert Preprocess().open(tmp_path / "turned.jpg").shape == (3, 30, 20)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_exif_orientation_is_applied_where_that_is_asked_for(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned"
+    picture(20, 30).save(path, kind, exif=exif)
+    with Image.open(path) as image:
+        image.load()
+        expected = Preprocess()(ImageOps.exif_transpose(image))
+    for preprocess in (Preprocess(exif_orientation=True), Preprocess.from_json({"exif_orientation": True})):
+        np.testing.assert_array_equal(preprocess.open(path), expected)
+        np.testing.assert_array_equal(preprocess.open(path.read_bytes()), expected)
+    # Pillow turns TIFF files itself.
+    assert Preprocess().open(path).shape == (expected.shape if kind == "TIFF" else (3, 30, 20))
+
+
+def test_stretch_is_torchvisions_resize_to_a_pair_and_one_number_is_a_square():
+    image = picture(91, 67)
+    expected = transforms.Compose([transforms.Resize((40, 40)), transforms.ToTensor()])(image).numpy()
+    for preprocess in (
+        {"resize": [40, 40]},
+        {"resize": [40, 40], "resize_mode": "stretch"},
+        {"resize": 40, "resize_mode": "stretch"},
+    ):
+        np.testing.assert_array_equal(Preprocess.from_json(preprocess)(image), expected)
+        assert Preprocess.from_json(preprocess).shape == (3, 40, 40)
+    shorter = Preprocess.from_json({"resize": 40, "resize_mode": "shorter"})
+    np.testing.assert_array_equal(shorter(image), Preprocess(resize=40)(image))
+    assert shorter.shape is None
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("resize", "inner"), [(48, (24, 48)), ((64, 40), (20, 40)), ([30, 100], (30, 60))])
+def test_a_letterbox_holds_the_resized_image_whole(resize, inner, interpolation):
+    image = picture(80, 40)
+    box = {"resize": resize, "resize_mode": "letterbox", "fill": 114, "position": "top-left", "interpolation": interpolation}
+    result = Preprocess.from_json(box)(image)
+    assert result.shape == Preprocess.from_json(box).shape
+    expected = Preprocess(resize=inner, interpolation=interpolation)(image)
+    np.testing.assert_array_equal(result[:, : inner[0], : inner[1]], expected)
+    assert np.unique(result[:, inner[0] :]).tolist() in ([], [np.float32(114) / np.float32(255)])
+    assert np.unique(result[:, :, inner[1] :]).tolist() in ([], [np.float32(114) / np.float32(255)])
+
+
+def test_fill_is_in_the_order_of_the_channels():
+    white = Image.new("RGB", (4, 8), "white")
+    for order in ("rgb", "bgr"):
+        boxed = Preprocess(resize=8, resize_mode="letterbox", fill=(1, 2, 3), scale=1.0, order=order)(white)
+        np.testing.assert_array_equal(boxed[:, 0, 0], [1, 2, 3])
+    cropped = Preprocess(crop=10, fill=7, scale=1.0, channels=1)(white)
+    assert cropped[0, 0, 0] == 7
+
+
+def test_the_yolo_preset_is_a_letterbox_of_grey():
+    result = preset("yolo", (96, 160))(Image.new("RGB", (200, 200), "white"))
+    assert result.shape == (3, 96, 160)
+    assert (result[:, :, 32:128] == 1).all()
+    assert (result[:, :, :32] == np.float32(114) / np.float32(255)).all()
+    assert preset("yolo", None).shape == (3, 640, 640)
+
+
+def test_a_function_makes_the_array_of_the_image_as_it_was_read(tmp_path):
+    (tmp_path / "prep.py").write_text(
+        "import numpy as np\ndef f(image):\n    return np.array([*image.size, len(image.getbands()), image.getexif().get(274, 0)])\n"
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 30).convert("L").save(tmp_path / "x.jpg", exif=exif)
+    loaded = Preprocess.load(f"{tmp_path / 'prep.py'}:f", (8, 8))
+    assert loaded.shape is None
+    assert loaded.pixel_range() is None
+    assert loaded.within(tmp_path).open(tmp_path / "x.jpg").tolist() == [20, 30, 1, 6]
+    assert replace(loaded, exif_orientation=True).within(tmp_path).open(tmp_path / "x.jpg").tolist() == [30, 20, 1, 0]
+    assert msgspec.convert(json.loads(json.dumps(msgspec.to_builtins(loaded.within(tmp_path)))), Preprocess) == loaded
+    with pytest.raises(UsageError, match=r"prep\.py:f is in a file of an artifact"):
+        loaded.open(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("text", ["return image", "return None", "return [[1.0]]"])
+def test_a_function_that_returns_no_array_is_named_with_its_line(text, tmp_path):
+    (tmp_path / "prep.py").write_text(f"x = 1\n\ndef f(image):\n    {text}\n")
+    picture(4, 4).save(tmp_path / "x.png")
+    with pytest.raises(UserCodeError, match=r"x\.png: prep\.py:f returns a \w+ \(.*/prep\.py:3\); expected a numpy array"):
+        Preprocess.load(f"{tmp_path / 'prep.py'}:f", None).within(tmp_path).open(tmp_path / "x.png")
+
+
+def test_what_would_have_no_effect_beside_a_function_is_refused():
+    function = UserFunction(name="f", module="prep")
+    with pytest.raises(UsageError, match="prep:f makes the whole array; leave out resize, std"):
+        Preprocess(function=function, resize=8, std=(2.0, 2.0, 2.0))
+    assert Preprocess(function=function, exif_orientation=True).function == function
+
+
+def test_a_python_file_without_its_function_is_said(tmp_path):
+    (tmp_path / "prep.py").write_text("def f(image): ...")
+    with pytest.raises(UsageError, match=r"name the function in it, .*prep\.py:FUNCTION"):
+        Preprocess.load(str(tmp_path / "prep.py"), None)
 
 
 def test_the_first_frame_of_several_is_taken(tmp_path):

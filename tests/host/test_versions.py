@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.host.versions import tool_versions, version_of, versions
+from deploy.host.versions import tool_versions, version_of, version_of_module, versions
 from deploy.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +74,10 @@ def test_the_gpu_build_of_a_library_is_another_distribution(
     monkeypatch.setattr(metadata, "version", look_up)
     assert version_of("onnxruntime") == versions(("onnxruntime",))["onnxruntime"] == version
     assert tool_versions()["onnxruntime"] == (version or "unknown")
+
+
+@pytest.mark.parametrize(
+    ("module", "distribution"), [("numpy.linalg", "numpy"), ("PIL.Image", "pillow"), ("no_such_module", None)]
+)
+def test_the_version_of_a_module_is_that_of_its_distribution(module: str, distribution: str | None) -> None:
+    assert version_of_module(module) == (metadata.version(distribution) if distribution else None)

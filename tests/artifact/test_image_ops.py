@@ -1,0 +1,84 @@
+"""Letterbox and padding against independent arithmetic; orientation against Pillow's own pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deploy.artifact.image_ops import center_crop, letterbox, upright
+from deploy.errors import DataError
+
+NEAREST = Image.Resampling.NEAREST
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def ultralytics_borders(height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, inner height and inner width as in `LetterBox.__call__` with auto=False, scale_fill=False, scaleup=True, center=True."""
+    ratio = min(wanted[0] / height, wanted[1] / width)
+    inner = round(width * ratio), round(height * ratio)
+    dw, dh = (wanted[1] - inner[0]) / 2, (wanted[0] - inner[1]) / 2
+    return round(dh - 0.1), round(dw - 0.1), inner[1], inner[0]
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (100, 100), (333, 77), (77, 333), (50, 31)])
+@pytest.mark.parametrize("wanted", [(64, 64), (48, 80), (97, 33)])
+def test_a_letterbox_has_the_borders_of_ultralytics(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    white = Image.new("RGB", size, "white")
+    boxed = np.asarray(letterbox(white, *wanted, NEAREST, fill=114, centred=True))
+    top, left, height, width = ultralytics_borders(size[1], size[0], wanted)
+    expected = np.full((*wanted, 3), 114, dtype=np.uint8)
+    expected[top : top + max(height, 1), left : left + max(width, 1)] = 255
+    np.testing.assert_array_equal(boxed, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 400), (400, 1)])
+def test_of_the_thinnest_image_one_pixel_stays(size: tuple[int, int]) -> None:
+    boxed = np.asarray(letterbox(Image.new("L", size, 255), 9, 9, NEAREST, fill=0, centred=True))
+    assert (boxed == 255).sum() == 9
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((40, 20), (40, 40)), ((20, 40), (40, 60)), ((40, 40), (40, 40))])
+def test_at_the_top_left_the_padding_is_below_and_on_the_right(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    image = picture(*size)
+    boxed = np.asarray(letterbox(image, *wanted, NEAREST, fill=(1, 2, 3), centred=False))
+    assert boxed.shape == (*wanted, 3)
+    np.testing.assert_array_equal(boxed[: size[1], : size[0]], np.asarray(image))
+    outside = np.ones(wanted, dtype=bool)
+    outside[: size[1], : size[0]] = False
+    assert (boxed[outside] == [1, 2, 3]).all()
+
+
+def test_a_grey_letterbox_is_filled_with_one_number() -> None:
+    boxed = np.asarray(letterbox(picture(40, 20, "L"), 40, 40, NEAREST, fill=7, centred=True))
+    assert (boxed[:10] == 7).all()
+    assert (boxed[30:] == 7).all()
+
+
+def test_a_crop_of_a_small_image_is_padded_with_the_fill() -> None:
+    image = picture(4, 4)
+    cropped = np.asarray(center_crop(image, 8, 6, 9))
+    np.testing.assert_array_equal(cropped[2:6, 1:5], np.asarray(image))
+    assert (cropped[:2] == 9).all()
+    assert (cropped[:, 0] == 9).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone(orientation: int) -> None:
+    straight = np.asarray(picture(6, 4))
+    turned = {
+        1: straight, 2: straight[:, ::-1], 3: straight[::-1, ::-1], 4: straight[::-1], 5: straight.transpose(1, 0, 2),
+        6: np.rot90(straight, 1), 7: straight[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(straight, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(turned))
+    image.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(upright(image)), straight)
+
+
+def test_damaged_exif_data_is_an_error_of_the_image() -> None:
+    image = picture(4, 4)
+    image.info["exif"] = b"Exif\x00\x00not a header at all"
+    with pytest.raises(DataError, match="EXIF orientation cannot be read"):
+        upright(image)
