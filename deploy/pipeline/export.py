@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD
 from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage, file_digest
-from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, open_onnx, save_model
+from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, save_model
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
-from deploy.artifact.writer import ArtifactWriter, check_output
+from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import calibration_set
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
 from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
@@ -39,6 +38,7 @@ from deploy.pipeline.export_interface import (
     output_names,
     read_classes,
 )
+from deploy.pipeline.export_onnx import export_onnx_file
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, embedding_bounds, finite, other_size, run_eager
 from deploy.pipeline.stage import PathLike, run_stage
@@ -77,7 +77,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `classes` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
+    instead, with `preprocess`, `classes`, `data` and `name` only. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
@@ -90,7 +90,15 @@ def export(
                 "`onnx` takes the graph as it is: there is nothing to compare it with; leave out the limits of parity"
             )
         target = Path(out) if out is not None else _default_out(name or options.onnx.stem, "a bare ONNX file", keep_bare=False)
-        return export_onnx_file(options.onnx, target, preprocess=preprocess, classes=options.classes, name=name)
+        return export_onnx_file(
+            options.onnx,
+            target,
+            preprocess=preprocess,
+            classes=options.classes,
+            name=name,
+            data=options.data,
+            progress=progress,
+        )
     default = name or (arch or model or "").rpartition(":")[2].lower()
     if out is not None:
         target = Path(out)
@@ -329,31 +337,6 @@ def _request(
         "data": folder_digest(options.data, REAL_ROWS) if options.data else None,
         "tools": tool_versions(),
     }
-
-
-def export_onnx_file(path: Path, out: Path, *, preprocess: str | None, classes: Path | None, name: str | None) -> Artifact:
-    """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
-
-    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError.
-    """
-    bare = open_onnx(path)
-    check_output(out, bare)
-    names = read_classes(classes) if classes else None
-    check_classes(names, [spec.shape for spec in bare.manifest.outputs])
-    loaded = load_preprocess(preprocess, bare.manifest.inputs)
-    with ArtifactWriter(out) as writer:
-        for file in bare.manifest.files:
-            shutil.copyfile(path.parent / file, writer.path / (ONNX if file == path.name else file))
-        return writer.commit(
-            msgspec.structs.replace(
-                bare.manifest,
-                name=name or out.resolve().name,
-                files={},
-                preprocess=loaded,
-                classes=names,
-                tools=tool_versions(),
-            )
-        )
 
 
 def _default_out(name: str, less: str, *, keep_bare: bool = True) -> Path:

@@ -62,7 +62,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "classes", "name")
+        taken = ("onnx", "preprocess", "classes", "data", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

@@ -5,19 +5,24 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult, common
 from onnxscript import version_converter
 
+from deploy.artifact.onnxshapes import infer_shapes, slim_proto
 from deploy.errors import PrecisionError
-from deploy.precision.graph import first_line, opset_version, slim_proto, unused
+from deploy.precision.graph import first_line, opset_version, unused
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass, opset_from
 
 _FIRST_CONVERTIBLE = 18  # the first opset that onnxscript's version converter reads; onnx's own converts older ones
 
 
+_FIRST_IR = 4  # the first IR version whose initializers need not be inputs
+
+
 class Prepare(PrecisionPass):
     """The same computation in the form that the passes work on. Preparing a model again changes nothing.
 
-    Local functions are inlined, Constant nodes become initializers, initializers are not inputs, and every node and value
-    has a unique name (unnamed nodes are named after their operator and position, such as `Conv_3`). Dtypes and shapes of
-    all values are recorded as far as they can be inferred. A graph of an older opset than `opset` is converted to `opset`.
+    Local functions are inlined, nodes are in order, Constant nodes become initializers, initializers are not inputs, what no
+    output depends on is gone, and every node and value has a unique name (unnamed nodes are named after their operator and
+    position, such as `Conv_3`). Dtypes and shapes of all values are recorded as far as they can be inferred, and declarations that
+    contradict them dropped. A graph of an older opset than `opset` is converted to `opset`.
 
     Raises PrecisionError when the graph is not valid ONNX or cannot be converted to `opset`.
     """
@@ -30,22 +35,34 @@ class Prepare(PrecisionPass):
         imports = model.opset_imports
         imports.setdefault("", imports.pop("ai.onnx", 1))
         changed = common.InlinePass()(model).modified
-        changed |= _upgrade(model, self.opset)
+        changed |= common.TopologicalSortPass()(model).modified
+        if opset_version(model) < self.opset:
+            infer_shapes(model)  # some operators are converted by their shapes
+            _upgrade(model, self.opset)
+            changed = True
         changed |= _name_nodes(model)
-        changed |= common.RemoveInitializersFromInputsPass()(model).modified
-        changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+        changed |= tidy(model)
         changed |= common.NameFixPass()(model).modified
+        if not model.graph.name:
+            model.graph.name = "graph"
+            changed = True
+        model.ir_version = max(model.ir_version, _FIRST_IR)
+        changed |= infer_shapes(model)
         if violation := VALID.violation(model):
             raise PrecisionError(f"the graph is not valid ONNX: {violation}")
-        changed |= _infer_types(model)
         return PassResult(model, changed)
 
 
-def _upgrade(model: ir.Model, opset: int) -> bool:
-    """Convert the graph to `opset` if it is older; returns whether it was."""
+def tidy(model: ir.Model) -> bool:
+    """Make initializers of constants, and remove what no output depends on; returns whether anything changed."""
+    changed = common.RemoveInitializersFromInputsPass()(model).modified
+    changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+    return common.RemoveUnusedNodesPass()(model).modified or changed
+
+
+def _upgrade(model: ir.Model, opset: int) -> None:
+    """Convert the graph, which is older, to `opset`."""
     version = opset_version(model)
-    if version >= opset:
-        return False
     try:
         if version < _FIRST_CONVERTIBLE:
             converted = ir.from_proto(onnx.version_converter.convert_version(slim_proto(model), _FIRST_CONVERTIBLE))
@@ -59,7 +76,6 @@ def _upgrade(model: ir.Model, opset: int) -> bool:
     for node in model.graph.all_nodes():
         node.version = None
     model.ir_version = max(model.ir_version, 10)  # the first IR version for opset 22
-    return True
 
 
 def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
@@ -71,19 +87,6 @@ def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
             slim.register_initializer(value)
             if weight not in original.inputs:
                 slim.inputs.remove(value)
-
-
-def _infer_types(model: ir.Model) -> bool:
-    """Record the dtype and shape of every value of the main graph that has neither, as far as they can be inferred.
-
-    onnx_ir's own pass is not used: it takes sequences for tensors.
-    """
-    untyped = {value.name: value for node in model.graph for value in node.outputs if value.type is None and value.shape is None}
-    inferred = onnx.shape_inference.infer_shapes(slim_proto(model), strict_mode=True)
-    known = [info for info in inferred.graph.value_info if info.name in untyped]
-    for info in known:
-        ir.serde.deserialize_value_info_proto(info, untyped[info.name])
-    return bool(known)
 
 
 def _name_nodes(model: ir.Model) -> bool:
