@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
@@ -136,8 +137,12 @@ def _dtype(value: ir.Value) -> str:
 
 
 def load_model(path: Path) -> ir.Model:
-    """The model in an ONNX file. Large external weights stay in theirs, which they are mapped from: it must not change meanwhile."""
+    """The model in an ONNX file, its nodes in order, which ONNX Runtime does not ask for.
+
+    Large external weights stay in their file, which they are mapped from: it must not change meanwhile.
+    """
     model = ir.load(path)
+    TopologicalSortPass()(model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value

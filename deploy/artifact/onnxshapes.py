@@ -71,7 +71,7 @@ def infer_shapes(model: ir.Model) -> bool:
     """Record the dtype and the shape of every value of the main graph as far as they follow from its inputs.
 
     Dimensions of inputs get names: see `name_dims`. What the graph declares stays where nothing else follows; once anything that it
-    declares turns out to be wrong, no size that does not follow is kept. Returns whether anything changed.
+    declares turns out to be wrong, no size that does not follow is kept. Returns whether any declaration was not kept.
     """
     changed = name_dims(model.graph)
     found = {value.name: value for value in _inferred(model)}
@@ -82,12 +82,12 @@ def infer_shapes(model: ir.Model) -> bool:
     for value in values:
         inferred = found.get(value.name)
         if inferred is not None and inferred.type is not None and inferred.type != value.type:
+            changed |= value.type is not None
             value.type = inferred.type
-            changed = True
         shape = _merged(value.shape, inferred.shape if inferred is not None else None, names, trust=not stale)
         if shape != value.shape:
+            changed |= value.shape is not None
             value.shape = shape
-            changed = True
     return changed
 
 

@@ -96,14 +96,14 @@ def _cases(source: Artifact, data: Path | None) -> list[Case]:
     failed = ""
     try:
         run = CpuGraph.read(source.onnx_path)
-        for kind, feed, _, _ in parity_feeds(source, real):
+        for kind, feed, maybe, _ in parity_feeds(source, real):
             try:
                 results = run(copied(feed))
             except PrecisionError as error:  # of a batch or of sizes that it does not take
                 failed = failed or str(error)
                 continue
             if all(np.isfinite(array).all() for array in results.values() if array.dtype.kind == "f"):
-                found.append(Case(kind, feed, results))
+                found.append(Case(kind, feed, results, maybe))
             else:
                 failed = failed or "its outputs are not finite"
     except PrecisionError as error:

@@ -13,13 +13,16 @@ from deploy.precision.passes import PREPARED, VALID, PrecisionPass, opset_from
 _FIRST_CONVERTIBLE = 18  # the first opset that onnxscript's version converter reads; onnx's own converts older ones
 
 
+_FIRST_HALF_PIXEL = 11  # Resize takes the centres of pixels from here on, unless told otherwise: the converter does not say so
+_RESIZES = ("Resize", "Upsample")  # the converter makes a Resize of either
+_FOREIGN = "deploy.unknown"  # where operators stay that ONNX does not have, so that the converters pass over them
 _FIRST_IR = 4  # the first IR version whose initializers need not be inputs
 
 
 class Prepare(PrecisionPass):
     """The same computation in the form that the passes work on. Preparing a model again changes nothing.
 
-    Local functions are inlined, nodes are in order, Constant nodes become initializers, initializers are not inputs, what no
+    Local functions are inlined, Constant nodes become initializers, initializers are not inputs, what no
     output depends on is gone, and every node and value has a unique name (unnamed nodes are named after their operator and
     position, such as `Conv_3`). Dtypes and shapes of all values are recorded as far as they can be inferred, and declarations that
     contradict them dropped. A graph of an older opset than `opset` is converted to `opset`.
@@ -34,8 +37,8 @@ class Prepare(PrecisionPass):
     def call(self, model: ir.Model) -> PassResult:
         imports = model.opset_imports
         imports.setdefault("", imports.pop("ai.onnx", 1))
+        model.ir_version = max(model.ir_version, _FIRST_IR)
         changed = common.InlinePass()(model).modified
-        changed |= common.TopologicalSortPass()(model).modified
         if opset_version(model) < self.opset:
             infer_shapes(model)  # some operators are converted by their shapes
             _upgrade(model, self.opset)
@@ -46,7 +49,6 @@ class Prepare(PrecisionPass):
         if not model.graph.name:
             model.graph.name = "graph"
             changed = True
-        model.ir_version = max(model.ir_version, _FIRST_IR)
         changed |= infer_shapes(model)
         if violation := VALID.violation(model):
             raise PrecisionError(f"the graph is not valid ONNX: {violation}")
@@ -63,8 +65,13 @@ def tidy(model: ir.Model) -> bool:
 def _upgrade(model: ir.Model, opset: int) -> None:
     """Convert the graph, which is older, to `opset`."""
     version = opset_version(model)
+    for node in model.graph.all_nodes():
+        if node.domain == "" and not onnx.defs.has(node.op_type, version, ""):  # LayerNormalization before 17, of ONNX Runtime
+            node.domain = _FOREIGN
+    resized = [node.attributes.get_string("mode", "nearest") for node in model.graph.all_nodes() if node.op_type in _RESIZES]
     try:
         if version < _FIRST_CONVERTIBLE:
+            model.opset_imports[_FOREIGN] = 1
             converted = ir.from_proto(onnx.version_converter.convert_version(slim_proto(model), _FIRST_CONVERTIBLE))
             _put_back(model.graph, converted.graph)
             model.graph, model.ir_version = converted.graph, converted.ir_version
@@ -73,8 +80,16 @@ def _upgrade(model: ir.Model, opset: int) -> None:
         raise PrecisionError(
             f"the graph cannot be converted from opset {version} to {opset}: {first_line(error)}; export it with opset {opset}"
         ) from error
+    finally:
+        model.opset_imports.pop(_FOREIGN, None)
     for node in model.graph.all_nodes():
         node.version = None
+        if node.domain == _FOREIGN:
+            node.domain = ""
+    if version < _FIRST_HALF_PIXEL:
+        for mode, node in zip(resized, (node for node in model.graph.all_nodes() if node.op_type == "Resize"), strict=True):
+            said = {"mode": mode, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            node.attributes.update({name: ir.AttrString(name, value) for name, value in said.items()})
     model.ir_version = max(model.ir_version, 10)  # the first IR version for opset 22
 
 
