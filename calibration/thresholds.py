@@ -22,6 +22,9 @@ A histogram doubles the width of its bins when amax passes a power of two. For a
 the batch size. The merged bins are the same on both sides of the power of two.
 """
 
+ZEROS = 9
+"""How many zeros `percentile` counts for each other number at most: what it clips is at most ten times the share asked for."""
+
 REACH = 8
 """Errors and divergences are averaged over this many candidates on both sides before the smallest is chosen.
 
@@ -43,7 +46,8 @@ def threshold(histogram: Histogram, method: Method, *, percentile: float = 99.99
 
     - `max`: the largest magnitude. Nothing is clipped.
     - `percentile`: `percentile` per cent of all magnitudes, zeros included, are not clipped (Wu et al. 2020,
-      arXiv:2004.09602, on calibration); 100 is the same as `max`.
+      arXiv:2004.09602, on calibration); 100 is the same as `max`. Of data that is nearly all zeros, only ZEROS zeros for each
+      other number are counted, which is our addition: else there would be nothing but zeros among those that are kept.
     - `mse`: the smallest mean squared error of the quantized values; see `squared_errors`.
     - `entropy`: the smallest Kullback-Leibler divergence of the quantized distribution (Migacz 2017); see `divergences`. KL
       measures how often a value occurs, but not how far clipping moves it. Alone it cuts off heavy tails, which costs 9 dB
@@ -65,7 +69,9 @@ def threshold(histogram: Histogram, method: Method, *, percentile: float = 99.99
         return amax
     width = histogram.width
     counts = histogram.counts[: int(amax / width) + 1].astype(np.float64)
+    others = counts.sum() - histogram.zeros
     if method == "percentile":
+        counts[0] -= max(0, histogram.zeros - ZEROS * others)
         return min(_percentile(counts, percentile) * width, amax)
     counts[0] -= histogram.zeros
     if len(counts) > MOST_BINS:

@@ -103,7 +103,7 @@ def _cases(source: Artifact, data: Path | None) -> list[Case]:
                 failed = failed or str(error)
                 continue
             if all(np.isfinite(array).all() for array in results.values() if array.dtype.kind == "f"):
-                found.append(Case(kind, feed, results, maybe))
+                found.append(Case(kind, feed, results, maybe and bool(found)))
             else:
                 failed = failed or "its outputs are not finite"
     except PrecisionError as error:

@@ -1,6 +1,7 @@
 """The written file, run on every backend of the CPU that is installed, against the source that it was made from."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
 
 logger = logging.getLogger(__name__)
+
+_NO_MEMORY = re.compile("bad_alloc|failed to allocate|out of memory", re.IGNORECASE)
+"""What ONNX Runtime and OpenVINO say where memory runs out."""
 
 
 class Case(NamedTuple):
@@ -181,7 +185,10 @@ def _judged(
     backend: str = "",
     first: bool = True,
 ) -> BackendParity:
-    """Every case until one is wrong. first: of the default backend, which must run every case."""
+    """Every case until one is wrong. first: of the default backend, which must run every case.
+
+    Raises BackendError and PrecisionError where memory runs out.
+    """
     judged: list[ParityCase] = []
     wrong = None
     for case in cases:
@@ -189,6 +196,8 @@ def _judged(
         try:
             results = {name: _plain(array) for name, array in run(_fitted(case.feed, inputs)).items()}
         except DeployError as error:
+            if _NO_MEMORY.search(str(error)):
+                raise  # that says nothing of the file
             if case.maybe and not first:
                 continue
             wrong = f"it fails on {case.data} input at batch {row_count(case.feed)}: {error}"

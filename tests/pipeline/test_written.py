@@ -182,6 +182,16 @@ def test_a_file_that_is_wrong_on_another_backend_is_written_and_not_loaded_there
         assert session.backend == "onnxruntime"
 
 
+def test_where_memory_runs_out_the_file_is_not_called_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise BackendError("openvino failed to run 'out': std::bad_alloc")
+
+    monkeypatch.setattr(OpenVinoSession, "_compute", full)
+    with pytest.raises(BackendError, match="bad_alloc"):
+        deploy.export(tmp_path / "out", arch="lenet5")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_backend_has_a_figure(reference: Callable[[str], Artifact]) -> None:
     parity = reference("lenet5").manifest.parity
     assert parity is not None

@@ -24,6 +24,8 @@ _CORRECTED = ("Conv", "ConvTranspose", "Gemm")
 """Operators with a bias that can be corrected; they are linear in their input."""
 
 _CHANNEL_AXIS = 1
+_BIAS = 2
+_MATRIX = 2
 _RANGE = (-128, 127)
 
 Arrays = Mapping[str, np.ndarray]
@@ -66,6 +68,9 @@ class Audit:
         nodes = {node.name: node for node in model.graph}
         self._probes = [_Probe(model, nodes[name], tensors, weights.get(name)) for name, tensors in taken.items()]
         self._tensors = tuple(dict.fromkeys(tensor for probe in self._probes for tensor in probe.tensors))
+        linear = [tensor for probe in self._probes if probe.has_weight for tensor in probe.tensors]
+        self._averaged = tuple(dict.fromkeys(linear))
+        self._matrices = {tensor for probe in self._probes if not probe.has_weight for tensor in probe.tensors}
         self._means: dict[tuple[tuple[int, ...], ...], dict[str, _Mean]] = {}
         self._noise: list[dict[str, np.ndarray]] = []
         self._rows = 0
@@ -73,14 +78,18 @@ class Audit:
     def add(self, tensors: Arrays, rows: int) -> None:
         """Add the tensors of `placement.edges` on a feed of `rows` rows."""
         exact = {name: tensors[name] for name in self._tensors}
-        shapes = tuple(array.shape[1:] for array in exact.values())  # images may have different sizes
-        means = self._means.setdefault(shapes, {name: _Mean() for name in exact})
-        for name, array in exact.items():
-            means[name].add(array, self._rounded(name, array))
+        shapes = tuple(exact[name].shape[1:] for name in self._averaged)  # images may have different sizes
+        means = self._means.setdefault(shapes, {name: _Mean() for name in self._averaged})
+        for name, mean in means.items():
+            mean.add(exact[name], self._rounded(name, exact[name]))
         if self._rows < NOISE_ROWS:
             share = min(1.0, (NOISE_ROWS - self._rows) / rows)  # a tensor may have several rows for one row of the feed
-            self._noise.append({name: array[: math.ceil(len(array) * share)].copy() for name, array in exact.items()})
+            self._noise.append({name: self._part(name, array, share).copy() for name, array in exact.items()})
         self._rows += rows
+
+    def _part(self, name: str, array: np.ndarray, share: float) -> np.ndarray:
+        """The first rows of a tensor; a matrix that is multiplied by another has no rows of its own."""
+        return array if array.ndim == _MATRIX and name in self._matrices else array[: math.ceil(len(array) * share)]
 
     def finish(self) -> dict[str, LayerError]:
         """The error of every quantized Conv, ConvTranspose, Gemm and MatMul, by name. Raises PrecisionError."""
@@ -91,7 +100,7 @@ class Audit:
         run = CpuGraph(probe.build(), streams=STREAMS)
         constants = probe.constants()
         mean, noise = _Sums(), _Sums()
-        for means in self._means.values():
+        for means in self._means.values() if probe.has_weight else ():
             rows = means[probe.tensors[0]].rows
             pairs = [(means[name].exact, means[name].rounded) for name in probe.tensors]
             mean.add(run(constants | probe.feed(pairs)), rows)
@@ -146,9 +155,10 @@ class _Sums:
 class _Probe:
     """A model of one quantized node alone, on its exact and its rounded input, with sums of the difference as outputs.
 
-    The weights are inputs of the model: as initializers they would be copied and laid out anew for only two runs.
+    The weights are inputs of the model: as initializers they would be copied and laid out anew for only two runs. A bias that is
+    computed, or differs between the rows of a Gemm, is left out: the difference does not depend on it.
 
-    tensors: the activations that the node takes, in the order of its inputs.
+    tensors: the activations that the node takes, in the order of its inputs. has_weight: it is linear in them, with a weight.
     """
 
     def __init__(self, model: ir.Model, node: ir.Node, taken: Mapping[int, str], stored: Weight | None) -> None:
@@ -159,11 +169,15 @@ class _Probe:
         self._node = node
         self._taken = sorted(taken)
         self._stored = stored
+        self.has_weight = stored is not None
         self._known: dict[int, ir.TensorProtocol] = {}
         for index, value in enumerate(node.inputs):
-            if value is not None and index not in self._taken:
-                assert value.const_value is not None
-                self._known[index] = value.const_value
+            if value is None or index in self._taken:
+                continue
+            if index == _BIAS and (value.const_value is None or len(value.const_value.shape) > 1):
+                continue
+            assert value.const_value is not None
+            self._known[index] = value.const_value
 
     def feed(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The activations, from the exact and the rounded array of each tensor."""
@@ -216,8 +230,8 @@ class _Probe:
     def _twin(self, sort: str, inputs: Mapping[str, ir.Value]) -> ir.Node:
         """A copy of the node that takes the inputs of the probe; the rounded one takes the INT8 weight."""
         operands = [
-            None if value is None else inputs[f"{sort}{index}" if index in self._taken else f"constant{index}"]
-            for index, value in enumerate(self._node.inputs)
+            inputs.get(f"{sort}{index}" if index in self._taken else f"constant{index}")
+            for index in range(len(self._node.inputs))
         ]
         if sort == "rounded" and self._stored is not None:
             operands[1] = inputs["weight"]

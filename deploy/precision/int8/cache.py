@@ -15,13 +15,14 @@ from deploy.host.cache import cache_folder, keep
 class Calibrated:
     """The result of a calibration.
 
-    scales: by activation tensor.
+    scales: by activation tensor. joint: see `deploy.precision.int8.rewrite.ToInt8`.
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
     keep: nodes whose tensors FP16 cannot represent, with the reason.
     record: the evidence for the manifest.
     """
 
     scales: dict[str, float]
+    joint: dict[str, float]
     bias: dict[str, np.ndarray]
     keep: dict[str, str]
     record: Calibration
@@ -29,6 +30,7 @@ class Calibrated:
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scales: dict[str, float]
+    joint: dict[str, float]
     bias: dict[str, list[float]]
     keep: dict[str, str]
     record: Calibration
@@ -46,13 +48,14 @@ def read(request: dict[str, Any]) -> Calibrated | None:
     except (OSError, msgspec.DecodeError):
         return None
     bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
-    return Calibrated(scales=kept.scales, bias=bias, keep=kept.keep, record=kept.record)
+    return Calibrated(scales=kept.scales, joint=kept.joint, bias=bias, keep=kept.keep, record=kept.record)
 
 
 def write(request: dict[str, Any], calibrated: Calibrated) -> None:
     """Keep `calibrated`, completely or not at all; logs a warning if that fails."""
     kept = _File(
         scales=calibrated.scales,
+        joint=calibrated.joint,
         bias={name: values.tolist() for name, values in calibrated.bias.items()},
         keep=calibrated.keep,
         record=calibrated.record,

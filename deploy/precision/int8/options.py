@@ -11,8 +11,13 @@ from deploy.errors import UsageError
 from deploy.host.versions import tool_versions
 from deploy.options import option
 
+AUTO = "auto"
+"""The method that compares the others at the output of the layers: see `deploy.precision.int8.choose`."""
+
 METHOD = "percentile"
 """The default method: it loses least on the benchmarks (docs/int8.md)."""
+
+_METHODS = (AUTO, *METHODS)
 
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
@@ -22,14 +27,14 @@ OPSET = 19
 class QuantizeOptions:
     """How to quantize.
 
-    method: how the largest magnitude that INT8 is to hold is chosen for an activation: see `calibration.thresholds`.
+    method: how the largest magnitude that INT8 is to hold is chosen for an activation: see `calibration.thresholds`, and `AUTO`.
     percentile: per cent of the magnitudes that the method `percentile` keeps.
     per_tensor: one scale for a weight, not one for each of its output channels.
     exclude: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
     fp16: the scales are FP16 too, so that no Cast stands between layers.
     """
 
-    method: str = option(METHOD, f"Scales by {', '.join(METHODS[:-1])} or {METHODS[-1]}.", metavar="M")
+    method: str = option(METHOD, f"Scales by {', '.join(_METHODS[:-1])} or {_METHODS[-1]}.", metavar="M")
     percentile: float = 99.99
     batch_size: int = option(2, "Images of one run; does not change the scales.", metavar="B")
     per_tensor: bool = option(False, "One scale for a weight, not one for each output channel.")
@@ -45,8 +50,8 @@ class QuantizeOptions:
     fp16: bool = option(False, "FP16 for what is not INT8, and for the scales.")
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.method not in _METHODS:
+            raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(_METHODS)}")
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"`percentile` must be 50 to 100, not {self.percentile:g}")
         if self.batch_size < 1:

@@ -63,7 +63,8 @@ class Placement:
 
     nodes: names of the quantized Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
     edges: by activation tensor, the inputs (node, index) that read it through its pair, in the order of the graph.
-    groups: tensors of `edges` that share one scale. No tensor is in two groups.
+    groups: tensors of `edges` that share one scale where their ranges are alike. No tensor is in two groups.
+    joints: every Concat that joins codes, and its output; its branches share the scale of that.
     weights: the INT8 weight by node; a MatMul of two activations has none.
     excluded: layers with an operator in QUANTIZED that are not quantized, with the reason.
     """
@@ -71,6 +72,7 @@ class Placement:
     nodes: tuple[str, ...]
     edges: dict[str, tuple[tuple[str, int], ...]]
     groups: tuple[tuple[str, ...], ...]
+    joints: dict[str, str]
     weights: dict[str, Weight]
     excluded: tuple[Exclusion, ...]
 
@@ -117,6 +119,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
         nodes=nodes,
         edges=edges.by_name(),
         groups=edges.groups(),
+        joints=edges.joints(),
         weights={_name(node): quantized.weight for node, quantized in layers.items() if quantized.weight is not None},
         excluded=tuple(
             Exclusion(node=_name(node), reason=left[node]) for node in graph.all_nodes() if node in left and _is(node, QUANTIZED)
@@ -210,6 +213,11 @@ class _Edges:
             for value, uses in sorted(self._uses.items(), key=lambda item: self._values[item[0]])
         }
 
+    def joints(self) -> dict[str, str]:
+        """Each Concat with quantized branches, and its output."""
+        nodes = {node: None for uses in self._uses.values() for node, _ in uses if _is(node, ("Concat",))}
+        return {_name(node): _name(node.outputs[0]) for node in nodes}
+
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Tensors that share a scale: those before and after nodes that only move numbers, and the branches of a Concat."""
         member = {value: {value} for value in self._uses}
@@ -252,14 +260,16 @@ def _passed_from(value: ir.Value) -> ir.Value | None:
 def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.Node]) -> Iterable[tuple[ir.Node, int]]:
     """Every residual Add with the index of its skip input; the other input comes directly from a quantized layer.
 
-    If both inputs do, the skip input is the one computed earlier: TensorRT computes the sum inside the later layer.
+    If both inputs do, the skip input is the one computed earlier: TensorRT computes the sum inside the later layer. Sums behind
+    Gemm and MatMul are left alone: the residual stream of a transformer has channels of a hundred times the others, and NVIDIA's
+    quantizer has the rule for backbones of convolutions alone.
     """
     order = {node: place for place, node in enumerate(graph)}
     for node in graph:
         if not _is(node, ("Add",)) or node in asked or node.inputs[0] is node.inputs[1]:
             continue
         made = [_layer_before(value) for value in node.inputs]
-        found = [index for index, layer in enumerate(made) if layer is not None and layer in layers]
+        found = [index for index, layer in enumerate(made) if layer in layers and _is(layer, ("Conv", "ConvTranspose"))]  # type: ignore[arg-type]
         if not found or any(value is None or value.is_initializer() for value in node.inputs) or not _same_shape(*node.inputs):
             continue
         main = max(found, key=lambda index: order[made[index]])  # type: ignore[index]

@@ -12,7 +12,6 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Feed, row_count
-from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
@@ -24,11 +23,12 @@ from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect, scale_of
-from deploy.precision.int8.options import OPSET, QuantizeOptions, quantize_request
+from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
@@ -128,7 +128,13 @@ def _calibrate(
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
-    scales = _scales(histograms, placement, options)
+    if options.method == AUTO:
+        progress("comparing ranges at the layers that read them")
+        amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
+    else:
+        method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
+        amax = {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
+    scales, joint = _scales(amax, placement)
     progress("measuring each layer")
     audit = Audit(model, placement, scales, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
@@ -146,6 +152,7 @@ def _calibrate(
     layers = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
     known = Calibrated(
         scales=scales,
+        joint=joint,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
@@ -175,27 +182,38 @@ def _quantized(
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
     if options.floats == "fp32":
-        stored = Stored.of(model, placement, known.scales, known.bias)
-        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=known.bias)(model)
+        stored = Stored.of(model, placement, known.scales, known.joint, known.bias)
+        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=known.bias)(model)
         exclusions = list(placement.excluded)
     else:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
         placement = place(model, selection, stay={**small, **known.keep})
         bias = {name: shift for name, shift in known.bias.items() if name in placement.nodes}
-        stored = Stored.of(model, placement, known.scales, bias)
-        ToInt8(placement, known.scales, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(model)
+        stored = Stored.of(model, placement, known.scales, known.joint, bias)
+        ToInt8(placement, known.scales, joint=known.joint, per_tensor=options.per_tensor, bias=bias, smallest=SMALLEST_FP16)(
+            model
+        )
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*placement.excluded, *to_half.exclusions]}.values())
     return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
 
 
-def _scales(histograms: Mapping[str, Histogram], placement: Placement, options: QuantizeOptions) -> dict[str, float]:
-    """The scale of every tensor; within a group, all have the scale of the widest."""
-    method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
-    amax = {name: threshold(histogram, method, percentile=options.percentile) for name, histogram in histograms.items()}
+def _scales(amax: Mapping[str, float], placement: Placement) -> tuple[dict[str, float], dict[str, float]]:
+    """The scale of every tensor for the layers that read it, and that of branches of a Concat where it is another one.
+
+    Within a group, all have the scale of the widest, unless their own is less than half of it: then one bit would be lost.
+    """
+    amax = dict(amax)
+    branches = {name for name, uses in placement.edges.items() if any(node in placement.joints for node, _ in uses)}
+    joint: dict[str, float] = {}
     for group in placement.groups:
-        amax |= dict.fromkeys(group, max(amax[name] for name in group))
+        widest = max(amax[name] for name in group)
+        for name in group:
+            if amax[name] >= widest / 2 or name in placement.joints.values():
+                amax[name] = widest
+            elif name in branches:
+                joint[name] = scale_of(widest)
     if dead := [name for name, value in amax.items() if value == 0]:
         logger.warning("always 0 on the calibration data: %s", ", ".join(dead[:10]) + ("..." if len(dead) > 10 else ""))
-    return {name: scale_of(value) for name, value in amax.items()}
+    return {name: scale_of(value) for name, value in amax.items()}, joint

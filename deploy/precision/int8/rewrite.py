@@ -3,6 +3,7 @@
 Quantization is symmetric: the zero point is 0, and the codes of weights are -127 to 127.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -66,7 +67,9 @@ CONSTANT_SCALES = Condition("the scales of all Q/DQ nodes are constant positive 
 class ToInt8(PrecisionPass):
     """Insert the Q/DQ pairs of `placement` into an FP32 graph, and store its weights as INT8.
 
-    scales: float32 numbers, one for each tensor of `placement.edges`, equal within each of `placement.groups`.
+    scales: float32 numbers, one for each tensor of `placement.edges`.
+    joint: the scales of branches of a Concat that have another one there than for the layers that read them. All branches of a
+        Concat and its output have one scale.
     per_tensor: one scale for a whole weight instead of one for each of its output channels.
     bias: what to add to the bias of a node, float32 (output channels,), by node name. A MatMul gets an Add for it.
     smallest: the lower bound of the scales of weights.
@@ -88,18 +91,23 @@ class ToInt8(PrecisionPass):
         placement: Placement,
         scales: Mapping[str, float],
         *,
+        joint: Mapping[str, float] | None = None,
         per_tensor: bool = False,
         bias: Mapping[str, np.ndarray] | None = None,
         smallest: float = 0.0,
     ) -> None:
+        joint = joint or {}
         for tensor in placement.edges:
             scale = np.float32(scales.get(tensor, np.nan))
             if not (np.isfinite(scale) and scale > 0):
                 raise PrecisionError(f"the scale of {tensor!r} is {scales.get(tensor)}; expected a positive number")
-        for group in placement.groups:
-            assert len({scales[tensor] for tensor in group}) == 1, f"{group} must share a scale"
+        for tensor, uses in placement.edges.items():
+            for output in (placement.joints[node] for node, _ in uses if node in placement.joints):
+                if output in placement.edges:
+                    assert joint.get(tensor, scales[tensor]) == scales[output], f"{tensor!r} and {output!r} must share a scale"
         self.placement = placement
         self.scales = scales
+        self.joint = joint
         self.per_tensor = per_tensor
         self.bias = bias or {}
         self.smallest = smallest
@@ -109,7 +117,7 @@ class ToInt8(PrecisionPass):
         for node, correction in self.bias.items():
             rewrite.add_bias(node, np.asarray(correction, dtype=np.float32))
         rewrite.store_weights(self.placement, self.scales, self.per_tensor, self.smallest)
-        rewrite.insert_pairs(self.placement, self.scales)
+        rewrite.insert_pairs(self.placement, self.scales, self.joint)
         return PassResult(model, bool(self.placement.edges or self.placement.weights or self.bias))
 
 
@@ -124,23 +132,32 @@ class _Rewrite:
         self.taken = {node.name for node in graph.all_nodes()} | set(self.values) | set(graph.initializers)
         self.zeros: dict[tuple[int, ...], ir.Value] = {}
 
-    def insert_pairs(self, placement: Placement, scales: Mapping[str, float]) -> None:
-        joints: dict[str, str] = {}  # name of a Concat -> one of its branches
+    def insert_pairs(self, placement: Placement, scales: Mapping[str, float], joint: Mapping[str, float]) -> None:
+        branches: dict[str, str] = {}  # name of a Concat -> one of its branches
         for tensor, uses in placement.edges.items():
-            joints |= {node: tensor for node, _ in uses if self.nodes[node].op_type == "Concat"}
+            branches |= {node: tensor for node, _ in uses if node in placement.joints}
         codes: dict[str, ir.Value] = {}
-        for name, branch in joints.items():
-            output = self.nodes[name].outputs[0].name or ""
-            codes[output] = self._dequantize_output(self.nodes[name], scales[branch])
+        for name, output in placement.joints.items():
+            branch = branches[name]
+            codes[output] = self._dequantize_output(self.nodes[name], joint.get(branch, scales[branch]))
         for tensor, uses in placement.edges.items():
-            moved = [use for use in uses if use[0] not in joints]
-            if tensor not in codes:
-                codes[tensor], result = self._insert_pair(tensor, scales[tensor], dequantize=bool(moved))
-                for node, index in moved:
-                    self.nodes[node].replace_input_with(index, result)
-            for node, index in uses:
-                if node in joints:
-                    self.nodes[node].replace_input_with(index, codes[tensor])
+            moved = [use for use in uses if use[0] not in placement.joints]
+            joined = [use for use in uses if use[0] in placement.joints]
+            if tensor not in codes and joined:
+                apart = tensor in joint
+                codes[tensor], result = self._insert_pair(
+                    tensor, joint.get(tensor, scales[tensor]), dequantize=bool(moved) and not apart
+                )
+                if moved and apart:
+                    _, result = self._insert_pair(tensor, scales[tensor], dequantize=True)
+            elif tensor not in codes:
+                _, result = self._insert_pair(tensor, scales[tensor], dequantize=True)
+            else:
+                moved = []  # they read the output of the joint by its name
+            for node, index in moved:
+                self.nodes[node].replace_input_with(index, result)
+            for node, index in joined:
+                self.nodes[node].replace_input_with(index, codes[tensor])
 
     def _insert_pair(self, tensor: str, scale: float, *, dequantize: bool) -> tuple[ir.Value, ir.Value]:
         """Insert QuantizeLinear, and DequantizeLinear if asked for, after the producer of `tensor`; returns codes and result."""
@@ -179,9 +196,9 @@ class _Rewrite:
             value = self.graph.initializers[initializer]
             assert value.const_value is not None
             floors = [_scale_floor(node, axis, scales[inputs[node.name or "", 0]]) for node in nodes]
-            floor = np.maximum(np.max(floors, axis=0), smallest)
+            floor = functools.reduce(np.maximum, floors, np.asarray(smallest))  # of one number, or of one a channel
             try:
-                codes, scale = quantize_weight(value.const_value.numpy(), axis, np.maximum(floor, smallest))
+                codes, scale = quantize_weight(value.const_value.numpy(), axis, floor)
             except PrecisionError as error:
                 raise PrecisionError(f"{initializer!r} of {nodes[0].name!r}: {error}") from error
             operands = [
@@ -208,13 +225,21 @@ class _Rewrite:
         if old is None:
             node.resize_inputs(3)
         elif old.const_value is None:
-            self._add_after(node, correction)
+            self._add_to_bias(node, old, correction)
             return
         else:
             correction = old.const_value.numpy() + correction
         node.replace_input_with(2, self._initializer(f"{name}/corrected_bias", correction))
         if old is not None and not old.uses() and not old.is_graph_output():
             del self.graph.initializers[old.name or ""]
+
+    def _add_to_bias(self, node: ir.Node, bias: ir.Value, correction: np.ndarray) -> None:
+        """Add `correction` to the computed `bias` of `node`."""
+        operands = [bias, self._initializer(f"{node.name}/correction", correction)]
+        result = self._value(f"{node.name}/corrected_bias", bias, ir.DataType.FLOAT)
+        label = self._claim(f"{node.name}/bias_correction")
+        self.graph.insert_before(node, ir.Node("", "Add", operands, outputs=[result], name=label))
+        node.replace_input_with(2, result)
 
     def _add_after(self, node: ir.Node, correction: np.ndarray) -> None:
         """Add `correction` to the output of `node`; the sum takes over the name of the output."""
@@ -274,4 +299,6 @@ def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:
     if bias is None or bias.const_value is None:
         return np.zeros(())
     floor = np.abs(bias.const_value.numpy().astype(np.float64)) / (np.float64(np.float32(scale)) * _BIAS_CODES)
-    return np.asarray(floor.max(initial=0.0) if axis is None or bias.const_value.size == 1 else floor.reshape(-1))
+    if axis is None or not floor.ndim or floor.shape[-1] == 1:
+        return np.asarray(floor.max(initial=0.0))
+    return np.asarray(floor.reshape(-1, floor.shape[-1]).max(axis=0))  # a Gemm may have a bias for each row

@@ -11,6 +11,8 @@ from deploy.progress import Progress
 
 AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
 """One in 16 calibration rows is used for the bias correction and the noise of the layers, but at least 8 and at most 64."""
+SAMPLE_ROWS = 4
+"""Rows that ranges are compared on. A few are enough, because every position of an image is a sample."""
 KEPT_BYTES = 100 << 20
 """The limit for the tensors kept of those rows, so that they need not be run again; memory must not grow with the rows."""
 
@@ -50,6 +52,15 @@ class Rows:
             if index is not None and size <= self._room:
                 self._room -= size
                 self.kept[index] = (self.kept[index][0], (tensors, outputs))
+
+    def sample(self) -> Iterator[Feed]:
+        """The first SAMPLE_ROWS rows, or a little more where they cannot be divided."""
+        missing = SAMPLE_ROWS
+        for feed, _ in self.kept:
+            if missing > 0:
+                whole = not batched(self._data.specs) or row_count(feed) <= missing
+                yield feed if whole else slice_rows(feed, 0, missing)
+                missing -= row_count(feed)
 
     def release(self) -> list[Feed]:
         """The kept feeds; their tensors and outputs are released."""

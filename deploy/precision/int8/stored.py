@@ -3,7 +3,7 @@
 A fault in one of many layers may change the outputs less than INT8 itself does, so that comparing these does not show it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +30,25 @@ class Stored:
     """What an INT8 file must hold.
 
     weights: the FP32 weight of every layer with an INT8 weight. edges: by quantized tensor, the inputs (node, index) that read it.
-    scales: by quantized tensor. bias: what was added to the bias of a node, or to its output.
+    scales: by quantized tensor. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
     """
 
     weights: Mapping[str, ir.TensorProtocol]
     edges: Mapping[str, tuple[tuple[str, int], ...]]
     scales: Mapping[str, float]
+    joint: Mapping[str, float]
+    joints: Collection[str]
     bias: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, model: ir.Model, placement: Placement, scales: Mapping[str, float], bias: Mapping[str, np.ndarray]) -> "Stored":
+    def of(
+        cls,
+        model: ir.Model,
+        placement: Placement,
+        scales: Mapping[str, float],
+        joint: Mapping[str, float],
+        bias: Mapping[str, np.ndarray],
+    ) -> "Stored":
         """model: prepared, before it is quantized."""
         tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
         weights = {node: tensors[weight.initializer] for node, weight in placement.weights.items()}
@@ -47,6 +56,8 @@ class Stored:
             weights={node: tensor for node, tensor in weights.items() if tensor is not None},
             edges=placement.edges,
             scales={tensor: scales[tensor] for tensor in placement.edges},
+            joint=joint,
+            joints=frozenset(placement.joints),
             bias=bias,
         )
 
@@ -58,11 +69,12 @@ class Stored:
                 raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")
         for tensor, uses in self.edges.items():
             for node, index in uses:
+                scale = self.joint.get(tensor, self.scales[tensor]) if node in self.joints else self.scales[tensor]
                 for found in _scales(_producer(nodes[node], index)):
-                    if found.shape != () or not abs(found - self.scales[tensor]) <= _SCALE_ERROR * self.scales[tensor]:
+                    if found.shape != () or not abs(found - scale) <= _SCALE_ERROR * scale:
                         raise ParityError(
                             f"the scale of {tensor!r} in the written file is {found}, where {node!r} reads it; calibration gave"
-                            f" {self.scales[tensor]:.6g}"
+                            f" {scale:.6g}"
                         )
 
     def unround(self, model: ir.Model) -> None:

@@ -13,6 +13,7 @@ RECORD = Calibration(
     floats="fp32", layers=[],
 )  # fmt: skip
 CALIBRATED = Calibrated(
+    joint={"a": 0.5},
     scales={"x": 0.1, "y": float(np.float32(1 / 3))},
     bias={"conv": np.array([0.1, -2.5e-8], dtype=np.float32)},
     keep={"big": "reaches 1e6"},

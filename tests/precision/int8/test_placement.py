@@ -46,17 +46,23 @@ def test_of_two_layers_that_make_a_sum_the_later_one_takes_it_in(build):
 @pytest.mark.parametrize(
     ("body", "edges"),
     [
-        ("[m] a = MatMul(x, w) [bias] c = Add(a, b) [add] y = Add(x, c)", {"x": (("m", 0), ("add", 0))}),
-        ("[m] a = MatMul(x, w) [bias] y = Add(a, b)", {"x": (("m", 0),)}),
-        ("[m] a = MatMul(x, w) c = Sigmoid(a) y = Add(x, c)", {"x": (("m", 0),)}),
-        ("[m] a = MatMul(x, w) c = Add(x, a) y = Mul(c, a)", {"x": (("m", 0),)}),
-        ("[m] a = MatMul(x, w) s = ReduceMax(x, axes) y = Add(s, a)", {"x": (("m", 0),)}),
+        ("[m] a = Conv(x, w) [bias] c = Add(a, b) [add] y = Add(x, c)", {"x": (("m", 0), ("add", 0))}),
+        ("[m] a = Conv(x, w) [bias] y = Add(a, b)", {"x": (("m", 0),)}),
+        ("[m] a = Conv(x, w) c = Sigmoid(a) y = Add(x, c)", {"x": (("m", 0),)}),
+        ("[m] a = Conv(x, w) c = Add(x, a) y = Mul(c, a)", {"x": (("m", 0),)}),
+        ("[m] a = Conv(x, w) s = ReduceMax(x, axes) y = Add(s, a)", {"x": (("m", 0),)}),
     ],
     ids=["behind a bias", "the bias itself", "behind an activation", "a layer used twice", "broadcast"],
 )
 def test_a_sum_is_residual_when_it_can_run_inside_the_layer(build, body, edges):
-    text = "g (float[N, 5, 4] x) => (float[N, 5, 4] y) <float[4, 4] w, float[4] b, int64[1] axes = {2}> {"
+    text = "g (float[N, 4, 5, 5] x) => (float[N, 4, 5, 5] y) <float[4, 4, 1, 1] w, float[4, 1, 1] b, int64[2] axes = {2, 3}> {"
     assert place(build(f"{text} {body} }}"), Selection()).edges == edges
+
+
+@pytest.mark.parametrize("layer", ["MatMul(x, w)", "Gemm(x, w)"])
+def test_the_residual_stream_of_a_transformer_stays_in_floating_point(build, layer):
+    text = f"g (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w, float[4] b> {{ [m] a = {layer} c = Add(a, b) [add] y = Add(x, c) }}"
+    assert place(build(text), Selection()).edges == {"x": (("m", 0),)}
 
 
 def test_branches_of_a_concatenation_that_is_taken_quantized_share_a_scale(build):

@@ -13,6 +13,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, LayerNoise
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.errors import PrecisionError
+from deploy.evidence.parity import difference
+from deploy.precision.cpu import CpuGraph
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.options import QuantizeOptions
@@ -108,3 +110,84 @@ def test_the_hint_names_the_noisiest_layers_and_the_options():
     for text in (hint(record), hint(None)):
         assert "`exclude`" in text
         assert "`method`" in text
+
+
+GRAPHS = {
+    "one weight as Gemm with a bias and as MatMul": (
+        "g (float[N, 8] x) => (float[N, 8] y) <float[8, 8] w, float[8] b> { a = Gemm(x, w, b) h = Relu(a) y = MatMul(h, w) }"
+    ),
+    "one weight along two axes": (
+        "g (float[N, 8] x) => (float[N, 8] y) <float[8, 8] w, float[8] b> { a = Gemm<transB = 1>(x, w, b) y = MatMul(a, w) }"
+    ),
+    "one weight with two biases": (
+        "g (float[N, 8] x) => (float[N, 8] y) <float[8, 8] w, float[8] b, float[1] c> { a = Gemm(x, w, b) y = Gemm(a, w, c) }"
+    ),
+    "a product of two matrices": (
+        """g (float[T, 8] x) => (float[T, T] y) <float[8, 6] w, float[8, 6] v> {
+            q = MatMul(x, w) k = MatMul(x, v) t = Transpose<perm = [1, 0]>(k) y = MatMul(q, t) }"""
+    ),
+    "a matrix and a stack of them": (
+        """g (float[T, 8] x) => (float[3, T, T] y) <float[8, 6] w, float[3, 8, 6] v> {
+            q = MatMul(x, w) k = MatMul(x, v) t = Transpose<perm = [0, 2, 1]>(k) y = MatMul(q, t) }"""
+    ),
+    "a bias for each row": "g (float[4, 8] x) => (float[4, 6] y) <float[8, 6] w, float[4, 6] b> { y = Gemm(x, w, b) }",
+    "a bias for the rows alone": "g (float[4, 8] x) => (float[4, 6] y) <float[8, 6] w, float[4, 1] b> { y = Gemm(x, w, b) }",
+    "a bias of one number": "g (float[4, 8] x) => (float[4, 6] y) <float[8, 6] w, float[1, 1] b> { y = Gemm(x, w, b) }",
+    "a computed bias of a Gemm": (
+        "g (float[4, 8] x) => (float[4, 6] y) <float[8, 6] w, float[8, 6] v> { b = MatMul(x, v) y = Gemm(x, w, b) }"
+    ),
+    "a computed bias of a Conv": (
+        """g (float[1, 4, 5, 5] x) => (float[1, 4, 3, 3] y) <float[4, 4, 3, 3] w, float[4, 4] v, int64[1] axis = {0}> {
+            p = GlobalAveragePool(x) f = Flatten(p) k = MatMul(f, v) b = Squeeze(k, axis) y = Conv(x, w, b) }"""
+    ),
+    "a computed bias of a ConvTranspose": (
+        """g (float[1, 4, 5, 5] x) => (float[1, 4, 7, 7] y) <float[4, 4, 3, 3] w, float[4, 4] v, int64[1] axis = {0}> {
+            p = GlobalAveragePool(x) f = Flatten(p) k = MatMul(f, v) b = Squeeze(k, axis) y = ConvTranspose(x, w, b) }"""
+    ),
+}
+SMALL = {
+    "joined with a large one": "k = Concat<axis = 1>(l, s) [c1] y = Conv(k, w) [c2] z = Conv(s, v)",
+    "joined twice": "k = Concat<axis = 1>(l, s) m = Concat<axis = 1>(s, l) [c0] n = Conv(m, w) [c1] o = Conv(k, w) y = Add(n, o) [c2] z = Conv(s, v)",
+    "pooled and joined": "p = MaxPool<kernel_shape = [1, 1]>(s) k = Concat<axis = 1>(l, p) [c1] y = Conv(k, w) [c2] z = Conv(p, v) ",
+    "cut out of a large one": "[c1] y = Conv(both, w) c = Slice(both, from, to, axis) [c2] z = Conv(c, v)",
+    "split from a large one": "[c1] y = Conv(both, w) a, c = Split<axis = 1>(both, halves) [c0] o = Conv(a, v) [c2] z = Conv(c, v)",
+}  # fmt: skip
+
+
+def quantized_of(text: str, feed: dict[str, np.ndarray], folder: Path, *, fp16: bool = False) -> tuple[dict, dict]:
+    """The outputs of a graph with random weights, exact and in INT8."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19]> {text}')
+    rng = np.random.default_rng(0)
+    for value in proto.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), value.name))
+    del proto.graph.value_info[:]
+    onnx.save(proto, folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    made = quantize_onnx(artifact, calibration_set(artifact, [feed]), QuantizeOptions(fp16=fp16))
+    made.save(folder / "int8.onnx")
+    assert made.stored.scales
+    return CpuGraph.read(folder / "net.onnx")(feed), CpuGraph.read(folder / "int8.onnx")(feed)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_of_every_form_are_quantized(name: str, fp16: bool, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19]> {GRAPHS[name]}')
+    shape = [dim.dim_value or 7 for dim in proto.graph.input[0].type.tensor_type.shape.dim]
+    feed = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    exact, quantized = quantized_of(GRAPHS[name], feed, tmp_path, fp16=fp16)
+    assert difference(quantized["y"], exact["y"]).sqnr_db > 25
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_tensor_keeps_a_scale_of_its_own_where_a_layer_reads_it(name: str, tmp_path: Path) -> None:
+    constants = "int64[1] from = {2}, int64[1] to = {4}, int64[1] axis = {1}, int64[2] halves = {2, 2}"
+    text = f"""g (float[N, 2, 4, 4] l, float[N, 2, 4, 4] s, float[N, 4, 4, 4] both) => (float[N, 2, 4, 4] y, float[N, 2, 4, 4] z)
+        <float[2, 4, 1, 1] w, float[2, 2, 1, 1] v, {constants}> {{ {SMALL[name]} }}"""
+    rng = np.random.default_rng(1)
+    feed = {name: (rng.standard_normal((4, 2, 4, 4)) * size).astype(np.float32) for name, size in (("l", 200), ("s", 0.3))}
+    feed["both"] = np.concatenate([feed["l"], feed["s"]], axis=1)
+    exact, quantized = quantized_of(text, feed, tmp_path)
+    for output in ("y", "z"):
+        assert difference(quantized[output], exact[output]).sqnr_db > 25, output

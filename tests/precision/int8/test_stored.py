@@ -39,7 +39,7 @@ def written(request: pytest.FixtureRequest, build: Callable[[str], onnx.ModelPro
     placement = place(model, Selection())
     scales = {tensor: SCALES[tensor] for tensor in placement.edges}
     bias = {"first": np.ones(8, np.float32), "second": np.ones(8, np.float32), "head": np.ones(4, np.float32)}
-    stored = Stored.of(model, placement, scales, bias)
+    stored = Stored.of(model, placement, scales, {}, bias)
     ToInt8(placement, scales, bias=bias)(model)
     if request.param == "fp16":
         ToHalf("fp16")(model)
