@@ -7,6 +7,7 @@ elsewhere. Calibration and comparisons are on crops of scikit-learn's two photog
 A step works, or is refused with the reason that is printed below the table; anything but a refusal is a failure.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -190,7 +191,9 @@ def through(model: Model, zoo: Path, work: Path) -> dict[str, str]:
     step("engine", "export", lambda: deploy.build_trt(made["export"], work / "engine", **flavour))
     step("engine-fp16", "fp16", lambda: deploy.build_trt(made["fp16"], work / "engine-fp16", **flavour))
     step("engine-int8", "int8", lambda: deploy.build_trt(made["int8"], work / "engine-int8", **flavour))
-    reference = CpuGraph.read(path if not model.options else made["export"].onnx_path)
+    if "export" not in made:
+        return outcome
+    reference = CpuGraph.read(made["export"].onnx_path if model.options else path)
     for backend in BACKENDS:
         for name in ("export", "fp16", "int8"):
             if name in made:
@@ -221,10 +224,9 @@ def report(document: Mapping[str, Any]) -> str:
         steps = model["steps"]
         cells = [steps[name] for name in STEPS]
         for backend in BACKENDS:
-            wrong = [
-                f"{name.split()[1]}: {what}" for name, what in steps.items() if name.startswith(backend) and what != "worked"
-            ]
-            cells.append("; ".join(wrong) or "worked")
+            found = {name.split()[1]: what for name, what in steps.items() if name.startswith(backend)}
+            wrong = [f"{name}: {what}" for name, what in found.items() if not _is_number(what)]
+            cells.append("; ".join(wrong) or " ".join(found.values()))
         shown = []
         for column, cell in zip(header[2:], cells, strict=True):
             if cell == "worked":
@@ -232,15 +234,16 @@ def report(document: Mapping[str, Any]) -> str:
             elif all(map(_is_number, cell.split())):
                 shown.append(cell)
             elif cell.startswith("needs"):
-                shown.append("")
+                shown.append("-")
             else:
                 reasons.append(f"{model['name']}, {column}: {cell}")
                 shown.append(f"no ({len(reasons)})")
         rows.append((model["name"], model["package"], *shown))
     listed = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
     title = "# Real models through every stage"
+    what = "The backends of the CPU: the least cosine with the model as it was, in FP32, FP16 and INT8."
     why = f"\nRefused:\n\n{listed}\n" if listed else ""
-    return f"{title}\n\n{markdown(header, rows)}\n{why}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+    return f"{title}\n\n{markdown(header, rows)}\n{what}\n{why}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
 
 
 def _is_number(text: str) -> bool:
@@ -254,12 +257,15 @@ def main() -> int:
     options = parser.parse_args()
     if not options.zoo.is_dir():
         sys.exit(f"no models in {options.zoo}: run `make zoo`")
+    options.zoo = options.zoo.resolve()
+    options.results = options.results.resolve()
+    os.chdir(options.zoo)  # which makes its packages importable
     document: dict[str, Any] = {"conditions": conditions_here(), "models": []}
-    for model in models(options.zoo.resolve()):
+    for model in models(options.zoo):
         if options.only in model.name:
             with tempfile.TemporaryDirectory() as folder:
-                steps = through(model, options.zoo.resolve(), Path(folder))
-            steps = {name: what.replace(folder, "").replace(str(options.zoo.resolve()), "") for name, what in steps.items()}
+                steps = through(model, options.zoo, Path(folder))
+            steps = {name: what.replace(folder, "").replace(str(options.zoo), "") for name, what in steps.items()}
             print(model.name, steps, file=sys.stderr, flush=True)
             document["models"].append({"name": model.name, "package": model.package, "steps": steps})
     publish("zoo", document, report(document), options.results)

@@ -36,7 +36,7 @@ def summary(artifact: Artifact) -> str:
             lines.append(_row("parity", parity_text(manifest.parity)))
             lines += [_row("", text) for text in backends_text(manifest.parity)]
     elif manifest.parent is None and manifest.source.factory is None:
-        lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+        lines.append(_row("parity", "none: the bare ONNX file as it was"))
     if manifest.precision == "fp16" and manifest.parent and manifest.parity and _made_up(manifest.parity):
         lines.append(_row("ranges", "from random numbers alone: real input may overflow where these did not (--data)"))
     if manifest.engine_parity:

@@ -91,7 +91,8 @@ def engine_share(
     return _record(_mac_shares(by_node, macs), "engine", counted, time, unknown=_unknown(by_node, macs)), by_node
 
 
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_NODE = re.compile(r"\[ONNX Layer: ([^\x1e]+?)\](?=\x1e|\[ONNX Layer: |$)")
+"""A node in the metadata of a layer; its name may have brackets. TensorRT puts a record separator between nodes."""
 _TACTIC = re.compile(r"_(i8|s8|e4m3|f16|h|bf16|tf32|f32)(?:i8|s8|e4m3|f16|bf16|tf32|f32|i32)*_")
 _OPERANDS = {"i8": "int8", "s8": "int8", "f16": "fp16", "h": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
 _TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16"), ("fp16", "fp16"))

@@ -68,6 +68,7 @@ def _upgrade(model: ir.Model, opset: int) -> None:
     for node in model.graph.all_nodes():
         if node.domain == "" and not onnx.defs.has(node.op_type, version, ""):  # LayerNormalization before 17, of ONNX Runtime
             node.domain = _FOREIGN
+    shapes = {value.name: value.shape for value in model.graph.outputs}
     resized = [node.attributes.get_string("mode", "nearest") for node in model.graph.all_nodes() if node.op_type in _RESIZES]
     try:
         if version < _FIRST_CONVERTIBLE:
@@ -84,6 +85,8 @@ def _upgrade(model: ir.Model, opset: int) -> None:
         model.opset_imports.pop(_FOREIGN, None)
     for node in model.graph.all_nodes():
         node.version = None
+        for value in node.outputs:
+            value.shape = shapes.get(value.name)  # the converter makes up names for sizes
         if node.domain == _FOREIGN:
             node.domain = ""
     if version < _FIRST_HALF_PIXEL:
