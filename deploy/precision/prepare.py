@@ -22,8 +22,8 @@ _FIRST_IR = 4  # the first IR version whose initializers need not be inputs
 class Prepare(PrecisionPass):
     """The same computation in the form that the passes work on. Preparing a model again changes nothing.
 
-    Local functions are inlined, Constant nodes become initializers, initializers are not inputs, what no
-    output depends on is gone, and every node and value has a unique name (unnamed nodes are named after their operator and
+    Local functions are inlined, Constant nodes become initializers, initializers are not inputs and have
+    users, and every node and value has a unique name (unnamed nodes are named after their operator and
     position, such as `Conv_3`). Dtypes and shapes of all values are recorded as far as they can be inferred, and declarations that
     contradict them dropped. A graph of an older opset than `opset` is converted to `opset`.
 
@@ -44,7 +44,7 @@ class Prepare(PrecisionPass):
             _upgrade(model, self.opset)
             changed = True
         changed |= _name_nodes(model)
-        changed |= tidy(model)
+        changed |= _tidy(model)
         changed |= common.NameFixPass()(model).modified
         if not model.graph.name:
             model.graph.name = "graph"
@@ -55,11 +55,18 @@ class Prepare(PrecisionPass):
         return PassResult(model, changed)
 
 
-def tidy(model: ir.Model) -> bool:
-    """Make initializers of constants, and remove what no output depends on; returns whether anything changed."""
+def _tidy(model: ir.Model) -> bool:
+    """Make initializers of constants, and remove initializers without a user; returns whether anything changed."""
     changed = common.RemoveInitializersFromInputsPass()(model).modified
     changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-    return common.RemoveUnusedNodesPass()(model).modified or changed
+    left = [
+        name
+        for name, value in model.graph.initializers.items()
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input())
+    ]
+    for name in left:
+        del model.graph.initializers[name]
+    return changed or bool(left)
 
 
 def _upgrade(model: ir.Model, opset: int) -> None:
