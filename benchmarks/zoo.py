@@ -29,6 +29,8 @@ from deploy.precision.cpu import CpuGraph
 
 ZOO = Path(__file__).resolve().parent.parent / ".zoo"
 FEEDS = 8
+LONGEST = 320
+"""Characters of a reason in the report; the JSON has it in full."""
 STEPS = ("export", "fp16", "int8", "engine", "engine-fp16", "engine-int8")
 BACKENDS = ("onnxruntime", "openvino")
 WORDS = ("deploy", "state_dict", "ONNX 2026", "engine", "Paris", "49.95 EUR", "No smoking", "exit 12")
@@ -226,7 +228,7 @@ def report(document: Mapping[str, Any]) -> str:
         for backend in BACKENDS:
             found = {name.split()[1]: what for name, what in steps.items() if name.startswith(backend)}
             wrong = [f"{name}: {what}" for name, what in found.items() if not _is_number(what)]
-            cells.append("; ".join(wrong) or " ".join(found.values()))
+            cells.append(wrong[0] if wrong else " ".join(found.values()))
         shown = []
         for column, cell in zip(header[2:], cells, strict=True):
             if cell == "worked":
@@ -236,7 +238,8 @@ def report(document: Mapping[str, Any]) -> str:
             elif cell.startswith("needs"):
                 shown.append("-")
             else:
-                reasons.append(f"{model['name']}, {column}: {cell}")
+                shortened = cell if len(cell) <= LONGEST else f"{cell[:LONGEST]} ..."
+                reasons.append(f"{model['name']}, {column}: {shortened}")
                 shown.append(f"no ({len(reasons)})")
         rows.append((model["name"], model["package"], *shown))
     listed = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
