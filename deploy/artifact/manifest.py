@@ -116,7 +116,8 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Share of the multiply-accumulates of Conv, Gemm and MatMul in each precision, 0 to 1.
 
     `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made. Of an
-    engine, `layers` and `time` are the same for all its layers, by their number and by the GPU time of a run.
+    engine, `layers` and `time` are the same for all its layers, by their number and by the GPU time of a run. The shares are
+    those of what can be counted; `unknown` is the number of nodes that cannot (an LSTM, a matrix product inside a Loop).
     """
 
     int8: float
@@ -126,6 +127,7 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     origin: Literal["engine", "network"] = msgspec.field(name="from")
     layers: dict[str, float] | None = None
     time: dict[str, float] | None = None
+    unknown: int = 0
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

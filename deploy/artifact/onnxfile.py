@@ -2,16 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
+from deploy.artifact.onnxshapes import dim_name, infer_shapes
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
-from deploy.errors import ArtifactError
+from deploy.errors import ArtifactError, BackendError
 
 _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose result has the numbers of their first input."""
@@ -53,19 +55,21 @@ def open_onnx(path: Path) -> Artifact:
         raise ArtifactError(f"no file at {path}")
     check_onnx(path)
     model = load_graph(path)
-    inputs, outputs = graph_specs(model.graph)
-    rows = looked_up(model.graph)
-    inputs = [dataclasses.replace(spec, bounds=(0, rows[spec.name])) if spec.name in rows else spec for spec in inputs]
     names = [path.name, *sorted(external_files(model.graph))]
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise ArtifactError(f"{path} keeps its weights in {missing[0]!r}, which is not beside it")
+    inferred = load_model(path)
+    infer_shapes(inferred)
+    inputs, outputs = model_specs(inferred)
+    rows = looked_up(model.graph)
+    inputs = [dataclasses.replace(spec, bounds=(0, rows[spec.name])) if spec.name in rows else spec for spec in inputs]
     files = {
         name: FileRecord(bytes=(path.parent / name).stat().st_size, sha256=file_digest(path.parent / name)) for name in names
     }
     profile = default_profile(inputs)
-    weights = ((_DTYPES.get(tensor.data_type, ""), len(tensor.dims)) for tensor in model.graph.initializer)
-    precision = _precision(weights, [node.op_type for node in model.graph.node])
+    precision = model_precision(inferred)
+    del inferred
     manifest = Manifest(
         format=FORMAT,
         kind="onnx",
@@ -91,28 +95,54 @@ def open_onnx(path: Path) -> Artifact:
 
 
 def model_precision(model: ir.Model) -> Precision:
-    """The precision that a graph computes in, by its weights: half where any weight is, for these decide how exact it is."""
-    weights = (
-        (_DTYPES.get(int(value.const_value.dtype), ""), len(value.const_value.shape))
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
-    return _precision(weights, [node.op_type for node in model.graph.all_nodes()])
+    """The precision that a graph computes in, by its weights: half where any weight is, for these decide how exact it is.
 
-
-def _precision(weights: Iterable[tuple[str, int]], operators: Sequence[str]) -> Precision:
-    """weights: dtype and rank of each."""
+    A weight that is stored in half precision and cast to FP32 before it is used is an FP32 weight.
+    """
+    operators = {node.op_type for node in model.graph.all_nodes()}
     if "DequantizeLinear" in operators:
         return "int8"
-    dtypes = {dtype for dtype, rank in weights if rank > 1}
+    dtypes = {dtype for graph in model.graphs() for value, rank in _weights(graph) if rank > 1 for dtype in _used_as(value)}
     if "float32" in dtypes:
         dtypes -= {"float64"}  # positions or anchors beside the weights proper
     return next((_FLOATS[dtype] for dtype in _FLOATS if dtype in dtypes), "fp32")
 
 
+def _weights(graph: ir.Graph) -> Iterable[tuple[ir.Value, int]]:
+    """The constants of a graph, initializers and results of Constant, with their ranks."""
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield value, len(value.const_value.shape)
+    for node in graph:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            yield node.outputs[0], len(node.attributes["value"].as_tensor().shape)
+
+
+def _used_as(value: ir.Value) -> set[str]:
+    """The dtypes that a constant is used in, behind the nodes that only cast or move it."""
+    found: set[str] = set()
+    for node, _ in value.uses():
+        if node.op_type == "Cast":
+            found.add(_DTYPES.get(node.attributes.get_int("to", 0), ""))
+        elif node.op_type in _KEEPS:
+            found |= _used_as(node.outputs[0])
+        else:
+            found.add(_dtype(value))
+    return found if value.uses() else {_dtype(value)}
+
+
+def _dtype(value: ir.Value) -> str:
+    tensor = value.const_value
+    return _DTYPES.get(int(tensor.dtype if tensor is not None else value.dtype or 0), "")
+
+
 def load_model(path: Path) -> ir.Model:
-    """The model in an ONNX file. Large external weights stay in theirs, which they are mapped from: it must not change meanwhile."""
+    """The model in an ONNX file, its nodes in order, which ONNX Runtime does not ask for.
+
+    Large external weights stay in their file, which they are mapped from: it must not change meanwhile.
+    """
     model = ir.load(path)
+    TopologicalSortPass()(model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -140,13 +170,24 @@ def save_model(model: ir.Model, path: Path, *, external_over: int | None = None)
 
 
 def check_onnx(path: Path) -> None:
-    """Raise ArtifactError if the file at `path` does not pass onnx.checker."""
+    """Raise ArtifactError if the file at `path` does not pass onnx.checker, and ONNX Runtime refuses it too."""
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf and the checker raise errors of several families
+        if _runs(path):
+            return
         culprit = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
         node = f" (node {culprit[1]!r}, {culprit[2]})" if culprit else ""
         raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}{node}") from error
+
+
+def _runs(path: Path) -> bool:
+    """Whether ONNX Runtime takes the file; False where it is not installed."""
+    try:
+        from deploy.artifact.accepted import refusal  # loads ONNX Runtime
+    except BackendError:
+        return False
+    return not refusal(str(path))
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:
@@ -200,5 +241,5 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         if dim.HasField("dim_value") and dim.dim_value > 0:
             shape.append(dim.dim_value)
         else:
-            shape.append(dim.dim_param or f"{value.name}_{axis}")
+            shape.append(dim_name(dim.dim_param) or f"{value.name}_{axis}")
     return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(shape))

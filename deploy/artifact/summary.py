@@ -37,7 +37,7 @@ def summary(artifact: Artifact) -> str:
             lines.append(_row("parity", parity_text(manifest.parity)))
             lines += [_row("", text) for text in backends_text(manifest.parity)]
     elif manifest.parent is None and manifest.source.factory is None:
-        lines.append(_row("parity", "none: a bare ONNX file has nothing to be compared with"))
+        lines.append(_row("parity", "none: the bare ONNX file as it was"))
     if manifest.precision == "fp16" and manifest.parent and manifest.parity and _made_up(manifest.parity):
         lines.append(_row("ranges", "from random numbers alone: real input may overflow where these did not (--data)"))
     if manifest.engine_parity:
@@ -82,7 +82,7 @@ def parity_text(parity: Parity, against: str | None = None) -> str:
     for kind, noun in (("images", "image"), ("feeds", "row")):
         if rows := sum(case.batch for case in parity.cases if case.data == kind):
             seen.append(count_of(rows, noun))
-    against = against or ("eager" if parity.against == "eager" else "its parent")
+    against = against or {"eager": "eager", "file": "the ONNX file as it was"}.get(parity.against, "its parent")
     noise = "" if worst.sqnr_db is None or worst.sqnr_db > _QUIET_DB else f", signal to noise {worst.sqnr_db:.0f} dB"
     noise += "" if worst.agreement is None else f", {worst.agreement:.2%} of the integers equal"
     return (
@@ -115,11 +115,16 @@ def backends_text(parity: Parity) -> list[str]:
 
 
 def share_text(share: PrecisionShare) -> str:
-    """The share of multiply-accumulates by precision."""
+    """The share of multiply-accumulates by precision, and of how many nodes it is unknown."""
     parts = _parts({name: getattr(share, name) for name in ("int8", "fp16", "bf16", "fp32")})
+    unknown, origin = count_of(share.unknown, "node"), f"(read from the {share.origin})"
+    if share.unknown and parts:
+        return f"{parts} of the multiply-accumulates that can be counted, those of {unknown} cannot {origin}"
+    if share.unknown:
+        return f"unknown: the multiply-accumulates of {unknown} cannot be counted {origin}"
     if not parts:
-        return f"no multiply-accumulates: no convolution and no matrix product (read from the {share.origin})"
-    return f"{parts} of the multiply-accumulates (read from the {share.origin})"
+        return f"no multiply-accumulates: no convolution and no matrix product {origin}"
+    return f"{parts} of the multiply-accumulates {origin}"
 
 
 def _parts(shares: Mapping[str, float]) -> str:

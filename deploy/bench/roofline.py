@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import TensorSpec
-from deploy.errors import PrecisionError
 from deploy.precision.macs import count_macs
 
 _SIDES = (512, 768, 1536)
@@ -74,9 +73,9 @@ def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
     manifest = artifact.manifest
     shapes = {spec.name: spec.concrete(sizes) for spec in manifest.inputs}
     model = ir.load(artifact.onnx_path)
-    try:
-        macs = count_macs(model, shapes, shown=artifact.shown)
-    except PrecisionError:
+    counts = count_macs(model, shapes).values()
+    macs = [count for count in counts if count is not None]
+    if len(macs) < len(counts):
         return None
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     ends = 0
@@ -84,7 +83,7 @@ def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
         if any(dim not in sizes for dim in spec.dynamic):
             return None
         ends += _size(spec, sizes)
-    return Work(operations=2 * sum(macs.values()), nbytes=weights + ends)
+    return Work(operations=2 * sum(macs), nbytes=weights + ends)
 
 
 def attainable(work: Work, peak: Peak) -> float:

@@ -18,12 +18,14 @@ HONOURED = 0.9
 
 
 def network_share(
-    network: "tensorrt.INetworkDefinition", trt: Bindings, macs: Mapping[str, int]
+    network: "tensorrt.INetworkDefinition", trt: Bindings, macs: Mapping[str, int | None]
 ) -> tuple[PrecisionShare, dict[str, str]]:
     """The share of `macs` (by ONNX node name) in each precision, as the parser typed the network; and the precision by node.
 
+    Nodes whose multiply-accumulates are None, for they cannot be counted, or that have no layer of their own, are unknown.
+
     A layer computes in INT8 if both its operands, activation and weight, come from DequantizeLinear of INT8, with at most changes
-    of shape in between: TensorRT folds the pairs into the layer. Raises EngineError if a counted node has no layer in the network.
+    of shape in between: TensorRT folds the pairs into the layer. Raises EngineError if no counted node has a layer in the network.
     """
     names = {
         trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.INT8: "int8",
@@ -40,11 +42,10 @@ def network_share(
         precision = "int8" if quantized else names.get(operands[0].dtype, "fp32")
         for node in _NODE.findall(layer.metadata or "") or [layer.name]:
             by_node[node] = precision
-    missing = [node for node, count in macs.items() if count and node not in by_node]
-    if missing:
-        raise EngineError(f"the parsed network has no layer for {', '.join(missing[:10])}: its precision cannot be attested")
-    shares = _shares((by_node[node], count) for node, count in macs.items() if count)
-    return _record(shares, "network"), by_node
+    counted = [node for node, count in macs.items() if count]
+    if counted and not any(node in by_node for node in counted):
+        raise EngineError(f"the parsed network has no layer for {', '.join(counted[:10])}: its precision cannot be attested")
+    return _record(_mac_shares(by_node, macs), "network", unknown=_unknown(by_node, macs)), by_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def engine_layers(information: str) -> list[EngineLayer]:
 
 
 def engine_share(
-    layers: Sequence[EngineLayer], typed: Mapping[str, str], macs: Mapping[str, int], times: Mapping[str, float]
+    layers: Sequence[EngineLayer], typed: Mapping[str, str], macs: Mapping[str, int | None], times: Mapping[str, float]
 ) -> tuple[PrecisionShare, dict[str, str]]:
     """The share of `macs` in each precision as the engine was built, and the precision by node.
 
@@ -85,12 +86,13 @@ def engine_share(
             if node in macs:
                 by_node[node] = built.precision
     timed = [(built.precision, times[built.name]) for built in layers if built.name in times]
-    shares = _shares((by_node[node], count) for node, count in macs.items() if count)
     counted = _shares((built.precision, 1) for built in layers)
-    return _record(shares, "engine", counted, _shares(timed) if timed else None), by_node
+    time = _shares(timed) if timed else None
+    return _record(_mac_shares(by_node, macs), "engine", counted, time, unknown=_unknown(by_node, macs)), by_node
 
 
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_NODE = re.compile(r"\[ONNX Layer: ([^\x1e]+?)\](?=\x1e|\[ONNX Layer: |$)")
+"""A node in the metadata of a layer; its name may have brackets. TensorRT puts a record separator between nodes."""
 _TACTIC = re.compile(r"_(i8|s8|e4m3|f16|h|bf16|tf32|f32)(?:i8|s8|e4m3|f16|bf16|tf32|f32|i32)*_")
 _OPERANDS = {"i8": "int8", "s8": "int8", "f16": "fp16", "h": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
 _TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16"), ("fp16", "fp16"))
@@ -127,11 +129,22 @@ def _shares(weighted: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: total / whole if whole else 0.0 for name, total in totals.items()}
 
 
+def _mac_shares(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> dict[str, float]:
+    return _shares((by_node[node], count) for node, count in macs.items() if count and node in by_node)
+
+
+def _unknown(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> int:
+    """How many nodes have multiply-accumulates of which it is not known how many, or in which precision."""
+    return sum(count is None or (count > 0 and node not in by_node) for node, count in macs.items())
+
+
 def _record(
     shares: Mapping[str, float],
     origin: Literal["engine", "network"],
     layers: dict[str, float] | None = None,
     time: dict[str, float] | None = None,
+    *,
+    unknown: int,
 ) -> PrecisionShare:
     return PrecisionShare(
         int8=shares["int8"],
@@ -141,6 +154,7 @@ def _record(
         origin=origin,
         layers=layers,
         time=time,
+        unknown=unknown,
     )
 
 
@@ -157,11 +171,17 @@ def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILaye
 
 
 def check_honoured(
-    wanted: str, by_node: Mapping[str, str], macs: Mapping[str, int], exclusions: Sequence[Exclusion], what: str
+    wanted: str, by_node: Mapping[str, str], macs: Mapping[str, int | None], exclusions: Sequence[Exclusion], what: str
 ) -> None:
-    """Raise EngineError if less than `HONOURED` of the multiply-accumulates outside `exclusions` run in `wanted`."""
+    """Raise EngineError if less than `HONOURED` of the multiply-accumulates outside `exclusions` run in `wanted`.
+
+    Where none can be counted, every node with a layer of its own counts as one.
+    """
     excluded = {exclusion.node for exclusion in exclusions}
-    counted = {node: count for node, count in macs.items() if count and node not in excluded}
+    known = {node: count for node, count in macs.items() if count != 0 and node in by_node and node not in excluded}
+    counted = {node: count for node, count in known.items() if count is not None}
+    unit = "multiply-accumulates" if counted or not known else "layers, whose multiply-accumulates cannot be counted,"
+    counted = counted or dict.fromkeys(known, 1)
     whole = sum(counted.values())
     honoured = sum(count for node, count in counted.items() if by_node[node] == wanted)
     if whole and honoured < HONOURED * whole:
@@ -171,6 +191,6 @@ def check_honoured(
             if by_node[node] != wanted
         ]
         raise EngineError(
-            f"{what}: {wanted} was asked for, and {honoured / whole:.0%} of the multiply-accumulates run in it"
+            f"{what}: {wanted} was asked for, and {honoured / whole:.0%} of the {unit} run in it"
             f" (at least {HONOURED:.0%} is expected); the largest others: {', '.join(others[:5])}"
         )

@@ -107,7 +107,7 @@ class BackendParity:
 class Parity:
     """Evidence that an artifact computes what its parent computes.
 
-    against: the reference (`eager`, or the parent's digest).
+    against: the reference (`eager`, the bare ONNX `file`, or the parent's digest).
     by: what computed the outputs (a backend and its version, or `emulation` of half precision).
     backends: the written file on each backend of the CPU that is installed.
     constant: outputs whose reference is one number everywhere: no comparison of them can fail.

@@ -27,7 +27,7 @@ from deploy.precision.cpu import CpuGraph
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.convert import convert_onnx
 from deploy.precision.half.emulate import Emulate
-from deploy.precision.macs import count_macs
+from deploy.precision.macs import Macs, count_macs
 from deploy.precision.prepare import Prepare
 from deploy.progress import Progress
 from deploy.runtime.backends.tensorrt import TensorRTSession
@@ -71,7 +71,7 @@ def prove(
     session: TensorRTSession,
     engine: Artifact,
     typed: Mapping[str, str],
-    macs: Mapping[str, int],
+    macs: Macs,
     gpu: str,
     tolerance: Tolerance | None = None,
 ) -> Proof:
@@ -178,7 +178,7 @@ def attested(
     Raises EngineError when the precision is not honoured, or the engine must be `faster_than_fp16` and is not.
     """
     manifest = engine.manifest
-    macs = count_macs(onnx_ir.load(engine.onnx_path), optimum(manifest.profiles), shown=engine.shown)
+    macs = count_macs(onnx_ir.load(engine.onnx_path), optimum(manifest.profiles))
     share, by_node = network_share(built.network.definition, flavour.trt, macs)
     what = f"{source.shown} with {flavour.name}"
     parity = None

@@ -1,7 +1,6 @@
 """The stage `export`: a trained state_dict to an ONNX artifact, compared with the eager module."""
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD
 from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage, file_digest
-from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, open_onnx, save_model
+from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, save_model
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
-from deploy.artifact.writer import ArtifactWriter, check_output
+from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import calibration_set
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
 from deploy.data.npz_folder import holds_npz
@@ -45,6 +44,7 @@ from deploy.pipeline.export_interface import (
     read_classes,
     upright,
 )
+from deploy.pipeline.export_onnx import export_onnx_file
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.export_parity import REAL_ROWS, bounded, check_repeatable, finite, other_size, run_eager, with_bounds
 from deploy.pipeline.stage import PathLike, run_stage
@@ -86,8 +86,8 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `exif_orientation`, `classes`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing that
-    stood at `out` is lost then.
+    instead, with `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
+    that stood at `out` is lost then.
     """
     given = dict(locals())
     given["model_args"] = model_args if isinstance(model_args, Mapping) else parse_model_args(model_args)
@@ -344,40 +344,6 @@ def _request(
 
 def _expected(options: ExportOptions) -> Expected | None:
     return None if options.eval_folder is None else Expected(folder=options.eval_folder, top1=options.expect_top1)
-
-
-def export_onnx_file(
-    options: ExportOptions, out: Path, *, expected: Expected | None = None, progress: Progress = silent
-) -> Artifact:
-    """A bare ONNX file to an artifact: a copy with a manifest. It has no eager module and no parity.
-
-    Raises ArtifactError when the file is not valid ONNX, OutputError, UsageError, UserCodeError, and what `check_expected` raises.
-    """
-    assert options.onnx is not None
-    bare = open_onnx(options.onnx)
-    check_output(out, bare)
-    names = read_classes(options.classes) if options.classes else None
-    check_classes(names, [spec.shape for spec in bare.manifest.outputs])
-    preprocesses = load_preprocesses(options.preprocess, bare.manifest.inputs)
-    if options.exif_orientation:
-        preprocesses = upright(preprocesses)
-    with ArtifactWriter(out) as writer:
-        copy_functions(preprocesses, options.preprocess, bare.manifest.inputs, writer.path)
-        for file in bare.manifest.files:
-            shutil.copyfile(options.onnx.parent / file, writer.path / (ONNX if file == options.onnx.name else file))
-        manifest = msgspec.structs.replace(
-            bare.manifest,
-            name=options.name or out.resolve().name,
-            files={},
-            **image_fields(preprocesses, bare.manifest.inputs),
-            classes=names,
-            tools=tool_versions(),
-        )
-        if expected is not None:
-            written = writer.describe(manifest)
-            check_evaluation(written, expected.folder)
-            manifest = msgspec.structs.replace(written.manifest, accuracy=check_expected(written, expected, progress))
-        return writer.commit(manifest)
 
 
 def _default_out(name: str, less: str, *, keep_bare: bool = True) -> Path:

@@ -80,7 +80,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "exif_orientation", "classes", "eval_folder", "expect_top1", "name")
+        taken = ("onnx", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

@@ -40,7 +40,7 @@ def check_parser(typed: Typed, flavour: Flavour, profiles: list[Profile], progre
         progress("parsing")
         network = parse_network(flavour, path, shown=shown)
         model = ir.load(path)
-        macs = count_macs(model, optimum(profiles), shown=shown)
+        macs = count_macs(model, optimum(profiles))
         share, by_node = network_share(network.definition, flavour.trt, macs)
         nodes = len(model.graph)
     check_honoured(typed.manifest.precision, by_node, macs, typed.manifest.exclusions, f"{shown} with {flavour.name}")

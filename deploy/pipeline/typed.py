@@ -18,6 +18,7 @@ from deploy.precision.half.convert import convert_onnx
 from deploy.precision.int8.options import QuantizeOptions
 from deploy.precision.int8.quantize import Quantized, hint, quantize_onnx
 from deploy.precision.int8.stored import Stored
+from deploy.precision.prepare import Prepare
 from deploy.progress import Progress
 
 
@@ -39,9 +40,11 @@ class Typed:
 
     def saved(self, path: Path) -> "Typed":
         """The same without the graph, which is written to `path`. The artifact's own is written again too: its external data may
-        have another name there."""
+        have another name there, and what TensorRT refuses or cannot name, as a bare file may have it, is put right."""
         if self.made is None:
-            save_model(load_model(self.source.onnx_path), path)
+            model = load_model(self.source.onnx_path)
+            Prepare()(model)
+            save_model(model, path)
         else:
             self.made.save(path)
         return replace(self, made=None)

@@ -22,7 +22,7 @@ except ImportError as error:
 
 ONNXRUNTIME_VERSION: str = onnxruntime.__version__
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # an error is raised as well
 
 STREAMS = 2
 """Number of concurrent calls of a graph where there are many calls: one counts or copies while the other computes, and with
@@ -80,7 +80,7 @@ class CpuGraph:
 
 def _session_options(streams: int) -> "onnxruntime.SessionOptions":
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = max(1, usable_cores() // streams)
     # In the order of the graph: by default, what measures a tensor runs when all the others are there (three times the memory).
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

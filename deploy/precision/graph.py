@@ -9,26 +9,6 @@ import onnx_ir as ir
 STANDARD = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
 
-_SMALL = 1024  # bytes; the constants that shapes are computed from are smaller
-
-
-def slim_proto(model: ir.Model) -> onnx.ModelProto:
-    """`model` serialized with its large weights turned into inputs: enough for shape inference, and never over 2 GiB."""
-    slim = model.clone()
-    for name, value in list(slim.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        if tensor.nbytes > _SMALL:
-            del slim.graph.initializers[name]
-            value.type = ir.TensorType(tensor.dtype)
-            value.shape = ir.Shape(tensor.shape.numpy())
-            if not value.is_graph_input():
-                slim.graph.inputs.append(value)
-        elif isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.tensor(tensor.numpy(), name=name)
-    return ir.to_proto(slim)
-
 
 def unknown_nodes(model: ir.Model) -> list[ir.Node]:
     """Nodes of the main graph whose operator is defined neither by ONNX nor by the model itself."""
@@ -39,6 +19,17 @@ def unknown_nodes(model: ir.Model) -> list[ir.Node]:
         if (node.domain, node.op_type) not in local
         and not onnx.defs.has(node.op_type, "" if node.domain in STANDARD else node.domain)
     ]
+
+
+def inner_nodes(node: ir.Node) -> list[ir.Node]:
+    """All nodes in the subgraphs of `node`, at any depth."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return [inner for graph in graphs for inner in graph.all_nodes()]
 
 
 def first_line(error: BaseException) -> str:

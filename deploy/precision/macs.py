@@ -1,25 +1,44 @@
 """Multiply-accumulates of an ONNX graph, counted by node."""
 
+import logging
 import math
 from collections.abc import Mapping
 
-import onnx
 import onnx_ir as ir
-from onnx import shape_inference
 from onnxscript.optimizer import fold_constants
 
-from deploy.errors import PrecisionError
-from deploy.precision.graph import slim_proto
+from deploy.artifact.onnxshapes import infer_shapes
+from deploy.precision.graph import first_line, inner_nodes
+
+logger = logging.getLogger(__name__)
 
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+_UNCOUNTED = (
+    "Attention",
+    "ConvInteger",
+    "DeformConv",
+    "Einsum",
+    "GRU",
+    "LSTM",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "RNN",
+)
+"""Operators that multiply and accumulate as well."""
 
-def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], *, shown: object = "the model") -> dict[str, int]:
+Macs = dict[str, int | None]
+"""Multiply-accumulates by the name of the node; None where they cannot be counted."""
+
+
+def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Macs:
     """Multiply-accumulates of every Conv, ConvTranspose, Gemm and MatMul node at the given input shapes, by node name.
 
     Conv: elements of the output times kernel size times input channels of a group. ConvTranspose: elements of the input
     times kernel size times output channels of a group. Gemm and MatMul: elements of the output times the inner dimension.
-    `shown`: what to call the model in an error. Raises PrecisionError when a shape cannot be inferred.
+    None for a node whose shapes do not follow from those of the inputs, for one with such nodes in its subgraphs (If, Loop, Scan),
+    and for operators that multiply and accumulate in another way (LSTM, Einsum).
     """
     fixed = model.clone()
     for value in fixed.graph.inputs:
@@ -28,42 +47,44 @@ def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], *, shown:
     for node in fixed.graph.all_nodes():
         for value in node.outputs:
             value.shape = None
+    infer_shapes(fixed)
+    names = {node: node.name or f"{node.op_type}_{index}" for index, node in enumerate(fixed.graph)}
+    counts = {name: _macs(node) for node, name in names.items() if _multiplies(node)}
+    if None not in counts.values():
+        return counts
     try:
-        return _counts(shape_inference.infer_shapes(slim_proto(fixed), data_prop=True).graph)
-    except LookupError:
-        pass  # shapes that the graph computes, as for im2col: they are constants once the input shapes are
-    fold_constants(fixed)
-    try:
-        return _counts(shape_inference.infer_shapes(slim_proto(fixed), data_prop=True).graph)
-    except LookupError as error:
-        raise PrecisionError(f"cannot count the multiply-accumulates of {shown}: {error.args[0]}") from error
+        fold_constants(fixed)  # shapes that the graph computes, as for im2col: they are constants once the input shapes are
+    except Exception as error:  # what it evaluates is not ours; without it there is nothing more to be known
+        logger.debug("constants cannot be folded: %s", first_line(error))
+        return counts
+    infer_shapes(fixed)
+    folded = {node.name: _macs(node) for node in fixed.graph if _multiplies(node)}
+    return {name: count if count is not None else folded.get(name) for name, count in counts.items()}
 
 
-def _counts(graph: onnx.GraphProto) -> dict[str, int]:
-    """The multiply-accumulates by node. Raises LookupError for a node whose shapes are not known."""
-    known: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in [*graph.value_info, *graph.input, *graph.output]:
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            known[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
-    counts: dict[str, int] = {}
-    for index, node in enumerate(graph.node):
-        if node.op_type in COUNTED:
-            unknown = [name for name in (*node.input[:2], node.output[0]) if name not in known]
-            if unknown:
-                raise LookupError(f"no shape for {unknown[0]!r} of {node.op_type} {node.name!r}")
-            counts[node.name or f"{node.op_type}_{index}"] = _macs(node, known)
-    return counts
+def _multiplies(node: ir.Node) -> bool:
+    return any(each.op_type in (*COUNTED, *_UNCOUNTED) for each in (node, *inner_nodes(node)))
 
 
-def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    first, second = shapes[node.input[0]], shapes[node.input[1]]
-    output = math.prod(shapes[node.output[0]])
+def _macs(node: ir.Node) -> int | None:
+    if node.op_type not in COUNTED:
+        return None
+    first, second, result = (_sizes(value) for value in (*node.inputs[:2], node.outputs[0]))
+    if first is None or second is None or result is None:
+        return None
+    output = math.prod(result)
     if node.op_type == "Conv":  # weight: output channels, input channels of a group, kernel
         return output * math.prod(second[1:])
     if node.op_type == "ConvTranspose":  # weight: input channels, output channels of a group, kernel
         return math.prod(first) * math.prod(second[1:])
     if node.op_type == "Gemm":
-        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-        return output * first[0 if transposed else 1]
+        return output * first[0 if node.attributes.get_int("transA", 0) else 1]
     return output * first[-1]
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shape = value.const_value.shape if value.const_value is not None else value.shape
+    sizes = [dim for dim in shape if isinstance(dim, int)] if shape is not None else []
+    return tuple(sizes) if shape is not None and len(sizes) == len(shape) else None

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PostconditionError, PreconditionError
 from onnx_ir.passes.common import CheckerPass
 
+from deploy.artifact.accepted import refusal
+from deploy.artifact.onnxshapes import slim_proto
 from deploy.precision.graph import STANDARD, first_line, opset_version
 
 
@@ -87,7 +89,7 @@ def _invalid(model: ir.Model) -> str:
     try:
         CheckerPass(full_check=True)(model)
     except Exception as error:  # the checker, protobuf and shape inference raise errors of several families
-        return first_line(error)
+        return first_line(error) if refusal(slim_proto(model).SerializeToString()) else ""
     return ""
 
 
@@ -95,7 +97,10 @@ INLINED = Condition("local functions are inlined", _functions)
 NAMED = Condition("every node has its own name", _unnamed)
 CONSTANTS = Condition("constants are initializers and not inputs or nodes", _hidden_constants)
 VALID = Condition("the graph is valid ONNX", _invalid)
-"""Checked by onnx.checker with type and shape inference, without the large weights, so that no model is too large."""
+"""Checked by onnx.checker with type and shape inference, without the large weights, so that no model is too large.
+
+What ONNX Runtime takes all the same is valid too.
+"""
 
 PREPARED = (INLINED, NAMED, CONSTANTS)
 """The form that the passes work on: what `deploy.precision.prepare.Prepare` leaves."""

@@ -5,19 +5,27 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult, common
 from onnxscript import version_converter
 
+from deploy.artifact.onnxshapes import infer_shapes, slim_proto
 from deploy.errors import PrecisionError
-from deploy.precision.graph import first_line, opset_version, slim_proto, unused
+from deploy.precision.graph import first_line, opset_version, unused
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass, opset_from
 
 _FIRST_CONVERTIBLE = 18  # the first opset that onnxscript's version converter reads; onnx's own converts older ones
 
 
+_FIRST_HALF_PIXEL = 11  # Resize takes the centres of pixels from here on, unless told otherwise: the converter does not say so
+_RESIZES = ("Resize", "Upsample")  # the converter makes a Resize of either
+_FOREIGN = "deploy.unknown"  # where operators stay that ONNX does not have, so that the converters pass over them
+_FIRST_IR = 4  # the first IR version whose initializers need not be inputs
+
+
 class Prepare(PrecisionPass):
     """The same computation in the form that the passes work on. Preparing a model again changes nothing.
 
-    Local functions are inlined, Constant nodes become initializers, initializers are not inputs, and every node and value
-    has a unique name (unnamed nodes are named after their operator and position, such as `Conv_3`). Dtypes and shapes of
-    all values are recorded as far as they can be inferred. A graph of an older opset than `opset` is converted to `opset`.
+    Local functions are inlined, Constant nodes become initializers, initializers are not inputs and have
+    users, and every node and value has a unique name (unnamed nodes are named after their operator and
+    position, such as `Conv_3`). Dtypes and shapes of all values are recorded as far as they can be inferred, and declarations that
+    contradict them dropped. A graph of an older opset than `opset` is converted to `opset`.
 
     Raises PrecisionError when the graph is not valid ONNX or cannot be converted to `opset`.
     """
@@ -29,25 +37,49 @@ class Prepare(PrecisionPass):
     def call(self, model: ir.Model) -> PassResult:
         imports = model.opset_imports
         imports.setdefault("", imports.pop("ai.onnx", 1))
+        model.ir_version = max(model.ir_version, _FIRST_IR)
         changed = common.InlinePass()(model).modified
-        changed |= _upgrade(model, self.opset)
+        if opset_version(model) < self.opset:
+            infer_shapes(model)  # some operators are converted by their shapes
+            _upgrade(model, self.opset)
+            changed = True
         changed |= _name_nodes(model)
-        changed |= common.RemoveInitializersFromInputsPass()(model).modified
-        changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+        changed |= _tidy(model)
         changed |= common.NameFixPass()(model).modified
+        if not model.graph.name:
+            model.graph.name = "graph"
+            changed = True
+        changed |= infer_shapes(model)
         if violation := VALID.violation(model):
             raise PrecisionError(f"the graph is not valid ONNX: {violation}")
-        changed |= _infer_types(model)
         return PassResult(model, changed)
 
 
-def _upgrade(model: ir.Model, opset: int) -> bool:
-    """Convert the graph to `opset` if it is older; returns whether it was."""
+def _tidy(model: ir.Model) -> bool:
+    """Make initializers of constants, and remove initializers without a user; returns whether anything changed."""
+    changed = common.RemoveInitializersFromInputsPass()(model).modified
+    changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+    left = [
+        name
+        for name, value in model.graph.initializers.items()
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input())
+    ]
+    for name in left:
+        del model.graph.initializers[name]
+    return changed or bool(left)
+
+
+def _upgrade(model: ir.Model, opset: int) -> None:
+    """Convert the graph, which is older, to `opset`."""
     version = opset_version(model)
-    if version >= opset:
-        return False
+    for node in model.graph.all_nodes():
+        if node.domain == "" and not onnx.defs.has(node.op_type, version, ""):  # LayerNormalization before 17, of ONNX Runtime
+            node.domain = _FOREIGN
+    shapes = {value.name: value.shape for value in model.graph.outputs}
+    resized = [node.attributes.get_string("mode", "nearest") for node in model.graph.all_nodes() if node.op_type in _RESIZES]
     try:
         if version < _FIRST_CONVERTIBLE:
+            model.opset_imports[_FOREIGN] = 1
             converted = ir.from_proto(onnx.version_converter.convert_version(slim_proto(model), _FIRST_CONVERTIBLE))
             _put_back(model.graph, converted.graph)
             model.graph, model.ir_version = converted.graph, converted.ir_version
@@ -56,10 +88,19 @@ def _upgrade(model: ir.Model, opset: int) -> bool:
         raise PrecisionError(
             f"the graph cannot be converted from opset {version} to {opset}: {first_line(error)}; export it with opset {opset}"
         ) from error
+    finally:
+        model.opset_imports.pop(_FOREIGN, None)
     for node in model.graph.all_nodes():
         node.version = None
+        for value in node.outputs:
+            value.shape = shapes.get(value.name)  # the converter makes up names for sizes
+        if node.domain == _FOREIGN:
+            node.domain = ""
+    if version < _FIRST_HALF_PIXEL:
+        for mode, node in zip(resized, (node for node in model.graph.all_nodes() if node.op_type == "Resize"), strict=True):
+            said = {"mode": mode, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            node.attributes.update({name: ir.AttrString(name, value) for name, value in said.items()})
     model.ir_version = max(model.ir_version, 10)  # the first IR version for opset 22
-    return True
 
 
 def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
@@ -71,19 +112,6 @@ def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
             slim.register_initializer(value)
             if weight not in original.inputs:
                 slim.inputs.remove(value)
-
-
-def _infer_types(model: ir.Model) -> bool:
-    """Record the dtype and shape of every value of the main graph that has neither, as far as they can be inferred.
-
-    onnx_ir's own pass is not used: it takes sequences for tensors.
-    """
-    untyped = {value.name: value for node in model.graph for value in node.outputs if value.type is None and value.shape is None}
-    inferred = onnx.shape_inference.infer_shapes(slim_proto(model), strict_mode=True)
-    known = [info for info in inferred.graph.value_info if info.name in untyped]
-    for info in known:
-        ir.serde.deserialize_value_info_proto(info, untyped[info.name])
-    return bool(known)
 
 
 def _name_nodes(model: ir.Model) -> bool:

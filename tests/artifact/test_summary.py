@@ -30,6 +30,11 @@ def test_the_parity_of_an_engine_is_said_to_be_that_of_its_file(shared_lenet5: A
     [
         ({"fp16": 0.75, "fp32": 0.25}, "75.0% fp16, 25.0% fp32 of the multiply-accumulates (read from the network)"),
         ({"int8": 1.0}, "100.0% int8 of the multiply-accumulates (read from the network)"),
+        (
+            {"fp16": 1.0, "unknown": 2},
+            "100.0% fp16 of the multiply-accumulates that can be counted, those of 2 nodes cannot (read from the network)",
+        ),
+        ({"unknown": 1}, "unknown: the multiply-accumulates of 1 node cannot be counted (read from the network)"),
         ({}, "no multiply-accumulates: no convolution and no matrix product (read from the network)"),
     ],
 )

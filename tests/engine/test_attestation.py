@@ -115,3 +115,21 @@ def test_a_layer_that_only_moves_data_does_not_give_a_node_its_precision() -> No
 def test_a_description_that_cannot_be_read_is_an_error(described: str, reason: str) -> None:
     with pytest.raises(EngineError, match=reason):
         engine_layers(described)
+
+
+def test_nodes_that_cannot_be_counted_are_unknown_and_the_rest_is_held_to_the_precision() -> None:
+    counts = {"stem": 500, "lstm": None, "loop": None, "unseen": 20}
+    share, by_node = engine_share([], {"stem": "fp16", "lstm": "fp32"}, counts, {})
+    assert (share.fp16, share.fp32, share.unknown) == (1, 0, 3)
+    check_honoured("fp16", by_node, counts, [], "engine")
+    with pytest.raises(EngineError, match=r"int8 was asked for, and 0% of the multiply-accumulates run in it"):
+        check_honoured("int8", by_node, counts, [], "engine")
+
+
+def test_where_nothing_can_be_counted_every_layer_is_one() -> None:
+    counts = dict.fromkeys(("a", "b", "inside a loop"))
+    typed = {"a": "fp16", "b": "fp32"}
+    with pytest.raises(EngineError, match=r"50% of the layers, whose multiply-accumulates cannot be counted, .* b \(fp32\)"):
+        check_honoured("fp16", typed, counts, [], "engine")
+    check_honoured("fp16", {"a": "fp16", "b": "fp16"}, counts, [], "engine")
+    check_honoured("fp16", {}, counts, [], "engine")

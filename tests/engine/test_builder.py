@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir
 import pytest
 
@@ -210,3 +212,15 @@ def test_what_an_engine_is_rebuilt_with_is_what_it_was_built_with(rtx: Flavour, 
     assert options_of(target, ada) == dataclasses.replace(asked, targets=())  # those that are always built for hold it
     turing = Gpu(name="Fake", compute_capability="7.5", driver=None)
     assert options_of(target, turing).targets == ("7.5",)
+
+
+@pytest.mark.parametrize("name", ["stem[0]/conv", "a]b[c", "[ONNX Layer: x]", "a b;c"])
+def test_a_node_is_found_by_its_name_whatever_is_in_it(rtx: Flavour, tmp_path: Path, name: str) -> None:
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["c"], name=name), onnx.helper.make_node("Relu", ["c"], ["y"], name="r")]
+    ends = [onnx.helper.make_tensor_value_info(*each) for each in (("x", 1, (1, 3, 8, 8)), ("y", 1, (1, 4, 6, 6)))]
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w")
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight]), ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    sizes = ShapeRange(min=(1, 3, 8, 8), opt=(1, 3, 8, 8), max=(1, 3, 8, 8))
+    built = build_engine(rtx, tmp_path / "m.onnx", [{"x": sizes}], BuildOptions())
+    assert network_share(built.network.definition, rtx.trt, {name: 1})[1] == {name: "fp32"}

@@ -1,4 +1,4 @@
-"""Multiply-accumulates are those of the textbook, and a shape that is not known is an error and not zero."""
+"""Multiply-accumulates are those of the textbook, and what cannot be counted is unknown and not zero."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import onnx_ir as ir
 import pytest
 
 import deploy
-from deploy.errors import PrecisionError
 from deploy.precision.macs import count_macs
 
 
@@ -56,7 +55,30 @@ def test_shapes_that_the_graph_computes_are_found(tmp_path: Path, monkeypatch: p
     assert engine.manifest.precision_share.fp16 == 1
 
 
-def test_a_shape_that_depends_on_data_is_an_error() -> None:
-    graph = "g (float[n] x, float[1, 4] w) => (float[a, b] y) { i = NonZero(x) j = Cast<to = 1>(i) k = Transpose(j) [op] y = MatMul(k, w) }"
-    with pytest.raises(PrecisionError, match="multiply-accumulates of net: no shape for 'k' of MatMul 'op'"):
-        count_macs(parsed(graph), {"x": (9,)}, shown="net")
+@pytest.mark.parametrize(
+    ("graph", "macs"),
+    [
+        ("i = NonZero(x) j = Cast<to = 1>(i) k = Transpose(j) [op] y = MatMul(k, w)", {"op": None}),
+        (
+            "[op] a = MatMul(x, w) [more] b = Einsum<equation = 'ij,kj->ik'>(a, w) y = Identity(b)",
+            {"op": 3 * 4 * 4, "more": None},
+        ),
+        (
+            "f = ReduceSum<keepdims = 0>(x) c = Cast<to = 9>(f)"
+            " [branch] y = If(c) <then_branch = t () => (float[a, b] p) { [in] p = MatMul(x, w) },"
+            " else_branch = e () => (float[a, b] q) { q = Identity(x) }>",
+            {"branch": None},
+        ),
+    ],
+    ids=["a shape of the data", "an einsum", "inside an if"],
+)
+def test_what_cannot_be_counted_is_unknown_and_the_rest_is_counted(graph: str, macs: dict[str, int | None]) -> None:
+    model = parsed(f"g (float[n, 4] x, float[4, 4] w) => (float[a, b] y) {{ {graph.replace(chr(39), chr(34))} }}")
+    assert count_macs(model, {"x": (3, 4)}) == macs
+
+
+def test_shapes_are_known_behind_an_operator_that_onnx_does_not_infer() -> None:
+    graph = "g (float[n, 4, 8] x, float[4] s, float[4] b, float[8, 5] w) => (float[p, q, r] y) {"
+    model = parsed(graph + " a = GroupNormalization<num_groups = 2>(x, s, b) [op] y = MatMul(a, w) }")
+    model.opset_imports[""] = 21
+    assert count_macs(model, {"x": (2, 4, 8)}) == {"op": 2 * 4 * 8 * 5}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from deploy.precision.graph import STANDARD, opset_version
+from deploy.precision.graph import STANDARD, inner_nodes, opset_version
 from deploy.precision.half.options import HalfPrecision
 
 FLOAT = ir.DataType.FLOAT
@@ -93,6 +93,8 @@ def _ports(node: ir.Node, opset: int, precision: HalfPrecision, data: set[ir.Val
         return f"the type of {unclear!r} is not known to be a tensor"
     if not any(value in data for value in node.inputs if value is not None):
         return "computes on shapes and constants only"
+    if not onnx.defs.has(node.op_type, opset, ""):
+        return f"opset {opset} of ONNX has no {node.op_type}"
     schema = onnx.defs.get_schema(node.op_type, opset, "")
     typestr = f"tensor({HALF[precision].name.lower()})"
     variables = {entry.type_param_str for entry in schema.type_constraints if typestr in entry.allowed_type_strs}
@@ -132,21 +134,10 @@ def _data_values(graph: ir.Graph) -> set[ir.Value]:
     for node in graph:
         if node.op_type in _SHAPES and node.domain in STANDARD:
             continue
-        captured = [value for inner in _inner_nodes(node) for value in inner.inputs]
+        captured = [value for inner in inner_nodes(node) for value in inner.inputs]
         if any(value in data for value in (*node.inputs, *captured) if value is not None):
             data.update(node.outputs)
     return data
-
-
-def _inner_nodes(node: ir.Node) -> list[ir.Node]:
-    """All nodes in the subgraphs of `node`, at any depth."""
-    graphs: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    return [inner for graph in graphs for inner in graph.all_nodes()]
 
 
 def _size(value: ir.Value) -> int:

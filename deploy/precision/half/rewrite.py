@@ -12,6 +12,7 @@ from onnx_ir.passes import PassResult
 
 from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
+from deploy.precision.constants import FoldConstants
 from deploy.precision.graph import STANDARD, unused
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.options import OPSET, HalfPrecision
@@ -39,6 +40,7 @@ def convert_model(
     """
     try:
         Prepare(opset=OPSET[precision])(model)
+        FoldConstants()(model)
         ranges = activation_ranges(model, feeds)
     except PrecisionError as error:
         raise PrecisionError(f"cannot convert {shown}: {error}") from error

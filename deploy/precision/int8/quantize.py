@@ -17,6 +17,7 @@ from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
 from deploy.errors import UsageError
 from deploy.precision.checked import check_prepared
+from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
@@ -74,6 +75,7 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     progress("reading the graph")
     model = load_model(artifact.onnx_path)
     Prepare(opset=OPSET)(model)
+    FoldConstants()(model)
     FoldBatchNorm()(model)
     equalize = Equalize()
     if _equalizes(model, options):
