@@ -1,12 +1,22 @@
 """Small pieces of the English in messages: counts with their nouns, and names that are almost right."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def count_of(count: int, noun: str) -> str:
     """`1 thread`, `2 threads`: a count with its noun."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
+
+
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path can be given to libraries that take no other encoding. Python keeps other bytes as lone surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
+from deploy.words import is_utf8
 
 _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose result has the numbers of their first input."""
@@ -51,6 +52,8 @@ def open_onnx(path: Path) -> Artifact:
     """A bare ONNX file as an artifact whose manifest is in memory; its weights count as trained. Raises ArtifactError."""
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
+    if not is_utf8(path):
+        raise ArtifactError(f"the path {path} is not UTF-8, and what runs it cannot open it: rename it")
     check_onnx(path)
     model = load_graph(path)
     inputs, outputs = graph_specs(model.graph)

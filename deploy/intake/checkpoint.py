@@ -20,6 +20,7 @@ from deploy.artifact.manifest import file_digest, request_digest
 from deploy.errors import CheckpointError
 from deploy.intake.fileformat import file_format, refuse_folder, refuse_shard, shard_files
 from deploy.intake.fit import StateDict
+from deploy.words import is_utf8
 
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",
@@ -95,7 +96,9 @@ def _read_file(path: Path) -> StateDict:
         raise CheckpointError(f"{path} is an index of shards: expected a file of weights")
     if kind == "safetensors":
         try:
-            return StateDict(safetensors.torch.load_file(path), path=path, ordered=False)
+            # The reader takes the names of files in UTF-8 alone.
+            tensors = safetensors.torch.load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
+            return StateDict(tensors, path=path, ordered=False)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     content = _load_npz(path) if kind == "npz" else _load_pickle(path)

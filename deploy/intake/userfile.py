@@ -12,7 +12,7 @@ from torch import nn
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.isolation import UserModules, is_installed, user_line
 from deploy.intake.recipe import Interface, Recipe
-from deploy.words import did_you_mean
+from deploy.words import did_you_mean, is_utf8
 
 
 class UserRecipe(Recipe):
@@ -44,6 +44,11 @@ class UserRecipe(Recipe):
                     f"{self.factory} failed: {what}{user_line(error)}{self._modules.shadow_hint(error)}"
                 ) from error
         self.source_files = self._modules.source_files
+        odd = [file.path for file in self.source_files if not is_utf8(file.path)]
+        if odd:
+            raise FactoryError(
+                f"the path {odd[0]} is not UTF-8, and PyTorch cannot export a module whose code lies there: rename it"
+            )
         if not isinstance(module, nn.Module):
             raise FactoryError(f"{self.factory} returned a {type(module).__name__}; expected a torch.nn.Module")
         return module
