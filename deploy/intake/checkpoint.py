@@ -134,7 +134,10 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
 def _load_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch.load takes the suffix, and not the content, for the format
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>|type (<class '[\w.]+'>)", str(error))
         if culprit is None:

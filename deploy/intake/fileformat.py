@@ -1,5 +1,6 @@
 """What a file that is given as weights holds, by its content: a format that is read, or one that is named and refused."""
 
+import codecs
 import json
 import re
 import tarfile
@@ -149,11 +150,9 @@ def _zip_format(path: Path) -> Format:
 def _text_format(path: Path, start: bytes) -> Format:
     """Index for an index of shards, "pickle" for what is no text. Raises CheckpointError for other text."""
     try:
-        text = start.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.start < len(start) - 3:  # not just a letter that the end cuts in two
-            return _unknown(path)
-        text = start[: error.start].decode("utf-8-sig")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)  # whose end may cut a letter in two
+    except UnicodeDecodeError:
+        return _unknown(path)
     text = text.strip()
     if not text or not all(letter.isprintable() or letter.isspace() for letter in text):
         return _unknown(path)

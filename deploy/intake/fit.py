@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from deploy.artifact.tensors import format_shape
 from deploy.errors import CheckpointError
 from deploy.intake.options import Match
-from deploy.intake.pairing import COUNTER, contradiction, is_counter, pair_tensors, place, same_shape, strip, tensors_of
+from deploy.intake.pairing import COUNTER, certain, contradiction, is_counter, pair_tensors, place, same_shape, strip, tensors_of
 
 _LISTED = 10
 
@@ -216,15 +216,23 @@ def _mismatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pai
         fits = same_shape(target, tensor)
         if fits and (not target.is_floating_point() or tensor.is_floating_point()):
             continue
-        kind = "" if not fits else str(tensor.dtype).removeprefix("torch.") if tensor.is_complex() else "integers"
+        kind = _kind(tensor) if fits else ""
         mismatched.append(Mismatch(name=name, key=key, found=tuple(tensor.shape), expected=tuple(target.shape), kind=kind))
     return tuple(mismatched)
+
+
+def _kind(tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return "integers" if name.lstrip("u").startswith("int") else name
 
 
 def _all_fit(module: nn.Module, state: Mapping[str, Tensor], match: Match) -> bool:
     """Whether every tensor of the module has a counterpart of its shape, and by name no tensor is left over."""
     expected = tensors_of(module)
-    pairs, _, kept = pair_tensors(module, state, match)
+    try:
+        pairs, _, kept = pair_tensors(module, state, match)
+    except CheckpointError:
+        return False
     over = match == "name" and any(name not in expected and not name.endswith(COUNTER) for name in pairs)
     whole = all(name in pairs or name in kept or name.endswith(COUNTER) for name in expected)
     return whole and not over and not _mismatched(expected, state, pairs)
@@ -273,10 +281,9 @@ def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport, 
         return f"`num_classes` {classes}, as in the head of the checkpoint"
     if report.complete and report.loaded:
         return "`allow_partial`, which leaves the unexpected out"
-    if report.match == "name" and getattr(state, "ordered", True) and _all_fit(module, state, "order"):
-        pairs = pair_tensors(module, state, "order").keys
-        if contradiction(expected, state, pairs) is None:
-            return f"`match` order, by which all {len(names)} tensors fit"
+    by_order = report.match == "name" and getattr(state, "ordered", True) and _all_fit(module, state, "order")
+    if by_order and certain(expected, state, pair_tensors(module, state, "order").keys):
+        return f"`match` order, by which all {len(names)} tensors fit"
     if report.loaded:
         return "the architecture and the arguments that it was trained with, or `allow_partial` to load what fits"
     shapes = {tensor.shape for tensor in state.values()}

@@ -199,6 +199,27 @@ def contradiction(
     return _misplaced_word(same, expected, state) or _other_order(same, expected)
 
 
+def certain(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> bool:
+    """Whether shapes and names prove a pairing by order: on both sides, no other tensor of the shape ends in what both share."""
+    ours, theirs = (
+        Counter((end, tuple(tensor.shape)) for name, tensor in side.items() if not is_lazy(tensor) for end in _all_ends(name))
+        for side in (expected, state)
+    )
+    for name, key in pairs.items():
+        ends = set(_all_ends(key))
+        shared = (next(end for end in _all_ends(name) if end in ends), tuple(state[key].shape))
+        if ours[shared] != 1 or theirs[shared] != 1:
+            return False
+    return True
+
+
+def _all_ends(name: str) -> Iterator[str]:
+    """`name`, what follows each of its dots, and nothing, which all names end in."""
+    yield name
+    yield from _ends(name)
+    yield ""
+
+
 def _misplaced_word(
     same: Sequence[tuple[str, str]], expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[str, str] | None:
