@@ -1,7 +1,10 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from deploy.models import errors
-from deploy.words import count_of, did_you_mean
+from deploy.words import count_of, did_you_mean, is_utf8
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
@@ -23,3 +26,11 @@ def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
 def test_near_names_are_suggested_here_and_in_models(name: str, known: list[str], hint: str) -> None:
     assert did_you_mean(name, known) == hint
     assert errors.did_you_mean(name, known) == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "utf8"), [(b"plain", True), ("ümläut/图".encode(), True), (b"caf\xe9", False), (b"a\xff/b", False)]
+)
+def test_paths_that_are_not_utf8_are_told(name: bytes, utf8: bool) -> None:
+    assert is_utf8(os.fsdecode(name)) is utf8
+    assert is_utf8(Path(os.fsdecode(name))) is utf8

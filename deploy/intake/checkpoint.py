@@ -166,8 +166,8 @@ def _load_pickle(path: Path) -> Any:
 
 def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, ...]]:
     """The key of the weights ("" for the whole file), the weights, and the keys of other weights beside them."""
-    held = _Held()
-    if not held(content):
+    likeness = _Likeness()
+    if not likeness(content):
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state_dict: save model.state_dict()")
         found = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
@@ -175,14 +175,11 @@ def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, 
     keys: list[str] = []
     others: tuple[str, ...] = ()
     while len(keys) <= _DEPTH:
-        nested = {key: child for key, child in _children(content) if held(child)}
-        own = _named_tensors(content)
-        # Numbers beside the weights (a metric, a confusion matrix) are tensors too, but are not called as weights are.
-        if any(held.as_weights(child) for child in nested.values()) or _called_as_weights(own):
-            nested = {key: child for key, child in nested.items() if held.as_weights(child)}
-            own = own if _called_as_weights(own) else {}
+        # Numbers beside the weights (a metric, a confusion matrix) are tensors too, but look less like weights.
+        most = likeness(content)
+        nested = {key: child for key, child in _children(content) if likeness(child) == most}
         known = [key for key in CONTAINERS if key in nested]
-        if own and not known:
+        if not known and _like_weights(_named_tensors(content)) == most:
             return ".".join(keys), content, others
         if not known and len(nested) > 1:
             sets = ", ".join(repr(".".join((*keys, key))) for key in nested)
@@ -194,24 +191,29 @@ def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, 
     raise CheckpointError(f"{path} holds itself: {'.'.join(keys[:3])}...; expected a state_dict: save model.state_dict()")
 
 
-class _Held:
-    """Whether weights are in a value or below it. Remembers the answers, because a pickle may hold one object many times."""
+def _like_weights(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How much tensors look like the weights of a module.
+
+    3: they are called so, with dots or as usual parameters. 2: there are several arrays. 1: there are any. 0: there are none.
+    """
+    arrays = [name for name, tensor in tensors.items() if tensor.dim() > 0]
+    if any("." in name or name in ("weight", "bias") for name in arrays):
+        return 3
+    return 2 if len(arrays) > 1 else min(len(tensors), 1)
+
+
+class _Likeness:
+    """The most that tensors in a value, or below it, look like weights. Remembers it: a pickle may hold one object many times."""
 
     def __init__(self) -> None:
-        self._any: dict[tuple[int, bool], bool] = {}
+        self._known: dict[int, int] = {}
 
-    def __call__(self, value: Any, depth: int = _DEPTH, *, called: bool = False) -> bool:
-        place = (id(value), called)
-        if place not in self._any:
-            own = _named_tensors(value)
-            self._any[place] = False  # until it is known: an object may hold itself
-            self._any[place] = bool(_called_as_weights(own) if called else own) or (
-                depth > 0 and any(self(child, depth - 1, called=called) for _, child in _children(value))
-            )
-        return self._any[place]
-
-    def as_weights(self, value: Any) -> bool:
-        return self(value, called=True)
+    def __call__(self, value: Any, depth: int = _DEPTH) -> int:
+        if id(value) not in self._known:
+            own = self._known[id(value)] = _like_weights(_named_tensors(value))  # an object may hold itself
+            below = (self(child, depth - 1) for _, child in _children(value)) if depth else ()
+            self._known[id(value)] = max(own, *below, 0)
+        return self._known[id(value)]
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -243,8 +245,3 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
         except TypeError:  # such as long double
             return None
     return value if isinstance(value, torch.Tensor) else None
-
-
-def _called_as_weights(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether names are those of a state_dict: with dots, or of usual parameters. One number is no weight."""
-    return any(tensor.dim() > 0 and ("." in name or name in ("weight", "bias")) for name, tensor in tensors.items())
