@@ -96,11 +96,11 @@ def _prefixes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tu
     expected = {name: tensor for name, tensor in expected.items() if not name.endswith(COUNTER)}
     inside = [f".{name}." for name in WRAPPERS if any(f".{name}." in key for key in state)]
     best: tuple[str, ...] = ()
-    most = _fit(expected, state, ())
+    most = _fit_without(expected, state, ())
     for count in range(len(inside) + 1):
         for infixes in combinations(inside, count):
             found = _with_leading(expected, state, infixes)
-            if found is not None and (fit := _fit(expected, state, found)) > most:
+            if found is not None and (fit := _fit_without(expected, state, found)) > most:
                 best, most = found, fit
         if most.named == len(expected):
             break
@@ -113,13 +113,10 @@ def _with_leading(
     """`infixes` and the leading prefixes that then make more names match, the best first; None if two names would become one."""
     taken = infixes
     while True:
-        names = {strip(key, taken) for key in state}
-        if len(names) < len(state):
-            return None
-        fits = {"": _fit(expected, state, taken)}
-        for prefix in _leading(expected, names):
-            if not any(name.startswith(prefix) and name.removeprefix(prefix) in names for name in names):
-                fits[prefix] = _fit(expected, state, (*taken, prefix))
+        named = {strip(key, taken): tensor for key, tensor in state.items()}
+        if len(named) < len(state):
+            return taken[:-1] if len(taken) > len(infixes) else None
+        fits = _leading(expected, named)
         most = max(fits.values())
         found = [prefix for prefix, fit in fits.items() if fit == most]
         if found[0] == "":
@@ -136,11 +133,19 @@ def _with_leading(
         taken = (*taken, found[0])
 
 
-def _leading(expected: Mapping[str, Tensor], names: set[str]) -> list[str]:
-    """What stands before one of the expected names."""
-    unmatched = [name for name in names if name not in expected]
-    found = {name[: len(name) - len(end)] for name in unmatched for end in _ends(name) if end in expected}
-    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+def _leading(expected: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, _Fit]:
+    """How well the names fit as they are (""), and without each of what stands before an expected name, the shortest first."""
+    gained: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in named.items():
+        for end in _ends(name):
+            if end in expected:
+                gained.setdefault(name[: len(name) - len(end)], []).append((end, tensor))
+    matched = [(name, tensor) for name, tensor in named.items() if name in expected]
+    fits = {"": _fit(expected, matched)}
+    for prefix, found in sorted(gained.items(), key=lambda item: (len(item[0]), item[0])):
+        if not any(end in named and not end.startswith(prefix) for end, _ in found):  # else two names would become one
+            fits[prefix] = _fit(expected, [each for each in matched if not each[0].startswith(prefix)] + found)
+    return fits
 
 
 def _ends(name: str) -> Iterator[str]:
@@ -150,9 +155,12 @@ def _ends(name: str) -> Iterator[str]:
         yield name
 
 
-def _fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], stripped: Sequence[str]) -> _Fit:
-    found = [(expected[name], tensor) for key, tensor in state.items() if (name := strip(key, stripped)) in expected]
-    return _Fit(sum(same_shape(*each) for each in found), len(found))
+def _fit_without(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], stripped: Sequence[str]) -> _Fit:
+    return _fit(expected, [(name, tensor) for key, tensor in state.items() if (name := strip(key, stripped)) in expected])
+
+
+def _fit(expected: Mapping[str, Tensor], found: Sequence[tuple[str, Tensor]]) -> _Fit:
+    return _Fit(sum(same_shape(expected[name], tensor) for name, tensor in found), len(found))
 
 
 def is_counter(name: str, tensor: Tensor) -> bool:
