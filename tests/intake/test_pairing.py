@@ -171,6 +171,7 @@ def test_error_about_order_advises_names_where_these_fit() -> None:
         (layers(3, "q", "k"), layers(3, "q", "k", key="h").state_dict(), True),
         (nn.ModuleDict({"net": Heads("q", "k")}), Heads("q", "k").state_dict(), True),  # a prefix of the module's
         (nn.Linear(3, 2), {"a": torch.ones(2, 3), "b": torch.ones(2)}, True),  # each is the only one of its shape
+        (nn.Linear(3, 2), {"a": torch.ones(2, 3), "b": torch.ones(2), "c": torch.ones(2, 3)}, False),  # of two, which?
         (layers(3, "q", "k"), layers(3, "q", "k", key="h", start=1).state_dict(), False),
         (Heads("conv1", "conv2"), Heads("conv0", "conv1").state_dict(), False),
         (Heads("q", "k"), Heads("query", "key").state_dict(), False),
