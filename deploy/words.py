@@ -10,6 +10,15 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path can be given to libraries that take no other encoding. Python keeps other bytes as lone surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'a' or 'b'?` for up to three names of `known` that are almost `name`; empty if none is."""
     import difflib  # slow to import, and needed for errors alone

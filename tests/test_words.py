@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from deploy.models import errors
-from deploy.words import count_of, did_you_mean, printable
+from deploy.words import count_of, did_you_mean, is_utf8, printable
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
@@ -35,3 +35,11 @@ def test_near_names_are_suggested_here_and_in_models(name: str, known: list[str]
 def test_a_path_is_printed_whatever_its_bytes(name: bytes, text: str) -> None:
     path = os.fsdecode(name)
     assert printable(path) == printable(Path(path)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "utf8"), [(b"plain", True), ("ümläut/图".encode(), True), (b"caf\xe9", False), (b"a\xff/b", False)]
+)
+def test_paths_that_are_not_utf8_are_told(name: bytes, utf8: bool) -> None:
+    assert is_utf8(os.fsdecode(name)) is utf8
+    assert is_utf8(Path(os.fsdecode(name))) is utf8

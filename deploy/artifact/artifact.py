@@ -10,6 +10,7 @@ import msgspec
 from deploy.artifact.manifest import ENGINE, FORMAT, MANIFEST, ONNX, WEIGHTS, Manifest, Parent, Stage, content_digest, file_digest
 from deploy.artifact.preprocess import Preprocess
 from deploy.errors import ArtifactError, UsageError
+from deploy.words import is_utf8
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Artifact:
         path = Path(path)
         if not path.exists():
             raise ArtifactError(f"no artifact at {path}")
+        if not is_utf8(path):
+            raise ArtifactError(f"the path {path} is not UTF-8, and what runs it cannot open it: rename it")
         if not path.is_dir():
             raise ArtifactError(f"{path} is not an artifact: expected a directory with {MANIFEST}, or an .onnx file")
         try:

@@ -227,7 +227,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return msgspec.structs.replace(self, digest=content_digest(msgspec.to_builtins(self)))
 
     def to_json(self) -> str:
-        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
+        """JSON in UTF-8; paths that are not UTF-8 stand in it as Python reads them back, with `\\udc80` to `\\udcff` for bytes."""
+        return _escaped(json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False)).decode() + "\n"
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
@@ -238,7 +239,12 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
 def request_digest(value: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON-like value in canonical form: keys sorted, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_escaped(text)).hexdigest()
+
+
+def _escaped(text: str) -> bytes:
+    """`text`, which is JSON, in UTF-8: what UTF-8 does not have becomes an escape of JSON's, which looks as Python's does."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def file_digest(path: Path) -> str:

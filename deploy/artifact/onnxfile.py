@@ -14,6 +14,7 @@ from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precisi
 from deploy.artifact.onnxshapes import dim_name, infer_shapes
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError, BackendError
+from deploy.words import is_utf8
 
 _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose result has the numbers of their first input."""
@@ -53,6 +54,8 @@ def open_onnx(path: Path) -> Artifact:
     """A bare ONNX file as an artifact whose manifest is in memory; its weights count as trained. Raises ArtifactError."""
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
+    if not is_utf8(path):
+        raise ArtifactError(f"the path {path} is not UTF-8, and what runs it cannot open it: rename it")
     check_onnx(path)
     model = load_graph(path)
     names = [path.name, *sorted(external_files(model.graph))]

@@ -19,6 +19,7 @@ import msgspec
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import MANIFEST, RUNTIME_CACHE, FileRecord, Manifest, file_digest
 from deploy.errors import DeployError, OutputError
+from deploy.words import is_utf8
 
 
 def check_output(out: Path, source: Artifact | None = None) -> None:
@@ -27,6 +28,8 @@ def check_output(out: Path, source: Artifact | None = None) -> None:
     `source` is the artifact that the output is made from: `out` must not be the source or one of its ancestors, nor lie in
     one or contain one.
     """
+    if not is_utf8(out) or not is_utf8(out.resolve().name):
+        raise OutputError(f"the path {out.resolve()} is not UTF-8, and what runs artifacts cannot open it; choose another `out`")
     if out.is_symlink():
         raise OutputError(f"{out} is a symbolic link; give the directory that it points to, or choose another `out`")
     if out.exists() and not out.is_dir():

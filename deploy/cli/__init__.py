@@ -4,6 +4,7 @@ Only click is imported here, and a command's own module when it is called, so th
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -69,6 +70,9 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
     args = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may be of any bytes
     debug = "--debug" in args
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -126,7 +126,7 @@ def _measure(artifacts: tuple[str, ...], options: BenchOptions, json_file: Path 
     if report is not None:
         from deploy.bench.report import render
 
-        report.write_text(render(result.to_json()), encoding="utf-8")
+        report.write_text(render(result.to_json()), encoding="utf-8", errors="backslashreplace")
     if json_file == STDOUT:
         click.echo(document, nl=False)
     else:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,10 @@ def build_model(
         module, args = _make_for(recipe, args, state, match, seed)
     if state is None:
         _fill_zero_layers(module, seed)
-    report = None if state is None else load_weights(module, state, match=match, allow_partial=allow_partial)
+    report = None
+    if state is not None:
+        fits_with = partial(_fits_with, recipe, args, state, match, seed)
+        report = load_weights(module, state, match=match, allow_partial=allow_partial, fits_with=fits_with)
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise FactoryError(f"{recipe.factory} leaves {lazy[0]!r} without a shape (a lazy layer): give its size, or `weights`")
@@ -214,6 +218,18 @@ def _make_for(
         if not mismatches(other, state, match):
             return other, second
     return module, first  # more differs than the number of classes: loading reports it
+
+
+def _fits_with(
+    recipe: Recipe, args: Mapping[str, Any], state: StateDict, match: Literal["name", "order"], seed: int, classes: int
+) -> bool:
+    """Whether the shapes in the checkpoint are those of the module that is built for so many classes."""
+    if not recipe.takes_classes:
+        return False
+    try:
+        return not mismatches(_make(recipe, {**args, _NUM_CLASSES: classes}, seed), state, match)
+    except (UsageError, FactoryError):  # it takes no such number
+        return False
 
 
 def _verified_weights(root: Artifact) -> Path:

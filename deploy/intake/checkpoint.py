@@ -6,7 +6,8 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ import safetensors
 import safetensors.torch
 import torch
 
+from deploy.artifact.manifest import file_digest, request_digest
 from deploy.errors import CheckpointError
+from deploy.intake.fileformat import file_format, refuse_folder, refuse_shard, shard_files
 from deploy.intake.fit import StateDict
+from deploy.words import is_utf8
 
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",
     "state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema",
 )  # fmt: skip
 """Keys that may hold the weights, in the order they are tried: trained weights before their moving average."""
+
+_DEPTH = 30
+"""Levels of keys that are searched for weights."""
 
 _HARMLESS: list[Any] = [
     # Data that training loops save beside the weights, such as a metric or the options. Unpickling these types runs no code.
@@ -41,38 +48,96 @@ _HARMLESS: list[Any] = [
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """The weights in a `.safetensors` file, or in what torch.save wrote (`.pt`, `.pth`, `.tar`, ...), on the CPU.
+    """The weights in `path`, on the CPU. What the file is, its content tells: its name may be any.
 
-    Reads with `weights_only=True`. The weights may be the whole file, or be under one of the keys in `CONTAINERS`, nested up
-    to three levels deep: `found_under` of the result is the key, and `others` are the keys of other weights beside it.
+    Formats: what torch.save writes (also of numpy arrays), read with `weights_only=True`; safetensors; `.npz`; an index of
+    shards of these. The weights may be the whole file, or be at any depth of keys: `found_under` of the result is where, and
+    `others` are the keys of other weights beside them.
 
-    Raises CheckpointError for a file that is missing, truncated, no checkpoint, a TorchScript archive, a pickle that
-    would run code, or one that holds no weights.
+    Raises CheckpointError for a file that is missing, truncated, no checkpoint, an archive of another kind, a pickle that
+    would run code, one that holds no weights, or several sets of them that no key tells apart.
     """
     path = Path(path)
+    if path.is_dir():
+        refuse_folder(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} is a directory, not a checkpoint" if path.is_dir() else f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
+        raise CheckpointError(f"no checkpoint at {path}")
+    refuse_shard(path)
+    state = _read_shards(path) if file_format(path) == "index" else _read_file(path)
+    empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(
+            f"{path} holds {empty!r} without values (on the meta device): save the weights of a module that has them"
+        )
+    return state
+
+
+def weights_digest(path: Path) -> str:
+    """The SHA-256 of a file of weights; of an index of shards, together with these. Raises CheckpointError."""
+    if file_format(path) != "index":
+        return file_digest(path)
+    return request_digest({"shards": [file_digest(file) for file in (path, *shard_files(path))]})
+
+
+def _read_shards(index: Path) -> StateDict:
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in shard_files(index).items():
+        shard = _read_file(file)
+        lost = [name for name in names if name not in shard]
+        if lost:
+            raise CheckpointError(f"{file} lacks {lost[0]!r}, which {index.name} says is in it: copy the shards again")
+        tensors.update(shard)
+    return StateDict(tensors, path=index, ordered=False)
+
+
+def _read_file(path: Path) -> StateDict:
+    kind = file_format(path)
+    if kind == "index":
+        raise CheckpointError(f"{path} is an index of shards: expected a file of weights")
+    if kind == "safetensors":
         try:
-            return StateDict(safetensors.torch.load_file(path), path=path, ordered=False)
+            # The reader takes the names of files in UTF-8 alone.
+            tensors = safetensors.torch.load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
+            return StateDict(tensors, path=path, ordered=False)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-    content = _load_pickle(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state_dict: save model.state_dict()")
+    content = _load_npz(path) if kind == "npz" else _load_pickle(path)
     key, weights, others = _find(content, path)
     metadata = getattr(weights, "_metadata", None)
-    tensors = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    tensors = _named_tensors(weights)
     if "n_averaged" in tensors and all(name.startswith("module.") for name in tensors if name != "n_averaged"):
         del tensors["n_averaged"]  # the counter of torch.optim.swa_utils.AveragedModel
     return StateDict(tensors, path=path, found_under=key, others=others, metadata=metadata)
 
 
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of numbers in the file; others, as of text, are no weights."""
+    found: dict[str, np.ndarray] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                try:
+                    array = arrays[name]
+                except ValueError:
+                    continue  # Python objects, which only a pickle that may run code could give
+                if array.dtype.kind == "V":
+                    raise CheckpointError(
+                        f"{path} holds {name!r} as {array.dtype}, which is no type of numpy's: save it as float32"
+                    )
+                found[name] = array
+    # zipfile and zlib have several kinds of errors for damaged bytes.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is a damaged .npz file of numpy arrays: {error}") from error
+    return found
+
+
 def _load_pickle(path: Path) -> Any:
-    _refuse_other_archives(path)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch.load takes the suffix, and not the content, for the format
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>|type (<class '[\w.]+'>)", str(error))
         if culprit is None:
@@ -99,55 +164,84 @@ def _load_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
 
 
-def _refuse_other_archives(path: Path) -> None:
-    """Raise CheckpointError, with advice, for archives that are not checkpoints: of torch and of other programs."""
-    try:
-        with path.open("rb") as file:
-            if file.read(262)[257:] == b"ustar":  # many checkpoints are named `.tar`, but this is a real archive
-                raise CheckpointError(f"{path} is a tar archive: unpack it and give the checkpoint inside")
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, which carries code: save the state_dict instead,"
-            " torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-        )
-    if "models/model.json" in names:
-        raise CheckpointError(f"{path} is a torch.export archive, not a checkpoint: save the state_dict of the module instead")
-    if "data.pkl" not in names:
-        raise CheckpointError(f"{path} is a zip archive that torch.save did not write: unpack it and give the checkpoint inside")
-
-
-def _find(content: Mapping[Any, Any], path: Path, depth: int = 3) -> tuple[str, Mapping[Any, Any], tuple[str, ...]]:
+def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, ...]]:
     """The key of the weights ("" for the whole file), the weights, and the keys of other weights beside them."""
-    nested = {key: value for key, value in content.items() if isinstance(value, Mapping) and _has_weights(value, depth - 1)}
-    known = [key for key in CONTAINERS if key in nested]
-    if not known and _has_tensors(content):
-        return "", content, ()
-    if not known and len(nested) > 1:
-        raise CheckpointError(
-            f"{path} holds several sets of weights: {', '.join(map(repr, nested))}; save the one you want to a separate file"
-        )
-    if not nested:
-        keys = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
-        raise CheckpointError(f"{path} holds no weights: expected tensors by name, found {keys}")
-    key = known[0] if known else next(iter(nested))
-    inner, weights, _ = _find(nested[key], path, depth - 1)
-    others = tuple(str(other) for other in nested if other != key)
-    return f"{key}.{inner}" if inner else str(key), weights, others
+    likeness = _Likeness()
+    if not likeness(content):
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state_dict: save model.state_dict()")
+        found = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
+        raise CheckpointError(f"{path} holds no weights: expected tensors by name, found {found}")
+    keys: list[str] = []
+    others: tuple[str, ...] = ()
+    while len(keys) <= _DEPTH:
+        # Numbers beside the weights (a metric, a confusion matrix) are tensors too, but look less like weights.
+        most = likeness(content)
+        nested = {key: child for key, child in _children(content) if likeness(child) == most}
+        known = [key for key in CONTAINERS if key in nested]
+        if not known and _like_weights(_named_tensors(content)) == most:
+            return ".".join(keys), content, others
+        if not known and len(nested) > 1:
+            sets = ", ".join(repr(".".join((*keys, key))) for key in nested)
+            raise CheckpointError(f"{path} holds several sets of weights: {sets}; save the one you want to a separate file")
+        key = known[0] if known else next(iter(nested))
+        others = (*others, *(".".join((*keys, other)) for other in nested if other != key))
+        keys.append(key)
+        content = nested[key]
+    raise CheckpointError(f"{path} holds itself: {'.'.join(keys[:3])}...; expected a state_dict: save model.state_dict()")
 
 
-def _has_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(isinstance(key, str) and isinstance(item, torch.Tensor) for key, item in value.items())
+def _like_weights(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How much tensors look like the weights of a module.
+
+    3: they are called so, with dots or as usual parameters. 2: there are several arrays. 1: there are any. 0: there are none.
+    """
+    arrays = [name for name, tensor in tensors.items() if tensor.dim() > 0]
+    if any("." in name or name in ("weight", "bias") for name in arrays):
+        return 3
+    return 2 if len(arrays) > 1 else min(len(tensors), 1)
 
 
-def _has_weights(value: Mapping[Any, Any], depth: int) -> bool:
-    """Whether `value` has named tensors, directly or under one of the known keys, up to `depth` levels deep."""
-    if _has_tensors(value):
-        return True
-    inner = [value[key] for key in CONTAINERS if isinstance(value.get(key), Mapping)]
-    return depth > 0 and any(_has_weights(item, depth - 1) for item in inner)
+class _Likeness:
+    """The most that tensors in a value, or below it, look like weights. Remembers it: a pickle may hold one object many times."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def __call__(self, value: Any, depth: int = _DEPTH) -> int:
+        if id(value) not in self._known:
+            own = self._known[id(value)] = _like_weights(_named_tensors(value))  # an object may hold itself
+            below = (self(child, depth - 1) for _, child in _children(value)) if depth else ()
+            self._known[id(value)] = max(own, *below, 0)
+        return self._known[id(value)]
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What is in `value` by key, the states of optimizers aside."""
+    if isinstance(value, Mapping):
+        if "param_groups" in value:  # the state of an optimizer
+            return
+        for key, child in value.items():
+            if isinstance(child, Mapping | list | tuple) and "optim" not in str(key).lower():
+                yield str(key), child
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            if isinstance(child, Mapping | list | tuple):
+                yield str(index), child
+
+
+def _named_tensors(value: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(value, Mapping) or "param_groups" in value:
+        return {}
+    found = ((name, _as_tensor(item)) for name, item in value.items() if isinstance(name, str))
+    return {name: tensor for name, tensor in found if tensor is not None}
+
+
+def _as_tensor(value: Any) -> torch.Tensor | None:
+    """A tensor, or an array of numbers as one; None for all else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "?biufc":
+        try:
+            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+        except TypeError:  # such as long double
+            return None
+    return value if isinstance(value, torch.Tensor) else None

@@ -1,7 +1,7 @@
-"""Fits a state_dict into a module: by names, without the prefixes of wrappers, or by order; and compares shapes."""
+"""Loads a state_dict into a module, compares shapes, and says what does not fit and what to do about it."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deploy.artifact.tensors import format_shape
-from deploy.errors import CheckpointError, UsageError
+from deploy.errors import CheckpointError
 from deploy.intake.options import Match
+from deploy.intake.pairing import COUNTER, certain, contradiction, is_counter, pair_tensors, place, same_shape, strip, tensors_of
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-"""Prefixes of names: of DataParallel and AveragedModel, of torch.compile, and of the usual attribute that holds the net in
-a training module."""
-
-INFIXES = (".module.", "._orig_mod.")
-"""The same in the middle of names, when a part of the net was wrapped."""
-
-_COUNTER = "num_batches_tracked"
 _LISTED = 10
 
 
@@ -52,16 +45,20 @@ class StateDict(dict[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """A tensor with a wrong shape, or integers in place of floats. `name` is the module's, `key` the checkpoint's."""
+    """A tensor with a wrong shape, or of numbers that are no floats. `name` is the module's, `key` the checkpoint's.
+
+    kind: what it holds in place of floats, such as "integers" or "complex64"; "" where the shapes differ.
+    """
 
     name: str
     key: str
     found: tuple[int, ...]
     expected: tuple[int, ...]
+    kind: str = ""
 
     def __str__(self) -> str:
         key = "" if self.key.endswith(self.name) else f" ({self.key})"
-        note = " of integers" if self.found == self.expected else ""
+        note = f" of {self.kind}" if self.kind else ""
         return f"{self.name}{key} is {format_shape(self.found)}{note}, expected {format_shape(self.expected)}"
 
 
@@ -71,7 +68,7 @@ class LoadReport:
 
     missing: tensors of the module that the checkpoint lacks; they keep their values.
     unexpected: tensors of the checkpoint that the module does not have.
-    stripped: the prefixes that were removed, in order; `.module.` is one in the middle of names.
+    stripped, kept: see `Pairing`.
     found_under, others: see StateDict.
     `num_batches_tracked` is in none of the lists, because inference does not read it.
     """
@@ -82,6 +79,7 @@ class LoadReport:
     unexpected: tuple[str, ...]
     mismatched: tuple[Mismatch, ...]
     stripped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     found_under: str = ""
     others: tuple[str, ...] = ()
 
@@ -101,6 +99,7 @@ class LoadReport:
             parts.append(f"prefix {' and '.join(map(repr, self.stripped))} taken off")
         for what, names in (
             ("missing", self.missing),
+            ("not in the checkpoint kept as they were", self.kept),
             ("of another shape", self.mismatched),
             ("more in the checkpoint not used", self.unexpected),
         ):
@@ -110,19 +109,25 @@ class LoadReport:
 
 
 def load_weights(
-    module: nn.Module, state: Mapping[str, Tensor], *, match: Match = "name", allow_partial: bool = False
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    match: Match = "name",
+    allow_partial: bool = False,
+    fits_with: Callable[[int], bool] = lambda classes: True,
 ) -> LoadReport:
     """Copy the tensors of `state` into `module`, converted to its floating dtypes.
 
-    By name, after removing those of `PREFIXES` that make more names match. Or by order, for a checkpoint with other names:
-    every shape must fit, and tensors after the module's last one are left out and reported. With `allow_partial` the
-    tensors that fit are loaded; by order, these are all tensors before the first that does not fit.
+    By name, after removing the prefixes that make more names match. Or by order, for a checkpoint whose names say nothing:
+    every shape must fit, the names must not say otherwise, and tensors after the module's last one are left out and
+    reported. With `allow_partial` the tensors that fit are loaded; by order, these are all tensors before the first that
+    does not fit. fits_with: whether `state` fits when the module is made for so many classes, asked before an error says so.
 
-    Raises CheckpointError when a tensor is missing, is unexpected or has another shape, or when nothing fits. Some tensors
-    may have been loaded by then.
+    Raises CheckpointError when a tensor is missing, is unexpected or has another shape, when nothing fits, or when names and
+    order contradict one another. Some tensors may have been loaded by then.
     """
-    pairs, stripped = _pairs(module, state, match)
-    expected = _tensors(module)
+    pairs, stripped, kept = pair_tensors(module, state, match)
+    expected = tensors_of(module)
     mismatched = _mismatched(expected, state, pairs)
     unexpected: tuple[str, ...] = ()
     if match == "order":
@@ -130,9 +135,10 @@ def load_weights(
             names = list(pairs)
             pairs = {name: pairs[name] for name in names[: names.index(mismatched[0].name)]}
             mismatched = mismatched[:1]
+        _refuse_contradiction(module, state, pairs)
         used = {*pairs.values(), *(mismatch.key for mismatch in mismatched)}
-        unexpected = tuple(key for key in state if key not in used and not key.endswith(_COUNTER))
-    off = {mismatch.name for mismatch in mismatched}
+        unexpected = tuple(key for key in state if key not in used and not is_counter(key, state[key]))
+    off = {*kept, *(mismatch.name for mismatch in mismatched)}
     fitting = OrderedDict((name, state[key]) for name, key in pairs.items() if name not in off)
     metadata = _metadata(module, state, match, stripped)
     if metadata is not None:
@@ -141,28 +147,31 @@ def load_weights(
         # torch decides about names, because a module may translate the names of its older versions.
         result = module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"{_place(state)} cannot be loaded into {type(module).__name__}: {error}") from error
-    missing = tuple(name for name in result.missing_keys if name not in off and not name.endswith(_COUNTER))
-    unexpected += tuple(name for name in result.unexpected_keys if not name.endswith(_COUNTER))
+        raise CheckpointError(
+            f"{place(state)} cannot be loaded into {type(module).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    missing = tuple(name for name in result.missing_keys if name not in off and not name.endswith(COUNTER))
+    unexpected += tuple(name for name in result.unexpected_keys if not name.endswith(COUNTER))
     report = LoadReport(
         match=match,
-        loaded=tuple(name for name in expected if name not in off and name not in missing and not name.endswith(_COUNTER)),
+        loaded=tuple(name for name in expected if name not in off and name not in missing and not name.endswith(COUNTER)),
         missing=missing,
         unexpected=unexpected,
         mismatched=mismatched,
         stripped=stripped,
+        kept=kept,
         found_under=getattr(state, "found_under", ""),
         others=getattr(state, "others", ()),
     )
     failed = not report.complete or (bool(report.unexpected) and match == "name")
     if (failed and not allow_partial) or not report.loaded:
-        raise CheckpointError(_complaint(module, state, report))
+        raise CheckpointError(_complaint(module, state, report, fits_with))
     return report
 
 
 def mismatches(module: nn.Module, state: Mapping[str, Tensor], match: Match = "name") -> tuple[Mismatch, ...]:
     """The tensors of `state` whose counterpart in `module`, by name or by order, has another shape."""
-    return _mismatched(_tensors(module), state, _pairs(module, state, match)[0])
+    return _mismatched(tensors_of(module), state, pair_tensors(module, state, match).keys)
 
 
 def infer_num_classes(module: nn.Module, state: Mapping[str, Tensor], match: Match = "name") -> int | None:
@@ -171,8 +180,8 @@ def infer_num_classes(module: nn.Module, state: Mapping[str, Tensor], match: Mat
     The head is where the shapes differ: in one dimension, by the same two sizes in all tensors that differ. If none differ,
     the head is the last tensor with a counterpart. None if the shapes differ in any other way.
     """
-    pairs, _ = _pairs(module, state, match)
-    expected = _tensors(module)
+    pairs = pair_tensors(module, state, match).keys
+    expected = tensors_of(module)
     sizes = set()
     for mismatch in _mismatched(expected, state, pairs):
         if len(mismatch.found) != len(mismatch.expected):
@@ -187,50 +196,15 @@ def infer_num_classes(module: nn.Module, state: Mapping[str, Tensor], match: Mat
     return state[last[-1]].shape[0] if last else None
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _pairs(module: nn.Module, state: Mapping[str, Tensor], match: Match) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The checkpoint's keys by name (the module's names, and others that it does not have), and the removed prefixes."""
-    expected = _tensors(module)
-    if match == "order":
-        if not getattr(state, "ordered", True):
-            raise CheckpointError(
-                f"{_place(state)} cannot be matched by order: safetensors sorts its tensors; rename them, or give the file that"
-                " torch.save wrote"
-            )
-        names, keys = ([name for name in names if not name.endswith(_COUNTER)] for names in (expected, state))
-        return dict(zip(names, keys, strict=False)), ()
-    if match != "name":
-        raise UsageError(f"unknown match {match!r}; expected name or order")
-    stripped = _best_prefixes(state, set(expected))
-    return {_strip(key, stripped): key for key in state}, stripped
-
-
-def _best_prefixes(keys: Iterable[str], expected: set[str]) -> tuple[str, ...]:
-    """The fewest prefixes whose removal makes the most names match."""
-    best: tuple[str, ...] = ()
-    most = len(expected.intersection(keys))
-    level: dict[tuple[str, ...], tuple[str, ...]] = {tuple(keys): ()}
-    while level and most < len(expected):
-        deeper: dict[tuple[str, ...], tuple[str, ...]] = {}
-        for names, taken in level.items():
-            for prefix in (*PREFIXES, *INFIXES):
-                shorter = tuple(_strip(name, (prefix,)) for name in names)
-                if shorter != names and len(set(shorter)) == len(names):
-                    deeper.setdefault(shorter, (*taken, prefix))
-        for names, taken in deeper.items():
-            if (count := len(expected.intersection(names))) > most:
-                best, most = taken, count
-        level = deeper if len(deeper) < 1000 else {}
-    return best
-
-
-def _strip(name: str, prefixes: Sequence[str]) -> str:
-    for prefix in prefixes:
-        name = name.replace(prefix, ".") if prefix.startswith(".") else name.removeprefix(prefix)
-    return name
+def _refuse_contradiction(module: nn.Module, state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> None:
+    found = contradiction(tensors_of(module), state, pairs)
+    if found is None:
+        return
+    by_name = f"\nTry: `match` name, by which all {_count(module)} tensors fit" if _all_fit(module, state, "name") else ""
+    raise CheckpointError(
+        f"{place(state)} does not fit {type(module).__name__} by order: {found[1]} would become {found[0]}, and the names on the"
+        f" two sides say that their order is not the same{by_name}"
+    )
 
 
 def _mismatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> tuple[Mismatch, ...]:
@@ -239,11 +213,33 @@ def _mismatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pai
         target, tensor = expected.get(name), state[key]
         if target is None or is_lazy(target):
             continue
-        if target.dim() == 0 and tensor.shape == (1,):
-            continue  # torch 0.3 saved scalars this way
-        if tensor.shape != target.shape or (target.is_floating_point() and not tensor.is_floating_point()):
-            mismatched.append(Mismatch(name=name, key=key, found=tuple(tensor.shape), expected=tuple(target.shape)))
+        fits = same_shape(target, tensor)
+        if fits and (not target.is_floating_point() or tensor.is_floating_point()):
+            continue
+        kind = _kind(tensor) if fits else ""
+        mismatched.append(Mismatch(name=name, key=key, found=tuple(tensor.shape), expected=tuple(target.shape), kind=kind))
     return tuple(mismatched)
+
+
+def _kind(tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return "integers" if name.lstrip("u").startswith("int") else name
+
+
+def _all_fit(module: nn.Module, state: Mapping[str, Tensor], match: Match) -> bool:
+    """Whether every tensor of the module has a counterpart of its shape, and by name no tensor is left over."""
+    expected = tensors_of(module)
+    try:
+        pairs, _, kept = pair_tensors(module, state, match)
+    except CheckpointError:
+        return False
+    over = match == "name" and any(name not in expected and not name.endswith(COUNTER) for name in pairs)
+    whole = all(name in pairs or name in kept or name.endswith(COUNTER) for name in expected)
+    return whole and not over and not _mismatched(expected, state, pairs)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(not name.endswith(COUNTER) for name in tensors_of(module))
 
 
 def _metadata(module: nn.Module, state: Mapping[str, Tensor], match: Match, stripped: tuple[str, ...]) -> dict[str, Any] | None:
@@ -252,13 +248,7 @@ def _metadata(module: nn.Module, state: Mapping[str, Tensor], match: Match, stri
         current: dict[str, Any] | None = getattr(module.state_dict(), "_metadata", None)
         return current
     kept = getattr(state, "metadata", None) or getattr(state, "_metadata", None)
-    return None if kept is None else {_strip(f"{name}.", stripped).rstrip("."): value for name, value in kept.items()}
-
-
-def _place(state: Mapping[str, Tensor]) -> str:
-    path = getattr(state, "path", None)
-    key = getattr(state, "found_under", "")
-    return f"{path or 'the checkpoint'}{f' ({key!r})' if key else ''}"
+    return None if kept is None else {strip(f"{name}.", stripped).rstrip("."): value for name, value in kept.items()}
 
 
 def _some(items: Sequence[object], count: int = _LISTED) -> str:
@@ -266,31 +256,37 @@ def _some(items: Sequence[object], count: int = _LISTED) -> str:
     return ", ".join(map(str, items[:count])) + more
 
 
-def _complaint(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) -> str:
+def _complaint(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport, fits_with: Callable[[int], bool]) -> str:
     lists: list[tuple[str, Sequence[object]]] = [
         ("missing", report.missing),
         ("unexpected", report.unexpected),
-        ("of another shape", report.mismatched),
+        ("of another shape", [mismatch for mismatch in report.mismatched if not mismatch.kind]),
+        ("of another type", [mismatch for mismatch in report.mismatched if mismatch.kind]),
     ]
     counts = ", ".join(f"{len(names)} {what}" for what, names in lists if names)
     taken = f" (prefix {' and '.join(map(repr, report.stripped))} taken off)" if report.stripped else ""
-    lines = [f"{_place(state)} does not fit {type(module).__name__} by {report.match}: {counts}{taken}"]
+    lines = [f"{place(state)} does not fit {type(module).__name__} by {report.match}: {counts}{taken}"]
     lines += [f"  {what} ({len(names)}): {_some(names)}" for what, names in lists if names]
-    lines.append(f"Try: {_advice(module, state, report)}")
-    return "\n".join(lines)
+    advice = _advice(module, state, report, fits_with)
+    return "\n".join([*lines, f"Try: {advice}"] if advice else lines)
 
 
-def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport) -> str:
-    names = [name for name in _tensors(module) if not name.endswith(_COUNTER)]
-    classes = infer_num_classes(module, state, report.match) if report.mismatched and not report.missing else None
-    if classes is not None and report.mismatched[-1].name in names[-2:]:
+def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport, fits_with: Callable[[int], bool]) -> str | None:
+    """What was found to work, or None."""
+    expected = tensors_of(module)
+    names = [name for name in expected if not name.endswith(COUNTER)]
+    heads = report.mismatched and not report.missing and not (report.unexpected and report.match == "name")
+    classes = infer_num_classes(module, state, report.match) if heads else None
+    if classes is not None and report.mismatched[-1].name in names[-2:] and fits_with(classes):
         return f"`num_classes` {classes}, as in the head of the checkpoint"
-    if report.complete:
-        return "`allow_partial`, which leaves the unexpected out, or the architecture that has them"
-    if report.match == "name" and getattr(state, "ordered", True):
-        pairs, _ = _pairs(module, state, "order")
-        if len(pairs) == len(names) and not _mismatched(_tensors(module), state, pairs):
-            return f"`match` order, by which all {len(names)} tensors fit"
-    if not report.loaded:
-        return "another architecture: nothing of this one is in the checkpoint"
-    return "the architecture and the arguments that it was trained with, or `allow_partial` to load what fits"
+    if report.complete and report.loaded:
+        return "`allow_partial`, which leaves the unexpected out"
+    by_order = report.match == "name" and getattr(state, "ordered", True) and _all_fit(module, state, "order")
+    if by_order and certain(expected, state, pair_tensors(module, state, "order").keys):
+        return f"`match` order, by which all {len(names)} tensors fit"
+    if report.loaded:
+        return "the architecture and the arguments that it was trained with, or `allow_partial` to load what fits"
+    shapes = {tensor.shape for tensor in state.values()}
+    if any(is_lazy(tensor) or tensor.shape in shapes for name, tensor in expected.items() if name in names):
+        return None
+    return "another architecture, or other arguments of it: no tensor of the checkpoint has a shape of this one's"

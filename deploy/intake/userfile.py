@@ -12,6 +12,7 @@ from deploy.artifact.usercode import is_installed, member, split_spec, user_line
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.isolation import UserModules
 from deploy.intake.recipe import Interface, Recipe
+from deploy.words import is_utf8
 
 
 class UserRecipe(Recipe):
@@ -45,6 +46,11 @@ class UserRecipe(Recipe):
                     f"{self.factory} failed: {what}{user_line(error)}{self._modules.shadow_hint(error)}"
                 ) from error
         self.source_files = self._modules.source_files
+        odd = [file.path for file in self.source_files if not is_utf8(file.path)]
+        if odd:
+            raise FactoryError(
+                f"the path {odd[0]} is not UTF-8, and PyTorch cannot export a module whose code lies there: rename it"
+            )
         if not isinstance(module, nn.Module):
             raise FactoryError(f"{self.factory} returned a {type(module).__name__}; expected a torch.nn.Module")
         return module

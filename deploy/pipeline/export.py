@@ -12,7 +12,7 @@ import torch
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD
-from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage, file_digest
+from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage
 from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, save_model
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import EXAMPLE_BATCH, Feed, TensorSpec, batch_dim, default_profile, example_dims, random_feeds
@@ -28,6 +28,7 @@ from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
 from deploy.intake.build import BuiltModel, build_model
+from deploy.intake.checkpoint import weights_digest
 from deploy.intake.exporter import export_graph
 from deploy.intake.model_args import parse_model_args
 from deploy.intake.options import Match
@@ -328,7 +329,7 @@ def _request(
         "args": dict(built.args),
         "files": [[file.path, file.sha256] for file in built.source_files],
         "folder": built.folder,
-        "weights": file_digest(options.weights) if options.weights else None,
+        "weights": weights_digest(options.weights) if options.weights else None,
         "match": options.match,
         "allow_partial": options.allow_partial,
         "inputs": [[str(spec), spec.bounds] for spec in specs],

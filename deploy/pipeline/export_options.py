@@ -24,7 +24,9 @@ class ExportOptions:
     model: str | None = option(None, "Your own module: FILE.py:FACTORY or pkg.mod:FACTORY.", metavar="FILE.py:FACTORY")
     onnx: Path | None = option(None, "Make an artifact of a bare ONNX file.", metavar="FILE.onnx")
     model_args: Mapping[str, Any] = option({}, "Argument of the factory; may be repeated.", flag="--model-arg", metavar="K=V")
-    weights: Path | None = option(None, ".pt, .pth, .tar or .safetensors.", metavar="FILE", default="seeded random weights")
+    weights: Path | None = option(
+        None, ".pt, .pth, .bin, .safetensors, .npz, or an index of shards.", metavar="FILE", default="seeded random weights"
+    )
     match: Match = option("name", "How tensors are paired.")
     allow_partial: bool = option(False, "Load the tensors that fit, and say which did not.")
     num_classes: int | None = option(None, "Classes of the head.", metavar="N", default="read from the checkpoint's head")

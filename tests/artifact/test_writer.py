@@ -250,3 +250,14 @@ def test_a_hard_linked_file_keeps_its_mode_where_it_came_from(tmp_path: Path, ti
     made.verify()
     assert stat.S_IMODE(original.stat().st_mode) == kept
     assert original.samefile(made.onnx_path) == (kept == 0o666 & ~umask)
+
+
+def test_output_under_a_path_that_is_not_utf8_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "caf\udce9"
+    for out in (odd, odd / "inside"):
+        with pytest.raises(OutputError, match=r"is not UTF-8.*choose another `out`"):
+            check_output(out)
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(OutputError, match="is not UTF-8"):
+        check_output(Path())

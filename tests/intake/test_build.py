@@ -138,6 +138,14 @@ def test_given_number_of_classes_is_not_overruled_by_the_checkpoint(tmp_path: Pa
     assert built.module(torch.zeros(1, 1, 28, 28)).shape == (1, 5)
 
 
+def test_number_of_classes_is_not_advised_for_a_factory_that_takes_none(project: Path) -> None:
+    (project / "net.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(3, 5)\n")
+    torch.save(torch.nn.Linear(3, 7).state_dict(), project / "w.pt")
+    with pytest.raises(CheckpointError, match="weight is 7x3, expected 5x3") as caught:
+        build_model(model="net.py:make", weights=project / "w.pt")
+    assert "num_classes" not in str(caught.value)
+
+
 def test_old_parallel_mobilenet_goes_onto_the_feature_net_by_order(tmp_path: Path) -> None:
     state = {name: t for name, t in create("mobilenet_v1").state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "old.pth.tar")

@@ -22,6 +22,10 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
 
 
+def opaque(state: Any) -> dict[str, torch.Tensor]:
+    return {f"v{number}": tensor for number, tensor in enumerate(state.values())}
+
+
 def equal(found: Any, expected: Any) -> bool:
     return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -211,4 +215,56 @@ def test_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "load", refuse)  # tests may run as root, who may read everything
     with pytest.raises(CheckpointError, match=r"cannot read .*: Permission denied"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where"),
+    [
+        (lambda s: {"epoch": torch.tensor(3), "best_acc": torch.tensor(0.9), "model_state": s}, "model_state"),
+        (
+            lambda s: {"confusion": torch.zeros(9, 9), "norm": {"mean": torch.zeros(3)}, "run": {"best": {"own": s}}},
+            "run.best.own",
+        ),
+        (lambda s: {"a": {"b": {"c": {"d": {"e": {"state_dict": s}}}}}}, "a.b.c.d.e.state_dict"),
+        (lambda s: {"metrics": {"val.acc": torch.tensor(0.9)}, "learner": s, "seeds": [torch.zeros(5)]}, "learner"),
+        (lambda s: {"learner": s, "optimizer": {"state": {n: {"exp.avg": t} for n, t in s.items()}}}, "learner"),
+        (lambda s: {"learner": s, "adam": {"param_groups": [{}], "state": {"exp_avg": dict(s)}}}, "learner"),
+        (lambda s: (s, {"epoch": 3}), "0"),
+        (lambda s: {"epoch": torch.tensor(3), "learner": {"params": opaque(s)}}, "learner.params"),
+        (lambda s: {"confusion": torch.zeros(9, 9), "learner": opaque(s), "loss": {"train": torch.zeros(7)}}, "learner"),
+        (lambda s: {"models": [{"name": "a", "weights": s}]}, "models.0.weights"),
+        (lambda s: {"net": {n: t.numpy() for n, t in s.items()}, "acc": np.float32(0.9), "history": np.arange(3.0)}, "net"),
+    ],
+)
+def test_weights_are_found_at_any_depth_beside_other_tensors(tmp_path: Path, wrap: Any, where: str) -> None:
+    state = net().state_dict()
+    torch.save(wrap(state), tmp_path / "x.pt")
+    found = read_state_dict(tmp_path / "x.pt")
+    assert equal(found, opaque(state) if "v0" in found else state)
+    assert found.found_under == where
+
+
+def test_sets_of_weights_at_any_depth_are_all_named(tmp_path: Path) -> None:
+    sets = {"student": net().state_dict(), "teacher": net().state_dict(), "epoch": torch.tensor(3)}
+    torch.save({"run": {"last": sets}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"several sets of weights: 'run.last.student', 'run.last.teacher'"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+def test_content_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"model": None, "x": {"epoch": 1}}
+    content["model"] = content["x"]["again"] = content
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_state_dict(tmp_path / "x.pt")
+    content["0.weight"] = torch.ones(2)
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="holds itself"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+def test_tensors_without_values_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({**net().state_dict(), "1.bias": torch.ones(2, device="meta")}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"holds '1.bias' without values"):
         read_state_dict(tmp_path / "x.pt")

@@ -250,3 +250,33 @@ def test_lazy_layers_take_their_shape_from_the_checkpoint() -> None:
     module = nn.LazyLinear(3)
     assert load_weights(module, {"weight": torch.ones(3, 5), "bias": torch.ones(3)}).complete
     assert torch.equal(module.weight, torch.ones(3, 5))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.complex64, "complex64"), (torch.int32, "integers"), (torch.bool, "bool")])
+def test_numbers_that_are_no_floats_are_named(dtype: torch.dtype, kind: str) -> None:
+    state = {**nn.Linear(2, 2).state_dict(), "weight": torch.ones(2, 2).to(dtype)}
+    with pytest.raises(CheckpointError, match=f"1 of another type\n.*weight is 2x2 of {kind}, expected 2x2"):
+        load_weights(nn.Linear(2, 2), state)
+
+
+def test_number_of_classes_is_advised_only_where_it_was_found_to_fit() -> None:
+    state = {**state_of(create("lenet5")), "fc3.weight": torch.ones(7, 84), "fc3.bias": torch.ones(7)}
+    asked = []
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(create("lenet5"), state, fits_with=lambda classes: bool(asked.append(classes)))
+    assert asked == [7]
+    assert "num_classes" not in str(caught.value)
+
+
+def test_nothing_is_advised_where_nothing_is_known_to_help() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    state = {f"{word}.{kind}": torch.ones(4, 4)[:, 0] if kind == "b" else torch.ones(4, 4) for word in "xy" for kind in "wb"}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(module, state)
+    assert "Try" not in str(caught.value)
+
+
+def test_shard_without_an_index_is_said_to_be_one() -> None:
+    state = StateDict({"weight": torch.ones(2, 2)}, path=Path("model-00001-of-00003.safetensors"))
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00003.safetensors \(shard 1 of 3\) does not fit"):
+        load_weights(nn.Linear(2, 2), state)

@@ -93,3 +93,13 @@ def test_default_device_of_the_process_does_not_reach_the_factory(project: Path,
     with torch.device("meta"):
         built, _ = build_model(model="net.py:Net")
     assert built.module.fc.weight.device.type == "cpu"  # type: ignore[union-attr]
+
+
+def test_code_under_a_path_that_is_not_utf8_is_refused_by_name(project: Path) -> None:
+    try:
+        Path("caf\udce9").mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    Path("caf\udce9/net.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 2)\n")
+    with pytest.raises(FactoryError, match=r"net.py is not UTF-8, and PyTorch cannot export .*: rename it"):
+        build_model(model="caf\udce9/net.py:make")

@@ -20,6 +20,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.data.calibration_set import calibration_set
 from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
+from deploy.models import create
 from deploy.models.lenet5 import LeNet5
 from deploy.pipeline.artifact_cache import INT8_CACHE
 from deploy.precision.int8 import cache as calibration_cache
@@ -270,3 +271,51 @@ def test_only_an_fp32_onnx_artifact_can_be_quantized(convnet, images, tmp_path):
         deploy.quantize(made.onnx_path, tmp_path / "twice", calib=images)
     with pytest.raises(UsageError, match="at least one feed"):
         deploy.quantize(convnet, tmp_path / "none", calib=[])
+
+
+@pytest.mark.parametrize("counters", [True, False])
+def test_features_of_another_code_bases_mobilenet_go_from_its_checkpoint_to_int8_by_order(images, tmp_path, counters):
+    """All its names are opaque; of its classifier the feature net takes the first tensors."""
+    torch.manual_seed(0)
+    net = create("mobilenet_v1", num_classes=5, width=0.25)
+    with torch.no_grad():
+        net(torch.rand(16, 3, 32, 32))  # statistics, and counters that are not 0
+    state = {f"v{n}": tensor for n, tensor in enumerate(net.state_dict().values()) if counters or tensor.dim()}
+    torch.save({"epoch": torch.tensor(90), "learner": {"params": state}}, tmp_path / "foreign.pth.tar")
+    made = deploy.export(
+        tmp_path / "features",
+        arch="mobilenet_v1_features",
+        model_args={"width": 0.25},
+        weights=tmp_path / "foreign.pth.tar",
+        match="order",
+        inputs=["input=1x3x32x32"],
+        preprocess="none",
+    )
+    x = np.random.default_rng(1).random((4, 3, 32, 32), dtype=np.float32)
+    expected = []
+    maps = torch.from_numpy(x)
+    with torch.no_grad():
+        for stage in net.eval().model[:7]:
+            maps = stage(maps)
+            expected.append(maps.numpy())
+    quantized = deploy.quantize(made, tmp_path / "int8", calib=images, images=40)
+    assert quantized.manifest.precision == "int8"
+    for artifact, least in ((made, 0.99999), (quantized, 0.98)):
+        with deploy.load(artifact) as session:
+            found = list(session.run({"input": x}).values())
+        assert len(found) == 7
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.vdot(ours, theirs) > least * np.linalg.norm(ours) * np.linalg.norm(theirs)
+
+
+def test_a_skipped_image_whose_name_is_not_utf8_is_recorded(convnet, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    odd = tmp_path / "images" / "0" / os.fsdecode(b"caf\xe9.png")
+    try:
+        odd.write_bytes(b"no image")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    made = deploy.quantize(convnet, tmp_path / "int8", calib=tmp_path / "images")
+    assert made.manifest.calibration is not None
+    assert made.manifest.calibration.skipped == [str(odd)]
+    assert Artifact.open(made.path).manifest == made.manifest

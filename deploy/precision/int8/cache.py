@@ -1,5 +1,6 @@
 """Calibrations kept between runs, by the digest of everything that they depend on."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def folder() -> Path:
 def read(request: dict[str, Any]) -> Calibrated | None:
     """The calibration kept for `request`; None if there is none or its file is damaged: it can be computed again."""
     try:
-        kept = msgspec.json.decode(_path(request).read_bytes(), type=_File)
-    except (OSError, msgspec.DecodeError):
+        kept = msgspec.convert(json.loads(_path(request).read_bytes()), _File)
+    except (OSError, ValueError):  # msgspec's errors, JSON's and Unicode's are ValueErrors
         return None
     bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
     return Calibrated(scales=kept.scales, joint=kept.joint, shifts=kept.shifts, bias=bias, keep=kept.keep, record=kept.record)
@@ -63,7 +64,8 @@ def write(request: dict[str, Any], calibrated: Calibrated) -> None:
         keep=calibrated.keep,
         record=calibrated.record,
     )
-    keep(_path(request), msgspec.json.encode(kept), "the calibration")
+    # Not msgspec's own writer, which refuses the paths of skipped images that are not UTF-8.
+    keep(_path(request), json.dumps(msgspec.to_builtins(kept)).encode(), "the calibration")
 
 
 def _path(request: dict[str, Any]) -> Path:

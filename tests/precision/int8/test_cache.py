@@ -1,5 +1,7 @@
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -48,3 +50,11 @@ def test_a_damaged_file_is_no_calibration(folder, content):
     (path,) = folder.iterdir()
     path.write_bytes(content)
     assert cache.read(REQUEST) is None
+
+
+def test_skipped_images_whose_paths_are_not_utf8_are_kept():
+    record = msgspec.structs.replace(RECORD, skipped=["images/caf\udce9.png"])
+    cache.write(REQUEST, replace(CALIBRATED, record=record))
+    known = cache.read(REQUEST)
+    assert known is not None
+    assert known.record == record
