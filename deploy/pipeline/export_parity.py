@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
-from deploy.errors import ExportError
+from deploy.errors import DeployError, ExportError
 from deploy.evidence.parity import TOLERANCES, judge
+from deploy.intake.call import bind
 from deploy.intake.export_errors import fixed_reason, line_of
 from deploy.intake.exporter import flatten_outputs
 from deploy.pipeline.written import Case
@@ -29,9 +30,10 @@ def run_eager(
     """
     try:
         with torch.inference_mode():
-            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name].copy()) for spec in specs)))
+            args, kwargs = bind(module, {spec.name: torch.from_numpy(feed[spec.name].copy()) for spec in specs})
+            results = flatten_outputs(module(*args, **kwargs))
             return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
-    except ExportError:
+    except DeployError:
         raise
     except Exception as error:  # the user's own code: any error may come
         shapes = _shapes(feed)
@@ -159,7 +161,8 @@ def embedding_bounds(
     handles = [each.register_forward_pre_hook(look) for each in module.modules() if isinstance(each, torch.nn.Embedding)]
     try:
         with torch.inference_mode():
-            module(*zeros.values())
+            args, kwargs = bind(module, zeros)
+            module(*args, **kwargs)
     except Exception:  # noqa: S110  # zeros may be no input; the run on the feeds says what is wrong
         pass
     finally:
