@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
+from deploy.artifact.shapes import overrule
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
 from deploy.errors import ArtifactError
 
@@ -53,6 +54,7 @@ def open_onnx(path: Path) -> Artifact:
         raise ArtifactError(f"no file at {path}")
     check_onnx(path)
     model = load_graph(path)
+    overrule(model)
     inputs, outputs = graph_specs(model.graph)
     rows = looked_up(model.graph)
     inputs = [dataclasses.replace(spec, bounds=(0, rows[spec.name])) if spec.name in rows else spec for spec in inputs]
@@ -140,13 +142,30 @@ def save_model(model: ir.Model, path: Path, *, external_over: int | None = None)
 
 
 def check_onnx(path: Path) -> None:
-    """Raise ArtifactError if the file at `path` does not pass onnx.checker."""
+    """Raise ArtifactError if the file at `path` does not pass onnx.checker.
+
+    It may leave out the shape of an output whose rank its operators tell; one whose rank nothing tells is named.
+    """
     try:
-        onnx.checker.check_model(str(path))
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError:
+            model = load_graph(path)
+            if not _shapeless(model):
+                raise
+            overrule(model)
+            if not _shapeless(model):
+                onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker raise errors of several families
         culprit = re.search(r"Name: (.*?) OpType: (\w+)", str(error))
         node = f" (node {culprit[1]!r}, {culprit[2]})" if culprit else ""
         raise ArtifactError(f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[0]}{node}") from error
+
+
+def _shapeless(model: onnx.ModelProto) -> list[str]:
+    """The outputs that are tensors and have no shape."""
+    tensors = [value for value in model.graph.output if value.type.HasField("tensor_type")]
+    return [value.name for value in tensors if not value.type.tensor_type.HasField("shape")]
 
 
 def external_files(graph: onnx.GraphProto) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.preprocess import PRESET_NAMES, Preprocess
+from deploy.artifact.preprocess import IMAGE_DTYPES, PRESET_NAMES, Preprocess
 from deploy.artifact.tensors import TensorSpec, format_shape, format_specs
 from deploy.errors import UsageError
 
@@ -50,10 +50,10 @@ class ImageInput:
 def image_input(artifact: Artifact) -> ImageInput:
     """The image input of `artifact`. Raises UsageError if it has other inputs, or no preprocessing."""
     specs, preprocess = artifact.manifest.inputs, artifact.manifest.preprocess
-    if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("float32", "float16"):
+    if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in IMAGE_DTYPES:
         raise UsageError(
             f"{artifact.location} takes {format_specs(specs)}; images can be fed to a model with one input of four"
-            " dimensions, float32 or float16"
+            f" dimensions, {' or '.join(IMAGE_DTYPES)}"
         )
     if preprocess is None:
         raise UsageError(

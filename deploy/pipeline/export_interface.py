@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
 from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
 from deploy.errors import UsageError
 from deploy.intake.build import BuiltModel
@@ -45,7 +45,7 @@ def _bounds(text: str) -> tuple[str, tuple[float, float] | None]:
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:
     """Specs of the inputs: those of `texts`, else the architecture's own; the leading 1 made symbolic unless `static_batch`.
 
-    Raises UsageError.
+    It stays as it is where `batch` is another dimension: `1xbatchx8` is the state of one recurrent layer. Raises UsageError.
     """
     if not texts and built.inputs is None:
         raise UsageError(f"say what {built.factory} takes: `inputs` NAME=1x3x224x224[:dtype], once for each input")
@@ -59,7 +59,10 @@ def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) 
         raise UsageError(f"two inputs have the same name: {', '.join(names)}")
     if static_batch:
         return specs
-    return tuple(dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) else spec for spec in specs)
+    return tuple(
+        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) and BATCH not in spec.shape else spec
+        for spec in specs
+    )
 
 
 def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[TensorSpec], found: Sequence[str]) -> list[str]:
@@ -67,7 +70,8 @@ def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[Tenso
     names = list(texts or built.outputs or found)
     taken = [spec.name for spec in inputs]
     if twice := [name for name in names if names.count(name) + taken.count(name) > 1]:
-        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs")
+        own = "" if texts else f"; {built.factory} names it so: give all outputs names with `outputs`"
+        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs{own}")
     if len(names) != len(found):
         raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
     return names
@@ -129,6 +133,8 @@ def _for_size(spec: str, image: TensorSpec) -> Preprocess:
 
 def _misfit(preprocess: Preprocess, image: TensorSpec) -> str:
     """How the array that `preprocess` makes differs from the input, as far as both are fixed; "" where it does not."""
+    if image.dtype not in IMAGE_DTYPES:
+        return f"it makes float32 of an image, and the model takes {image}"
     size: tuple[Dim, Dim] = ("height", "width")
     if preprocess.crop is not None:
         size = (preprocess.crop, preprocess.crop) if isinstance(preprocess.crop, int) else preprocess.crop

@@ -5,6 +5,7 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult, common
 from onnxscript import version_converter
 
+from deploy.artifact.shapes import overruled
 from deploy.errors import PrecisionError
 from deploy.precision.graph import first_line, opset_version, slim_proto, unused
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass, opset_from
@@ -35,6 +36,8 @@ class Prepare(PrecisionPass):
         changed |= common.RemoveInitializersFromInputsPass()(model).modified
         changed |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
         changed |= common.NameFixPass()(model).modified
+        if VALID.violation(model):
+            changed |= _overrule_shapes(model)
         if violation := VALID.violation(model):
             raise PrecisionError(f"the graph is not valid ONNX: {violation}")
         changed |= _infer_types(model)
@@ -71,6 +74,15 @@ def _put_back(original: ir.Graph, slim: ir.Graph) -> None:
             slim.register_initializer(value)
             if weight not in original.inputs:
                 slim.inputs.remove(value)
+
+
+def _overrule_shapes(model: ir.Model) -> bool:
+    """Record the shapes that the operators give where others of another rank are recorded; returns whether there were any."""
+    shapes = overruled(slim_proto(model))
+    values = [value for value in (out for node in model.graph for out in node.outputs) if value.name in shapes]
+    for value in values:
+        value.shape = ir.serde.deserialize_tensor_shape(shapes[str(value.name)])
+    return bool(values)
 
 
 def _infer_types(model: ir.Model) -> bool:
