@@ -40,6 +40,9 @@ def explain(
     if program is None and (script := _script_called(module, *arguments)) is not None:
         reason = f"{f'it calls {script!r}, which' if script else 'it'} is a TorchScript module (torch.jit.script, trace or load)"
         remedy = "make it of the plain torch.nn.Module, before torch.jit"
+    elif program is None and (name := _unregistered(module)) is not None:
+        reason = f"it holds {name!r}, a name that torch lets no part be registered by, and torch.export cannot reach it"
+        remedy = "rename it: no dot, no empty name and no name of the module's own attributes"
     elif isinstance(root, ExportError):  # ours, from within the trace
         reason, _, remedy = str(root).partition("\n")
     elif "data-dependent" in text:
@@ -64,6 +67,15 @@ def fixed_reason(dims: Sequence[str]) -> tuple[str, str]:
         f"the module's code fixes the {noun} {names} that should stay dynamic",
         "compute with x.shape as it is (no int(), loop or fixed number), or export with `static_batch` and numbers in `inputs`",
     )
+
+
+def _unregistered(module: torch.nn.Module) -> str | None:
+    """A part that was put under a name which `register_module`, `register_parameter` and `register_buffer` refuse."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+            if not name or "." in name or hasattr(type(owner), name):
+                return f"{path}.{name}" if path else name
+    return None
 
 
 def _script_called(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

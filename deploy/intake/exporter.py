@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ExportError
 from deploy.intake.adaptive_pools import AdaptivePools
+from deploy.intake.attribute_names import any_attribute_name
 from deploy.intake.call import bind, dynamic_shapes
 from deploy.intake.export_errors import explain, fixed_at, size_branches
 from deploy.intake.graph_names import name_graph
@@ -86,7 +87,7 @@ def export_graph(
     args, kwargs = bind(module, {spec.name: feed[spec.name] for spec in inputs})
     shapes = dynamic_shapes(module, inputs)
     program: torch.export.ExportedProgram | None = None
-    with _quiet():
+    with _quiet(), any_attribute_name():
         try:
             with AdaptivePools(), RecurrentLayers():
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -40,7 +40,7 @@ from deploy.pipeline.export_interface import (
     read_classes,
 )
 from deploy.pipeline.export_options import ExportOptions
-from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, embedding_bounds, finite, other_size, run_eager
+from deploy.pipeline.export_parity import REAL_ROWS, check_repeatable, finite, integer_bounds, other_size, run_eager
 from deploy.pipeline.stage import PathLike, run_stage
 from deploy.pipeline.written import Case, prove
 from deploy.progress import Progress, silent
@@ -292,8 +292,8 @@ def _case(data: str, feed: Feed, names: Sequence[str], results: Feed) -> Case:
 def _bounded(
     specs: Sequence[TensorSpec], module: torch.nn.Module, dims: Mapping[str, int], preprocess: Preprocess | None
 ) -> tuple[TensorSpec, ...]:
-    """`specs` with the range of made-up numbers where it is known and was not given: rows of an Embedding, or raw pixels."""
-    tables = embedding_bounds(module, specs, dims)
+    """`specs` with the range of made-up numbers where it is known and was not given: rows of a table, or raw pixels."""
+    tables = integer_bounds(module, specs, dims)
     pixels = preprocess.pixel_range() if preprocess is not None else None
     return tuple(
         spec if spec.bounds is not None else dataclasses.replace(spec, bounds=tables.get(spec.name, pixels)) for spec in specs
