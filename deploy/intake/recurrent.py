@@ -27,13 +27,13 @@ _OPERATORS: dict[Any, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 _NAMES = {name for name, _, _ in _OPERATORS.values()}
 
 _DTYPES = (torch.float32, torch.float16)
-"""Those of the operators that backends run; another is traced step by step."""
+"""Those of the operators that ONNX Runtime has."""
 
 
 class RecurrentLayers(TorchFunctionMode):
     """While it is active, `nn.LSTM`, `nn.GRU` and `nn.RNN` in eval mode become one ONNX operator for each of their layers.
 
-    Raises ExportError for an LSTM with projections and for packed sequences, which have no such operator.
+    Raises ExportError for an LSTM with projections, for packed sequences and for other dtypes.
     """
 
     def __torch_function__(
@@ -41,11 +41,14 @@ class RecurrentLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         # (input, state, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first): a sequence that is not packed
-        if func in _OPERATORS and len(args) == 9 and isinstance(args[3], bool) and args[0].dtype in _DTYPES:
+        if func in _OPERATORS and len(args) == 9 and isinstance(args[3], bool):
             x, state, weights, biased, layers, _, train, bidirectional, batch_first = args
             states = list(state) if isinstance(state, (tuple, list)) else [state]
             if len(states) == 2 and states[0].shape[2] != states[1].shape[2]:
                 raise ExportError("ONNX has no LSTM with projections\nleave out proj_size")
+            if x.dtype not in _DTYPES:
+                dtype = str(x.dtype).removeprefix("torch.")
+                raise ExportError(f"ONNX Runtime has no recurrent operator in {dtype}\nmake the layer float32")
             if not train:
                 return _recurrent(_OPERATORS[func], x, states, weights, biased, layers, 1 + bidirectional, batch_first)
         if func is torch._pack_padded_sequence:

@@ -91,3 +91,12 @@ def test_what_has_no_operator_is_refused_with_the_users_line(module: nn.Module, 
         ExportError, match=rf"{type(module).__name__} cannot be exported: {__file__}:\d+ in forward of .*{message}"
     ):
         export_graph(module.eval(), [spec], {"x": torch.randn(2, 4, 6)}, ["y"], user_files=[__file__])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(6, 8, batch_first=True), nn.RNN(6, 8, batch_first=True)], ids=["LSTM", "RNN"])
+@pytest.mark.parametrize("length", [4, "T"])
+def test_a_dtype_that_onnx_runtime_has_no_operator_for_is_refused(layer: nn.RNNBase, length: int | str) -> None:
+    spec = TensorSpec(name="x", dtype="float64", shape=("batch", length, 6))
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    with pytest.raises(ExportError, match="ONNX Runtime has no recurrent operator in float64\nmake the layer float32"):
+        export_graph(Net(layer).double().eval(), [spec], {"x": x}, ["y"])
