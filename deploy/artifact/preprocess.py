@@ -21,6 +21,9 @@ from deploy.errors import DataError, UsageError, UserCodeError
 _LARGE = 10.0
 """Normalized pixels stay well below it."""
 
+IMAGE_DTYPES = ("float32", "float16")
+"""Those of an input that images are fed to."""
+
 Size = int | tuple[int, int]
 
 INTERPOLATIONS = {

@@ -8,7 +8,7 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.image_ops import image_name
 from deploy.artifact.manifest import Manifest
-from deploy.artifact.preprocess import PRESET_NAMES, Preprocess
+from deploy.artifact.preprocess import IMAGE_DTYPES, PRESET_NAMES, Preprocess
 from deploy.artifact.tensors import TensorSpec, format_shape, format_specs
 from deploy.errors import UsageError, UserCodeError
 
@@ -120,7 +120,7 @@ def image_inputs(artifact: Artifact) -> list[ImageInput]:
 
 def takes_images(spec: TensorSpec) -> bool:
     """Whether images can be fed to an input."""
-    return len(spec.shape) == 4 and spec.dtype in ("float32", "float16")
+    return len(spec.shape) == 4 and spec.dtype in IMAGE_DTYPES
 
 
 def _image(manifest: Manifest) -> TensorSpec | None:
@@ -138,5 +138,5 @@ def _image(manifest: Manifest) -> TensorSpec | None:
 def _refusal(artifact: Artifact) -> str:
     return (
         f"{artifact.location} takes {format_specs(artifact.manifest.inputs)}; images can be fed to a model with one input of four"
-        " dimensions, float32 or float16"
+        f" dimensions, {' or '.join(IMAGE_DTYPES)}"
     )

@@ -16,6 +16,7 @@ from deploy.artifact.manifest import WEIGHTS, Source, SourceFile, file_digest
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ArtifactError, FactoryError, UsageError
+from deploy.intake.call import by_position
 from deploy.intake.checkpoint import read_state_dict
 from deploy.intake.fit import LoadReport, StateDict, infer_num_classes, load_weights, mismatches
 from deploy.intake.model_args import record_args, recorded_args
@@ -114,7 +115,7 @@ def build_model(
 
 
 def rebuild(artifact: Artifact) -> nn.Module:
-    """The eager module that `artifact`, or the first of its ancestors, was exported from: on the CPU, in eval mode.
+    """The eager module that `artifact`, or the first of its ancestors, was exported from: on the CPU, in eval mode, by position.
 
     Runs the factory's code after it has compared the user's files with the digests in the manifest. Raises ArtifactError when a
     parent or the weights are missing or damaged, FactoryError when there is no module to rebuild, a file has changed or
@@ -141,7 +142,7 @@ def rebuild(artifact: Artifact) -> nn.Module:
             " remove it from the import path, or export again"
         )
     load_saved(module, weights)
-    return module
+    return by_position(module, [spec.name for spec in root.manifest.inputs])
 
 
 def _recipe(factory: str, folder: str | None) -> Recipe:

@@ -1,6 +1,5 @@
 """Explains why a module cannot be exported, with the line of the user's code that prevents it."""
 
-import inspect
 import linecache
 import re
 import traceback
@@ -10,9 +9,14 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from deploy.artifact.tensors import TensorSpec
+from deploy.errors import ExportError
 from deploy.intake.adaptive_pools import AdaptivePools
+from deploy.intake.call import bound
+from deploy.intake.recurrent import RecurrentLayers
 
 
 def explain(
@@ -20,19 +24,28 @@ def explain(
     module: torch.nn.Module,
     program: torch.export.ExportedProgram | None,
     inputs: Sequence[TensorSpec],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
     user_files: Sequence[str],
     fixed: str | None,
 ) -> str:
     """Two lines about a failed export: the place in the user's file, if it is known, with the reason; and what to do.
 
-    program: the result of torch.export, None if torch.export itself failed. fixed: the line that `fixed_at` returned.
+    program: the result of torch.export, None if torch.export itself failed. arguments: of `module`. fixed: the line that `fixed_at` returned.
     """
     chain = list(_chain(error))
     where = line_of(error, user_files) or (_line_of_node(chain, program, user_files) if program is not None else None)
     root = chain[-1] if program is None else next((one for one in chain if type(one).__name__ == "DispatchError"), chain[-1])
     reason = _first_line(str(root)) or type(root).__name__
     text = " ".join(str(one) for one in chain)
-    if "data-dependent" in text:
+    if program is None and (script := _script_called(module, *arguments)) is not None:
+        reason = f"{f'it calls {script!r}, which' if script else 'it'} is a TorchScript module (torch.jit.script, trace or load)"
+        remedy = "make it of the plain torch.nn.Module, before torch.jit"
+    elif program is None and (name := _unregistered(module)) is not None:
+        reason = f"it holds {name!r}, a name that torch lets no part be registered by, and torch.export cannot reach it"
+        remedy = "rename it: no dot, no empty name and no name of the module's own attributes"
+    elif isinstance(root, ExportError):  # ours, from within the trace
+        reason, _, remedy = str(root).partition("\n")
+    elif "data-dependent" in text:
         reason = f"the control flow depends on the values of a tensor ({reason})"
         remedy = "use torch.where or torch.cond in its place"
     elif "specialized" in text or "Constraints violated" in text:
@@ -56,6 +69,35 @@ def fixed_reason(dims: Sequence[str]) -> tuple[str, str]:
     )
 
 
+def _unregistered(module: torch.nn.Module) -> str | None:
+    """A part that was put under a name which `register_module`, `register_parameter` and `register_buffer` refuse."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+            if not name or "." in name or hasattr(type(owner), name):
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _script_called(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The first TorchScript module that `module` calls, "" for itself, None where it calls none: torch.export cannot look into it."""
+    names = {inner: name for name, inner in module.named_modules() if isinstance(inner, torch.jit.ScriptModule)}
+    called: list[str] = []
+    if not names:
+        return None
+
+    def look(inner: torch.nn.Module, args: object) -> None:
+        called.extend([names[inner]] if inner in names else [])
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        module(*args, **kwargs)
+    except Exception:  # noqa: S110  # the export failed before; what was called until then is known
+        pass
+    finally:
+        handle.remove()
+    return next(iter(called), None)
+
+
 def line_of(error: BaseException, user_files: Sequence[str]) -> str | None:
     """The innermost line of the user's own code in the tracebacks, innermost error first, and the module it is in."""
     for one in reversed(list(_chain(error))):
@@ -66,7 +108,7 @@ def line_of(error: BaseException, user_files: Sequence[str]) -> str | None:
 
 
 def fixed_at(
-    module: torch.nn.Module, args: tuple[torch.Tensor, ...], shapes: tuple[Any, ...], user_files: Sequence[str]
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any], user_files: Sequence[str]
 ) -> str | None:
     """The line of the user's code at which torch.export first makes a number of a dynamic dimension; None if it never does.
 
@@ -83,8 +125,8 @@ def fixed_at(
 
     setattr(ShapeEnv, "_set_replacement", watched)  # noqa: B010  # mypy forbids to assign a method
     try:
-        with AdaptivePools():
-            torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        with AdaptivePools(), RecurrentLayers():
+            torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception:  # noqa: S110  # the error that is being explained
         pass
     finally:
@@ -152,10 +194,11 @@ def _line_of_node(chain: Sequence[BaseException], program: torch.export.Exported
 
 def _fixed_dims(text: str, module: torch.nn.Module, inputs: Sequence[TensorSpec]) -> list[str]:
     """The dimensions in torch's complaint, by their names in the specs; all dynamic ones if it names none."""
-    parameters = list(inspect.signature(module.forward).parameters)
-    by_name = dict(zip(parameters, inputs, strict=False))
-    named = re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text)
-    dims = [str(by_name[name].shape[int(axis)]) for name, axis in named if name in by_name]
+    by_path = {
+        f"L{keystr(path)}": spec for path, spec in tree_flatten_with_path(bound(module, {spec.name: spec for spec in inputs}))[0]
+    }
+    named = re.findall(r"(L(?:\[[^\[\]]+\])+)\.size\(\)\[(\d+)\]", text)
+    dims = [str(by_path[path].shape[int(axis)]) for path, axis in named if path in by_path]
     return list(dict.fromkeys(dims or (dim for spec in inputs for dim in spec.dynamic)))
 
 

@@ -2,45 +2,70 @@
 
 import io
 import logging
-import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import count
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ExportError
 from deploy.intake.adaptive_pools import AdaptivePools
+from deploy.intake.attribute_names import any_attribute_name
+from deploy.intake.call import bind, dynamic_shapes
 from deploy.intake.export_errors import explain, fixed_at, size_branches
+from deploy.intake.graph_names import name_graph
+from deploy.intake.recurrent import RecurrentLayers, fold_weights
 
 logger = logging.getLogger(__name__)
 
-_MODULE_KEY = "pkg.torch.onnx.name_scopes"
-
 
 def flatten_outputs(result: Any) -> dict[str, torch.Tensor]:
-    """Tensors of a module's result by name: a tensor, or nested tuples, lists and dicts of them.
+    """Tensors of a module's result by name: a tensor, or nested tuples, lists and dicts of them. None among them is left out.
 
-    A lone tensor is `output`, members of a sequence are numbered, those of a dict keep their keys. Raises ExportError
-    for anything else.
+    A lone tensor is `output`, members of a sequence are numbered, those of a dict keep their keys. Where a member of a member
+    would be called as another output, a number is appended. Raises ExportError for anything else, and for no tensor at all.
     """
-    if isinstance(result, torch.Tensor):
+    flat = named_leaves(result)
+    for name, value in flat.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            place = "" if value is result else f" as {name!r}"
+            raise ExportError(
+                f"the module returns a {type(value).__name__}{place}; expected tensors, or tuples, lists and dicts of them"
+            )
+    tensors = {name: value for name, value in flat.items() if value is not None}
+    if not tensors:
+        raise ExportError(f"the module returns no tensor{' but None' if flat else ''}; expected one at least")
+    return tensors
+
+
+def named_leaves(result: Any) -> dict[str, Any]:
+    """What is in the nested tuples, lists and dicts of `result`, by the names of `flatten_outputs`."""
+    members = _members(result)
+    if members is None:
         return {"output": result}
-    if isinstance(result, Mapping):
-        items = [(str(key), value) for key, value in result.items()]
-    elif isinstance(result, (tuple, list)):
-        items = [(f"output_{index}", value) for index, value in enumerate(result)]
-    else:
-        raise ExportError(f"the module returns a {type(result).__name__}; expected tensors, or tuples, lists and dicts of them")
-    flat: dict[str, torch.Tensor] = {}
-    for key, value in items:
-        if isinstance(value, torch.Tensor):
-            flat[key] = value
-        else:
-            flat |= {f"{key}_{name.removeprefix('output_')}": tensor for name, tensor in flatten_outputs(value).items()}
+    own = {key for key, member in members if _members(member) is None}
+    flat: dict[str, Any] = {}
+    for key, member in members:
+        for inner, leaf in named_leaves(member).items():
+            whole = _members(member) is None
+            name = key if whole else f"{key}_{inner.removeprefix('output_')}"
+            taken = name in flat or (name in own and not whole)
+            flat[next(free for n in count(2) if (free := f"{name}_{n}") not in {*flat, *own}) if taken else name] = leaf
     return flat
+
+
+def _members(value: Any) -> list[tuple[str, Any]] | None:
+    """The members of a dict or a sequence, by key or number; None for anything else."""
+    if isinstance(value, Mapping):
+        return [(str(key), member) for key, member in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(f"output_{index}", member) for index, member in enumerate(value)]
+    return None
 
 
 def export_graph(
@@ -52,86 +77,37 @@ def export_graph(
     opset: int | None = None,
     user_files: Sequence[str] = (),
 ) -> ir.Model:
-    """Export `module`, called with the tensors of `feed` in the order of `inputs`.
+    """Export `module`, called with the tensors of `feed` as `deploy.intake.call.bind` says.
 
     Symbolic dimensions of `inputs` stay dynamic. `outputs` names the flattened outputs in order. `user_files` are the
     Python files that an error should point into. Raises ExportError, with the module and the line in the user's file if it is
-    known. Logs a warning if the user's code branches on a size, because the graph has only one side of the branch.
+    known, and UsageError where `module` does not take these inputs. Logs a warning if the user's code branches on a size,
+    because the graph has only one side of the branch, and for an output that is None.
     """
-    dynamic = [{axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs]
-    args = tuple(feed[spec.name] for spec in inputs)
-    shapes = tuple(axes or None for axes in dynamic)
+    args, kwargs = bind(module, {spec.name: feed[spec.name] for spec in inputs})
+    shapes = dynamic_shapes(module, inputs)
     program: torch.export.ExportedProgram | None = None
-    with _quiet():
+    with _quiet(), any_attribute_name():
         try:
-            with AdaptivePools():
-                program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=[spec.name for spec in inputs],
-                output_names=list(outputs),
-                opset_version=opset,
-                verbose=False,
-            )
+            with AdaptivePools(), RecurrentLayers():
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            converted = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
         except Exception as error:  # the exporter lets errors of every kind through
-            line = fixed_at(module, args, shapes, user_files) if program is None else None
-            raise ExportError(explain(error, module, program, inputs, user_files, line)) from error
+            line = fixed_at(module, args, kwargs, shapes, user_files) if program is None else None
+            raise ExportError(explain(error, module, program, inputs, (args, kwargs), user_files, line)) from error
     if converted is None:
         raise ExportError("the ONNX exporter returned nothing")
-    for branch in size_branches(program, inputs, user_files):
-        logger.warning("%s", branch)
+    results = tree_unflatten(list(program.graph_signature.user_outputs), program.call_spec.out_spec)
+    for name in [name for name, value in named_leaves(results).items() if value is None]:
+        logger.warning("%s is None, and is left out", name)
     model: ir.Model = converted.model
-    _name_dims(model, inputs)
-    _name_nodes(model)
+    fold_weights(model)
+    passed: list[TensorSpec] = tree_leaves(bind(module, {spec.name: spec for spec in inputs}))  # in the order of the parameters
+    for branch in size_branches(program, passed, user_files):
+        logger.warning("%s", branch)
+    name_graph(model, passed, outputs)
+    model.graph.inputs[:] = [model.graph.inputs[passed.index(spec)] for spec in inputs]
     return model
-
-
-def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
-    """Replace torch's names of symbolic dimensions (`s77`) by those of the specs, also inside expressions."""
-    names: dict[str, str] = {}
-    for value, spec in zip(model.graph.inputs, inputs, strict=True):
-        for symbol, dim in zip(value.shape or (), spec.shape, strict=True):
-            if isinstance(symbol, ir.SymbolicDim) and symbol.value and isinstance(dim, str):
-                names[symbol.value] = dim
-    if not names:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    for value in {*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph.all_nodes() for out in node.outputs)}:
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [
-                    ir.SymbolicDim(pattern.sub(lambda match: names[match[1]], dim.value))
-                    if isinstance(dim, ir.SymbolicDim) and dim.value
-                    else dim
-                    for dim in value.shape
-                ]
-            )
-
-
-def _name_nodes(model: ir.Model) -> None:
-    """Name every node after its torch module (`layer1.0.conv1/Conv`), and delete the exporter's metadata.
-
-    Reports name nodes. The metadata contains paths of the machine that exported.
-    """
-    taken: dict[str, int] = {}
-    for node in model.graph.all_nodes():
-        scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_MODULE_KEY, ""))
-        owner = next((scope for scope in reversed(scopes[:-1]) if scope), "")
-        weight = next((value.name for value in node.inputs[1:] if value is not None and value.is_initializer()), None)
-        if weight and re.search(r"\.weight(_|$)", weight):  # a Conv with a folded BatchNorm has the scope of the BatchNorm
-            owner = weight[: weight.rindex(".weight")]
-        name = f"{owner}/{node.op_type}" if owner else node.op_type
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-        node.metadata_props.clear()
-    for value in {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}:
-        value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
 
 
 @contextmanager
@@ -140,7 +116,9 @@ def _quiet() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # Of recurrent layers, which keep their weights in a list too.
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\..*_flat_weights", UserWarning)
             yield
     finally:
         logging.disable(previous)

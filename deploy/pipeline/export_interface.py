@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
 from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
 from deploy.artifact.usercode import UserFunction, split_spec
 from deploy.data.images import ImageInput, takes_images
@@ -52,7 +52,7 @@ def _bounds(text: str) -> tuple[str, tuple[float, float] | None]:
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:
     """Specs of the inputs: those of `texts`, else the architecture's own; the leading 1 made symbolic unless `static_batch`.
 
-    Raises UsageError.
+    It stays as it is where `batch` is another dimension: `1xbatchx8` is the state of one recurrent layer. Raises UsageError.
     """
     if not texts and built.inputs is None:
         raise UsageError(f"say what {built.factory} takes: `inputs` NAME=1x3x224x224[:dtype], once for each input")
@@ -66,7 +66,10 @@ def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) 
         raise UsageError(f"two inputs have the same name: {', '.join(names)}")
     if static_batch:
         return specs
-    return tuple(dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) else spec for spec in specs)
+    return tuple(
+        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) and BATCH not in spec.shape else spec
+        for spec in specs
+    )
 
 
 def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[TensorSpec], found: Sequence[str]) -> list[str]:
@@ -74,7 +77,8 @@ def output_names(texts: Sequence[str], built: BuiltModel, inputs: Sequence[Tenso
     names = list(texts or built.outputs or found)
     taken = [spec.name for spec in inputs]
     if twice := [name for name in names if names.count(name) + taken.count(name) > 1]:
-        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs")
+        own = "" if texts else f"; {built.factory} names it so: give all outputs names with `outputs`"
+        raise UsageError(f"the name {twice[0]!r} is given to two inputs or outputs{own}")
     if len(names) != len(found):
         raise UsageError(f"{built.factory} has {len(found)} outputs, and {len(names)} names were given: {', '.join(names)}")
     return names
@@ -250,6 +254,8 @@ def _size_of(image: TensorSpec) -> tuple[int, int] | None:
 
 def _misfit(preprocess: Preprocess, image: TensorSpec) -> str:
     """How the array that `preprocess` makes differs from the input, as far as both are fixed; "" where it does not."""
+    if image.dtype not in IMAGE_DTYPES:
+        return f"it makes float32 of an image, and the model takes {image}"
     size: tuple[Dim, Dim] = preprocess.size or ("height", "width")
     made = (preprocess.channels, *size) if preprocess.layout == "chw" else (*size, preprocess.channels)
     wanted = image.shape[1:]

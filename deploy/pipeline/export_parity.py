@@ -8,10 +8,12 @@ import torch
 
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
-from deploy.errors import ExportError
+from deploy.errors import DeployError, ExportError
 from deploy.evidence.parity import TOLERANCES, judge
+from deploy.intake.call import bind
 from deploy.intake.export_errors import fixed_reason, line_of
 from deploy.intake.exporter import flatten_outputs
+from deploy.intake.lookups import Lookups
 from deploy.pipeline.written import Case
 
 REAL_ROWS = 8
@@ -31,9 +33,10 @@ def run_eager(
     """
     try:
         with torch.inference_mode():
-            results = flatten_outputs(module(*(torch.from_numpy(feed[spec.name].copy()) for spec in specs)))
+            args, kwargs = bind(module, {spec.name: torch.from_numpy(feed[spec.name].copy()) for spec in specs})
+            results = flatten_outputs(module(*args, **kwargs))
             return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
-    except ExportError:
+    except DeployError:
         raise
     except Exception as error:  # the user's own code: any error may come
         shapes = _shapes(feed)
@@ -135,39 +138,25 @@ def other_size(
     return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if tried and tried[0][dim] != size)
 
 
-def embedding_bounds(
+def integer_bounds(
     module: torch.nn.Module, specs: Sequence[TensorSpec], dims: Mapping[str, int]
 ) -> dict[str, tuple[float, float]]:
-    """The rows of the table for every integer input that goes straight into an Embedding, by name.
+    """The rows of the table for every integer input that is looked up as it is, by name.
 
     Found by running the module on zeros, which are in every table.
     """
-    zeros = {
-        spec.name: torch.zeros(spec.concrete(dims), dtype=getattr(torch, spec.dtype))
-        for spec in specs
-        if hasattr(torch, spec.dtype)
-    }
-    if len(zeros) != len(specs) or not any(spec.dtype.startswith(("int", "uint")) for spec in specs):
+    integers = [spec.name for spec in specs if spec.dtype.startswith(("int", "uint"))]
+    if not integers:
         return {}
-    where = {tensor.data_ptr(): name for name, tensor in zeros.items()}
-    bounds: dict[str, tuple[float, float]] = {}
-
-    def look(table: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        name = where.get(args[0].data_ptr()) if args and isinstance(args[0], torch.Tensor) else None
-        if name is not None:
-            rows = float(table.num_embeddings)  # type: ignore[arg-type]
-            bounds[name] = (0.0, min(rows, bounds.get(name, (0.0, rows))[1]))
-
-    handles = [each.register_forward_pre_hook(look) for each in module.modules() if isinstance(each, torch.nn.Embedding)]
+    zeros = {spec.name: torch.zeros(spec.concrete(dims), dtype=getattr(torch, spec.dtype)) for spec in specs}
+    args, kwargs = bind(module, zeros)
+    lookups = Lookups({name: zeros[name] for name in integers})
     try:
-        with torch.inference_mode():
-            module(*zeros.values())
+        with torch.inference_mode(), lookups:
+            module(*args, **kwargs)
     except Exception:  # noqa: S110  # zeros may be no input; the run on the feeds says what is wrong
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return bounds
+    return {name: (0.0, float(rows)) for name, rows in lookups.rows.items()}
 
 
 def finite(case: Case, *, fatal: bool) -> bool:
@@ -185,7 +174,7 @@ def bounded(
     specs: Sequence[TensorSpec], module: torch.nn.Module, dims: Mapping[str, int], preprocesses: Mapping[str, Preprocess]
 ) -> tuple[TensorSpec, ...]:
     """`specs` with the range of made-up numbers where it is known and was not given: rows of an Embedding, or raw pixels."""
-    tables = embedding_bounds(module, specs, dims)
+    tables = integer_bounds(module, specs, dims)
     pixels = {name: preprocess.pixel_range() for name, preprocess in preprocesses.items()}
     return tuple(
         spec if spec.bounds is not None else dataclasses.replace(spec, bounds=tables.get(spec.name, pixels.get(spec.name)))

@@ -5,9 +5,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
+from onnx import helper
 
+from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.onnxshapes import dim_name, infer_shapes, slim_proto
+from deploy.precision.passes import VALID
+from deploy.precision.prepare import Prepare
 
 
 def parsed(text: str, opset: int = 20) -> ir.Model:
@@ -92,3 +97,49 @@ def test_a_normalization_that_onnx_does_not_infer_keeps_the_shape_of_its_input()
         ("a = LayerNormalization(x, s, b)", 16),  # which ONNX Runtime had before ONNX
     ):
         assert shapes(parsed(text.format(body), opset))["y"] == ["n", 4, 8]
+
+
+BODY = """<ir_version: 9, opset_import: ["" : 17]>
+g (float[N, 3, 4] x) => (float[N, 3] y, float[N, 9] z) <float[7, 7, 7, 7] inner> {
+  shape = Constant<value_ints = [0, -1]>()
+  inner = Relu(x)
+  y = Identity(inner)
+  z = Reshape(inner, shape)
+}"""
+
+
+def file_of(tmp_path: Path, y: list[int | str] | None, z: list[int | str] | None, inner: list[int] | None) -> Path:
+    """A file whose outputs y (really N x 3 x 4) and z (N x 12), and a value inside (as y), have these shapes recorded."""
+    model = onnx.parser.parse_model(BODY)
+    for value, shape in zip((*model.graph.output, *model.graph.value_info), (y, z, inner), strict=True):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape))
+    onnx.save(model, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+WRONG: dict[str, tuple[list[int | str] | None, list[int | str] | None, list[int] | None]] = {
+    "too few": (["N", "L"], ["N", 12], None),
+    "too many": (["N", 3, 4], ["N", 3, 2, 2], None),
+    "other sizes": (["N", 3, 5], ["N", 9], None),
+    "none": (None, None, None),
+    "inside": (["N", 3, 4], ["N", 12], [2, 2]),
+    "a scalar": ([], ["N", 12], [1]),
+}
+
+
+@pytest.mark.parametrize(("y", "z", "inner"), WRONG.values(), ids=WRONG)
+def test_a_wrong_shape_is_overruled_for_the_manifest_and_the_passes(
+    y: list[int | str] | None, z: list[int | str] | None, inner: list[int] | None, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, y, z, inner)
+    outputs = open_onnx(path).manifest.outputs
+    assert [str(spec) for spec in outputs] == ["y: float32 Nx3x4", "z: float32 Nx12"]
+    model = onnx.load(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = session.run(None, {"x": np.ones((2, 3, 4), np.float32)})
+    assert [array.shape for array in given] == [(2, 3, 4), (2, 12)]
+    graph = ir.from_proto(model)
+    Prepare()(graph)
+    assert VALID.violation(graph) == ""
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [array.shape for array in session.run(None, {"x": np.ones((2, 3, 4), np.float32)})] == [(2, 3, 4), (2, 12)]

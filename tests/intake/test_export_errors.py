@@ -170,3 +170,39 @@ def test_a_branch_on_a_size_that_leaves_others_open_is_a_warning(
         nn.Conv2d(3, 4, 3, stride=2), [spec("batch", 3, "H", "W")], {"x": torch.randn(2, 3, 9, 8)}, ["y"], user_files=[path]
     )
     assert not [record for record in caplog.records if record.name == "deploy.intake.exporter"]
+
+
+class Holds(nn.Module):
+    """Calls its part, and has another one that it does not call."""
+
+    def __init__(self, part: object, idle: nn.Module | None = None) -> None:
+        super().__init__()
+        self.part, self.idle = part, idle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)  # type: ignore[operator, no-any-return]
+
+
+def script(module: nn.Module, how: str) -> nn.Module:
+    with pytest.warns(FutureWarning if how == "script" else Warning):
+        return torch.jit.script(module) if how == "script" else torch.jit.trace(module, torch.zeros(2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("how", "outer", "what"),
+    [
+        ("script", lambda part: part, "it is"),
+        ("trace", lambda part: part, "it is"),
+        ("script", Holds, "it calls 'part', which is"),
+        ("script", lambda part: nn.Sequential(nn.ReLU(), Holds(part)), r"it calls '1\.part', which is"),
+    ],
+)
+def test_a_torchscript_module_is_named(how: str, outer: object, what: str) -> None:
+    module = outer(script(nn.Linear(3, 3), how)).eval()  # type: ignore[operator]
+    with pytest.raises(ExportError, match=rf"cannot be exported: .*{what} a TorchScript module"):
+        export_graph(module, [spec("batch", 3)], {"x": torch.zeros(2, 3)}, ["y"], user_files=[__file__])
+
+
+def test_a_torchscript_module_that_is_not_called_is_not_in_the_way() -> None:
+    module = Holds(nn.Linear(3, 3), script(nn.Linear(3, 3), "script")).eval()
+    export_graph(module, [spec("batch", 3)], {"x": torch.zeros(2, 3)}, ["y"])

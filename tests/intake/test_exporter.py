@@ -161,3 +161,31 @@ def test_nested_results_are_flattened_with_names() -> None:
     assert list(flatten_outputs({"boxes": a, "heads": [b, c]})) == ["boxes", "heads_0", "heads_1"]
     with pytest.raises(ExportError, match="returns a str"):
         flatten_outputs("text")
+
+
+def test_members_of_members_give_way_to_names_that_are_the_users_own() -> None:
+    a, b, c, d = (torch.full((1,), float(index)) for index in range(4))
+    assert flatten_outputs({"a": [a, b], "a_0": c}) == {"a_0_2": a, "a_1": b, "a_0": c}
+    assert flatten_outputs({"a": {"0": a}, "a_0": [b], "a_0_2": c, 1: d}) == {"a_0": a, "a_0_0": b, "a_0_2": c, "1": d}
+    assert flatten_outputs({1: a, "1": b}) == {"1": a, "1_2": b}
+    assert flatten_outputs(([a, [b]], {"0": c})) == {"output_0_0": a, "output_0_1_0": b, "output_1_0": c}
+
+
+def test_none_among_the_outputs_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return {"y": x + 1, "loss": None, "more": [None, x * 2]}
+
+    assert list(flatten_outputs(Half()(torch.zeros(1)))) == ["y", "more_1"]
+    graph = export(Half(), spec("batch", 3), outputs=("y", "more_1"))
+    assert [message for message in caplog.messages if "None" in message] == [
+        "loss is None, and is left out",
+        "more_0 is None, and is left out",
+    ]
+    y, more = run(graph, tmp_path, x=np.ones((2, 3), np.float32))
+    assert (y == 2).all()
+    assert (more == 2).all()
+    with pytest.raises(ExportError, match="no tensor but None"):
+        flatten_outputs((None, [None]))
+    with pytest.raises(ExportError, match="returns a float as 'loss'"):
+        flatten_outputs({"y": torch.zeros(1), "loss": 0.5})

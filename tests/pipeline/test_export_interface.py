@@ -15,8 +15,10 @@ from deploy.pipeline.export_interface import (
     check_classes,
     default_preprocess,
     image_fields,
+    input_specs,
     load_preprocess,
     load_preprocesses,
+    output_names,
     parse_input,
     read_classes,
 )
@@ -41,6 +43,13 @@ def test_inputs_and_classes_are_parsed(tmp_path: Path) -> None:
 
 def image(*shape: int | str) -> TensorSpec:
     return TensorSpec(name="image", dtype="float32", shape=shape)
+
+
+def built_of(preprocess: Preprocess | None) -> BuiltModel:
+    return BuiltModel(
+        module=nn.Identity(), factory="timm:x", args={}, source_files=(), folder=None, inputs=None, outputs=None,
+        preprocess=preprocess, num_classes=None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -129,10 +138,7 @@ def test_preprocessing_of_an_input_that_cannot_be_meant_is_refused(spec: str, me
 def test_preprocessing_of_the_architecture_is_left_out_with_a_warning_where_another_input_was_given(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    built = BuiltModel(
-        module=nn.Identity(), factory="timm:x", args={}, source_files=(), folder=None, inputs=None, outputs=None,
-        preprocess=Preprocess(resize=256, crop=224), num_classes=None,
-    )  # fmt: skip
+    built = built_of(Preprocess(resize=256, crop=224))
     assert default_preprocess(built, [image("batch", 3, 224, 224)]) == built.preprocess
     assert caplog.text == ""
     assert default_preprocess(built, [image("batch", 3, 64, 64)]) is None
@@ -141,6 +147,30 @@ def test_preprocessing_of_the_architecture_is_left_out_with_a_warning_where_anot
     found = default_preprocess(preset, [image("batch", 3, 64, 64)])
     assert found is not None
     assert found.crop == 64
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int64", "float64", "bfloat16", "bool"])
+def test_preprocessing_is_refused_for_an_input_that_no_image_is_fed_to(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    spec = dataclasses.replace(image("batch", 3, 8, 8), dtype=dtype)
+    with pytest.raises(UsageError, match=f"makes float32 of an image, and the model takes image: {dtype} "):
+        load_preprocess("none", [spec])
+    built = built_of(Preprocess(crop=8))
+    assert default_preprocess(built, [spec]) is None
+    assert f"takes image: {dtype}" in caplog.text
+    assert load_preprocess("none", [dataclasses.replace(spec, dtype="float16")]) is not None
+
+
+def test_a_leading_one_stays_where_the_batch_is_another_dimension() -> None:
+    texts = ["x=1xTx6", "h=1xbatchx8", "c=2xbatchx8"]
+    shapes = [spec.shape for spec in input_specs(texts, built_of(None), static_batch=False)]
+    assert shapes == [("batch", "T", 6), (1, "batch", 8), (2, "batch", 8)]
+
+
+def test_an_output_that_the_module_calls_as_an_input_needs_another_name() -> None:
+    specs, built = [image("batch", 3)], built_of(None)
+    with pytest.raises(UsageError, match=r"'image' is given to two inputs or outputs; timm:x names it so: .*`outputs`"):
+        output_names([], built, specs, ["image", "y"])
+    assert output_names(["a", "b"], built, specs, ["image", "y"]) == ["a", "b"]
 
 
 def test_class_names_must_be_as_many_as_the_scores() -> None:

@@ -1,16 +1,20 @@
 """What an export is compared with, on which inputs, and what makes the comparison impossible."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.tensors import TensorSpec
 from deploy.errors import ExportError, ParityError
 from deploy.models.registry import ARCHITECTURES
+from deploy.pipeline.export_parity import integer_bounds
 
 
 def test_parity_is_recorded_at_three_batch_sizes(shared_lenet5: Artifact) -> None:
@@ -78,3 +82,24 @@ def test_where_random_input_gives_nan_parity_is_checked_on_images_alone(project:
     assert artifact.manifest.parity is not None
     assert [case.data for case in artifact.manifest.parity.cases] == ["images"]
     assert "parity is checked on real input alone" in caplog.text
+
+
+TABLE = torch.rand(4, 5)
+
+FEW: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[float, float]]]] = {
+    "looked up": (lambda x, k: x + TABLE[k], {"k": (0, 4)}),
+    "looked up before an error": (lambda x, k: x @ TABLE[k], {"k": (0, 4)}),
+    "looked up after a sum": (lambda x, k: x + TABLE[k - 2], {}),
+    "compared": (lambda x, k: x * (k == 1)[:, None], {}),
+}
+
+
+@pytest.mark.parametrize(("forward", "bounds"), FEW.values(), ids=FEW)
+def test_made_up_integers_go_as_far_as_the_table(forward: Callable[..., Tensor], bounds: dict[str, tuple[float, float]]) -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            return forward(x, k)
+
+    specs = [TensorSpec(name="x", dtype="float32", shape=("batch", 5)), TensorSpec(name="k", dtype="int64", shape=("batch",))]
+    assert integer_bounds(Module(), specs, {"batch": 16}) == bounds
+    assert integer_bounds(Module(), specs[:1], {"batch": 16}) == {}

@@ -17,6 +17,7 @@ from PIL import Image
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.onnxfile import load_model
 from deploy.data.calibration_set import calibration_set
 from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
@@ -319,3 +320,28 @@ def test_a_skipped_image_whose_name_is_not_utf8_is_recorded(convnet, images, tmp
     assert made.manifest.calibration is not None
     assert made.manifest.calibration.skipped == [str(odd)]
     assert Artifact.open(made.path).manifest == made.manifest
+
+
+def test_a_deeplab_goes_from_a_checkpoint_to_int8(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision").models.segmentation
+    net = models.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
+    torch.save({"model": net.state_dict(), "epoch": 3}, tmp_path / "deeplab.pth")
+    exported = deploy.export(
+        tmp_path / "deeplab",
+        arch="torchvision:deeplabv3_mobilenet_v3_large",
+        weights=tmp_path / "deeplab.pth",
+        model_args={"aux_loss": True},
+        inputs=["input=1x3x32x32"],
+    )
+    rng = np.random.default_rng(0)
+    feeds = [{"input": rng.standard_normal((1, 3, 32, 32), dtype=np.float32)} for _ in range(4)]
+    artifact = deploy.quantize(exported, tmp_path / "int8", calib=feeds)
+    assert [(spec.name, spec.shape[1:]) for spec in artifact.manifest.outputs] == [("logits", (3, 32, 32)), ("aux", (3, 32, 32))]
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.worst.cosine is not None
+    assert artifact.manifest.parity.worst.cosine > 0.999
+    graph = load_model(artifact.onnx_path).graph
+    convolutions = [node for node in graph if node.op_type == "Conv"]
+    quantized = [node for node in convolutions if getattr(node.inputs[1].producer(), "op_type", "") == "DequantizeLinear"]
+    assert len(quantized) > 60
+    assert len(quantized) > 0.9 * len(convolutions)
