@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.artifact.onnxfile import load_model
 from deploy.errors import ParityError
@@ -102,6 +103,7 @@ class Stored:
                 result.type = value.type
             elif result.dtype == ir.DataType.INT8:  # it joins codes
                 result.type = value.type
+        RemoveUnusedNodesPass()(model)  # ONNX Runtime would compute the weights of INT8 beside these
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
@@ -110,7 +112,7 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> N
     assert old is not None
     assert old.dtype is not None
     name = f"{node.name}/unrounded_{index}"
-    tensor = ir.tensor(array.astype(old.dtype.numpy()), name=name)
+    tensor = ir.tensor(array.astype(old.dtype.numpy(), copy=False), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     node.replace_input_with(index, value)
