@@ -228,9 +228,9 @@ def graph_specs(graph: onnx.GraphProto) -> tuple[list[TensorSpec], list[TensorSp
 
 
 def model_specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """The inputs and outputs of a graph in memory: see `graph_specs`."""
+    """The inputs, without those that have a weight as their default, and the outputs of a graph in memory: see `graph_specs`."""
     graph = onnx.GraphProto()
-    graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs)
+    graph.input.extend(ir.serde.serialize_value(value) for value in model.graph.inputs if not value.is_initializer())
     graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
     return graph_specs(graph)
 

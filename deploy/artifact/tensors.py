@@ -340,9 +340,9 @@ def dynamic_sizes(specs: Sequence[TensorSpec], feed: Feed) -> dict[str, int]:
 
 
 def row_count(feed: Feed) -> int:
-    """The rows of a feed: the first dimension of its first array, 1 for a scalar."""
-    first = next(iter(feed.values()))
-    return len(first) if first.ndim else 1
+    """The rows of a feed: the first dimension of its first array, 1 for a scalar or a model without inputs."""
+    first = next(iter(feed.values()), None)
+    return len(first) if first is not None and first.ndim else 1
 
 
 def slice_rows(feed: Feed, start: int, stop: int) -> Feed:

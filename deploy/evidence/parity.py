@@ -17,6 +17,12 @@ _EXACT = 0.99
 
 _MAP_RANK = 3
 
+_SMALL_ERROR = 1e-3
+"""The share of the largest magnitude below which an error counts as none, whatever the cosine of an output that is nearly constant."""
+
+_NOISE = 1e-7
+"""The magnitude up to which a whole output is what rounding leaves where there should be zeros."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
@@ -25,7 +31,8 @@ class Tolerance:
     A vector of floats agrees when every `|actual - expected| <= atol + rtol * max|expected|`. The right side has the largest
     magnitude of the whole expected tensor, not that of the single element: rounding errors of a sum scale with its terms, and
     an element may be near zero only because its terms cancel. Where a limit by the whole tensor is set too, maps (rank 3 and
-    more) and probabilities (all within 0 and 1) are held to that alone: one pixel at an edge says nothing.
+    more) and probabilities (all within 0 and 1) are held to that alone: one pixel at an edge says nothing. Such a limit holds for
+    outputs of small numbers too.
 
     min_cosine, min_sqnr (dB): what every output of floats must reach; None: no limit.
     min_agreement: the share of equal elements, 0 to 1, that integers and booleans must reach.
@@ -183,7 +190,7 @@ def problem(off: Difference, expected: np.ndarray, tolerance: Tolerance) -> tupl
     if not math.isfinite(off.max_abs):
         return head, by_elements
     by_whole = tolerance.min_cosine is not None or tolerance.min_sqnr is not None
-    if off.max_abs > tolerance.atol:
+    if scale > _NOISE and off.max_abs > min(tolerance.atol, _SMALL_ERROR * scale):
         if tolerance.min_cosine is not None and off.cosine < tolerance.min_cosine:
             return head, f"a cosine of at least {tolerance.min_cosine:g} is asked for (`min_cosine`; {figures})"
         if tolerance.min_sqnr is not None and off.sqnr_db is not None and off.sqnr_db < tolerance.min_sqnr:

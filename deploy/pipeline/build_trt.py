@@ -28,7 +28,7 @@ from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
 from deploy.options import collect, option
 from deploy.pipeline.artifact_cache import ENGINE_CACHE
-from deploy.pipeline.convert import MADE_UP_RANGES
+from deploy.pipeline.convert import warn_made_up
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
 from deploy.pipeline.stage import PathLike, default_out, fp32_source, open_source, run_stage
@@ -318,8 +318,8 @@ class _BuildTrt:
         quantize = dataclasses.replace(options.quantization, fp16=options.precision == "fp16") if options.int8 else None
         convert = None
         if options.precision is not None and not options.int8:
-            if self._real is None and options.precision == "fp16":
-                logger.warning(MADE_UP_RANGES)
+            if self._real is None:
+                warn_made_up(self._source, options.precision)
             convert = ConvertOptions(
                 precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=self._profiles[0]
             )

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MADE_UP_RANGES = "the ranges of FP16 come from random numbers alone: give real input with `data`"
+
+def warn_made_up(source: Artifact, precision: str | None) -> None:
+    """Log what made-up feeds leave open about a conversion to half precision."""
+    if precision == "fp16":
+        logger.warning("the ranges of FP16 come from random numbers alone: give real input with `data`")
+    elif precision == "bf16" and (
+        unknown := [spec.name for spec in source.manifest.inputs if "int" in spec.dtype and spec.bounds is None]
+    ):
+        logger.warning(
+            "BF16 holds whole numbers up to 256, and %s was tried with 0 to 9 alone: give real input with `data`", unknown[0]
+        )
 
 
 def convert(
@@ -96,8 +106,8 @@ class _Convert:
         from deploy.pipeline.written import prove, source_cases  # these load onnx and ONNX Runtime
 
         source, options = self._source, self._options
-        if self._data is None and options.precision == "fp16":
-            logger.warning(MADE_UP_RANGES)
+        if self._data is None:
+            warn_made_up(source, options.precision)
         cases = source_cases(source, parity_feeds(source, self._data, options.profile))
         converted: Converted = importlib.import_module(FORMATS[options.precision].module).convert_onnx(
             source, self._data, options, self._progress

@@ -64,3 +64,12 @@ def test_weights_in_a_file_beside_are_kept_when_the_opset_is_converted(tmp_path:
     x = np.ones((3, 400), np.float32)
     expected = (x @ np.arange(800, dtype=np.float32).reshape(400, 2)).reshape(1, -1)
     np.testing.assert_allclose(CpuGraph(model)({"x": x})["y"], expected)
+
+
+@pytest.mark.parametrize("version", [3, 4, 8])
+def test_inputs_that_have_a_weight_are_weights(tmp_path: Path, version: int) -> None:
+    """As every exporter wrote files before IR version 4."""
+    text = f"""<ir_version: {version}, opset_import: ["" : 9]>
+        g (float[n, 2] x, float[2, 3] w = {{1, 2, 3, 4, 5, 6}}, float[3] b = {{1, 1, 1}}) => (float[n, 3] y) {{ y = Gemm(x, w, b) }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "old.onnx")
+    assert [spec.name for spec in open_onnx(tmp_path / "old.onnx").manifest.inputs] == ["x"]

@@ -97,7 +97,7 @@ def rows(shape: tuple[int, ...], name: str = "x") -> list[dict[str, np.ndarray]]
 def test_a_fault_in_a_converted_file_is_found(
     fault: Plant, precision: Any, upsampling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with planted(monkeypatch, fault), pytest.raises(ParityError, match=r"output 'y' is off by .*; nothing was written: try"):
+    with planted(monkeypatch, fault), pytest.raises(ParityError, match=r"output 'y' is off by .*; nothing was written: .*limits"):
         deploy.convert(upsampling, tmp_path / "out", precision=precision)
     assert not (tmp_path / "out").exists()
     deploy.convert(upsampling, tmp_path / "out", precision=precision)
@@ -201,6 +201,39 @@ def test_every_backend_has_a_figure(reference: Callable[[str], Artifact]) -> Non
         assert [case.batch for case in each.cases] == [1, 2, 5]
         assert each.by.split()[0] == each.backend
     assert "on openvino" in summary(reference("lenet5"))
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_outputs_of_small_numbers_are_held_to_the_limits_too(
+    size: float, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[N, 8] x) => (float[N, 6] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }'
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape, scale in (("w", (8, 8), 1.0), ("v", (8, 6), size)):
+        model.graph.initializer.append(numpy_helper.from_array((rng.standard_normal(shape) * scale).astype(np.float32), name))
+    onnx.save(model, tmp_path / "small.onnx")
+
+    def wrong(proto: onnx.ModelProto) -> None:
+        next(node for node in proto.graph.node if node.op_type == "Relu").op_type = "Neg"
+
+    with planted(monkeypatch, wrong), pytest.raises(ParityError, match="is asked for"):
+        deploy.convert(tmp_path / "small.onnx", tmp_path / "out", precision=precision)
+    deploy.convert(tmp_path / "small.onnx", tmp_path / "out", precision=precision)
+
+
+def test_rows_that_run_one_at_a_time_alone_are_compared_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[N, 4] x) => (float[a, b] y)
+        <int64[2] s = {1, 4}, float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> { r = Reshape(x, s) y = MatMul(r, w) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "one.onnx")
+    (tmp_path / "feeds").mkdir()
+    for index in range(3):
+        np.savez(tmp_path / "feeds" / f"{index}.npz", x=np.random.default_rng(index).random((1, 4), dtype=np.float32))
+    made = deploy.convert(tmp_path / "one.onnx", tmp_path / "out", precision="fp16", data=tmp_path / "feeds")
+    assert "does not run with 2 rows" in caplog.text
+    assert made.manifest.parity is not None
+    assert [case.batch for case in made.manifest.parity.cases] == [1]
 
 
 def test_where_a_bias_overflows_on_the_default_backend_nothing_is_written(tmp_path: Path) -> None:

@@ -29,5 +29,6 @@ def convert_onnx(
         shown=artifact.shown,
         progress=progress,
     )
-    remedy = "try bf16, which has the range of FP32" if precision == "fp16" else "try fp16, which is finer"
+    limits = "other limits: `min_cosine`, `min_sqnr`, `rtol`, `atol`"
+    remedy = f"where numbers overflow, try bf16; {limits}" if precision == "fp16" else limits
     return converted(artifact, model, exclusions, remedy)

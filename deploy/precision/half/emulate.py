@@ -46,7 +46,7 @@ class Emulate(PrecisionPass):
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
             value.type = ir.TensorType(ir.DataType.FLOAT)
         computed = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-        halves = [value for value in computed if value.dtype in _HALVES]
+        halves = [value for value in computed if value.name and value.dtype in _HALVES]  # an output left out has no name
         for value in halves:
             _round(graph, value, taken)
         return PassResult(model, bool(weights or halves))

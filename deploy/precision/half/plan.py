@@ -106,6 +106,8 @@ def _ports(node: ir.Node, opset: int, precision: HalfPrecision, data: set[ir.Val
     if not inputs:
         return f"{node.op_type} has no {precision.upper()} form in opset {opset}"
     converted = {_formal(schema.inputs, index) for index in inputs}
+    if node.op_type == "DequantizeLinear":  # of the type of its scale; since opset 23 its definition has a variable of its own
+        converted.update(parameter.type_str for parameter in schema.outputs)
     outputs = tuple(
         index for index, value in enumerate(node.outputs) if is_float(value) and _formal(schema.outputs, index) in converted
     )

@@ -16,6 +16,8 @@ from deploy.errors import ParityError
 from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rewrite import bias_place
 
+_ZERO_POINT = 2
+
 _STEPS = 0.6
 """How many steps of its scale a weight may be away from the code: rounding is half of one, and a scale in FP16 moves the largest
 code by a sixteenth."""
@@ -65,6 +67,11 @@ class Stored:
     def check(self, path: Path) -> None:
         """Raise ParityError naming the layer if the ONNX file at `path` holds something else."""
         nodes = {node.name or "": node for node in load_model(path).graph}
+        for pair in nodes.values():
+            if pair.op_type in ("QuantizeLinear", "DequantizeLinear") and len(pair.inputs) > _ZERO_POINT:
+                zero = _constant(pair, _ZERO_POINT)
+                if zero is not None and zero.any():
+                    raise ParityError(f"the zero point of {pair.name!r} in the written file is not 0")
         for node, weight in self.weights.items():
             if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy()):
                 raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")

@@ -81,3 +81,21 @@ def test_nodes_left_in_fp32_are_not_rounded(parse):
     text = "g (float[N] x) => (float[N] y) { [s] square = Mul(x, x) [r] root = Sqrt(square) y = Neg(root) }"
     half, _ = to_half(parse(text), "fp16", keep={"s": "overflows", "r": "overflows"})
     assert cpu_graph(emulate(half))({"x": np.array([1000], dtype=np.float32)})["y"].tolist() == [-1000]
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_an_output_that_is_left_out_stays_out(parse, cell):
+    """The last state alone, as classifiers of sequences take it."""
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[cell]
+    model = parse(
+        f"""g (float[T, 1, 3] x) => (float[1, 1, 5] h) <float[1, {5 * gates}, 3] w, float[1, {5 * gates}, 5] r>
+        {{ k = Neg(x) "", h = {cell}<hidden_size = 5>(k, w, r) }}"""
+    )
+    rng = np.random.default_rng(0)
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), value.name))
+    del model.graph.value_info[:]
+    feed = {"x": rng.standard_normal((4, 1, 3)).astype(np.float32)}
+    half, _ = to_half(model, "fp16")
+    np.testing.assert_allclose(cpu_graph(emulate(half))(feed)["h"], cpu_graph(model)(feed)["h"], atol=1e-2)

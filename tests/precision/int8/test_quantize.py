@@ -156,7 +156,7 @@ SMALL = {
 
 def quantized_of(text: str, feed: dict[str, np.ndarray], folder: Path, *, fp16: bool = False) -> tuple[dict, dict]:
     """The outputs of a graph with random weights, exact and in INT8."""
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19]> {text}')
+    proto = onnx.parser.parse_model(text if text.startswith("<") else f'<ir_version: 10, opset_import: ["": 19]> {text}')
     rng = np.random.default_rng(0)
     for value in proto.graph.value_info:
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -191,3 +191,13 @@ def test_a_small_tensor_keeps_a_scale_of_its_own_where_a_layer_reads_it(name: st
     exact, quantized = quantized_of(text, feed, tmp_path)
     for output in ("y", "z"):
         assert difference(quantized[output], exact[output]).sqnr_db > 25, output
+
+
+@pytest.mark.parametrize("opset", [19, 22, 23, 25])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_every_opset_with_scales_in_fp16_is_quantized(opset: int, fp16: bool, tmp_path: Path) -> None:
+    text = f"""<ir_version: 10, opset_import: ["": {opset}]> g (float[N, 4] x) => (float[N, 3] y)
+        <float[4, 5] w, float[5, 3] v> {{ h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }}"""
+    feed = {"x": np.random.default_rng(1).standard_normal((7, 4)).astype(np.float32)}
+    exact, quantized = quantized_of(text, feed, tmp_path, fp16=fp16)
+    assert difference(quantized["y"], exact["y"]).sqnr_db > 25

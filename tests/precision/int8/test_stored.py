@@ -128,6 +128,7 @@ def float_again(proto: onnx.ModelProto) -> None:
         (change("a_scale", lambda scale: scale * 1.01), "scale of 'a'"),
         (change("c_scale", lambda scale: scale * 4), "scale of 'c'"),
         (other_axis, "weight of 'first'"),
+        (change("int8_zero_point", lambda zero: zero + 8), "the zero point of '.*' in the written file is not 0"),
         (float_again, "weight of 'second' .* it is not quantized"),
     ],
 )
