@@ -144,6 +144,10 @@ GRAPHS = {
         """g (float[1, 4, 5, 5] x) => (float[1, 4, 7, 7] y) <float[4, 4, 3, 3] w, float[4, 4] v, int64[1] axis = {0}> {
             p = GlobalAveragePool(x) f = Flatten(p) k = MatMul(f, v) b = Squeeze(k, axis) y = ConvTranspose(x, w, b) }"""
     ),
+    "the last state of an LSTM": (
+        """g (float[T, 1, 3] x) => (float[1, 1, 4] y) <float[1, 20, 3] w, float[1, 20, 5] r, float[5, 4] v> {
+            "", h = LSTM<hidden_size = 5>(x, w, r) y = MatMul(h, v) }"""
+    ),
 }
 SMALL = {
     "joined with a large one": "k = Concat<axis = 1>(l, s) [c1] y = Conv(k, w) [c2] z = Conv(s, v)",
