@@ -46,7 +46,8 @@ class ImageInput:
         return self.preprocess.shape is not None or not any(isinstance(dim, str) for dim in self.spec.shape[1:])
 
     def fit(self, array: np.ndarray) -> np.ndarray:
-        """What the user's function returned, without the batch. Raises UserCodeError for another shape or dtype than the input's.
+        """What the user's function returned, without the batch. Raises UserCodeError for another shape or dtype than the input's, and
+        for numbers that are not finite.
 
         For an input in half precision, float32 is taken too.
         """
@@ -62,6 +63,10 @@ class ImageInput:
             raise UserCodeError(
                 f"{function} returns {array.dtype} {format_shape(array.shape) or 'scalar'}{function.line(self.preprocess.folder)};"
                 f" the model takes {self.spec}, without the batch or with a batch of 1"
+            )
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise UserCodeError(
+                f"{function} returns NaN or infinity{function.line(self.preprocess.folder)}; the model takes {self.spec}"
             )
         return image
 

@@ -1,5 +1,6 @@
 """Pairs the tensors of a checkpoint with those of a module: by names without the prefixes of wrappers, or by order."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -69,7 +70,7 @@ def pair_tensors(module: nn.Module, state: Mapping[str, Tensor], match: Match) -
 def strip(name: str, prefixes: Sequence[str]) -> str:
     """`name` without `prefixes`; one that begins with a dot is taken out of the middle."""
     for prefix in prefixes:
-        if prefix.startswith("."):
+        if prefix.startswith(".") and prefix.strip("."):
             while prefix in name:
                 name = name.replace(prefix, ".")
         else:
@@ -201,10 +202,26 @@ def contradiction(
     """The first name and key, paired by order, that do not belong together by what their names end in; None if all may.
 
     Where both sides use the same words for tensors of the same shape (`q.weight`, `k.weight`), these must come in the same
-    order. Words without digits must be paired with themselves too, while numbers may count from another start.
+    order. Words without digits must be paired with themselves too, while numbers may count from another start. Keys that are
+    sorted as text (`b1`, `b10`, `b2`) are in no module's order.
     """
     same = [(name, key) for name, key in pairs.items() if not is_lazy(expected[name]) and same_shape(expected[name], state[key])]
-    return _misplaced_word(same, expected, state) or _other_order(same, expected)
+    return _misplaced_word(same, expected, state) or _other_order(same, expected) or _sorted_as_text(pairs)
+
+
+def _sorted_as_text(pairs: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first name and key where a number falls behind its forerunner, if the keys are in the order of text and not of numbers."""
+    keys = list(pairs.values())
+    if keys != sorted(keys):
+        return None
+    last: dict[str, tuple[int, ...]] = {}
+    for name, key in pairs.items():
+        numbers = tuple(map(int, re.findall(r"\d+", key)))
+        template = re.sub(r"\d+", "#", key)
+        if numbers < last.get(template, numbers):
+            return name, key
+        last[template] = numbers
+    return None
 
 
 def certain(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> bool:

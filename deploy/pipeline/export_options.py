@@ -9,6 +9,7 @@ from deploy.artifact.preprocess import PRESETS
 from deploy.errors import UsageError
 from deploy.intake.options import Match
 from deploy.options import option
+from deploy.words import is_utf8, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,9 @@ class ExportOptions:
             raise UsageError(
                 f"`name` must be a plain name, not {self.name!r}: it is also the name of the folder and of the served model"
             )
+        odd = next((text for text in (self.name or "", *self.inputs, *self.outputs) if not is_utf8(text)), None)
+        if odd is not None:
+            raise UsageError(f"the name {printable(odd)} is not UTF-8, and ONNX and manifests hold nothing else")
         if self.expect_top1 is not None and self.eval_folder is None:
             raise UsageError("`expect_top1` needs `eval_folder`, the images that accuracy is measured on")
         if self.onnx is not None:

@@ -82,6 +82,8 @@ def test_a_function_may_make_any_input_with_or_without_the_batch(tmp_path, make_
         ("return np.zeros((4, 4), np.float32)", ("N", 1, 4, 4), "returns float32 4x4"),
         ("return np.zeros((), np.float32)", ("N", 1, 4, 4), "returns float32 scalar"),
         ("return np.zeros((1, 4, 4))", ("N", 1, 4, 4), "returns float64 1x4x4"),
+        ("return np.full((1, 4, 4), np.nan, np.float32)", ("N", 1, 4, 4), "returns NaN or infinity"),
+        ("return np.full((1, 4, 4), -np.inf, np.float32)", ("N", 1, 4, 4), "returns NaN or infinity"),
         ("return np.zeros((1, 4, 4), np.uint8)", ("N", 1, 4, 4), "returns uint8 1x4x4"),
         ("return np.zeros((1, 4, 4), object)", ("N", 1, 4, 4), "returns object 1x4x4"),
     ],

@@ -192,3 +192,21 @@ def test_names_that_agree_contradict_nothing() -> None:
     module = resnet()
     state = module.state_dict()
     assert contradiction(tensors_of(module), state, pair_tensors(module, state, "order").keys) is None
+
+
+@pytest.mark.parametrize("prefix", [".", "..", "...a."])
+def test_a_prefix_of_dots_is_taken_off_or_left(prefix: str) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+    state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    pairing = pair_tensors(module, state, "name")
+    assert set(pairing.keys) >= set(module.state_dict()) or set(pairing.keys) == set(state)
+
+
+@pytest.mark.parametrize("key", ["b{}.weight", "h.{}.wweight", "block{}"])
+def test_keys_that_are_sorted_as_text_are_in_no_order(key: str) -> None:
+    module = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(12)))
+    expected = module.state_dict()
+    tensors = {key.format(index + 1): torch.zeros(4, 4) for index in range(12)}
+    for state, wrong in ((dict(sorted(tensors.items())), True), (tensors, False)):
+        pairs = pair_tensors(module, state, "order").keys
+        assert (contradiction(expected, state, pairs) is not None) == wrong

@@ -49,3 +49,9 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
 def test_options_that_go_together_are_taken(options: dict[str, Any]) -> None:
     taken = ExportOptions(**options)
     assert {name: getattr(taken, name) for name in options} == options
+
+
+@pytest.mark.parametrize("given", [{"name": "a\udce9"}, {"outputs": ("a\udce9",)}, {"inputs": ("a\udce9=1x3x4x4",)}])
+def test_names_that_are_not_utf8_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"the name a\\xe9.* is not UTF-8"):
+        ExportOptions(arch="lenet5", **given)
