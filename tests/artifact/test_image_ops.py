@@ -1,10 +1,13 @@
 """Letterbox and padding against independent arithmetic; orientation against Pillow's own pixels."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from deploy.artifact.image_ops import center_crop, letterbox, upright
+from deploy.artifact.preprocess import Preprocess
 from deploy.errors import DataError
 
 NEAREST = Image.Resampling.NEAREST
@@ -13,6 +16,12 @@ NEAREST = Image.Resampling.NEAREST
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
 
 
 def ultralytics_borders(height: int, width: int, wanted: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -82,3 +91,48 @@ def test_damaged_exif_data_is_an_error_of_the_image() -> None:
     image.info["exif"] = b"Exif\x00\x00not a header at all"
     with pytest.raises(DataError, match="EXIF orientation cannot be read"):
         upright(image)
+
+
+def test_the_first_frame_of_several_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "tif"):
+        frames[0].save(tmp_path / f"frames.{suffix}", save_all=True, append_images=frames[1:])
+        np.testing.assert_array_equal(Preprocess().open(tmp_path / f"frames.{suffix}")[:, 0, 0], [1, 0, 0])
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no image at .*gone\.png"):
+        Preprocess().open(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_truncated_image_is_named(kind, tmp_path):
+    path = tmp_path / "half.img"
+    content = encoded(picture(64, 64), kind)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"half\.img (cannot be read: .|is not an image)"):
+        Preprocess().open(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", bytes(1000)])
+def test_what_is_no_image_is_named(content, tmp_path):
+    (tmp_path / "fake.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"fake\.png"):
+        Preprocess().open(tmp_path / "fake.png")
+    with pytest.raises(DataError, match="the image"):
+        Preprocess().open(content)
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path):
+    with pytest.raises(DataError, match=str(tmp_path)):
+        Preprocess().open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP"])
+def test_files_and_their_bytes_give_the_same_array(kind, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(encoded(picture(20, 30), kind))
+    with Image.open(path) as image:
+        expected = Preprocess(crop=8)(image.convert("RGB"))
+    for source in (path, str(path), path.read_bytes()):
+        np.testing.assert_array_equal(Preprocess(crop=8).open(source), expected)

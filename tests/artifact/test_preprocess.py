@@ -1,7 +1,5 @@
-import io
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -253,22 +251,6 @@ def test_the_manifest_gives_back_an_equal_object(original):
     assert set(json.loads(text)) == set(original.to_json())
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP"])
-def test_files_and_their_bytes_give_the_same_array(kind, tmp_path):
-    path = tmp_path / "image"
-    path.write_bytes(encoded(picture(20, 30), kind))
-    with Image.open(path) as image:
-        expected = Preprocess(crop=8)(image.convert("RGB"))
-    for source in (path, str(path), path.read_bytes()):
-        np.testing.assert_array_equal(Preprocess(crop=8).open(source), expected)
-
-
 def test_an_exif_orientation_is_left_as_torchvisions_imagefolder_leaves_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
@@ -374,41 +356,6 @@ def test_a_python_file_without_its_function_is_said(tmp_path):
     (tmp_path / "prep.py").write_text("def f(image): ...")
     with pytest.raises(UsageError, match=r"name the function in it, .*prep\.py:FUNCTION"):
         Preprocess.load(str(tmp_path / "prep.py"), None)
-
-
-def test_the_first_frame_of_several_is_taken(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for suffix in ("gif", "tif"):
-        frames[0].save(tmp_path / f"frames.{suffix}", save_all=True, append_images=frames[1:])
-        np.testing.assert_array_equal(Preprocess().open(tmp_path / f"frames.{suffix}")[:, 0, 0], [1, 0, 0])
-
-
-def test_a_missing_image_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no image at .*gone\.png"):
-        Preprocess().open(tmp_path / "gone.png")
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
-def test_a_truncated_image_is_named(kind, tmp_path):
-    path = tmp_path / "half.img"
-    content = encoded(picture(64, 64), kind)
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"half\.img (cannot be read: .|is not an image)"):
-        Preprocess().open(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", bytes(1000)])
-def test_what_is_no_image_is_named(content, tmp_path):
-    (tmp_path / "fake.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"fake\.png"):
-        Preprocess().open(tmp_path / "fake.png")
-    with pytest.raises(DataError, match="the image"):
-        Preprocess().open(content)
-
-
-def test_a_folder_in_place_of_an_image_is_named(tmp_path):
-    with pytest.raises(DataError, match=str(tmp_path)):
-        Preprocess().open(Path(tmp_path))
 
 
 @pytest.mark.parametrize(

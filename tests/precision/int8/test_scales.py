@@ -10,6 +10,7 @@ import pytest
 
 import deploy
 from deploy.calibration.histogram import Histogram
+from deploy.calibration.thresholds import METHODS, threshold
 from deploy.data.calibration_set import calibration_set
 from deploy.evidence.parity import difference
 from deploy.precision.cpu import CpuGraph
@@ -103,3 +104,15 @@ def test_other_readers_and_numbers_on_both_sides_are_not_shifted(build: Callable
         histogram.add(np.maximum(values, -0.17) if name in ("g", "f", "p") and "Tanh" not in body else values)
     found = scales_of(model, placement, histograms, {name: histogram.amax for name, histogram in histograms.items()})
     assert found.shifts == {}
+
+
+@pytest.mark.parametrize("zeros", [1_000, 1_000_000])
+@pytest.mark.parametrize("others", [1, 8, 100])
+def test_a_few_numbers_among_zeros_are_not_clipped_away(zeros: int, others: int) -> None:
+    """As in a map with an impulse."""
+    values = np.zeros(zeros + others, np.float32)
+    values[:: zeros // others][:others] = np.linspace(1, 1.5, others)
+    histogram = Histogram()
+    histogram.add(values)
+    for method in METHODS:
+        assert threshold(histogram, method) >= 0.98 * values.max()
