@@ -1,8 +1,13 @@
-"""The processor: its name, and how much of it this process may use."""
+"""The processor: its name, how much of it this process may use, and what must not run on it."""
 
 import os
 import platform
 from pathlib import Path
+
+CRASHES_ON_HALF = "MatmulTransposeFusion"
+"""The optimizer of ONNX Runtime that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are
+FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
+need it."""
 
 
 def cpu_model() -> str:

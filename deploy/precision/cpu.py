@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
 from deploy.errors import PrecisionError
-from deploy.host.cpu import usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
 from deploy.host.extras import missing
 from deploy.precision.graph import first_line, unknown_nodes
 
@@ -43,6 +43,8 @@ _STORED = {
 }
 """A numpy dtype with the same memory layout as the elements of an initializer."""
 
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 _LOCATION = "in memory"
 
 
@@ -58,7 +60,7 @@ class CpuGraph:
         proto, self._weights = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        self._session = _open(proto.SerializeToString(), options, lambda: model)
+        self._session = _open(proto.SerializeToString(), options, lambda: model, half=_holds_half(model))
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
@@ -66,7 +68,7 @@ class CpuGraph:
         """The graph of an ONNX file as it is written."""
         graph = cls.__new__(cls)
         graph._weights = {}
-        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path))
+        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path), half=_holds_half(ir.load(path)))
         graph._outputs = [output.name for output in graph._session.get_outputs()]
         return graph
 
@@ -89,10 +91,20 @@ def _session_options(streams: int) -> "onnxruntime.SessionOptions":
     return options
 
 
-def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model]) -> Any:
+def _holds_half(model: ir.Model) -> bool:
+    """Whether a part of a graph may compute in half precision."""
+    values = (value for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values()))
+    casts = (node.attributes.get_int("to", 0) for node in model.graph.all_nodes() if node.op_type == "Cast")
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    return any(value.dtype in _HALVES for value in (*values, *made)) or any(to in _HALVES for to in casts)
+
+
+def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model], *, half: bool) -> Any:
     """A session on serialized bytes or a file; `model` is looked into for what an error is about."""
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES_ON_HALF] if half else []
+        )
     except Exception as error:  # ONNX Runtime's errors have no common base
         for node in unknown_nodes(model()):
             if f"{node.domain}:{node.op_type}(" in str(error):

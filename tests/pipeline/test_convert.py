@@ -250,3 +250,13 @@ def test_an_output_directory_of_somebody_else_is_refused_before_any_work(artifac
     monkeypatch.setattr(entry, "convert_onnx", lambda *_: pytest.fail("worked before looking"))
     with pytest.raises(OutputError, match="not an artifact of deploy"):
         convert_artifact(artifact, tmp_path / "notes", FP16)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("int64", True), ("float", False)])
+def test_whole_numbers_that_bf16_may_not_hold_are_warned_about(dtype, said, tmp_path, caplog):
+    """Nothing tells how large the integers are, and made-up ones are small."""
+    text = f"""<ir_version: 10, opset_import: ["" : 20]> g ({dtype}[N, 4] x) => (float[N, 2] y)
+        <float[4, 2] w = {{1, 2, 3, 4, 5, 6, 7, 8}}> {{ f = Cast<to = 1>(x) y = MatMul(f, w) }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
+    convert_artifact(open_artifact(tmp_path / "net.onnx"), tmp_path / "out", ConvertOptions(precision="bf16"))
+    assert ("BF16 holds whole numbers up to 256, and x was tried with 0 to 9 alone" in caplog.text) == said

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import summary
-from deploy.errors import BackendError, ParityError
+from deploy.errors import BackendError, ParityError, PrecisionError
 from deploy.runtime.backends.openvino import OpenVinoSession
 
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -234,6 +234,18 @@ def test_rows_that_run_one_at_a_time_alone_are_compared_so(tmp_path: Path, caplo
     assert "does not run with 2 rows" in caplog.text
     assert made.manifest.parity is not None
     assert [case.batch for case in made.manifest.parity.cases] == [1]
+
+
+def test_a_feed_that_was_given_and_does_not_run_is_an_error(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[1, 4] x, int64[1] i) => (float[1, 2] y)
+        <float[3, 4] table = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}, float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}>
+        { t = Gather(table, i) s = Add(x, t) y = MatMul(s, w) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "fixed.onnx")
+    (tmp_path / "feeds").mkdir()
+    for index in (0, 7):
+        np.savez(tmp_path / "feeds" / f"{index}.npz", x=np.ones((1, 4), np.float32), i=np.array([index]))
+    with pytest.raises(PrecisionError, match=r"fixed\.onnx cannot run input of the sizes x 1x4, i 1"):
+        deploy.convert(tmp_path / "fixed.onnx", tmp_path / "out", precision="bf16", data=tmp_path / "feeds")
 
 
 def test_where_a_bias_overflows_on_the_default_backend_nothing_is_written(tmp_path: Path) -> None:

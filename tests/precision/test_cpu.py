@@ -1,4 +1,5 @@
 import gc
+import subprocess
 import sys
 
 import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
@@ -98,3 +99,17 @@ def test_a_weight_that_nothing_reads_is_no_obstacle(parse, size):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(size, np.float32), "unused"))
     found = cpu_graph(model)({"x": np.eye(2, dtype=np.float32)})
     assert found["y"].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("opened", ["CpuGraph.read(path)", "CpuGraph(load_model(path))"])
+def test_attention_in_half_precision_does_not_end_the_process(opened, tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[2, 4, 3] x) => (float[A, B, C] y)
+        { h = Cast<to = 10>(x) t = Transpose<perm = [1, 0, 2]>(h) m = MatMul(t, w) y = Cast<to = 1>(m) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((3, 5), np.float16), "w"))
+    onnx.save(model, tmp_path / "net.onnx")
+    code = f"""import sys; from pathlib import Path; import numpy as np
+from deploy.artifact.onnxfile import load_model; from deploy.precision.cpu import CpuGraph
+path = Path(sys.argv[1]); print({opened}({{"x": np.ones((2, 4, 3), np.float32)}})["y"].sum())"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "net.onnx"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "120.0\n"), done.stderr

@@ -26,7 +26,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
@@ -54,9 +54,6 @@ logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
 
-_CRASHES_ON_HALF = "MatmulTransposeFusion"
-"""The optimizer that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are FP16, as in every
-attention of PyTorch, ONNX Runtime ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not need it."""
 _KERNEL_TIME = "_kernel_time"
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
@@ -85,7 +82,7 @@ class OnnxRuntimeSession(Session):
                 settings,
                 providers=providers,
                 enable_fallback=0,
-                disabled_optimizers=[_CRASHES_ON_HALF] if _may_hold_half(artifact.manifest) else [],
+                disabled_optimizers=[CRASHES_ON_HALF] if _may_hold_half(artifact.manifest) else [],
             )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
