@@ -65,10 +65,10 @@ class CpuGraph:
 
     @classmethod
     def read(cls, path: Path) -> "CpuGraph":
-        """The graph of an ONNX file as it is written."""
+        """The graph of an ONNX file as it is written, which may compute in half precision."""
         graph = cls.__new__(cls)
         graph._weights = {}
-        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path), half=_holds_half(ir.load(path)))
+        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path), half=True)
         graph._outputs = [output.name for output in graph._session.get_outputs()]
         return graph
 
