@@ -43,20 +43,26 @@ def garbage_kept() -> Iterator[None]:
 
 
 def make_logger(trt: Bindings) -> Any:
-    """An ILogger of the flavour whose module is `trt`; `last()` is the last error that TensorRT reported."""
+    """An ILogger of the flavour whose module is `trt`.
+
+    `last()` is the last error that TensorRT reported in this thread, or in any where it did in none, and that was not asked for.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self._here = threading.local()  # of several threads whose runs fail, each gets its own reason
+            self._anywhere = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.errors.append(message.strip())
+                self._here.error = self._anywhere = message.strip()
             elif severity == trt.ILogger.WARNING:
                 logger.debug("%s", message.strip())
 
         def last(self) -> str:
-            return self.errors[-1] if self.errors else "no reason was given"
+            found = getattr(self._here, "error", "") or self._anywhere
+            self._here.error = self._anywhere = ""
+            return found or "no reason was given"
 
     return Log()
