@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.engine.cuda import DeviceLostError, DeviceMemoryError
+from deploy.engine.cuda import DeviceLostError
 from deploy.engine.pool import ContextPool
 
 WAIT_S = 20.0

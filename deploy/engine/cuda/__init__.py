@@ -8,7 +8,6 @@ Everything is asynchronous except for functions that are documented to wait, and
 
 import importlib
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deploy.engine.cuda.capturing import capturing
 from deploy.errors import BackendError
 
 LIBRARIES = {"cuda-python": "cuda_python", "pycuda": "pycuda_device"}
@@ -24,9 +24,6 @@ LIBRARIES = {"cuda-python": "cuda_python", "pycuda": "pycuda_device"}
 
 LEGACY = 1
 """The handle of the legacy default stream (`cudaStreamLegacy` of driver_types.h), which 0 also means."""
-
-CAPTURE = threading.Lock()
-"""Held while a CUDA graph is captured, by whoever does so in this process: work of another capture can end one's own."""
 
 
 class DeviceMemoryError(BackendError):
@@ -188,7 +185,7 @@ def release_torch_cache() -> None:
     """Give the memory that torch keeps for its next tensors back to the GPU, where the program uses torch on one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        with CAPTURE:  # releasing memory ends a capture
+        with capturing:  # releasing memory ends a capture
             torch.cuda.empty_cache()
 
 

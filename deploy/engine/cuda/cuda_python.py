@@ -10,7 +10,8 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
-from deploy.engine.cuda import CAPTURE, LEGACY, Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache
+from deploy.engine.cuda import LEGACY, Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache
+from deploy.engine.cuda.capturing import capturing
 from deploy.engine.cuda.driver import driver_version
 from deploy.errors import BackendError
 
@@ -168,7 +169,7 @@ class RuntimeDevice(Device):
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         # thread-local: other threads of the program may use CUDA meanwhile.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with CAPTURE:
+        with capturing:
             _call(cudart.cudaStreamBeginCapture(stream.handle, mode))
             try:
                 work()
