@@ -15,9 +15,10 @@ from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare
 from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, random_feed
 from deploy.artifact.writer import ArtifactWriter
-from deploy.engine.attestation import check_honoured, engine_layers, engine_share, network_share
+from deploy.engine.attestation import check_honoured, engine_share, network_share
 from deploy.engine.builder import BuiltEngine, build_engine
 from deploy.engine.flavour import Flavour
+from deploy.engine.layers import engine_layers
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, EngineError
 from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare
@@ -188,7 +189,7 @@ def attested(
             progress("attesting the engine")
             proof = prove(session, engine, by_node, macs, gpu[0], tolerance)
             share, by_node, parity = proof.share, proof.by_node, proof.parity
-            check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what)
+            check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what, tf32=options.tf32)
             if faster_than_fp16:
                 _check_worth(session, engine, source, flavour, options, what, progress)
     else:

@@ -116,7 +116,7 @@ def test_on_a_gpu_the_engine_is_attested_and_compared(
     assert parity.against == engine.manifest.files[ONNX].sha256 == file_digest(engine.onnx_path)
     assert [case.batch for case in parity.cases] == [1, 8]
     text = summary(engine)
-    assert "read from the engine" in text
+    assert "(attested: the engine itself tells the precision of 100.0%)" in text
     assert "of the layers" in text
     assert "of the GPU time" in text
     assert "against the typed ONNX file on random batches 1, 8 (tensorrt-rtx" in text

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.engine.attestation import engine_layers
 from deploy.engine.callbacks import make_profiler
 from deploy.engine.context import EngineContext, Shape, Tensor
 from deploy.engine.cuda import Memory, Stream, open_device
 from deploy.engine.cuda.arrays import DeviceArray, View, view
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import load_flavour
+from deploy.engine.layers import engine_layers
 from deploy.engine.loaded import LoadedEngine
 from deploy.engine.pool import ContextPool
 from deploy.engine.profile_choice import ProfileChoice
