@@ -59,14 +59,14 @@ def engine_share(
         much the inspector tells; under `ATTESTED` of it, the origin of the share is the network.
     times: milliseconds by layer; may be empty.
     """
-    told = {node: layer for node, layer in _told(layers, typed).items() if node in macs}
-    by_node = {**typed, **{node: layer.precision for node, layer in told.items() if layer.precision is not None}}
+    told = {node: built for node, built in _told(layers, typed).items() if node in macs}
+    by_node = {**typed, **{node: built.precision for node, built in told.items() if built.precision is not None}}
     weights = _weights(macs)
     whole = sum(weights.values())
     coverage = sum(weights[node] for node in told if node in weights) / whole if whole else 1.0
-    half = sum(weights[node] for node, layer in told.items() if node in weights and layer.precision == layer.sums == "fp16")
-    counted = _shares((layer.precision, 1) for layer in layers)
-    timed = _shares((layer.precision, times[layer.name]) for layer in layers if layer.name in times)
+    half = sum(weights[node] for node, built in told.items() if node in weights and built.precision == built.sums == "fp16")
+    counted = _shares((built.precision, 1) for built in layers)
+    timed = _shares((built.precision, times[built.name]) for built in layers if built.name in times)
     share = PrecisionShare(
         **_mac_shares(by_node, macs),
         origin="engine" if coverage >= ATTESTED else "network",
@@ -86,9 +86,9 @@ def _told(layers: Sequence[EngineLayer], typed: Mapping[str, str]) -> dict[str, 
     disagree, the precision is not known. Weights in INT8 alone do not say that the activations are: the network must say so too.
     """
     named: dict[str, dict[str, list[EngineLayer]]] = {}
-    for layer in layers:
-        for node in layer.nodes:
-            named.setdefault(node, {}).setdefault(layer.role, []).append(layer)
+    for built in layers:
+        for node in built.nodes:
+            named.setdefault(node, {}).setdefault(built.role, []).append(built)
     told = {}
     for node, roles in named.items():
         first, *others = roles.get("computes") or roles.get("fused") or [None]

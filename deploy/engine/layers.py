@@ -5,11 +5,15 @@ The forms are those of descriptions that NVIDIA publishes with trt-engine-explor
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from deploy.engine.bindings import Bindings
 from deploy.errors import EngineError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,23 @@ class EngineLayer:
     sums: str | None = None
     role: Literal["computes", "fused", "moves"]
     by_weights: bool = False
+
+
+def describe(
+    engine: "tensorrt.ICudaEngine", context: "tensorrt.IExecutionContext | None", trt: Bindings, inputs: Sequence[str]
+) -> str:
+    """The inspector's description of `engine`, as JSON. inputs: their names.
+
+    `context` gets the optimal shapes of the first profile: without shapes, the inspector hides the formats of all tensors of
+    an engine with dynamic shapes (IEngineInspector::setExecutionContext). None, where there is no room for one, leaves them hidden.
+    """
+    inspector = engine.create_engine_inspector()
+    if context is not None:
+        for name in inputs:
+            _, optimum, _ = engine.get_tensor_profile_shape(name, 0)
+            context.set_input_shape(name, optimum)
+        inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def engine_layers(information: str) -> list[EngineLayer]:

@@ -11,7 +11,8 @@ from deploy.engine.callbacks import make_allocator
 from deploy.engine.context import EngineContext
 from deploy.engine.cuda import Device, DeviceMemoryError
 from deploy.engine.flavour import Flavour
-from deploy.engine.log import garbage_kept, make_logger
+from deploy.engine.layers import describe
+from deploy.engine.log import make_logger, start
 from deploy.errors import BackendError
 from deploy.host.cache import keep
 
@@ -35,8 +36,9 @@ class LoadedEngine:
         self._outputs = tuple(artifact.manifest.outputs)
         self._log = make_logger(flavour.trt)
         with gpu.active():
-            with garbage_kept():
-                self._runtime = self._trt.Runtime(self._log)
+            self._runtime = start(self._trt.Runtime, self._log, f"{flavour.name} {flavour.version}")
+            if artifact.manifest.target is not None and artifact.manifest.target.version_compatible:
+                self._runtime.engine_host_code_allowed = True  # it holds its own runtime, which TensorRT else refuses to load
             engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")
@@ -96,9 +98,11 @@ class LoadedEngine:
         )
 
     def information(self) -> str:
-        """The inspector's description of the engine, as JSON."""
-        inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+        """The inspector's description of the engine at the optimal shapes of its first profile, as JSON."""
+        arguments = () if self._config is None else (self._config,)
+        with self._gpu.active():
+            context: tensorrt.IExecutionContext | None = self._engine.create_execution_context(*arguments)
+            return describe(self._engine, context, self._trt, _names(self._inputs))
 
     def close(self) -> None:
         """Let go of the engine, after its contexts; keep what tensorrt-rtx compiled for the next time."""

@@ -62,7 +62,7 @@ def open_engine(engine: Artifact) -> TensorRTSession | None:
     except BackendError as error:
         if target.flavour == "tensorrt":
             raise
-        logger.warning("the engine cannot run on this machine, and is attested from the typed network: %s", error)
+        logger.warning("the engine cannot run on this machine, and its precision is read from the typed network: %s", error)
         return None
     assert isinstance(session, TensorRTSession)
     return session

@@ -1,11 +1,13 @@
 """The inspector's description of an engine. Names of tactics, formats and kinds of layers are those of published descriptions."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tensorrt_rtx
 
-from deploy.engine.layers import EngineLayer, engine_layers, nodes_in
+from deploy.engine.layers import EngineLayer, describe, engine_layers, nodes_in
 from deploy.errors import EngineError
 from tests.engine.graphs import HIDDEN, layer
 
@@ -95,6 +97,44 @@ def test_nodes_are_in_the_metadata_and_else_in_the_name() -> None:
     assert nodes_in("[ONNX Layer: a]\x1f[ONNX Layer: b[1]][ONNX Layer: c]") == ("a", "b[1]", "c")
     assert read(layer("Conv_5 + Add_6 + Relu_7", "CaskConvolution")).nodes == ("Conv_5", "Add_6", "Relu_7")
     assert read(layer("/mlp/linear_fc1_14/Gemm_myl5_155", "gemm")).nodes == ("/mlp/linear_fc1_14/Gemm",)
+
+
+class Inspected:
+    """As ICudaEngine, IExecutionContext and IEngineInspector: formats are hidden until a context has the shapes of all inputs."""
+
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def __init__(self) -> None:
+        self.execution_context: Any = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def create_engine_inspector(self) -> "Inspected":
+        return self
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(size, 3, 8, 8) for size in (1, 4, 8)]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def get_engine_information(self, form: str) -> str:
+        known = self.execution_context is self and self.shapes == {"x": (4, 3, 8, 8), "y": (4, 3, 8, 8)}
+        return json.dumps({"Layers": [layer("a", "gemm", "", "a", inputs="Half" if known else HIDDEN)]})
+
+
+@pytest.mark.parametrize(("room", "precision"), [(True, "fp16"), (False, None)])
+def test_the_inspector_gets_a_context_with_the_optimal_shapes(room: bool, precision: str | None) -> None:
+    fake: Any = Inspected()
+    (found,) = engine_layers(describe(fake, fake if room else None, fake, ["x", "y"]))
+    assert found.precision == precision
+
+
+def test_what_the_inspector_is_asked_for_is_there() -> None:
+    for kind, names in ((tensorrt_rtx.ICudaEngine, ("create_engine_inspector", "get_tensor_profile_shape")),
+                        (tensorrt_rtx.IExecutionContext, ("set_input_shape",)),
+                        (tensorrt_rtx.EngineInspector, ("execution_context", "get_engine_information"))):  # fmt: skip
+        assert all(hasattr(kind, name) for name in names)
 
 
 @pytest.mark.parametrize(
