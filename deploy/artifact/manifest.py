@@ -96,7 +96,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
     engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
-    every GPU from compute capability 8.0 on. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
+    every GPU from compute capability 8.0 on. A stripped one has no weights: it gets those of the ONNX file beside it when it is
+    loaded. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
     """
 
     flavour: FlavourName
@@ -107,6 +108,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     driver: str | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    stripped: bool = False
     opt_level: int | None = None
     tf32: bool = False
     workspace: int | None = None

@@ -91,12 +91,13 @@ def _told(layers: Sequence[EngineLayer], typed: Mapping[str, str]) -> dict[str, 
             named.setdefault(node, {}).setdefault(built.role, []).append(built)
     told = {}
     for node, roles in named.items():
-        first, *others = roles.get("computes") or roles.get("fused") or [None]
-        if first is None or first.precision is None or any(other.precision != first.precision for other in others):
+        candidates = roles.get("computes") or roles.get("fused") or []
+        precisions = {each.precision for each in candidates}
+        if len(precisions) != 1 or None in precisions:
             continue
-        if first.by_weights and first.precision == "int8" != typed.get(node):
+        if candidates[0].by_weights and candidates[0].precision == "int8" != typed.get(node):
             continue
-        told[node] = first
+        told[node] = candidates[0]
     return told
 
 

@@ -13,6 +13,7 @@ from deploy.engine.cuda import Device, DeviceMemoryError
 from deploy.engine.flavour import Flavour
 from deploy.engine.layers import describe
 from deploy.engine.log import make_logger, start
+from deploy.engine.refit import refit
 from deploy.errors import BackendError
 from deploy.host.cache import keep
 
@@ -44,6 +45,9 @@ class LoadedEngine:
             raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")
         self._engine = engine
         self._check_tensors(artifact.path / ENGINE)
+        if artifact.manifest.target is not None and artifact.manifest.target.stripped:
+            with gpu.active():
+                refit(engine, self._trt, artifact.onnx_path, self._log, str(artifact.location))
         self._cache_file = artifact.path / RUNTIME_CACHE
         self._config: Any = None
         self._cache: Any = None  # the config does not hold the cache: if it were dropped, the process would crash

@@ -212,7 +212,7 @@ def attested(
             progress("attesting the engine")
             proof = prove(session, engine, by_node, macs, gpu[0], tolerance)
         share, by_node, parity = proof.share, proof.by_node, proof.parity
-        check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what, tf32=options.tf32)
+        check_honoured(manifest.precision, by_node, macs, manifest.exclusions, what, tf32=built.target.tf32)
         if faster_than_fp16:
             _check_worth(engine, source, flavour, options, what, progress)
     else:

@@ -24,6 +24,7 @@ OBJECTS = {
     "engine/layers.py": {"engine", "context", "inspector"},
     "engine/log.py": set(),
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
+    "engine/refit.py": {"refitter", "parser"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
     "engine/context.py": {"_context"},
     "engine/callbacks.py": set(),

@@ -45,6 +45,27 @@ def test_an_engine_that_holds_its_own_runtime_may_run_it(
     assert [runtime.engine_host_code_allowed for runtime in runtimes] == [compatible]
 
 
+@pytest.mark.parametrize("stripped", [True, False])
+def test_an_engine_without_weights_gets_those_of_its_typed_file(
+    trt: Any, gpu: Any, make: Make, stripped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def refit_from_file(model: str) -> bool:
+        gpu.check_active()
+        assert not trt.engines[-1].contexts  # a context made before would compute with what was there
+        read.append(model)
+        return True
+
+    refitter = SimpleNamespace(get_missing_weights=list, refit_cuda_engine=lambda: True)
+    monkeypatch.setattr(trt, "Refitter", lambda engine, log: refitter, raising=False)
+    parser = SimpleNamespace(refit_from_file=refit_from_file)
+    monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, log: parser, raising=False)
+    engine = make(target=msgspec.structs.replace(TARGET, stripped=stripped))
+    deploy.load(engine).close()
+    assert read == [str(engine.onnx_path)] * stripped
+
+
 def test_a_runtime_that_cannot_start_is_an_error_with_tensorrts_reason(
     trt: Any, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
