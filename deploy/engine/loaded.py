@@ -14,7 +14,9 @@ from deploy.engine.callbacks import make_allocator
 from deploy.engine.context import EngineContext
 from deploy.engine.cuda import Device, DeviceMemoryError
 from deploy.engine.flavour import Flavour
-from deploy.engine.log import garbage_kept, make_logger
+from deploy.engine.layers import describe
+from deploy.engine.log import make_logger, start
+from deploy.engine.refit import refit
 from deploy.errors import BackendError
 from deploy.host.cache import keep
 
@@ -58,13 +60,17 @@ class LoadedEngine:
         self._log = make_logger(flavour.trt)
         self._making = threading.Lock()
         with gpu.active():
-            with garbage_kept():
-                self._runtime = self._trt.Runtime(self._log)
+            self._runtime = start(self._trt.Runtime, self._log, f"{flavour.name} {flavour.version}")
+            if artifact.manifest.target is not None and artifact.manifest.target.version_compatible:
+                self._runtime.engine_host_code_allowed = True  # it holds its own runtime, which TensorRT else refuses to load
             engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{flavour.name} {flavour.version} cannot load {artifact.location}: {self._log.last()}")
         self._engine = engine
         self.host_inputs = self._check_tensors(artifact.path / ENGINE)
+        if artifact.manifest.target is not None and artifact.manifest.target.stripped:
+            with gpu.active():
+                refit(engine, self._trt, artifact.onnx_path, self._log, str(artifact.location))
         self._cache_file = artifact.path / RUNTIME_CACHE
         self._config: Any = None
         self._cache: Any = None  # the config does not hold the cache: if it were dropped, the process would crash
@@ -138,9 +144,10 @@ class LoadedEngine:
         raise BackendError(f"no execution context for {self._name!r}: {self._log.last()}")
 
     def information(self) -> str:
-        """The inspector's description of the engine, as JSON."""
-        inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+        """The inspector's description of the engine at the optimal shapes of its first profile, as JSON."""
+        with self._making, self._gpu.active():
+            context = self._create()
+            return describe(self._engine, context, self._trt, _names(self._inputs))
 
     def save(self) -> None:
         """Keep what tensorrt-rtx compiled for the next time, unless another process has kept more. Nothing for other flavours."""

@@ -7,11 +7,14 @@ about its own steps ("Converting conv activation scales to fp32").
 import gc
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from deploy.engine.bindings import Bindings
+from deploy.errors import BackendError
+
+T = TypeVar("T")
 
 logger = logging.getLogger("deploy.engine")
 
@@ -40,6 +43,19 @@ def garbage_kept() -> Iterator[None]:
             _holders -= 1
             if not _holders and _was_enabled:
                 gc.enable()
+
+
+def start(kind: Callable[[Any], T], log: Any, library: str) -> T:
+    """A Builder or Runtime, `kind`, with the logger `log`. library: its name and version, for the error.
+
+    Raises BackendError where TensorRT cannot start, as on a machine whose driver is too old. Its bindings do not return None
+    then: they raise TypeError ("factory function returned nullptr").
+    """
+    try:
+        with garbage_kept():
+            return kind(log)
+    except TypeError as error:
+        raise BackendError(f"{library} cannot start: {log.last()}") from error
 
 
 def make_logger(trt: Bindings) -> Any:

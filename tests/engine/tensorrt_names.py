@@ -21,8 +21,10 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 OBJECTS = {
     "engine/attestation.py": {"network", "layer", "operand", "operands", "tensor"},
     "engine/builder.py": {"builder", "config", "optimization"},
+    "engine/layers.py": {"engine", "context", "inspector"},
     "engine/log.py": set(),
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
+    "engine/refit.py": {"refitter", "parser"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
     "engine/context.py": {"context", "_trt_context"},
     "engine/callbacks.py": set(),

@@ -12,7 +12,6 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import random_feed
-from deploy.engine.attestation import engine_layers
 from deploy.engine.callbacks import make_profiler
 from deploy.engine.context import EngineContext, Shape
 from deploy.engine.cuda import open_device
@@ -20,6 +19,7 @@ from deploy.engine.cuda.arrays import DeviceArray, copied
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.cuda.nvtx import annotations
 from deploy.engine.flavour import load_flavour
+from deploy.engine.layers import engine_layers
 from deploy.engine.loaded import ExecutionOptions, LoadedEngine
 from deploy.engine.pool import ContextPool
 from deploy.engine.profile_choice import ProfileChoice
