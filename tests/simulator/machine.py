@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from tests.simulator.captures import Capture, Entry
 from tests.simulator.errors import CudaError, RuleError
 from tests.simulator.memory import Access, Allocation, Space, site
-from tests.simulator.work import LEGACY, LEGACY_HANDLE, PER_THREAD, Action, Clock, Event, Stream, Work, join
+from tests.simulator.work import LEGACY, LEGACY_HANDLE, PER_THREAD, Action, Clock, Event, Here, Stream, Work, join
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,14 +30,9 @@ def api(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any,
     return call
 
 
-class Here(threading.local):
-    """What CUDA keeps for each thread."""
-
-    device = 0
-    capture_mode = "global"
-
-    def __init__(self) -> None:
-        self.per_thread: dict[int, Stream] = {}
+def _each(runs: list[Callable[[], None]]) -> None:
+    for run in runs:
+        run()
 
 
 class Machine:
@@ -87,6 +82,9 @@ class Machine:
         planned = self.failures.get(name)
         if planned and (error := planned.pop(0)) is not None:
             raise CudaError(error)
+        self._check_sticky()
+
+    def _check_sticky(self) -> None:
         if self.sticky is not None:
             raise CudaError(self.sticky)
 
@@ -161,6 +159,7 @@ class Machine:
             raise CudaError("cudaErrorStreamCaptureUnsupported")
         if stream.last is not None:
             stream.last.finish()
+        self._check_sticky()
         join(self.host, stream.clock)
 
     @api
@@ -173,9 +172,11 @@ class Machine:
 
     def _reach(self, work: Work | None, clock: Clock) -> bool:
         """Whether it is done, which the host then knows; if it is not, it is before the next question."""
-        if work is not None and not work.done:
+        if work is not None:
+            over = work.reached()
             work.finish()
-            return False
+            if not over:
+                return False
         join(self.host, clock)
         return True
 
@@ -191,6 +192,7 @@ class Machine:
         for stream in self._all(device):
             if stream.last is not None:
                 stream.last.finish()
+            self._check_sticky()
             join(self.host, stream.clock)
 
     # Work.
@@ -246,7 +248,7 @@ class Machine:
                 owner.segment.check(start, start + use.nbytes, use.write, known, label)
             checked.append((action, owners, label))
         stream.clock = known
-        work = Work(before, None)
+        work = Work(before, None, mark=False)
         runs: list[Callable[[], None]] = []
         for action, owners, label in checked:
             runs += self._guards(action, owners, label)
@@ -255,7 +257,7 @@ class Machine:
                 owner.segment.add(Access(stream.name, tick, start, start + use.nbytes, use.write, label, work))
             if action.run is not None:
                 runs.append(action.run)
-        work.run = lambda: [run() for run in runs] and None
+        work.run = functools.partial(_each, runs)
         stream.last = work
         return work
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -131,8 +132,8 @@ class Event:
         self._machine = State.machine
 
     def __del__(self) -> None:
-        if (inner := self.inner) is not None:
-            self._machine.dropped.append(lambda: self._machine.events.pop(inner.handle, None))
+        if self.inner is not None:
+            self._machine.dropped.append(functools.partial(self._machine.events.__delitem__, self.inner.handle))
 
     def record(self, stream: Stream | None = None) -> None:
         stream = current_stream() if stream is None else stream

@@ -27,7 +27,7 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inside: torch.Tensor, keeper: Any, index: int) -> CudaTensor:
         torch._C._ensureCUDADeviceGuardSet()
-        made: CudaTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CudaTensor = torch.Tensor._make_wrapper_subclass(
             cls, inside.size(), strides=inside.stride(), dtype=inside.dtype, device=torch.device("cuda", index)
         )
         made.inside, made.keeper = inside, keeper
@@ -47,13 +47,13 @@ class CudaTensor(torch.Tensor):
         return self.detach().cpu().numpy()
 
     def tolist(self) -> Any:
-        return self.cpu().tolist()  # type: ignore[no-untyped-call]
+        return self.cpu().tolist()
 
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"<simulated {self.dtype} {tuple(self.shape)} on {self.device}>"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func is torch.ops.aten.copy_.default:
             return _copy(
@@ -111,7 +111,11 @@ def _kernel(front: TorchFront, func: Any, args: Any, kwargs: Any) -> Any:
     results = [front.empty_strided(x.shape, x.stride(), x.dtype, index) for x in shapes]
 
     def run() -> None:
-        found, _ = tree_flatten(func(*inner_args, **inner_kwargs))
+        try:
+            found, _ = tree_flatten(func(*inner_args, **inner_kwargs))
+        except IndexError:  # an assertion on the device: CUDA answers with it from then on
+            front.machine.sticky = "cudaErrorAssert"
+            return
         for result, value in zip(results, found, strict=True):
             result.inside.copy_(value)
 

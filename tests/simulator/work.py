@@ -6,6 +6,7 @@ things are taken in the order in which they happened.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,14 +28,19 @@ def join(clock: Clock, other: Mapping[str, int]) -> None:
 
 
 class Work:
-    """A piece of work on a stream, which is done after the pieces `after`; None where there is nothing to do."""
+    """A piece of work on a stream, which is done after the pieces `after`. mark: it is a place in the stream, and takes no time."""
 
-    __slots__ = ("after", "done", "run")
+    __slots__ = ("after", "done", "mark", "run")
 
-    def __init__(self, after: list[Work], run: Callable[[], None] | None) -> None:
+    def __init__(self, after: list[Work], run: Callable[[], None] | None, *, mark: bool = True) -> None:
+        self.done = False
+        self.mark = mark
         self.after = [work for work in after if not work.done]
         self.run = run
-        self.done = False
+
+    def reached(self) -> bool:
+        """Whether it is done, or a place which all work before has been done for."""
+        return self.done or (self.mark and all(before.reached() for before in self.after))
 
     def finish(self) -> None:
         """Do what has to be done before, then the work."""
@@ -107,3 +113,13 @@ class Event:
     work: Work | None = None
     captured: Capture | None = None
     number: int | None = None
+
+
+class Here(threading.local):
+    """What CUDA keeps for each thread."""
+
+    device = 0
+    capture_mode = "global"
+
+    def __init__(self) -> None:
+        self.per_thread: dict[int, Stream] = {}
