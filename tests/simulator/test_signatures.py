@@ -102,6 +102,6 @@ def test_what_the_module_lacks_the_simulator_lacks(simulated: Simulated) -> None
     with pytest.raises(AttributeError):
         _ = simulated.trt.CudaGraphStrategy  # of TensorRT-RTX alone
     with pytest.raises(TypeError):
-        simulated.runtime.cudaMalloc()
+        simulated.runtime.cudaMemGetInfo(0)
     with pytest.raises(TypeError):
         simulated.trt.Runtime(object())

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.simulator.artifacts import model
 from tests.simulator.rules.probe import Here, probe
 
 CONTEXT = "NvInferRuntime.h: IExecutionContext"
@@ -19,6 +18,8 @@ class _Engine:
     """An engine in memory, with input and output buffers for its largest shape."""
 
     def __init__(self, here: Here, outputs: tuple[str, ...] = ("y",)) -> None:
+        from tests.simulator.artifacts import model  # which needs onnx: the other probes do without
+
         trt = self.trt = here.trt
         self.here = here
         self.logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
