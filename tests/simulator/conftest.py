@@ -1,0 +1,26 @@
+"""Fixtures of the simulator's own tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.artifact.artifact import Artifact
+from tests.simulator.artifacts import make_engine
+from tests.simulator.simulated import Simulated
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    found = Simulated(monkeypatch)
+    yield found
+    found.finish()
+
+
+@pytest.fixture
+def make(tmp_path: Path, shared_lenet5: Artifact) -> Callable[..., Artifact]:
+    return lambda **options: make_engine(tmp_path / "engine", shared_lenet5.manifest, **options)
+
+
+Make = Callable[..., Any]

@@ -1,0 +1,310 @@
+"""Rules of stream captures and graphs."""
+
+from __future__ import annotations
+
+from tests.simulator.rules.probe import Here, probe
+
+GRAPHS = "CUDA C++ Programming Guide, CUDA Graphs: Creating a Graph Using Stream Capture"
+FORBIDDEN = "CUDA C++ Programming Guide, CUDA Graphs: Prohibited and Unhandled Operations"
+EVENTS = "CUDA C++ Programming Guide, CUDA Graphs: Cross-stream Dependencies and Events"
+MODES = "cuda_runtime_api.h: cudaStreamBeginCapture, cudaThreadExchangeStreamCaptureMode"
+CODES = "driver_types.h: cudaError"
+INVALID = "cudaErrorStreamCaptureInvalidated"
+
+
+def _invalid(here: Here, stream: int) -> None:
+    """The capture is lost, which its end says, and the stream works on."""
+    status = here.cudart.cudaStreamCaptureStatus
+    assert here.do("cudaStreamIsCapturing", stream) == status.cudaStreamCaptureStatusInvalidated
+    assert here.ask("cudaStreamEndCapture", stream).name == INVALID
+    assert here.do("cudaStreamIsCapturing", stream) == status.cudaStreamCaptureStatusNone
+    here.do("cudaStreamSynchronize", stream)
+
+
+@probe("runtime", GRAPHS)
+def captured_work_is_done_by_each_launch_and_not_before(here: Here) -> None:
+    source, target, a = here.memory(1), here.memory(0), here.stream()
+    assert here.begin(a) == "cudaSuccess"
+    here.do("cudaMemcpyAsync", target, source, 64, here.cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice, a)
+    graph = here.end(a)
+    assert here.read(target, a) == 0
+    for value in (1, 2):
+        here.set(source, value, a)
+        here.do("cudaGraphLaunch", graph, a)
+        assert here.read(target, a) == value
+
+
+@probe("runtime", "cuda_runtime_api.h: cudaGraphLaunch")
+def a_graph_can_be_launched_on_the_legacy_stream(here: Here) -> None:
+    pointer, a = here.memory(), here.stream()
+    here.begin(a)
+    here.set(pointer, 4, a)
+    graph = here.end(a)
+    here.do("cudaGraphLaunch", graph, 0)
+    assert here.read(pointer, 0) == 4
+
+
+@probe("runtime", "cuda_runtime_api.h: cudaGraphLaunch")
+def launches_of_one_graph_come_after_one_another(here: Here) -> None:
+    pointer, a, b, event = here.memory(), here.stream(), here.stream(), here.event()
+    here.prepare()
+    here.begin(a)
+    here.busy(a)
+    here.set(pointer, 4, a)
+    graph = here.end(a)
+    here.do("cudaGraphLaunch", graph, a)
+    here.do("cudaEventRecord", event, a)
+    here.do("cudaGraphLaunch", graph, b)
+    here.do("cudaStreamSynchronize", b)
+    assert here.read(pointer, b) == 4
+    assert here.ask("cudaEventQuery", event).name == "cudaSuccess"
+
+
+@probe("runtime", MODES)
+def the_legacy_stream_cannot_be_captured(here: Here) -> None:
+    assert here.begin(0) == "cudaErrorStreamCaptureUnsupported"
+    assert here.begin(1) == "cudaErrorStreamCaptureUnsupported"
+
+
+@probe("runtime", CODES)
+def a_capture_is_begun_once_and_ended_where_it_was_begun(here: Here) -> None:
+    a, b = here.stream(), here.stream()
+    here.begin(a)
+    assert here.begin(a) == "cudaErrorIllegalState"
+    assert here.ask("cudaStreamEndCapture", b).name == "cudaErrorIllegalState"
+    here.ask("cudaStreamEndCapture", a)
+    here.do("cudaStreamSynchronize", a)
+
+
+@probe("runtime", FORBIDDEN)
+def to_wait_for_a_stream_that_is_captured_ends_the_capture(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.ask("cudaStreamSynchronize", a).name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", FORBIDDEN)
+def to_query_a_stream_that_is_captured_ends_the_capture(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.ask("cudaStreamQuery", a).name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", FORBIDDEN)
+def to_wait_for_the_device_ends_every_capture_on_it(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.ask("cudaDeviceSynchronize").name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", FORBIDDEN)
+def to_wait_for_the_device_in_another_thread_ends_a_thread_local_capture_too(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.elsewhere(lambda: here.ask("cudaDeviceSynchronize").name) == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", MODES)
+def to_wait_for_another_stream_does_not_end_a_capture(here: Here) -> None:
+    pointer, a, b = here.memory(), here.stream(), here.stream()
+    here.begin(a)
+    here.set(pointer, 1, a)
+    here.do("cudaStreamSynchronize", b)
+    here.end(a)
+
+
+@probe("runtime", MODES)
+def to_allocate_ends_a_capture_of_the_same_thread(here: Here) -> None:
+    for mode in ("Global", "ThreadLocal"):
+        a = here.stream()
+        here.begin(a, mode)
+        assert here.ask("cudaMalloc", 64).name == "cudaErrorStreamCaptureUnsupported", mode
+        _invalid(here, a)
+
+
+@probe("runtime", MODES)
+def to_free_ends_a_capture_of_the_same_thread(here: Here) -> None:
+    pointer, a = here.memory(), here.stream()
+    here.begin(a)
+    assert here.ask("cudaFree", pointer).name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", MODES)
+def to_allocate_pinned_memory_ends_a_capture_of_the_same_thread(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.ask("cudaHostAlloc", 64, here.cudart.cudaHostAllocDefault).name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", MODES)
+def to_allocate_in_another_thread_ends_a_global_capture_alone(here: Here) -> None:
+    a = here.stream()
+    here.begin(a, "Global")
+    assert here.elsewhere(lambda: here.ask("cudaMalloc", 64).name) == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+    here.begin(a, "ThreadLocal")
+    assert here.elsewhere(lambda: here.ask("cudaMalloc", 64).name) == "cudaSuccess"
+    here.end(a)
+
+
+@probe("runtime", MODES)
+def a_relaxed_capture_or_thread_may_allocate(here: Here) -> None:
+    a, modes = here.stream(), here.cudart.cudaStreamCaptureMode
+    here.begin(a, "Relaxed")
+    here.do("cudaMalloc", 64)
+    here.end(a)
+    here.begin(a, "Global")
+    before = here.do("cudaThreadExchangeStreamCaptureMode", modes.cudaStreamCaptureModeRelaxed)
+    assert before == modes.cudaStreamCaptureModeGlobal
+    here.do("cudaMalloc", 64)
+    here.do("cudaThreadExchangeStreamCaptureMode", before)
+    here.end(a)
+
+
+@probe("runtime", MODES)
+def to_query_an_event_ends_a_capture_of_the_same_thread(here: Here) -> None:
+    a, b, event = here.stream(), here.stream(), here.event()
+    here.do("cudaEventRecord", event, b)
+    here.begin(a)
+    assert here.ask("cudaEventQuery", event).name == "cudaErrorStreamCaptureUnsupported"
+    _invalid(here, a)
+
+
+@probe("runtime", MODES)
+def streams_and_events_can_be_made_during_a_capture(here: Here) -> None:
+    pointer, a = here.memory(), here.stream()
+    here.begin(a)
+    here.set(pointer, 1, a)
+    b, event = here.stream(), here.event()
+    here.do("cudaEventDestroy", event)
+    here.do("cudaStreamDestroy", b)
+    here.do("cudaPointerGetAttributes", pointer)
+    here.do("cudaGetDevice")
+    here.end(a)
+
+
+@probe("runtime", "CUDA C++ Programming Guide, Stream Ordered Memory Allocator")
+def memory_of_other_streams_can_be_allocated_and_freed_during_a_capture(here: Here) -> None:
+    pointer, a, b = here.memory(), here.stream(), here.stream()
+    first = int(here.do("cudaMallocAsync", 64, b))
+    here.begin(a)
+    here.set(pointer, 1, a)
+    here.do("cudaFreeAsync", first, b)
+    second = int(here.do("cudaMallocAsync", 64, b))
+    here.end(a)
+    here.do("cudaFreeAsync", second, b)
+    here.do("cudaStreamSynchronize", b)
+
+
+@probe("runtime", "CUDA C++ Programming Guide, Stream Ordered Memory Allocator")
+def memory_that_a_graph_did_not_allocate_is_not_freed_in_it(here: Here) -> None:
+    a = here.stream()
+    first = int(here.do("cudaMallocAsync", 64, a))
+    here.do("cudaStreamSynchronize", a)
+    here.begin(a)
+    assert here.ask("cudaFreeAsync", first, a).name == "cudaErrorInvalidValue"
+    here.ask("cudaStreamEndCapture", a)
+    here.do("cudaStreamSynchronize", a)
+
+
+@probe("runtime", CODES)
+def the_legacy_stream_is_not_used_while_a_stream_that_waits_for_it_is_captured(here: Here) -> None:
+    pointer, a = here.memory(), here.stream(blocking=True)
+    here.begin(a)
+    assert here.ask("cudaMemsetAsync", pointer, 1, 64, 0).name == "cudaErrorStreamCaptureImplicit"
+    _invalid(here, a)
+
+
+@probe("runtime", CODES)
+def the_legacy_stream_can_be_used_while_a_stream_that_does_not_wait_for_it_is_captured(here: Here) -> None:
+    pointer, other, a = here.memory(), here.memory(), here.stream()
+    here.begin(a)
+    here.set(other, 1, a)
+    here.set(pointer, 3, 0)
+    here.end(a)
+    assert here.read(pointer, 0) == 3
+
+
+@probe("runtime", EVENTS)
+def a_capture_does_not_wait_for_events_outside(here: Here) -> None:
+    a, b, event = here.stream(), here.stream(), here.event()
+    here.do("cudaEventRecord", event, b)
+    here.begin(a)
+    assert here.ask("cudaStreamWaitEvent", a, event, 0).name == "cudaErrorStreamCaptureIsolation"
+    _invalid(here, a)
+
+
+@probe("runtime", EVENTS)
+def a_stream_that_waits_for_an_event_of_a_capture_takes_part(here: Here) -> None:
+    pointer, a, b, fork, back = here.memory(), here.stream(), here.stream(), here.event(), here.event()
+    here.begin(a)
+    here.do("cudaEventRecord", fork, a)
+    here.do("cudaStreamWaitEvent", b, fork, 0)
+    assert here.do("cudaStreamIsCapturing", b) == here.cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
+    here.set(pointer, 6, b)
+    here.do("cudaEventRecord", back, b)
+    here.do("cudaStreamWaitEvent", a, back, 0)
+    graph = here.end(a)
+    assert here.read(pointer, b) == 0
+    here.do("cudaGraphLaunch", graph, a)
+    assert here.read(pointer, a) == 6
+
+
+@probe("runtime", EVENTS)
+def a_stream_that_took_part_must_be_waited_for(here: Here) -> None:
+    pointer, a, b, fork = here.memory(), here.stream(), here.stream(), here.event()
+    here.begin(a)
+    here.do("cudaEventRecord", fork, a)
+    here.do("cudaStreamWaitEvent", b, fork, 0)
+    here.set(pointer, 6, b)
+    assert here.ask("cudaStreamEndCapture", a).name == "cudaErrorStreamCaptureUnjoined"
+    here.do("cudaStreamSynchronize", b)
+
+
+@probe("runtime", FORBIDDEN)
+def an_event_of_a_capture_is_neither_queried_nor_waited_for_by_the_host(here: Here) -> None:
+    for call in ("cudaEventQuery", "cudaEventSynchronize"):
+        a, event = here.stream(), here.event()
+        here.begin(a)
+        here.do("cudaEventRecord", event, a)
+        assert here.ask(call, event).name == "cudaErrorCapturedEvent", call
+        _invalid(here, a)
+
+
+@probe("runtime", EVENTS)
+def captures_are_not_merged(here: Here) -> None:
+    a, b, event = here.stream(), here.stream(), here.event()
+    here.begin(a)
+    here.begin(b)
+    here.do("cudaEventRecord", event, a)
+    assert here.ask("cudaStreamWaitEvent", b, event, 0).name == "cudaErrorStreamCaptureMerge"
+    here.ask("cudaStreamEndCapture", a)
+    here.ask("cudaStreamEndCapture", b)
+
+
+@probe("runtime", GRAPHS)
+def two_captures_of_two_streams_do_not_disturb_one_another(here: Here) -> None:
+    first, second, a, b = here.memory(), here.memory(), here.stream(), here.stream()
+    here.begin(a)
+    here.begin(b)
+    here.set(first, 1, a)
+    here.set(second, 2, b)
+    graphs = here.end(a), here.end(b)
+    for graph in graphs:
+        here.do("cudaGraphLaunch", graph, a)
+    assert (here.read(first, a), here.read(second, a)) == (1, 2)
+
+
+@probe("runtime", MODES)
+def a_capture_is_ended_in_the_thread_that_began_it(here: Here) -> None:
+    a = here.stream()
+    here.begin(a)
+    assert here.elsewhere(lambda: here.ask("cudaStreamEndCapture", a).name) == "cudaErrorStreamCaptureWrongThread"
+    here.ask("cudaStreamEndCapture", a)
+    here.do("cudaStreamSynchronize", a)

@@ -1,0 +1,124 @@
+"""A simulated GPU in place of the real libraries: torch.cuda, cuda-python, pycuda, TensorRT and TensorRT-RTX, for one test."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.engine import cuda
+from tests.simulator.errors import RuleError
+from tests.simulator.machine import Machine
+from tests.simulator.pycuda_front import PycudaFront
+from tests.simulator.runtime_front import RuntimeFront
+from tests.simulator.tensorrt_front import TensorRTFront
+from tests.simulator.torch_front import TorchFront
+
+
+class Simulated:
+    """The GPU and the fronts of it. library: what deploy uses it through."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, library: str | None = None, devices: int = 2, total: int = 1 << 26) -> None:
+        self.machine = Machine(devices=devices, total=total)
+        self.torch = TorchFront(self.machine)
+        self.runtime = RuntimeFront(self.machine)
+        self.pycuda = PycudaFront(self.machine)
+        self.trt = TensorRTFront(self.machine)
+        self.rtx = TensorRTFront(self.machine, "tensorrt-rtx", "1.7.1")
+        self.torch.install(patch)
+        patch.setitem(sys.modules, "tensorrt", self.trt)
+        patch.setitem(sys.modules, "tensorrt_rtx", self.rtx)
+        patch.setitem(sys.modules, "pycuda", types.SimpleNamespace(driver=self.pycuda))
+        patch.setitem(sys.modules, "pycuda.driver", self.pycuda)
+        patch.delitem(sys.modules, "deploy.engine.cuda.pycuda_device", raising=False)
+        patch.setattr("deploy.engine.cuda.cuda_python.cudart", self.runtime)
+        for module in ("engine.flavour", "runtime.backends.tensorrt"):
+            patch.setattr(f"deploy.{module}.has_gpu", lambda: True)
+        patch.setattr("deploy.engine.cuda.driver.driver_version", lambda: "580.95.05")
+        if library is not None:
+            patch.setattr(cuda, "LIBRARIES", {library: cuda.LIBRARIES[library]})
+
+    def array(self, array: np.ndarray, **options: Any) -> Foreign:
+        return Foreign(self, array, **options)
+
+    @contextmanager
+    def breaks(self, rule: str) -> Iterator[None]:
+        """The statements break a rule, which the simulator says in words that hold `rule`."""
+        machine = self.machine
+        before = len(machine.violations)
+        with suppress(RuleError):
+            yield
+        self.settle()
+        found = machine.violations[before:]
+        del machine.violations[before:]
+        assert any(rule in str(error) for error in found), f"not found: {rule}; {found}"
+
+    def settle(self) -> None:
+        """Let what was dropped be freed."""
+        with self.machine.lock:
+            self.machine.settle()
+
+    def held(self) -> list[str]:
+        """What the program has not given back: memory, streams, events and graphs; torch's streams are torch's."""
+        gc.collect()
+        self.settle()
+        machine = self.machine
+        pools = [stream.inner for pool in self.torch.pools() for stream in pool]
+        return [
+            *(owner.label for owner in machine.space.live()),
+            *(stream.name for stream in machine.streams.values() if stream not in pools),
+            *(f"event {handle:#x}" for handle in machine.events),
+            *(f"graph {handle:#x}" for handle in machine.graphs),
+            *self.pycuda.leaked,
+        ]
+
+    def finish(self) -> None:
+        """The end of a test: no rule was broken, whoever caught the error, and no capture is left."""
+        self.settle()
+        machine = self.machine
+        if machine.sticky is None:
+            for stream in machine.everything():
+                if stream.last is not None:
+                    stream.last.finish()
+        assert not machine.captures, "a capture was never ended"
+        assert not machine.violations, "\n".join(map(str, machine.violations))
+
+
+class Foreign:
+    """An array of another library on the GPU, as CuPy would hand it over. stream: which it says its content is made on."""
+
+    def __init__(
+        self,
+        simulated: Simulated,
+        array: np.ndarray,
+        stream: int | None = None,
+        offset: int = 0,
+        strides: Any = None,
+        index: int = 0,
+    ) -> None:
+        self._front = simulated.runtime
+        (before,) = self._front.cudaGetDevice()[1:]
+        self._front.cudaSetDevice(index)
+        _, self.pointer = self._front.cudaMalloc(max(array.nbytes + offset, 1))
+        self._front.cudaSetDevice(before)
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        simulated.machine.space.bytes(self.pointer + offset, array.nbytes)[:] = content
+        self.shape, self.dtype = array.shape, array.dtype
+        self.__cuda_array_interface__ = {
+            "data": (self.pointer + offset, False),
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "strides": strides,
+            "stream": stream,
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        front, pointer = self._front, self.pointer
+        front.machine.dropped.append(lambda: front.allocator.free(pointer))
