@@ -10,8 +10,8 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec, format_shape
 from deploy.engine.buffers import Buffers
-from deploy.engine.cuda import Device, DeviceLostError, Event, Graph, Memory, Stream
-from deploy.engine.log import garbage_kept
+from deploy.engine.cuda import Device, DeviceLostError, Event, Memory, Stream
+from deploy.engine.replay import Replay
 from deploy.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class EngineContext:
         self._outputs = [_tensor(spec) for spec in outputs]
         self._host_inputs: dict[str, np.ndarray] = dict.fromkeys(host, np.empty(0))
         self._fixed = graphs is not None
-        self._captures = self._captures_usual = graphs == "own"
+        self._captures = graphs == "own"
         self._make_allocator = allocator
         self._reason = reason
         self._annotate = annotate or (lambda label: _NOTHING)
@@ -109,9 +109,7 @@ class EngineContext:
         self._bound: tuple[Any, ...] | None = None  # profile, shapes and the values of host inputs
         self._shapes: list[Shape | None] = []
         self._allocators: dict[str, Any] = {}
-        self._graph: Graph | None = None
-        self._warm = False  # whether the last run was a plain one with what is bound now
-        self._refused: set[tuple[Any, ...]] = set()
+        self._replay = Replay(device, self.stream, wanted=graphs == "own")
         self._pending: list[tuple[np.ndarray, Shape, np.dtype[Any]]] = []
 
     # Arrays in host memory: begin, finish.
@@ -259,7 +257,7 @@ class EngineContext:
             return
         context = self._trt_context()
         self._bound = None
-        self._drop_graph()
+        self._replay.drop()
         if profile != self._profile:
             if not context.set_optimization_profile_async(profile, self.stream.handle):
                 raise BackendError(f"the engine refused its profile {profile}: {self._reason()}")
@@ -285,7 +283,7 @@ class EngineContext:
         if not self._trt_context().set_tensor_address(name, pointer):
             raise BackendError(f"the engine refused the address of {name!r}: {self._reason()}")
         self._addresses[name] = pointer
-        self._drop_graph()
+        self._replay.drop()
 
     def _set_allocators(self, context: "tensorrt.IExecutionContext") -> None:
         for tensor, shape in zip(self._outputs, self._shapes, strict=True):
@@ -296,6 +294,8 @@ class EngineContext:
                         f"the engine refused an allocator for {tensor.name!r}, whose shape depends on data: {self._reason()}"
                     )
                 self._allocators[tensor.name] = allocator
+                if self._captures:
+                    logger.warning("no CUDA graph: the shape of %r depends on data; it runs without", tensor.name)
 
     def _result(self, name: str, shape: Shape | None) -> tuple[Memory, Shape]:
         """The memory of an output in a buffer or of an allocator, and its shape; for the latter once the run is done."""
@@ -305,30 +305,14 @@ class EngineContext:
         return self._buffers.memory(name), shape
 
     def _execute(self) -> None:
-        """Run by graph if there is one, or if one can be captured: right after a plain run, as TensorRT requires."""
-        if self._graph is None and self._captures and self._warm and self._bound not in self._refused:
-            try:
-                self._graph = self._capture()
-            except BackendError as error:
-                assert self._bound is not None
-                shown = "; ".join(format_shape(shape) for shape in self._bound[1])
-                logger.warning("no CUDA graph for %s: %s; it runs without", shown, error)
-                self._refused.add(self._bound)
-        if self._graph is not None:
-            self._graph.launch(self.stream)
-            return
-        self._launch()
-        self._warm = True
-
-    def _capture(self) -> Graph:
         if None in self._shapes:
-            raise BackendError("the shape of an output depends on data")
-        with garbage_kept():  # whose release would be captured as well
-            return self._device.capture(self._launch, self.stream)
+            self._launch()  # which waits for the shapes
+        else:
+            self._replay.run(self._launch, self._bound, self._shown)
 
-    def _drop_graph(self) -> None:
-        self._graph = None
-        self._warm = False
+    def _shown(self) -> str:
+        assert self._bound is not None
+        return "; ".join(format_shape(shape) for shape in self._bound[1])
 
     def _launch(self) -> None:
         if not bool(self._trt_context().execute_async_v3(self.stream.handle)):
@@ -344,8 +328,8 @@ class EngineContext:
 
     def attach(self, profiler: Any) -> None:
         """Report the time of each layer to an IProfiler; None ends that. Meanwhile runs are slower, and use no graphs."""
-        self._captures = self._captures_usual and profiler is None
-        self._drop_graph()
+        self._replay.wanted = self._captures and profiler is None
+        self._replay.drop()
         self._trt_context().profiler = profiler
 
     # The end.
@@ -358,7 +342,7 @@ class EngineContext:
         """
         self._bound = self._profile = None
         self._addresses.clear()
-        self._drop_graph()
+        self._replay.drop()
         self._pending = []
         if self.lost is None:
             try:
@@ -381,7 +365,7 @@ class EngineContext:
             if self.lost is None:
                 self.wait()
         finally:
-            self._graph = None
+            self._replay.drop()
             self._context = None
             self._allocators.clear()
             self._buffers.clear()
