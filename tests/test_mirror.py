@@ -25,6 +25,7 @@ COVERED = {
     "bench/workers": "bench/test_bench",
     "engine/bindings": "engine/test_tensorrt_names",
     "engine/context": "runtime/backends/test_tensorrt_graphs",
+    "engine/cuda/capturing": "gpu/test_baselines",
     "engine/cuda/cuda_python": "gpu/test_engines",
     "engine/cuda/pycuda_device": "gpu/test_engines",
     "engine/cuda/torch_device": "gpu/test_engines",

@@ -1,6 +1,7 @@
 """The sorts of arrays in feeds and results: numpy arrays, torch tensors, device arrays of other libraries."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +39,26 @@ def is_device_array(x: Any) -> bool:
 def writable(x: np.ndarray) -> np.ndarray:
     """`x` itself if torch can share its memory, else a copy (torch has no read-only tensors)."""
     return x if x.flags.writeable and x.flags.c_contiguous else x.copy()
+
+
+def to_torch(x: np.ndarray, device: str) -> Any:
+    """`x` as a torch tensor on `device`: `cpu`, where it shares the memory of `x` if it can, or `cuda:N`.
+
+    On the way to a GPU it is copied to pinned memory first, from which the copy is fast and does not stop the CPU.
+    """
+    tensor = sys.modules["torch"].from_numpy(writable(x))
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def from_torch(results: Sequence[Any]) -> list[np.ndarray]:
+    """torch tensors as numpy arrays. Those on a GPU are copied through pinned memory, after which their stream is waited for."""
+    if not any(x.is_cuda for x in results):
+        return [x.numpy(force=True) for x in results]
+    torch = sys.modules["torch"]
+    pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in results]
+    for device in {x.device for x in results if x.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return [x.numpy().copy() for x in pinned]
 
 
 def write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
-from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
+from deploy.runtime.arrays import SORTS, Sort, from_torch, shape_of, sort_of, to_torch, writable, write
 from deploy.runtime.catalog import BACKENDS, check_variant, refuse_engine
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
 
@@ -30,7 +30,7 @@ _SEEN_SHAPES = 4096
 class SessionOptions:
     """How to open a session.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the GPU where the backend can use one.
+    device: `auto`, `cpu`, `cuda` (which is `cuda:0`) or `cuda:N`. `auto` is the GPU where the backend can use one.
     threads: the number of threads of one run; None for the physical cores that the process may use. eager and compile set it
         for the whole process, and keep torch's own choice if it is None.
     compute: the precision in which FP32 parts of the file are computed. `fp32` means FP32; OpenVINO also takes `bf16` and
@@ -223,9 +223,7 @@ class Session(ABC):
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run on numpy arrays with a backend that computes on torch tensors."""
-        torch = sys.modules["torch"]  # imported by the backend
-        results = self._compute({name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()})
-        return [result.numpy(force=True) for result in results]
+        return from_torch(self._compute({name: to_torch(x, self.device) for name, x in feed.items()}))
 
     def _check_names(self, feed: Mapping[str, Any]) -> None:
         missing = [str(spec) for spec in self.inputs if spec.name not in feed]

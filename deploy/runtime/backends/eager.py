@@ -16,6 +16,7 @@ from deploy.errors import BackendError
 from deploy.intake.build import rebuild
 from deploy.runtime.arrays import writable
 from deploy.runtime.cuda_graphs import CudaGraphs
+from deploy.runtime.cudnn import cudnn_benchmark
 from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
@@ -27,7 +28,8 @@ _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class EagerSession(Session):
     """The rebuilt module. `inputs` and `outputs` are those of the export, in half precision too; inputs are passed by position.
 
-    On a GPU, torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`: FP32 means FP32.
+    On a GPU, torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`: FP32 means FP32. And
+    cuDNN searches for the fastest convolution of each shape, at the first run of the shape in a thread.
     """
 
     backend = "eager"
@@ -57,6 +59,7 @@ class EagerSession(Session):
         self._module: Any = self._prepare(module)
         if self.device != "cpu":
             tf32.hold(allow="tf32" in options.variant)
+            cudnn_benchmark.hold()
 
     def _prepare(self, module: torch.nn.Module) -> Any:
         """The function to call in place of the module."""
@@ -133,18 +136,19 @@ class EagerSession(Session):
         self._module = self._plain = None
         if self.device != "cpu":
             tf32.release()
+            cudnn_benchmark.release()
 
 
 def _device(device: str) -> str:
+    """`cpu` or `cuda:N`: with its index, because every thread has a current device of its own."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        index = int(device.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise BackendError(
-                f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices"
-            )
-    return device
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    index = int(device.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise BackendError(f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices")
+    return f"cuda:{index}"
 
 
 def flatten(value: Any) -> list[torch.Tensor]:
