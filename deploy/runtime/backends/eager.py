@@ -35,7 +35,7 @@ class EagerSession(Session):
     devices = ("cpu", "cuda")
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        super().__init__(artifact, options, device=_device(options.device))
+        super().__init__(artifact, options, device=device_named(options.device))
         self._variant = options.variant
         if "cuda_graph" in options.variant and self.device == "cpu":
             raise BackendError(
@@ -135,7 +135,7 @@ class EagerSession(Session):
             tf32.release()
 
 
-def _device(device: str) -> str:
+def device_named(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
