@@ -97,7 +97,11 @@ COMPILE = (
 AOTI = (
     Candidate(label="aoti fp32", kind="aoti", backend="aoti"),
     Candidate(label="aoti fp16", kind="aoti", backend="aoti", precision="fp16"),
+    Candidate(label="aoti fp16, CUDA graph", kind="aoti", backend="aoti:cuda_graph", precision="fp16"),
     Candidate(label="aoti fp16, max-autotune", kind="aoti", backend="aoti", precision="fp16", max_autotune=True),
+    Candidate(
+        label="aoti fp16, max-autotune, CUDA graph", kind="aoti", backend="aoti:cuda_graph", precision="fp16", max_autotune=True
+    ),
 )
 
 ONNXRUNTIME = (

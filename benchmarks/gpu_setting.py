@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import random_feed
-from deploy.errors import BackendError
+from deploy.precision.half.options import HalfPrecision
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 
@@ -91,12 +90,9 @@ def aoti_folder(setting: Setting, model: str, precision: str, *, max_autotune: b
 
 def make_aoti(setting: Setting, model: str, precision: str, *, max_autotune: bool) -> None:
     """Build the AOTInductor package of a model."""
-    build: Any = getattr(deploy, "build_aoti", None)
-    if build is None:
-        raise BackendError("this version of deploy has no build_aoti")
     out = aoti_folder(setting, model, precision, max_autotune=max_autotune)
-    half = None if precision == "fp32" else precision
-    build(source(setting, model), out, precision=half, max_autotune=max_autotune, device=setting.device)
+    half: HalfPrecision | None = "fp16" if precision == "fp16" else None
+    deploy.build_aoti(source(setting, model), out, precision=half, max_autotune=max_autotune, device=setting.device)
 
 
 def engine_folder(setting: Setting, flavour: str, model: str, precision: str) -> Path:
@@ -136,5 +132,6 @@ def make_engine(setting: Setting, flavour: str, model: str, precision: str) -> f
 def opened(setting: Setting, artifact: Artifact, backend: str, contexts: int | None = None) -> Session:
     """A session on the GPU. In a dry run, eager in place of torch's backends, and ONNX Runtime on the CPU in place of others."""
     if setting.dry:
-        return open_session(artifact, "eager" if backend.startswith(("eager", "compile", "aoti")) else "onnxruntime")
+        stand_in = "eager" if backend.startswith(("eager", "compile", "aoti")) else "onnxruntime"
+        return open_session(artifact, stand_in, SessionOptions(threads=1))
     return open_session(artifact, backend, SessionOptions(device=setting.device, contexts=contexts))

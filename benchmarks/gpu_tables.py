@@ -108,9 +108,12 @@ def contexts_table(part: Part) -> str:
 
 
 def lacking_lines(part: Part) -> str:
-    return (
-        f"\nMissing:\n\n{bullets(f'{label}: {reason}' for label, reason in part['missing'].items())}" if part["missing"] else ""
-    )
+    """What the tables lack, and why: a line for each reason."""
+    labels: dict[str, list[str]] = {}
+    for label, reason in part["missing"].items():
+        labels.setdefault(reason, []).append(label)
+    lines = bullets(f"{'; '.join(each)}: {reason}" for reason, each in labels.items())
+    return f"\nMissing:\n\n{lines}" if lines else ""
 
 
 def headlines(measured: Sequence[Part]) -> list[str]:

@@ -20,7 +20,7 @@ from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, from_torch, shape_of, sort_of, to_torch, writable, write
-from deploy.runtime.catalog import BACKENDS, check_variant, refuse_engine
+from deploy.runtime.catalog import BACKENDS, check_variant, refuse_compiled
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
 
 _SEEN_SHAPES = 4096
@@ -38,7 +38,8 @@ class SessionOptions:
     contexts: the number of runs that may be under way at a time. For an engine, its execution contexts (None: 2; each takes
         memory). For OpenVINO, its streams (None: 1), which share the threads: more images a second under load, but a longer
         time for each. Other backends ignore it.
-    rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it.
+    rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it; if a package does not,
+        from the module of the export that it descends from, whose factory's code then runs.
     variant: the variants of the backend: `("cuda",)` for `onnxruntime:cuda`.
     """
 
@@ -92,8 +93,8 @@ class Session(ABC):
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         backend = BACKENDS[self.backend]
-        if backend.runs != "engine":
-            refuse_engine(artifact)
+        if backend.runs in ("onnx", "module"):
+            refuse_compiled(artifact)
         check_variant(backend, options.variant)
         if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
             asked = ":".join(filter(None, (self.backend, ",".join(options.variant))))
