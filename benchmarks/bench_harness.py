@@ -254,14 +254,22 @@ def shown_versions(versions: Mapping[str, str | None]) -> str:
 
 
 def publish(name: str, document: Mapping[str, Any], text: str, folder: Path = RESULTS) -> None:
-    """Print `text`, and write it and `document` as FOLDER/<date>-<name>.md and .json; a run of the same day is replaced."""
+    """Print `text`, and `save` it and `document`."""
     print(text)
+    print(f"written: {save(name, document, text, folder)}.json and .md")
+
+
+def save(name: str, document: Mapping[str, Any], text: str, folder: Path) -> Path:
+    """Write `text` and `document` as FOLDER/<date>-<name>.md and .json, and return FOLDER/<date>-<name>.
+
+    A run of the same day is replaced. Raises ValueError if `document` is too large.
+    """
     content = encode(document)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
     Path(f"{stem}.json").write_text(content, encoding="utf-8")
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
-    print(f"written: {stem}.json and .md")
+    return stem
 
 
 def encode(document: Mapping[str, Any]) -> str:

@@ -1,101 +1,235 @@
-"""The whole acceptance on a GPU: engines of the reference architectures against PyTorch, in parts that can be resumed.
+"""PyTorch in all its ways, and what deploy makes of the same models, on one GPU: tables of whatever is there.
 
     python benchmarks/gpu_report.py                        every missing part, then the report
     python benchmarks/gpu_report.py --list                 the parts, and which have been measured
-    python benchmarks/gpu_report.py --part lenet5-fp16     one part (may be repeated)
+    python benchmarks/gpu_report.py --part resnet50        one part (may be repeated)
+    python benchmarks/gpu_report.py --budget 290           the most valuable first, until the time is over
     python benchmarks/gpu_report.py --merge                the report of the measured parts
     python benchmarks/gpu_report.py --dry-run              a small run on the CPU: tests this script, measures nothing
 
-Parts are files in --parts (build/gpu-report/parts) and take a few minutes each; the report goes to benchmarks/results/<date>-<gpu>.json
-and .md. Weights and calibration data are random: this measures time and numeric error, not accuracy.
+It needs torch with CUDA; AOTInductor, ONNX Runtime's CUDA provider, TensorRT and TensorRT-RTX are measured where they are
+there, and what is missing is said. Exports, compilations and builds are made first, many at a time; then one part after the other
+is measured, alone, in a process of its own. What was made and measured is kept in build/gpu-report: a run that was cut off
+continues. The report goes to benchmarks/results/<date>-<gpu>.json and .md.
 """
 
+import argparse
 import json
 import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_harness import Goal, bullets, conditions_here, make_parser, markdown, publish, shown_versions
-from gpu_parts import CONTEXTS, MODELS, PRECISIONS, Setting, parts
+from bench_harness import conditions_here, encode, make_parser, save
+from gpu_candidates import KINDS, lacking
+from gpu_jobs import Child, Job, compile_threads, do_job, environment, jobs_for, keep_outcome, outcome, run_jobs
+from gpu_measure import measure
+from gpu_overhead import contexts, overhead
+from gpu_setting import Setting
+from gpu_tables import report as tables
 
-from deploy.artifact.manifest import COMPUTE_PRECISIONS
 from deploy.engine.cuda.driver import driver_version
+from deploy.host.cpu import usable_cores
 from deploy.host.versions import versions
-from deploy.words import count_of
 
 BUILD = Path("build/gpu-report")
-LONGEST_S = 480.0
+MODELS = ("resnet50", "mobilenet_v1", "resnet34", "vit_b_16", "lenet5")
+PARTS = ("resnet50", "overhead", "mobilenet_v1", "resnet34", "vit_b_16", "lenet5", "contexts")
+"""The parts, the most valuable first: the tables of the models, and two more."""
+PART_S = 180.0
+"""The longest that a part may take to be measured, in seconds."""
+JOB_S = 600.0
+LEAST_S = 15.0
+"""A part is not begun with less time left, in seconds."""
+PREPARING = 0.55
+"""The share of a budget in which all is prepared."""
+
+Figures = Iterator[dict[str, Any]]
 
 
 def main() -> None:
+    args = parse()
+    setting = setting_of(args)
+    if args.list:
+        for name in PARTS:
+            print(f"{name:<14} {'there' if part_file(args, name).is_file() else 'missing'}")
+        return
+    if args.job:
+        sys.exit(job(setting, args.job))
+    if args.measure:
+        sys.exit(measured_part(args, setting, args.measure))
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            args.work, args.parts, args.results = (Path(temporary) / name for name in ("work", "parts", "results"))
+            print(
+                "A dry run: eager and ONNX Runtime on the CPU in the place of what needs a GPU. None of these figures is of a GPU.\n"
+            )
+            run(args, setting_of(args), args.part or ("lenet5", "overhead", "contexts"))
+        return
+    if not args.merge and not torch.cuda.is_available():
+        sys.exit("no NVIDIA GPU that CUDA can use: nothing was measured (--dry-run tests this script without one)")
+    missing = [name for name in PARTS if not part_file(args, name).is_file()]
+    run(args, setting, () if args.merge else args.part or missing)
+
+
+def parse() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument(
-        "--part", action="append", choices=list(parts()), metavar="NAME", help="measure this part, even if it has been measured"
+        "--part", action="append", choices=PARTS, metavar="NAME", help="measure this part, even if it has been measured"
     )
     parser.add_argument("--merge", action="store_true", help="write the report of the measured parts")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small, into a temporary folder")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end after this time with what is there by then")
+    parser.add_argument("--together", action="store_true", help="tune beside other processes: quicker, but tuning is disturbed")
+    parser.add_argument("--only", metavar="KIND,...", help=f"beside PyTorch, only these of {', '.join(KINDS)} ('' for none)")
+    parser.add_argument("--jobs", type=int, default=max(1, usable_cores() - 1), help="at a time (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=BUILD / "parts", help="where parts are kept (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=BUILD / "work", help="where artifacts are built (default: %(default)s)")
-    parser.add_argument("--flavour", default="auto", help="auto, tensorrt or tensorrt-rtx")
-    parser.add_argument("--batches", default=None, metavar="1,8", help="other batch sizes than 1, 8, 32 and 128")
-    args = parser.parse_args()
+    parser.add_argument("--batches", default=None, metavar="1,8", help="other batch sizes than 1, 8 and 32")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    kinds = frozenset(filter(None, args.only.split(","))) if args.only is not None else None
+    if unknown := (kinds or frozenset()) - set(KINDS):
+        sys.exit(f"--only: unknown {', '.join(sorted(unknown))}; expected {', '.join(KINDS)}")
     if args.dry_run:
-        return dry_run(args.part)
-    if args.list:
-        for name in parts():
-            print(f"{name:<22} {'there' if (args.parts / f'{name}.json').is_file() else 'missing'}")
-        return None
-    if not args.merge:
-        if not torch.cuda.is_available():
-            sys.exit("no NVIDIA GPU that CUDA can use: nothing was measured (--dry-run tests this script without one)")
-        sizes = {"batches": tuple(int(size) for size in args.batches.split(","))} if args.batches else {}
-        setting = Setting(work=args.work, flavour=args.flavour, **sizes)
-        missing = [name for name in parts() if not (args.parts / f"{name}.json").is_file()]
-        failed = measure(args.part or missing, setting, args.parts)
-        if failed:
-            sys.exit(f"failed: {', '.join(failed)}; the others are kept, and the report can be written with --merge")
-    measured = read(args.parts)
-    publish(slug(measured[0]["conditions"]["gpu"]), {"schema": 1, "parts": measured}, report(measured), args.results)
-    return None
+        return Setting(work=args.work, kinds=kinds, dry=True, batches=(1, 2), rounds=2, slice_s=0.001, throughput_s=0.01)
+    batches = {"batches": tuple(int(size) for size in args.batches.split(","))} if args.batches else {}
+    return Setting(work=args.work, kinds=kinds, **batches)
 
 
-def measure(names: Sequence[str], setting: Setting, folder: Path) -> list[str]:
-    """Measure parts, a file for each, and return the names of those that failed; a failure is printed, and the others go on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
+def run(args: argparse.Namespace, setting: Setting, names: Sequence[str]) -> None:
+    """Prepare and measure parts, and write the report after each. Exits with what failed when a part did."""
+    began = time.monotonic()
+    until = began + args.budget if args.budget else None
+    if names:
+        prepare(args, setting, names, began + args.budget * PREPARING if args.budget else None)
+    failed: dict[str, str] = {}
     for name in names:
-        print(f"{name} ...", flush=True)
-        start = time.perf_counter()
-        try:
-            figures = parts()[name](setting)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
+        left = until - time.monotonic() if until else PART_S
+        if left < LEAST_S:
+            failed[name] = "the budget was spent"
             continue
-        seconds = time.perf_counter() - start
-        document = {"part": name, "seconds": round(seconds, 1), "conditions": described(setting), **figures}
-        (folder / f"{name}.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-        print(f"{name}: {seconds:.0f} s{'' if seconds <= LONGEST_S else ', longer than a part should take'}", flush=True)
-    return failed
+        print(f"{name} ...", flush=True)
+        part_file(args, name).unlink(missing_ok=True)
+        child = Child.start(
+            name, command(args, "--measure", name), setting.work / "logs" / f"measure-{name}.txt", environment(setting, 2)
+        )
+        if reason := child.wait(min(PART_S, left)):
+            failed[name] = reason
+        print(f"{name}: {time.monotonic() - child.started:.0f} s{f', {reason}' if reason else ''}", flush=True)
+        if part_file(args, name).is_file():
+            publish(args, failed)
+    if not failed or any(part_file(args, name).is_file() for name in PARTS):
+        print(publish(args, failed))
+    if failed:
+        sys.exit("".join(f"{name}: {reason}\n" for name, reason in failed.items()).rstrip())
 
 
-def described(setting: Setting) -> dict[str, Any]:
-    gpu = "no GPU (dry run)" if setting.dry else torch.cuda.get_device_name()
+def prepare(args: argparse.Namespace, setting: Setting, names: Sequence[str], until: float | None) -> None:
+    """Do the jobs of parts that have not been done; the reasons of those that failed are kept for the tables."""
+    absent = lacking(setting)
+    kinds = [kind for kind in KINDS if kind not in absent]
+    wanted = ["lenet5"] if setting.dry else [model for model in MODELS if model in names or needs_model(model, names)]
+    jobs = [job for job in jobs_for(setting, wanted, kinds) if not setting.dry or job.name.startswith("export")]
+    jobs = [job for job in jobs if "seconds" not in (outcome(setting, job.name) or {})]
+
+    def start(job: Job) -> Child:
+        log = setting.work / "logs" / f"{job.name.replace('/', '-')}.txt"
+        return Child.start(
+            job.name, command(args, "--job", job.name), log, environment(setting, compile_threads(job)), tunes=job.tunes
+        )
+
+    print(f"{len(jobs)} jobs, {args.jobs} at a time ...", flush=True)
+    began = time.monotonic()
+    failed = run_jobs(jobs, start, at_a_time=args.jobs, limit_s=JOB_S, until=until, together=args.together)
+    for name, reason in failed.items():
+        keep_outcome(setting, name, {"error": reason})
+        print(f"{name}: {reason}", flush=True)
+    print(f"prepared: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def needs_model(model: str, names: Sequence[str]) -> bool:
+    return ("overhead" in names and model in ("lenet5", "resnet50")) or ("contexts" in names and model == "resnet50")
+
+
+def command(args: argparse.Namespace, *more: str) -> list[str]:
+    """This script with the same setting."""
+    found = [sys.executable, str(Path(__file__).resolve()), "--work", str(args.work), "--parts", str(args.parts), *more]
+    found += ["--dry-run"] * args.dry_run + ["--together"] * args.together
+    for option, value in (("--only", args.only), ("--batches", args.batches)):
+        found += [option, value] if value is not None else []
+    return found
+
+
+def job(setting: Setting, name: str) -> int:
+    """Do a job in this process; its exit status. The last line that it prints says what went wrong."""
+    try:
+        keep_outcome(setting, name, do_job(setting, name))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], flush=True)
+        return 1
+    return 0
+
+
+def measured_part(args: argparse.Namespace, setting: Setting, name: str) -> int:
+    """Measure a part in this process, and keep what there is after every step; its exit status."""
+    more: dict[str, Callable[[Setting], Figures]] = {"overhead": overhead, "contexts": contexts}
+    start = time.perf_counter()
+    conditions = described(setting, tuned_together=args.together)
+    args.parts.mkdir(parents=True, exist_ok=True)
+    try:
+        for figures in more[name](setting) if name in more else measure(setting, name):
+            document = {"part": name, "seconds": round(time.perf_counter() - start, 1), "conditions": conditions, **figures}
+            new = part_file(args, name).with_suffix(".new")
+            new.write_text(encode(document), encoding="utf-8")
+            new.replace(part_file(args, name))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], flush=True)
+        return 1
+    return 0
+
+
+def described(setting: Setting, *, tuned_together: bool) -> dict[str, Any]:
     where = conditions_here(setting.device)
-    libraries = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
-    return where | {"gpu": gpu, "driver": driver_version(), "cuda": torch.version.cuda, "versions": versions(libraries)}
+    return where | {
+        "state": where["gpu"],
+        "gpu": "no GPU (dry run)" if setting.dry else torch.cuda.get_device_name(),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "versions": versions(("torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")),
+        "tuned_together": tuned_together,
+    }
+
+
+def part_file(args: argparse.Namespace, name: str) -> Path:
+    path: Path = args.parts / f"{name}.json"
+    return path
+
+
+def publish(args: argparse.Namespace, failed: Mapping[str, str]) -> str:
+    """Write the report of the measured parts, and return its text."""
+    measured = read(args.parts)
+    document = {"schema": 2, "parts": measured, "failed": dict(failed)}
+    text = report(measured)
+    where = save(slug(measured[0]["conditions"]["gpu"]), document, text, args.results)
+    return f"{text}\nwritten: {where}.json and .md"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The parts that have been measured, in order. Exits when there are none, or when they come from several GPUs."""
-    files = [folder / f"{name}.json" for name in parts()]
+    files = [folder / f"{name}.json" for name in PARTS]
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     if not measured:
         sys.exit(f"no part in {folder}: measure one first")
@@ -109,100 +243,8 @@ def slug(name: str) -> str:
 
 
 def report(measured: Sequence[Mapping[str, Any]]) -> str:
-    """The report as Markdown: the goals, then a table for each architecture."""
-    where = measured[0]["conditions"]
-    missing = [name for name in parts() if name not in {part["part"] for part in measured}]
-    reached = [*goals(measured), *([f"not measured: {', '.join(missing)}"] if missing else [])]
-    lines = [f"# Engines on {where['gpu']}\n", f"\n## Goals\n\n{bullets(reached)}"]
-    for model in MODELS:
-        engines_of_model = [part for part in measured if part.get("model") == model]
-        if engines_of_model:
-            lines.append(f"\n## {model}\n\n")
-            lines.append(engines(engines_of_model))
-            for part in engines_of_model:
-                lines.append(f"\n{part['precision'].upper()}: milliseconds (p50), and how many times as fast the engine is\n\n")
-                lines.append(speeds(part))
-                lines += [f"\n{label} is missing: {reason}\n" for label, reason in part["missing"].items()]
-    lines.append(
-        f"\n{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, {where['cpu']}, {count_of(where['cores'], 'core')}; {shown_versions(where['versions'])};"
-        f" {where['time']}.\nLatency: a run and the wait for it, from CUDA tensors unless it says numpy. GPU: by events around runs"
-        " back to back.\nSpeed-up: the p50 of the other over that of the engine with its CUDA graph, in the same rounds, with its 95 %"
-        " interval.\n"
-    )
-    return "".join(lines)
-
-
-def goals(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The measured figures beside their goals, in words; a goal that was not measured is listed as such."""
-    by_part = {part["part"]: part for part in measured}
-    lines = []
-    over = by_part.get("overhead", {}).get("overhead")
-    if over:
-        lines += [str(goal) for goal in overhead_goals(over["resnet50, batch 8"], over["lenet5, batch 1"])]
-    else:
-        lines.append("what the session adds to the engine: not measured")
-    row = next((row for row in by_part.get("resnet50-fp16", {}).get("rows", ()) if row["batch"] == 1), None)
-    if row:
-        for other, goal, text in (("eager fp16 channels_last", 2.0, "at least 2"), ("compile", 1.0, "more than 1")):
-            faster = row["speedup"]["engine, CUDA graph"][other]["value"]
-            text = f"resnet50, FP16, batch 1: {faster:.2f} times as fast as {other} ({text})"
-            lines.append(str(Goal(text=text, met=faster >= goal)))
-    else:
-        lines.append("resnet50 in FP16 against PyTorch: not measured")
-    for row in by_part.get("resnet50-autotune", {}).get("autotune", ()):
-        faster = row["speedup"]
-        lines.append(f"resnet50, FP16, batch {row['batch']}: {times(faster)} times as fast as torch.compile with max-autotune")
-    return lines
-
-
-def overhead_goals(large: Mapping[str, Any], small: Mapping[str, Any]) -> list[Goal]:
-    """Of the part `overhead`: resnet50 at batch 8, and lenet5 at batch 1."""
-    ratio, copied = large["session_over_bare"]["value"], large["numpy_over_copy_and_compute"]
-    text = f"resnet50, batch 8: session.run takes {ratio:.3f} times the bare engine (at most 1.05)"
-    reached = [Goal(text=text, met=ratio <= 1.05)]
-    for label, key in (("session.run", "session_more_us"), ("with a CUDA graph, session.run", "graph_more_us")):
-        text = f"lenet5: {label} takes {small[key]:.1f} µs more than the bare engine (at most 20)"
-        reached.append(Goal(text=text, met=small[key] <= 20))
-    text = f"resnet50, batch 8, from numpy: {copied:.2f} times copy and compute apart (at most 1.1)"
-    return [*reached, Goal(text=text, met=copied <= 1.1)]
-
-
-def engines(measured: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for part in sorted(measured, key=lambda part: PRECISIONS.index(part["precision"])):
-        share = ", ".join(f"{part['share'][name]:.0%} {name}" for name in COMPUTE_PRECISIONS if part["share"].get(name))
-        worst = max(part["rows"], key=lambda row: row["parity"]["max_abs"])["parity"]
-        built = f"{part['build_s']:.1f} s" if part["build_s"] is not None else "-"
-        rows.append([part["precision"], part["flavour"], built, f"{part['engine_bytes'] / 1e6:.1f} MB", f"{share} ({part['share']['from']})", f"{worst['max_abs']:.2g}", f"{worst['cosine']:.5f}"])  # fmt: skip
-    return markdown(["", "built with", "in", "size", "multiply-accumulates", "max abs off eager FP32", "cosine"], rows)
-
-
-def speeds(part: Mapping[str, Any]) -> str:
-    labels = [label for label in part["rows"][0]["latency_ms"] if not label.startswith("engine")]
-    header = ["batch", "engine", "CUDA graph", "GPU", "from numpy", *labels, *(f"images/s, {count}" for count in CONTEXTS)]
-    rows = []
-    for row in part["rows"]:
-        p50 = {label: times["p50"] for label, times in row["latency_ms"].items()}
-        cells = [p50["engine"], p50["engine, CUDA graph"], row["gpu_ms"]["engine, CUDA graph"], p50["engine from numpy"]]
-        against = [f"{p50[label]:.3f} ({times(row['speedup']['engine, CUDA graph'][label])})" for label in labels]
-        rows.append([str(row["batch"]), *(f"{cell:.3f}" for cell in cells), *against, *(f"{value:,.0f}" for value in row["throughput"].values())])  # fmt: skip
-    return markdown(header, rows)
-
-
-def times(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['value']:.2f}, {ratio['low']:.2f} to {ratio['high']:.2f}"
-
-
-def dry_run(names: Sequence[str] | None) -> None:
-    """Measure two small parts, or those in `names`, without a GPU; the report is printed, marked as a dry run, and not kept."""
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        small = {"batches": (1, 2), "rounds": 3, "slice_s": 0.01, "throughput_s": 0.05}
-        setting = Setting(work=work / "work", dry=True, flavour="tensorrt-rtx", **small)
-        if failed := measure(names or ["lenet5-fp32", "lenet5-int8"], setting, work / "parts"):
-            sys.exit(f"failed: {', '.join(failed)}")
-        print("A dry run: ONNX Runtime on the CPU in the place of every engine. None of these figures is of a GPU.\n")
-        print(report(read(work / "parts")))
+    """The report as Markdown."""
+    return tables(measured, [name for name in PARTS if name not in {part["part"] for part in measured}])
 
 
 if __name__ == "__main__":

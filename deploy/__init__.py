@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deploy.errors import DeployError as DeployError
     from deploy.evaluation.evaluate import evaluate as evaluate
     from deploy.evaluation.predict import predict as predict
+    from deploy.pipeline.build_aoti import build_aoti as build_aoti
     from deploy.pipeline.build_trt import build_trt as build_trt
     from deploy.pipeline.build_trt import preflight as preflight
     from deploy.pipeline.convert import convert as convert
@@ -39,6 +40,7 @@ _NAMES = {
     "Pipeline": "deploy.runtime.batching.pipeline",
     "Preprocess": "deploy.artifact.preprocess",
     "Session": "deploy.runtime.session",
+    "build_aoti": "deploy.pipeline.build_aoti",
     "build_trt": "deploy.pipeline.build_trt",
     "convert": "deploy.pipeline.convert",
     "evaluate": "deploy.evaluation.evaluate",
@@ -59,6 +61,7 @@ __all__ = [
     "Preprocess",
     "Session",
     "__version__",
+    "build_aoti",
     "build_trt",
     "convert",
     "evaluate",

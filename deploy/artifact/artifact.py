@@ -7,7 +7,19 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.artifact.manifest import ENGINE, FORMAT, MANIFEST, ONNX, WEIGHTS, Manifest, Parent, Stage, content_digest, file_digest
+from deploy.artifact.manifest import (
+    ENGINE,
+    FORMAT,
+    MANIFEST,
+    ONNX,
+    PACKAGE,
+    WEIGHTS,
+    Manifest,
+    Parent,
+    Stage,
+    content_digest,
+    file_digest,
+)
 from deploy.artifact.preprocess import Preprocess
 from deploy.errors import ArtifactError, UsageError
 from deploy.words import is_utf8
@@ -60,7 +72,8 @@ class Artifact:
 
     @property
     def payload(self) -> Path:
-        return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
+        compiled = {"engine": ENGINE, "package": PACKAGE}.get(self.manifest.kind)
+        return self.path / compiled if compiled else self.onnx_path
 
     @property
     def preprocess(self) -> Preprocess | None:
@@ -85,9 +98,10 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """The size in bytes of the engine, or of the ONNX file with its external data; without the weights for rebuilding."""
+        """The size in bytes of the engine or package, or of the ONNX file with its external data; without the weights for rebuilding."""
         others = {WEIGHTS, *(function.file for function in self.manifest.functions)}
-        names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name not in others]
+        compiled = self.manifest.kind != "onnx"
+        names = [self.payload.name] if compiled else [name for name in self.manifest.files if name not in others]
         return sum(self.manifest.files[name].bytes for name in names)
 
     def verify(self, *, weights: bool = True) -> None:

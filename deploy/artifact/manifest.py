@@ -24,10 +24,11 @@ DATA = ".data"
 """What is added to the name of an ONNX file for the file beside it with its large weights."""
 WEIGHTS = "weights.safetensors"
 ENGINE = "engine.plan"
+PACKAGE = "model.pt2"
 RUNTIME_CACHE = "runtime.cache"
 """The kernels that tensorrt-rtx compiled at run time, beside an engine. No manifest lists the file: it can be made again."""
 
-Kind = Literal["onnx", "engine"]
+Kind = Literal["onnx", "engine", "package"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp64"]
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -114,6 +115,22 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     workspace: int | None = None
 
 
+class PackageTarget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The torch that compiled an AOTInductor package, and the machine that it runs on. It runs on no other.
+
+    device: what it computes on. machine: `x86_64`, as `platform.machine()` says. instruction_sets: of the processor that it was
+    compiled on and for, GPU package or not. gpu, compute_capability: None for the CPU. max_autotune: kernels were chosen by timing.
+    """
+
+    torch: str
+    device: Literal["cpu", "cuda"]
+    machine: str
+    instruction_sets: list[str]
+    gpu: str | None = None
+    compute_capability: str | None = None
+    max_autotune: bool = False
+
+
 COMPUTE_PRECISIONS = ("int8", "fp16", "bf16", "tf32", "fp32")
 """What multiply-accumulates may be computed in, as in `PrecisionShare`."""
 
@@ -198,7 +215,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     preprocess: how an image becomes the input `image`, which is None where there is one input alone.
     other_images: how images become further inputs, by name.
-    parity: of the ONNX file with the parent's. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
+    parity: of the ONNX file with the parent's, or of a package with the eager module. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
     """
 
     format: int
@@ -221,6 +238,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stage: Stage
     created: str
     target: Target | None = None
+    package: PackageTarget | None = None
     precision_share: PrecisionShare | None = None
     engine_parity: Parity | None = None
     image: str | None = None

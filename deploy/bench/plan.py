@@ -13,7 +13,7 @@ from deploy.bench.options import BASELINE, BenchOptions
 from deploy.bench.shapes import bench_dims, read_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.catalog import AUTO, refuse_engine, split_backend
+from deploy.runtime.catalog import AUTO, refuse_compiled, split_backend
 from deploy.runtime.load import import_backend
 
 BATCHES = (1, 8, 32)
@@ -190,7 +190,7 @@ def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
     """Raise BackendError unless the engine can run here, on one of `backends` if any are named."""
     usable = _backends(artifact, backends)
     if not has_gpu() or not usable:
-        refuse_engine(artifact)
+        refuse_compiled(artifact)
     import_backend(split_backend(usable[0])[0])
 
 

@@ -22,6 +22,7 @@ _COMMANDS = {
     "convert": ("convert", "Turn an ONNX artifact into half precision."),
     "quantize": ("quantize", "Turn an ONNX artifact into INT8, calibrated on images."),
     "build-trt": ("build_trt", "Build a TensorRT engine from an ONNX artifact."),
+    "build-aoti": ("build_aoti", "Compile the module of an export with torch's AOTInductor."),
     "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
     "predict": ("predict", "Show class names and probabilities of images."),

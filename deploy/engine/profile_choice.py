@@ -11,12 +11,16 @@ _KNOWN_SHAPES = 4096
 
 
 class ProfileChoice:
-    """Chooses the profile for the shapes of the inputs, and remembers the choice. `name`: what errors call the model."""
+    """Chooses the profile for the shapes of the inputs, and remembers the choice.
 
-    def __init__(self, name: str, input_names: Sequence[str], profiles: Sequence[Profile]) -> None:
+    name: what errors call the model. command: what builds it for other shapes.
+    """
+
+    def __init__(self, name: str, input_names: Sequence[str], profiles: Sequence[Profile], command: str = "build-trt") -> None:
         self._name = name
         self._input_names = tuple(input_names)
         self._profiles = tuple(profiles)
+        self._command = command
         self._known: dict[tuple[Shape, ...], int] = {}
 
     def index(self, shapes: tuple[Shape, ...]) -> int:
@@ -33,19 +37,21 @@ class ProfileChoice:
         return index
 
     def _find(self, shapes: Mapping[str, Shape]) -> int:
-        fitting = [index for index, profile in enumerate(self._profiles) if _holds(profile, shapes)]
+        fitting = [index for index, profile in enumerate(self._profiles) if holds(profile, shapes)]
         if not fitting:
             if not self._profiles:
                 return 0
             given = ", ".join(f"{name} {format_shape(shape)}" for name, shape in shapes.items())
             ranges = " or ".join(", ".join(f"{n}={r}" for n, r in profile.items()) for profile in self._profiles)
             raise InputError(
-                f"{given} is outside every profile of {self._name!r}: expected {ranges}; build with `deploy build-trt --shapes` for more"
+                f"{given} is outside every profile of {self._name!r}: expected {ranges};"
+                f" build with `deploy {self._command} --shapes` for more"
             )
         return min(fitting, key=lambda index: _distance(self._profiles[index], shapes))
 
 
-def _holds(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+def holds(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+    """Whether shapes by input name are within a profile."""
     return all(
         len(shapes[name]) == len(sides.min)
         and all(low <= size <= high for low, size, high in zip(sides.min, shapes[name], sides.max, strict=True))

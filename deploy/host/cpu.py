@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 CRASHES_ON_HALF = "MatmulTransposeFusion"
@@ -18,6 +19,23 @@ def cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
+
+
+_COMPILED = re.compile(
+    r"sse|ssse|avx|amx|fma|f16c$|bmi|popcnt$|abm$|movbe$|asimd|sve|sme\d*$|bf16$|i8mm$|fp(hp)?$|atomics$|dotprod|neon$"
+)
+"""The instruction sets that a compiler makes use of by itself, as the kernel calls them on x86 and Arm. The other flags of a processor
+say what an operating system can do with it."""
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets of the processor that compiled code may hold, such as `avx2`, in order; none where the kernel reports none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return sorted({flag for flag in flags if _COMPILED.match(flag)})
 
 
 def usable_cores() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploy.artifact.tensors import TensorSpec
+from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.errors import UsageError
 from deploy.words import count_of
 
@@ -51,13 +51,20 @@ def bind(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple[Any, ...],
     return (*args, *left), {key: keywords[key] for key in parameters if key in keywords}
 
 
-def dynamic_shapes(module: nn.Module, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
-    """What torch.export is told about the sizes of `inputs`: the symbolic dimensions, in the structure of the arguments."""
-    axes = {
-        spec.name: {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} or None
-        for spec in inputs
-    }
-    return bound(module, axes)
+def dynamic_shapes(module: nn.Module, inputs: Sequence[TensorSpec], profile: Profile | None = None) -> dict[str, Any]:
+    """What torch.export is told about the sizes of `inputs`: the symbolic dimensions, in the structure of the arguments.
+
+    profile: the smallest and largest sizes. A dimension with one size alone is fixed. None: any size.
+    """
+    return bound(module, {spec.name: _dynamic_axes(spec, profile[spec.name] if profile else None) for spec in inputs})
+
+
+def _dynamic_axes(spec: TensorSpec, sizes: ShapeRange | None) -> dict[int, Any] | None:
+    axes = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str)]
+    if sizes is None:
+        return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) or None
+    ranged: Any = torch.export.Dim.DYNAMIC  # a hint, which makes one with a range when it is called
+    return {a: ranged(min=sizes.min[a], max=sizes.max[a]) for a in axes if sizes.min[a] < sizes.max[a]} or None
 
 
 def bound(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:

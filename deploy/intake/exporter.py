@@ -87,7 +87,7 @@ def export_graph(
     args, kwargs = bind(module, {spec.name: feed[spec.name] for spec in inputs})
     shapes = dynamic_shapes(module, inputs)
     program: torch.export.ExportedProgram | None = None
-    with _quiet(), any_attribute_name():
+    with quiet(), any_attribute_name():
         try:
             with AdaptivePools(), RecurrentLayers():
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -111,7 +111,7 @@ def export_graph(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides the exporter's log and prints, which repeat the error over many lines."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -109,7 +109,7 @@ def prove(
     if emulated or engine or not backends:
         by = f"{'emulation on ' * emulated}onnxruntime {ONNXRUNTIME_VERSION}"
         progress("comparing the emulated file with its source" if emulated else "comparing with its source")
-        first = _judged(_file_runner(written, emulated=emulated), by, written.manifest.inputs, cases, tolerance)
+        first = judged(_file_runner(written, emulated=emulated), by, written.manifest.inputs, cases, tolerance)
         release(written.size)
         failed = [first, *backends[:1]]
     else:
@@ -139,7 +139,7 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
     stored.unround(model)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.initializers.values())
     run = _emulated(model) if half else CpuGraph(model)
-    found = _judged(run, "", written.manifest.inputs, cases, TOLERANCES["bf16" if half else "fp32"])
+    found = judged(run, "", written.manifest.inputs, cases, TOLERANCES["bf16" if half else "fp32"])
     if found.wrong is not None:
         raise ParityError(
             f"{written.manifest.name} computes something else than its source, INT8 aside: {found.wrong}; nothing was written"
@@ -162,7 +162,7 @@ def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance,
         except BackendError:
             continue  # not installed, or opening the file there is an error by itself
         with session:
-            found.append(_judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=name, first=not found))
+            found.append(judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=name, first=not found))
         del session
         release(written.size)
     return found
@@ -178,7 +178,7 @@ def _emulated(model: ir.Model) -> Callable[[Feed], Feed]:
     return lambda feed: run({name: _plain(array) for name, array in feed.items()})
 
 
-def _judged(
+def judged(
     run: Callable[[Feed], Feed],
     by: str,
     inputs: Sequence[TensorSpec],

@@ -1,6 +1,7 @@
 """The sorts of arrays in feeds and results: numpy arrays, torch tensors, device arrays of other libraries."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +39,33 @@ def is_device_array(x: Any) -> bool:
 def writable(x: np.ndarray) -> np.ndarray:
     """`x` itself if torch can share its memory, else a copy (torch has no read-only tensors)."""
     return x if x.flags.writeable and x.flags.c_contiguous else x.copy()
+
+
+def pinned(x: np.ndarray) -> Any:
+    """`x` as a torch tensor in pinned memory, from which a copy to a GPU is fast and does not stop the CPU."""
+    return sys.modules["torch"].from_numpy(writable(x)).pin_memory()
+
+
+def to_host(x: Any) -> Any:
+    """A torch tensor on a GPU, copied to pinned memory, where it is once its stream has come so far."""
+    return sys.modules["torch"].empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def to_torch(x: np.ndarray, device: str) -> Any:
+    """`x` as a torch tensor on `device`: `cpu`, where it shares the memory of `x` if it can, or `cuda:N`, through pinned memory."""
+    if device == "cpu":
+        return sys.modules["torch"].from_numpy(writable(x))
+    return pinned(x).to(device, non_blocking=True)
+
+
+def from_torch(results: Sequence[Any]) -> list[np.ndarray]:
+    """torch tensors as numpy arrays. Those on a GPU are copied through pinned memory, after which their stream is waited for."""
+    if not any(x.is_cuda for x in results):
+        return [x.numpy(force=True) for x in results]
+    hosts = [to_host(x) for x in results]
+    for device in {x.device for x in results if x.is_cuda}:
+        sys.modules["torch"].cuda.current_stream(device).synchronize()
+    return [host.numpy().copy() for host in hosts]  # pinned memory is scarce: it is not the caller's to keep
 
 
 def write(results: dict[str, Any], out: Mapping[str, Any]) -> dict[str, Any]:

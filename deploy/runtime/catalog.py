@@ -17,17 +17,17 @@ from deploy.errors import BackendError, UsageError
 class Backend:
     """A backend, as the catalog lists it; its file is `backends/<name>.py` (`_` for `-`).
 
-    runs: what it runs: the ONNX file, an engine of the flavour with its name, or the PyTorch module, rebuilt.
+    runs: what it runs: the ONNX file, an engine of the flavour with its name, an AOTInductor package, or the PyTorch module, rebuilt.
     library: the Python module that it needs, such as `onnxruntime`; None if it needs none.
     variants: what may follow its name after a colon, separated by commas (`onnxruntime:cuda,tf32`): at most one of each group.
-    gpu_variants: the variants that run on a GPU only. An engine always does.
+    gpu_variants: the variants that run on a GPU only. An engine always does, a package where it was built for one.
     listed: the variants that need more than the library; `deploy doctor` lists them beside the backend.
     auto: whether `auto` tries it, in the order of the catalog. A backend that runs modules must not be: it runs the user's code.
     computes: False for a backend that returns zeros, which says nothing about accuracy or arithmetic speed.
     """
 
     name: str
-    runs: Literal["onnx", "engine", "module"]
+    runs: Literal["onnx", "engine", "package", "module"]
     library: str | None = None
     variants: tuple[tuple[str, ...], ...] = ()
     gpu_variants: tuple[str, ...] = ()
@@ -51,6 +51,7 @@ BACKENDS = {
         Backend("onnxruntime", "onnx", "onnxruntime", (_ONNXRUNTIME, ("tf32",)), _ONNXRUNTIME, listed=_ONNXRUNTIME, auto=True),
         Backend("openvino", "onnx", "openvino", auto=True),
         *(Backend(flavour, "engine", flavour.replace("-", "_"), _ENGINES[flavour]) for flavour in FLAVOURS),
+        Backend("aoti", "package", "torch", (("cuda_graph",),), ("cuda_graph",)),
         Backend("eager", "module", "torch", _EAGER, ("cuda_graph",)),
         Backend("compile", "module", "torch", _COMPILE),
         Backend("null", "onnx", computes=False),
@@ -93,16 +94,26 @@ def check_variant(backend: Backend, variant: Sequence[str]) -> None:
             raise UsageError(f"{backend.name}:{','.join(variant)}: {' and '.join(chosen)} exclude one another; name one of them")
 
 
-def refuse_engine(artifact: Artifact) -> None:
-    """Raise BackendError if `artifact` is an engine."""
+def own_backend(artifact: Artifact) -> str | None:
+    """The one backend that runs an engine or a package; None for an ONNX artifact, which several run."""
     manifest = artifact.manifest
+    if manifest.kind == "package":
+        return "aoti"
+    return manifest.target.flavour if manifest.target is not None else None
+
+
+def refuse_compiled(artifact: Artifact) -> None:
+    """Raise BackendError if `artifact` is an engine or a package, which its own backend alone runs."""
+    manifest = artifact.manifest
+    if manifest.kind == "onnx":
+        return
+    backend = own_backend(artifact) or FLAVOURS[0]
+    parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
     if manifest.kind == "engine":
-        flavour = manifest.target.flavour if manifest.target else FLAVOURS[0]
-        parent = f" ({os.path.normpath(artifact.path / manifest.parent.path)})" if manifest.parent else ""
-        raise BackendError(
-            f"{artifact.location} is a {flavour} engine: it runs on an NVIDIA GPU with the backend {flavour}; run the ONNX"
-            f" artifact that it was built from{parent} on others"
-        )
+        what = f"a {backend} engine: it runs on an NVIDIA GPU with the backend {backend}"
+    else:
+        what = f"an AOTInductor package: it runs with the backend {backend}"
+    raise BackendError(f"{artifact.location} is {what}; run the ONNX artifact that it was built from{parent} on others")
 
 
 def refuse_wrong(artifact: Artifact, backend: str) -> None:

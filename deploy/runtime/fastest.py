@@ -15,7 +15,7 @@ from deploy.errors import BackendError
 from deploy.host.cache import cache_folder, keep
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.host.versions import versions
-from deploy.runtime.catalog import AUTO, LIBRARIES, refuse_engine
+from deploy.runtime.catalog import AUTO, LIBRARIES, refuse_compiled
 from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess
 
@@ -31,7 +31,7 @@ def fastest_file() -> Path:
 
 def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
     """The backend remembered for this artifact on this machine, else the one that is fastest now."""
-    refuse_engine(artifact)
+    refuse_compiled(artifact)
     circumstances = {
         "artifact": artifact.manifest.digest,
         "cpu": cpu_model(),

@@ -19,8 +19,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
 from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
-from deploy.runtime.arrays import SORTS, Sort, shape_of, sort_of, writable, write
-from deploy.runtime.catalog import BACKENDS, check_variant, refuse_engine
+from deploy.runtime.arrays import SORTS, Sort, from_torch, shape_of, sort_of, to_torch, writable, write
+from deploy.runtime.catalog import BACKENDS, check_variant, refuse_compiled
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
 
 _SEEN_SHAPES = 4096
@@ -30,7 +30,7 @@ _SEEN_SHAPES = 4096
 class SessionOptions:
     """How to open a session.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the GPU where the backend can use one.
+    device: `auto`, `cpu`, `cuda` (which is `cuda:0`) or `cuda:N`. `auto` is the GPU where the backend can use one.
     threads: the number of threads of one run; None for the physical cores that the process may use. eager and compile set it
         for the whole process, and keep torch's own choice if it is None.
     compute: the precision in which FP32 parts of the file are computed. `fp32` means FP32; OpenVINO also takes `bf16` and
@@ -38,7 +38,8 @@ class SessionOptions:
     contexts: the number of runs that may be under way at a time. For an engine, its execution contexts (None: 2; each takes
         memory). For OpenVINO, its streams (None: 1), which share the threads: more images a second under load, but a longer
         time for each. Other backends ignore it.
-    rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it.
+    rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it; if a package does not,
+        from the module of the export that it descends from, whose factory's code then runs.
     variant: the variants of the backend: `("cuda",)` for `onnxruntime:cuda`.
     """
 
@@ -95,8 +96,8 @@ class Session(ABC):
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         backend = BACKENDS[self.backend]
-        if backend.runs != "engine":
-            refuse_engine(artifact)
+        if backend.runs in ("onnx", "module"):
+            refuse_compiled(artifact)
         check_variant(backend, options.variant)
         if options.device != "auto" and options.device.partition(":")[0] not in self.devices:
             asked = ":".join(filter(None, (self.backend, ",".join(options.variant))))
@@ -233,9 +234,7 @@ class Session(ABC):
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run on numpy arrays with a backend that computes on torch tensors."""
-        torch = sys.modules["torch"]  # imported by the backend
-        results = self._compute({name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()})
-        return [result.numpy(force=True) for result in results]
+        return from_torch(self._compute({name: to_torch(x, self.device) for name, x in feed.items()}))
 
     def _check_names(self, feed: Mapping[str, Any]) -> None:
         missing = [str(spec) for spec in self.inputs if spec.name not in feed]

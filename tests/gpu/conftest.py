@@ -6,6 +6,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+THREADS_COUNT = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+"""An exception in a thread fails its test, whatever `-W` says."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,5 +15,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(THREADS_COUNT)
             if not torch.cuda.is_available():
                 item.add_marker(skip)

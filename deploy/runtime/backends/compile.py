@@ -1,8 +1,12 @@
-"""`torch.compile`: the module of eager, compiled. Slow to start, because it compiles at the first run of a shape."""
+"""`torch.compile`: the module of eager, compiled. Slow to start, because it compiles at the first run of a shape.
+
+Every shape is compiled for itself (`dynamic=False`): code for shapes that are not known is slower.
+"""
 
 import logging
 import threading
 import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +17,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.runtime.backends.eager import EagerSession, flatten
 from deploy.runtime.backends.eager import version as version  # it is torch too
 from deploy.runtime.catalog import BACKENDS
+from deploy.runtime.graph_trees import FIRST_RUNS, graph_trees
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions
 
@@ -29,10 +34,20 @@ class CompileSession(EagerSession):
 
     def _prepare(self, module: torch.nn.Module) -> Any:
         self._lock = threading.Lock()
+        self._runs: Counter[Any] = Counter()  # by shapes
         mode = next((name for name in self._variant if name in _MODES), None)
         self._replays = mode in _GRAPH_MODES
-        # With fullgraph, code that cannot be compiled is an error; without it, that code would silently run as eager.
-        return torch.compile(_own_function(module), fullgraph=True, mode=mode)
+        compiled: dict[Any, Any] = {}
+
+        def call(*inputs: torch.Tensor) -> Any:
+            key = _layout(inputs)
+            if key not in compiled:
+                # With fullgraph, code that cannot be compiled is an error; without it, it would silently run as eager. Each has a
+                # function of its own: torch compiles one function for eight shapes and then no more.
+                compiled[key] = torch.compile(_own_function(module), fullgraph=True, dynamic=False, mode=mode)
+            return compiled[key](*inputs)
+
+        return call
 
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
         # One call at a time: if several threads check guards at once, they fail at random, and each failure compiles anew until
@@ -40,8 +55,13 @@ class CompileSession(EagerSession):
         with self._lock:
             if not self._replays:
                 return module(*inputs)
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            return [x.clone() for x in flatten(module(*inputs))]
+            if self.device == "cpu":
+                return [x.clone() for x in flatten(module(*inputs))]
+            key = _layout(inputs)
+            first = self._runs[key] < FIRST_RUNS
+            results = graph_trees.run(lambda *given: flatten(module(*given)), inputs, torch.device(self.device), first=first)
+            self._runs[key] += 1
+            return results
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
         """The time of each operator and compiled kernel by torch's profiler; they no longer belong to a module.
@@ -65,6 +85,10 @@ class CompileSession(EagerSession):
             if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
         ]
         return [layer for layer in layers if layer.ms > 0]
+
+
+def _layout(inputs: Sequence[torch.Tensor]) -> Any:
+    return tuple((x.shape, x.stride()) for x in inputs)
 
 
 def _own_function(module: torch.nn.Module) -> Any:

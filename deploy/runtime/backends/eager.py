@@ -14,8 +14,9 @@ import torch
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.intake.build import rebuild
-from deploy.runtime.arrays import writable
+from deploy.runtime.arrays import pinned, to_host, to_torch
 from deploy.runtime.cuda_graphs import CudaGraphs
+from deploy.runtime.cudnn import cudnn_benchmark
 from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
@@ -27,7 +28,8 @@ _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class EagerSession(Session):
     """The rebuilt module. `inputs` and `outputs` are those of the export, in half precision too; inputs are passed by position.
 
-    On a GPU, torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`: FP32 means FP32.
+    On a GPU, torch's settings for TF32 are off while a session is open, unless it is opened with `tf32`: FP32 means FP32. And
+    cuDNN searches for the fastest convolution of each shape, at the first run of the shape in a thread.
     """
 
     backend = "eager"
@@ -35,7 +37,7 @@ class EagerSession(Session):
     devices = ("cpu", "cuda")
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        super().__init__(artifact, options, device=_device(options.device))
+        super().__init__(artifact, options, device=device_named(options.device))
         self._variant = options.variant
         if "cuda_graph" in options.variant and self.device == "cpu":
             raise BackendError(
@@ -57,6 +59,7 @@ class EagerSession(Session):
         self._module: Any = self._prepare(module)
         if self.device != "cpu":
             tf32.hold(allow="tf32" in options.variant)
+            cudnn_benchmark.hold()
 
     def _prepare(self, module: torch.nn.Module) -> Any:
         """The function to call in place of the module."""
@@ -104,7 +107,7 @@ class EagerSession(Session):
         module = self._plain
         if module is None:
             raise closed_error(self.name)
-        inputs = [torch.from_numpy(writable(feed[name])).to(self.device) for name in self._input_names]
+        inputs = [to_torch(feed[name], self.device) for name in self._input_names]
         with torch.inference_mode():
             return module_times(module, [self._adapt(x) for x in inputs], runs)
 
@@ -115,13 +118,14 @@ class EagerSession(Session):
         for run in range(WARMUPS + runs):
             marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
             with torch.cuda.device(self.device):
+                staged = {name: pinned(x) for name, x in feed.items()}
                 marks[0].record()
-                inputs = {name: torch.from_numpy(writable(x)).to(self.device) for name, x in feed.items()}
+                inputs = {name: x.to(self.device, non_blocking=True) for name, x in staged.items()}
                 marks[1].record()
                 results = self._compute(inputs)
                 marks[2].record()
                 for result in results:
-                    result.cpu()
+                    to_host(result)
                 marks[3].record()
                 torch.cuda.synchronize()
             if run >= WARMUPS:
@@ -133,18 +137,19 @@ class EagerSession(Session):
         self._module = self._plain = None
         if self.device != "cpu":
             tf32.release()
+            cudnn_benchmark.release()
 
 
-def _device(device: str) -> str:
+def device_named(device: str) -> str:
+    """`cpu` or `cuda:N`: with its index, because every thread has a current device of its own. Raises BackendError."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        index = int(device.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise BackendError(
-                f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices"
-            )
-    return device
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    index = int(device.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise BackendError(f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices")
+    return f"cuda:{index}"
 
 
 def flatten(value: Any) -> list[torch.Tensor]:

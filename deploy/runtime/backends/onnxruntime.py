@@ -24,7 +24,7 @@ import onnxruntime
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
-from deploy.artifact.tensors import TensorSpec
+from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
@@ -180,7 +180,7 @@ class GpuSession(OnnxRuntimeSession):
                 "ONNX Runtime's TensorRT provider computes FP32 in TF32, and has no setting for it: set"
                 f" {_TF32_OVERRIDE}=0 in the environment, or allow it with onnxruntime:tensorrt,tf32"
             )
-        tensorrt = {"device_id": index, "trt_engine_cache_enable": "0"}
+        tensorrt = {"device_id": index, "trt_engine_cache_enable": "0", **profile_shapes(artifact.manifest.profiles)}
         if artifact.manifest.precision != "fp32":  # its networks are weakly typed: without this, the precision is refused
             tensorrt[f"trt_{artifact.manifest.precision}_enable"] = "1"
         return [(PROVIDERS["tensorrt"], tensorrt), cuda]
@@ -231,6 +231,20 @@ def run_bound(
     if unknown and kind == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return results
+
+
+def profile_shapes(profiles: Sequence[Profile]) -> dict[str, str]:
+    """The provider options of TensorRT for one profile that covers `profiles`; none without any.
+
+    Without them, it builds its engine anew at each run whose shapes are outside all that it has seen. The optimum is the largest.
+    """
+    ends: dict[str, list[str]] = {"min": [], "opt": [], "max": []}
+    for name in profiles[0] if profiles else ():
+        ranges = [profile[name] for profile in profiles]
+        for end, choose in (("min", min), ("opt", max), ("max", max)):
+            sizes = [choose(each) for each in zip(*(getattr(shapes, end) for shapes in ranges), strict=True)]
+            ends[end].append(f"{name}:{'x'.join(map(str, sizes))}")
+    return {f"trt_profile_{end}_shapes": ",".join(shapes) for end, shapes in ends.items() if shapes}
 
 
 def provider_missing(variant: str) -> str | None:

@@ -26,7 +26,7 @@ from deploy.engine.profile_choice import ProfileChoice
 from deploy.engine.rebuild import engine_plan
 from deploy.errors import BackendError
 from deploy.runtime.arrays import Sort, write
-from deploy.runtime.catalog import refuse_engine
+from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.device_calls import ArrayCalls, Call, TorchCalls
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
@@ -82,7 +82,7 @@ class TensorRTSession(Session):
                 f"{artifact.location} is a {manifest.target.flavour} engine: open it with the backend {manifest.target.flavour}"
             )
         if not has_gpu():
-            refuse_engine(artifact)
+            refuse_compiled(artifact)
         super()._check_request(artifact, options)
 
     # Feeds.

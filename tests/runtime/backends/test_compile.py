@@ -1,3 +1,4 @@
+import functools
 import importlib
 import logging
 from collections.abc import Iterator
@@ -34,6 +35,24 @@ def test_several_inputs_and_nested_outputs(pair: Artifact) -> None:
             expected = reference.run(feed)
             for name, result in session.run(feed).items():
                 np.testing.assert_allclose(result, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_every_shape_is_compiled_for_itself_however_many_there_are(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[object]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        compiled.append([dim for x in inputs for dim in x.shape])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    batches = range(2, 13)  # more than torch compiles for one function
+    with open_session(shared_lenet5, "compile", SessionOptions(device="cpu")) as session:
+        for batch in (*batches, *batches):
+            assert session(np.zeros((batch, 1, 28, 28), np.float32)).shape == (batch, 10)
+    assert len(compiled) == len(batches)
+    assert {type(dim) for shape in compiled for dim in shape} == {int}
 
 
 def test_a_cuda_toolkit_without_a_gpu_is_not_complained_of() -> None:

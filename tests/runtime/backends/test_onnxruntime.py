@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import open_onnx
+from deploy.artifact.tensors import ShapeRange
 from deploy.errors import BackendError, UsageError
-from deploy.runtime.backends.onnxruntime import count_nodes, refuse_cpu_nodes, run_bound
+from deploy.runtime.backends.onnxruntime import count_nodes, profile_shapes, refuse_cpu_nodes, run_bound
 from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
 
@@ -143,6 +144,17 @@ def test_tf32_that_cannot_be_turned_off_is_an_error(shared_lenet5: Artifact, mon
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     with pytest.raises(UsageError, match=r"set NVIDIA_TF32_OVERRIDE=0 in the environment, or .* onnxruntime:tensorrt,tf32"):
         open_session(shared_lenet5, "onnxruntime:tensorrt")
+
+
+def test_tensorrt_is_told_the_shapes_of_all_profiles() -> None:
+    assert profile_shapes([]) == {}
+    first = {name: ShapeRange(min=(1, 4), opt=(1, 4), max=(1, 4)) for name in ("x", "y")}
+    rest = {name: ShapeRange(min=(2, 4), opt=(8, 4), max=(32, 4)) for name in ("x", "y")}
+    assert profile_shapes([first, rest]) == {
+        "trt_profile_min_shapes": "x:1x4,y:1x4",
+        "trt_profile_opt_shapes": "x:8x4,y:8x4",
+        "trt_profile_max_shapes": "x:32x4,y:32x4",
+    }
 
 
 def test_a_gpu_variant_does_not_run_on_the_cpu(shared_lenet5: Artifact) -> None:

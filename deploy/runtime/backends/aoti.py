@@ -1,0 +1,183 @@
+"""AOTInductor: the module compiled ahead of time by torch, in a package of its own (`deploy build-aoti`). It runs without the module's code."""
+
+import itertools
+import queue
+import statistics
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from deploy.artifact.artifact import Artifact
+from deploy.engine.profile_choice import ProfileChoice
+from deploy.errors import BackendError
+from deploy.runtime.arrays import Sort, pinned, to_host, writable
+from deploy.runtime.backends.eager import device_named
+from deploy.runtime.backends.eager import version as version  # it is torch too
+from deploy.runtime.cuda_graphs import CudaGraphs
+from deploy.runtime.cudnn import cudnn_benchmark
+from deploy.runtime.package import package_file
+from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes
+from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.tf32 import tf32
+
+_STREAMS = 2
+"""By default one numpy feed computes on a GPU while another is copied."""
+
+
+class AotiSession(Session):
+    """A package on the device that it was compiled for.
+
+    Torch tensors on the device are taken without a copy, on the caller's current stream, and the results are new tensors there. A
+    numpy feed goes to a GPU through pinned memory, on one of `contexts` streams of the session's own. One run at a time is begun;
+    on a GPU the next may begin before it ends. On the CPU a run holds Python's lock until it ends, as torch's runner does.
+    """
+
+    backend = "aoti"
+    native = "torch"
+    devices = ("cpu", "cuda")
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        super().__init__(artifact, options)
+        target = artifact.manifest.package
+        assert target is not None  # or the request was refused
+        asked = options.device if options.device != "auto" else target.device
+        self.device = device_named(asked if asked == "cpu" else f"cuda:{int(asked.partition(':')[2] or 0)}")
+        self._home = torch.device(self.device)
+        self._on_gpu = self._home.type == "cuda"
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._choice = ProfileChoice(self.name, self._input_names, self.profiles, command="build-aoti")
+        file = package_file(artifact, self.device, rebuild=options.rebuild)
+        try:
+            package = torch._inductor.aoti_load_package(
+                str(file), run_single_threaded=True, device_index=self._home.index if self._on_gpu else -1
+            )
+        except Exception as error:  # torch's loader and the system's raise of every kind
+            raise BackendError(f"torch {torch.__version__} cannot load {file}: {first_line(error)}") from error
+        self._loader: Any = package.loader
+        self._lock = threading.Lock()
+        self._launch: Any = self._loader.boxed_run
+        self._holds_tf32 = False
+        if self._on_gpu:
+            self._prepare_gpu(artifact, options)
+
+    def _prepare_gpu(self, artifact: Artifact, options: SessionOptions) -> None:
+        self.concurrency = options.contexts or _STREAMS
+        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
+        for _ in range(self.concurrency):
+            self._streams.put(torch.cuda.Stream(self._home))  # type: ignore[no-untyped-call]
+        if "cuda_graph" in options.variant:
+            launch = self._launch
+            graphs = CudaGraphs(lambda inputs: launch(list(inputs)), self._home)
+            self._launch = lambda inputs: graphs(*inputs)
+        if artifact.manifest.precision == "fp32":
+            tf32.hold(allow=False)
+            self._holds_tf32 = True
+        cudnn_benchmark.hold()
+        torch.cuda.synchronize(self._home)  # the weights are there, whichever stream reads them
+
+    def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
+        target = artifact.manifest.package
+        if artifact.manifest.kind != "package" or target is None:
+            raise BackendError(
+                f"{artifact.location} is no AOTInductor package; build one with `deploy build-aoti {artifact.location}`"
+            )
+        if options.device.partition(":")[0] not in ("auto", target.device):
+            raise BackendError(
+                f"{artifact.location} was compiled for {target.device}, not for {options.device}: build one with"
+                f" `deploy build-aoti --device {options.device}`"
+            )
+        if "cuda_graph" in options.variant and target.device == "cpu":
+            raise BackendError(f"{artifact.location} was compiled for the CPU, which has no CUDA graphs: leave out cuda_graph")
+        super()._check_request(artifact, options)
+
+    def _check(self, feed: Mapping[str, Any]) -> Sort:
+        sort = super()._check(feed)
+        self._choice.index(tuple(tuple(feed[name].shape) for name in self._input_names))
+        return sort
+
+    def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        """Run on tensors on the device, on the current stream; the results are tensors of their own there."""
+        given = [feed[name].detach().contiguous() for name in self._input_names]
+        if self._on_gpu:
+            with torch.cuda.device(self._home):
+                results = self._run(given)
+        else:
+            torch.get_num_threads()  # gives a thread that torch has not seen the number of threads that was set
+            results = self._run(given)
+        # The caller may write to the results, so none of them may be an input.
+        memory = {x.untyped_storage().data_ptr() for x in given}
+        return [x.clone() if x.untyped_storage().data_ptr() in memory else x for x in results]
+
+    def _run(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        launch = self._launch
+        if launch is None:
+            raise closed_error(self.name)
+        try:
+            with self._lock:
+                results: list[torch.Tensor] = launch(list(given))  # the runner empties the list
+        except BackendError:
+            raise
+        except Exception as error:
+            raise BackendError(
+                f"{self.backend} failed to run {self.name!r}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        return results
+
+    def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        first = feed[self._input_names[0]].device
+        results = self._compute({name: x.to(self._home) for name, x in feed.items()})
+        return results if first == self._home else [x.to(first) for x in results]
+
+    def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        if not self._on_gpu:
+            return [x.numpy() for x in self._compute({name: torch.from_numpy(writable(x)) for name, x in feed.items()})]
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                on_gpu = {name: pinned(x).to(self._home, non_blocking=True) for name, x in feed.items()}
+                hosts = [to_host(x) for x in self._compute(on_gpu)]
+                stream.synchronize()
+            return [host.numpy().copy() for host in hosts]  # pinned memory is scarce: it is not the caller's to keep
+        finally:
+            self._streams.put(stream)
+
+    def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
+        if not self._on_gpu:
+            return None
+        times = []
+        stream = self._streams.get()
+        try:
+            for run in range(WARMUPS + runs):
+                marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+                with torch.cuda.stream(stream):
+                    staged = {name: pinned(x) for name, x in feed.items()}
+                    marks[0].record()
+                    on_gpu = {name: x.to(self._home, non_blocking=True) for name, x in staged.items()}
+                    marks[1].record()
+                    results = self._compute(on_gpu)
+                    marks[2].record()
+                    hosts = [to_host(x) for x in results]
+                    marks[3].record()
+                    stream.synchronize()
+                del hosts
+                if run >= WARMUPS:
+                    times.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
+        finally:
+            self._streams.put(stream)
+        h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
+        return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
+
+    def _release(self) -> None:
+        with self._lock:
+            self._launch = self._loader = None
+        if self._holds_tf32:
+            tf32.release()
+        if self._on_gpu:
+            cudnn_benchmark.release()
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> Session:
+    return AotiSession(artifact, options)
