@@ -20,6 +20,8 @@ from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 from deploy.runtime.tf32 import tf32
+from deploy.runtime.torch_device import device_named
+from deploy.runtime.torch_device import version as version
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -135,18 +137,6 @@ class EagerSession(Session):
             tf32.release()
 
 
-def device_named(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        index = int(device.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise BackendError(
-                f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices"
-            )
-    return device
-
-
 def flatten(value: Any) -> list[torch.Tensor]:
     """The tensors of nested tuples, lists and mappings, in order."""
     if isinstance(value, torch.Tensor):
@@ -158,11 +148,6 @@ def flatten(value: Any) -> list[torch.Tensor]:
     if value is None:
         return []
     raise TypeError(f"the module returned a {type(value).__name__}; expected tensors, or tuples, lists or dicts of them")
-
-
-def version(variant: Sequence[str]) -> str:
-    """The version of torch."""
-    return str(torch.__version__)
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:
