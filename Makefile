@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak test-gpu gpu-report peers serving-peers zoo lock proto clean
+.PHONY: demo test soak test-gpu gpu-report gpu-acceptance gpu-kit peers serving-peers zoo lock proto clean
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
@@ -22,9 +22,23 @@ test-gpu: $(INSTALLED)
 soak: $(INSTALLED)
 	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving -o timeout=3600
 
-# The whole acceptance on a GPU, in parts that are kept: a run that was cut off continues. Writes benchmarks/results/<date>-<gpu>.json and .md.
+# Tables of what is on this GPU machine, in parts that are kept: a run that was cut off continues. Writes benchmarks/results/<date>-<gpu>.json and .md.
 gpu-report: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_report.py
+
+# The whole acceptance on a machine with a GPU and a network: everything for a GPU, TensorRT included, in an environment of its own.
+gpu-acceptance: .venv-gpu/.installed
+	.venv-gpu/bin/python -m pytest -W default tests/gpu
+	.venv-gpu/bin/python benchmarks/gpu_report.py
+
+.venv-gpu/.installed: pyproject.toml
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[export,gpu]' pytest
+	touch $@
+
+# What a GPU machine without a network needs for the acceptance, in folders of at most 56 MiB: see benchmarks/README.md.
+gpu-kit:
+	$(PYTHON) benchmarks/gpu_kit.py
 
 # The tools that benchmarks/int8_*.py compare with, in a separate environment: they need other versions.
 peers: .venv-peers/.installed
@@ -76,4 +90,4 @@ proto: $(INSTALLED)
 	    deploy/serving/inference.proto deploy/serving/health.proto
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .venv-gpu

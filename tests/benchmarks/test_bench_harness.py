@@ -30,7 +30,7 @@ def test_a_namespace_of_another_program_does_not_stand_in_for_the_harness(
     (tmp_path / name).mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, name, ModuleType(name))  # as a program with a folder of that name leaves it
-    assert script("gpu_report").markdown(["a"], []).startswith("| a |")
+    assert script("gpu_tables").markdown(["a"], []).startswith("| a |")
 
 
 def test_a_small_document_is_kept_as_it_is(harness: ModuleType) -> None:
