@@ -13,6 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.engine.profile_choice import ProfileChoice
 from deploy.errors import BackendError
 from deploy.runtime.arrays import Sort, pinned, to_host, writable
+from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.cuda_graphs import CudaGraphs
 from deploy.runtime.cudnn import cudnn_benchmark
 from deploy.runtime.package import package_file
@@ -81,7 +82,9 @@ class AotiSession(Session):
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         target = artifact.manifest.package
-        if artifact.manifest.kind != "package" or target is None:
+        if artifact.manifest.kind == "engine":
+            refuse_compiled(artifact)
+        if target is None:
             raise BackendError(
                 f"{artifact.location} is no AOTInductor package; build one with `deploy build-aoti {artifact.location}`"
             )
