@@ -52,7 +52,7 @@ def _guarded(
                 with self._device.active(), self._annotate(label):
                     return method(self, *args, **kwargs)
             except BaseException as error:
-                self._fail(error)
+                self.recover(error)
                 raise
 
         call.__doc__ = method.__doc__
@@ -334,7 +334,7 @@ class EngineContext:
 
     # The end.
 
-    def _fail(self, error: BaseException) -> None:
+    def recover(self, error: BaseException) -> None:
         """After a failure: wait until nothing is under way. If CUDA fails even then, raise DeviceLostError.
 
         What CUDA answers to every later call it says of itself: "This leaves the process in an inconsistent state and any further
