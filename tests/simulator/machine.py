@@ -36,7 +36,11 @@ def _each(runs: list[Callable[[], None]]) -> None:
 
 
 class Machine:
-    """GPUs that know the rules. total: bytes of memory of each. `violations` are all rules broken so far, said once each."""
+    """GPUs that know the rules. total: bytes of memory of each.
+
+    violations: all rules broken so far. waits: how often the host waited for the GPU. calls: how often each was called. hooks: called before a call of that name, and not under
+    the lock, so that other threads can go on meanwhile.
+    """
 
     def __init__(self, *, devices: int = 2, total: int = 1 << 26) -> None:
         self.lock = threading.RLock()
@@ -48,6 +52,7 @@ class Machine:
         self.violations: list[RuleError] = []
         self.calls: Counter[str] = Counter()
         self.sticky: str | None = None
+        self.hooks: dict[str, Callable[[], None]] = {}
         self.failures: dict[str, list[str | None]] = {}
         self.dropped: deque[Callable[[], None]] = deque()
         self._handles = 0x5580_0000_0000
@@ -56,6 +61,7 @@ class Machine:
         self.others: list[Stream] = []  # per-thread default streams
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, object] = {}
+        self.waits = 0
         self._reached = 0
         self._depth = 0
 
@@ -64,6 +70,8 @@ class Machine:
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """A call of the program's, or a part of one."""
+        if (hook := self.hooks.get(name)) is not None:
+            hook()
         with self.lock:
             self._depth += 1
             try:
@@ -157,6 +165,7 @@ class Machine:
         if stream.capture is not None:
             stream.capture.invalidate(f"{stream.name} was synchronized")
             raise CudaError("cudaErrorStreamCaptureUnsupported")
+        self.waits += 1
         if stream.last is not None:
             stream.last.finish()
         self._check_sticky()
@@ -189,6 +198,7 @@ class Machine:
             for capture in captures:
                 capture.invalidate("the device was synchronized")
             raise CudaError("cudaErrorStreamCaptureUnsupported")
+        self.waits += 1
         for stream in self._all(device):
             if stream.last is not None:
                 stream.last.finish()
@@ -354,6 +364,7 @@ class Machine:
     @api
     def event_synchronize(self, event: Event) -> None:
         self._refuse_captured(event)
+        self.waits += 1
         if event.work is not None:
             event.work.finish()
         join(self.host, event.clock)
