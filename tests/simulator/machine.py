@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tests.simulator.captures import Capture, Entry
 from tests.simulator.errors import CudaError, RuleError
+from tests.simulator.guards import guards
 from tests.simulator.memory import Access, Allocation, Space, site
 from tests.simulator.work import LEGACY, LEGACY_HANDLE, PER_THREAD, Action, Clock, Event, Here, Stream, Work, join
 
@@ -261,7 +262,7 @@ class Machine:
         work = Work(before, None, mark=False)
         runs: list[Callable[[], None]] = []
         for action, owners, label in checked:
-            runs += self._guards(action, owners, label)
+            runs += guards(self, action, owners, label)
             for use, owner in zip(action.uses, owners, strict=True):
                 start = use.address - owner.address
                 owner.segment.add(Access(stream.name, tick, start, start + use.nbytes, use.write, label, work))
@@ -270,27 +271,6 @@ class Machine:
         work.run = functools.partial(_each, runs)
         stream.last = work
         return work
-
-    def _guards(self, action: Action, owners: tuple[Allocation, ...], label: str) -> list[Callable[[], None]]:
-        """Checks that the host leaves pinned memory alone while work on it is pending; what is to be read later is poisoned."""
-        guards: list[Callable[[], None]] = []
-        for use, owner in zip(action.uses, owners, strict=True):
-            start = use.address - owner.address
-            if owner.device is not None or owner.segment.pending(start, start + use.nbytes):
-                continue
-            content = self.space.bytes(use.address, use.nbytes)
-            if use.write:
-                content[:] = 0xCB
-            before = content.tobytes()
-
-            def guard(content: Any = content, before: bytes = before) -> None:
-                if content.tobytes() != before:
-                    error = RuleError(f"the host changed pinned memory that {label} was still to use")
-                    self.blame(error)
-                    raise error
-
-            guards.append(guard)
-        return guards
 
     def order(self, stream: Stream) -> list[Work]:
         """What a new piece of work on a stream comes after, which its clock knows then."""
