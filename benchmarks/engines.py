@@ -21,6 +21,7 @@ from bench_harness import Goal, bullets, conditions_here, conditions_line, exit_
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import COMPUTE_PRECISIONS
 from deploy.artifact.tensors import random_feed
 from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import Flavour, load_flavour
@@ -55,7 +56,7 @@ def build(exported: Artifact, asked: str, flavour: Flavour) -> dict[str, Any]:
     again = seconds_of(lambda: deploy.build_trt(exported, Path(f"{out}-again"), **options))
     share = engine.manifest.precision_share
     assert share is not None
-    shares = {kind: getattr(share, kind) for kind in ("int8", "fp16", "bf16", "fp32")}
+    shares = {kind: getattr(share, kind) for kind in COMPUTE_PRECISIONS}
     return {"build_s": seconds, "again_s": again, "bytes": engine.size, "share": shares}
 
 

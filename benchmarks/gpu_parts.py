@@ -18,6 +18,7 @@ from bench_harness import in_turns
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import COMPUTE_PRECISIONS
 from deploy.artifact.tensors import random_feed
 from deploy.engine.flavour import load_flavour
 from deploy.errors import BackendError
@@ -110,7 +111,7 @@ def measure(setting: Setting, name: str, precision: str) -> dict[str, Any]:
         "flavour": engine.manifest.target and f"{engine.manifest.target.flavour} {engine.manifest.target.version}",
         "build_s": seconds,
         "engine_bytes": engine.size,
-        "share": {"int8": share.int8, "fp16": share.fp16, "bf16": share.bf16, "fp32": share.fp32, "from": share.origin},
+        "share": {kind: getattr(share, kind) for kind in COMPUTE_PRECISIONS} | {"from": share.origin, "coverage": share.coverage},
         "share_of_time": share.time,
         "missing": missing,
         "rows": rows,

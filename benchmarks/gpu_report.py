@@ -24,6 +24,7 @@ import torch
 from bench_harness import Goal, bullets, conditions_here, make_parser, markdown, publish, shown_versions
 from gpu_parts import CONTEXTS, MODELS, PRECISIONS, Setting, parts
 
+from deploy.artifact.manifest import COMPUTE_PRECISIONS
 from deploy.engine.cuda.driver import driver_version
 from deploy.host.versions import versions
 from deploy.words import count_of
@@ -169,7 +170,7 @@ def overhead_goals(large: Mapping[str, Any], small: Mapping[str, Any]) -> list[G
 def engines(measured: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for part in sorted(measured, key=lambda part: PRECISIONS.index(part["precision"])):
-        share = ", ".join(f"{part['share'][name]:.0%} {name}" for name in ("int8", "fp16", "bf16", "fp32") if part["share"][name])
+        share = ", ".join(f"{part['share'][name]:.0%} {name}" for name in COMPUTE_PRECISIONS if part["share"].get(name))
         worst = max(part["rows"], key=lambda row: row["parity"]["max_abs"])["parity"]
         built = f"{part['build_s']:.1f} s" if part["build_s"] is not None else "-"
         rows.append([part["precision"], part["flavour"], built, f"{part['engine_bytes'] / 1e6:.1f} MB", f"{share} ({part['share']['from']})", f"{worst['max_abs']:.2g}", f"{worst['cosine']:.5f}"])  # fmt: skip

@@ -96,7 +96,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     gpu, compute_capability and driver are those of the machine it was built on; `targets` the compute capabilities that an
     engine built without a GPU is for. A version_compatible engine runs on later versions too, a hardware_compatible one on
-    every GPU from compute capability 8.0 on. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
+    every GPU from compute capability 8.0 on. A stripped one has no weights: it gets those of the ONNX file beside it when it is
+    loaded. opt_level, tf32 and workspace: see `engine.builder.BuildOptions`.
     """
 
     flavour: FlavourName
@@ -107,27 +108,37 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     driver: str | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    stripped: bool = False
     opt_level: int | None = None
     tf32: bool = False
     workspace: int | None = None
 
 
+COMPUTE_PRECISIONS = ("int8", "fp16", "bf16", "tf32", "fp32")
+"""What multiply-accumulates may be computed in, as in `PrecisionShare`."""
+
+
 class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Share of the multiply-accumulates of Conv, Gemm and MatMul in each precision, 0 to 1.
 
-    `origin` (`from` in the file): read from the built `engine`, or from the typed `network` that the parser made. Of an
-    engine, `layers` and `time` are the same for all its layers, by their number and by the GPU time of a run. The shares are
-    those of what can be counted; `unknown` is the number of nodes that cannot (an LSTM, a matrix product inside a Loop).
+    `origin` (`from` in the file): read from the built `engine`, which is then attested, or from the typed `network` that the
+    parser made. The shares are those of what can be counted; `unknown` is the number of nodes that cannot (an LSTM, a matrix
+    product inside a Loop). Of an engine that a GPU has loaded, there are `layers` and `time`, the shares of all its layers by
+    their number and by the GPU time of a run; `coverage`, the share of the multiply-accumulates whose precision the inspector
+    tells; and `fp16_sums`, the share of those that are known to be added up in FP16 (others may be: not every name tells).
     """
 
     int8: float
     fp16: float
     bf16: float
     fp32: float
+    tf32: float = 0.0
     origin: Literal["engine", "network"] = msgspec.field(name="from")
     layers: dict[str, float] | None = None
     time: dict[str, float] | None = None
     unknown: int = 0
+    coverage: float | None = None
+    fp16_sums: float | None = None
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
+from deploy.artifact.manifest import COMPUTE_PRECISIONS, Accuracy, Calibration, Manifest, PrecisionShare
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
@@ -115,9 +115,11 @@ def backends_text(parity: Parity) -> list[str]:
 
 
 def share_text(share: PrecisionShare) -> str:
-    """The share of multiply-accumulates by precision, and of how many nodes it is unknown."""
-    parts = _parts({name: getattr(share, name) for name in ("int8", "fp16", "bf16", "fp32")})
-    unknown, origin = count_of(share.unknown, "node"), f"(read from the {share.origin})"
+    """The share of multiply-accumulates by precision, of how many nodes it is unknown, and who says so."""
+    parts = _parts({name: getattr(share, name) for name in COMPUTE_PRECISIONS})
+    unknown, origin = count_of(share.unknown, "node"), f"({_origin_text(share)})"
+    if share.fp16_sums:
+        origin = f"with sums in FP16 for at least {share.fp16_sums:.1%} {origin}"
     if share.unknown and parts:
         return f"{parts} of the multiply-accumulates that can be counted, those of {unknown} cannot {origin}"
     if share.unknown:
@@ -125,6 +127,13 @@ def share_text(share: PrecisionShare) -> str:
     if not parts:
         return f"no multiply-accumulates: no convolution and no matrix product {origin}"
     return f"{parts} of the multiply-accumulates {origin}"
+
+
+def _origin_text(share: PrecisionShare) -> str:
+    if share.coverage is None:
+        return f"read from the {share.origin}"
+    told = f"the engine itself tells the precision of {share.coverage:.1%}"
+    return f"attested: {told}" if share.origin == "engine" else f"read from the network, not attested: {told}"
 
 
 def _parts(shares: Mapping[str, float]) -> str:

@@ -29,7 +29,7 @@ from deploy.bench.workers import Workers
 from deploy.errors import ArtifactError
 from deploy.evaluation.evaluate import evaluate
 from deploy.host.cpu import usable_cores
-from deploy.host.nvidia_smi import gpu_state
+from deploy.host.nvidia_smi import summed_up
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import split_backend
 from deploy.runtime.session import SessionOptions
@@ -76,7 +76,7 @@ def bench(
         peak = measure_peak()  # after the candidates: their processes are gone
         where["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
         rows = _under_roof(rows, workers.candidates, peak)
-    where["gpu_after"] = gpu_state() if where["gpu"] is not None else None
+    where["gpu_during"] = summed_up(run.gpu)
     where["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     if options.evaluate is not None and not interrupted:
         rows = _evaluated(rows, workers.candidates, options.evaluate, threads, progress)

@@ -26,7 +26,7 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
         "governor": governor(),
         "device": device,
         "load_average": [round(value, 2) for value in os.getloadavg()],
-        "gpu": gpu_state() if device != "cpu" else None,
+        "gpu": gpu_state(device) if device != "cpu" else None,
         "revision": revision(),
         "versions": versions(LIBRARIES),
     }

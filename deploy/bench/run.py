@@ -13,6 +13,7 @@ from deploy.bench.rows import BenchRow, verdict_of
 from deploy.bench.workers import Workers
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency, paired_ratio
+from deploy.host.nvidia_smi import gpu_watched
 from deploy.runtime.profiling import DeviceTimes
 
 ROUNDS = 15
@@ -24,11 +25,15 @@ Samples = dict[Candidate, list[list[float]]]
 
 
 class Run:
-    """The rounds of one benchmark. rows: what has been measured. inputs: by batch size, how many inputs and of how many bytes."""
+    """The rounds of one benchmark.
+
+    rows: what has been measured. inputs: by batch size, how many inputs and of how many bytes. gpu: its states during the rounds.
+    """
 
     def __init__(self, workers: Workers, folder: Path) -> None:
         self.rows: list[BenchRow] = []
         self.inputs: dict[str, dict[str, int]] = {}
+        self.gpu: list[dict[str, str]] = []
         self._workers = workers
         self._folder = folder
         self._first_s: dict[Candidate, float] = {}
@@ -38,8 +43,10 @@ class Run:
         run_s = self._warm_up(batch)
         errors = self._errors(list(run_s))
         samples: Samples = {candidate: [] for candidate in self._workers.still(list(run_s))}
+        device = next((candidate.device for candidate in samples if candidate.device != "cpu"), None)
         try:
-            self._take_turns(batch, seconds, run_s, samples)
+            with gpu_watched(device, self.gpu):
+                self._take_turns(batch, seconds, run_s, samples)
         except KeyboardInterrupt:
             whole = min(len(samples[candidate]) for candidate in self._workers.still(list(samples)))
             if whole >= MIN_ROUNDS:  # fewer prove nothing

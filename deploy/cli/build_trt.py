@@ -8,15 +8,24 @@ import click
 from deploy.artifact.summary import share_text, summary
 from deploy.cli.common import debug_option, fp32, open_or_newest, output_option, progress_bar
 from deploy.cli.options import options
+from deploy.engine.compatibility import rtx_refusal
 from deploy.engine.options import BuildOptions
 from deploy.evidence.options import ToleranceOptions
 from deploy.options import collect, option_names
-from deploy.pipeline.build_trt import BuildTrtOptions, build_trt
+from deploy.pipeline.build_trt import BuildTrtOptions, build_trt, gpu_identity
 from deploy.pipeline.build_trt import preflight as check
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
 from deploy.precision.int8.options import QuantizeOptions
 
-_ENGINE_ONLY = ("allow_slower", "cache", "eval_folder", "max_drop", *option_names(BuildOptions), *option_names(ToleranceOptions))
+_ENGINE_ONLY = (
+    "allow_slower",
+    "cache",
+    "eval_folder",
+    "max_drop",
+    "refit_from",
+    *option_names(BuildOptions),
+    *option_names(ToleranceOptions),
+)
 """Options that say nothing to the parser."""
 
 
@@ -47,3 +56,6 @@ def command(artifact: str | None, preflight: bool, out: Path | None, **given: An
     with progress_bar() as progress:
         made = build_trt(source, out, quantization=chosen, progress=progress, **others)
     click.echo(summary(made))
+    gpu = gpu_identity() if made.manifest.target and made.manifest.target.flavour == "tensorrt-rtx" else None
+    if gpu and (refusal := rtx_refusal(*gpu[:2])):
+        click.echo(f"  not here   {refusal}")

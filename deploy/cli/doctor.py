@@ -35,7 +35,11 @@ def command(as_json: bool) -> None:
         lines.append(f"torch     {torch['version']}, built for CUDA {torch['cuda']}: {cuda}")
     for title, key in (("backend", "backends"), ("builder", "flavours"), ("optional", "optional")):
         for entry in report[key]:
-            state = entry["version"] if entry["available"] else f"missing: {entry['reason']}"
+            state = (
+                "; ".join(filter(None, (entry["version"], entry.get("note"))))
+                if entry["available"]
+                else f"missing: {entry['reason']}"
+            )
             lines.append(f"{title:<9} {entry['name']:<20} {state}")
     lines += [f"{'extra':<9} {extra['name']:<20} {_libraries(extra)}" for extra in report["extras"]]
     click.echo("\n".join(lines))

@@ -1,13 +1,11 @@
 """The precision that a network or an engine computes in, read back from what was built, not from what was requested."""
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from deploy.artifact.manifest import Exclusion, PrecisionShare
+from deploy.artifact.manifest import COMPUTE_PRECISIONS, Exclusion, PrecisionShare
 from deploy.engine.bindings import Bindings
+from deploy.engine.layers import EngineLayer, nodes_in
 from deploy.errors import EngineError
 
 if TYPE_CHECKING:
@@ -15,6 +13,9 @@ if TYPE_CHECKING:
 
 HONOURED = 0.9
 """The share of the multiply-accumulates, outside the reported exclusions, that must run in the requested precision."""
+
+ATTESTED = 0.9
+"""The share of the multiply-accumulates whose precision the inspector must tell before an engine is called attested."""
 
 
 def network_share(
@@ -40,36 +41,12 @@ def network_share(
         operands = [layer.get_input(index) for index in range(2)]
         quantized = all(operand is not None and _is_int8(operand, producers, trt) for operand in operands)
         precision = "int8" if quantized else names.get(operands[0].dtype, "fp32")
-        for node in _NODE.findall(layer.metadata or "") or [layer.name]:
+        for node in nodes_in(layer.metadata or "") or [layer.name]:
             by_node[node] = precision
     counted = [node for node, count in macs.items() if count]
     if counted and not any(node in by_node for node in counted):
         raise EngineError(f"the parsed network has no layer for {', '.join(counted[:10])}: its precision cannot be attested")
-    return _record(_mac_shares(by_node, macs), "network", unknown=_unknown(by_node, macs)), by_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLayer:
-    """A layer of a built engine: TensorRT's name for its kind, the ONNX nodes fused into it, and its precision."""
-
-    name: str
-    kind: str
-    nodes: tuple[str, ...]
-    precision: str
-    computes: bool
-
-
-def engine_layers(information: str) -> list[EngineLayer]:
-    """The layers in the inspector's JSON description of an engine that was built with detailed verbosity.
-
-    A tactic that names the types of its operands (`..._i8i8_i8i32_f32_...`) computes in the first of them; any other computes in
-    the type of its first input. Raises EngineError if the description cannot be read.
-    """
-    try:
-        described = json.loads(information)["Layers"]
-        return [_layer(layer) for layer in described]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"the inspector's description of the engine cannot be read: {error!r}") from error
+    return PrecisionShare(**_mac_shares(by_node, macs), origin="network", unknown=_unknown(by_node, macs)), by_node
 
 
 def engine_share(
@@ -77,85 +54,75 @@ def engine_share(
 ) -> tuple[PrecisionShare, dict[str, str]]:
     """The share of `macs` in each precision as the engine was built, and the precision by node.
 
-    typed: the precision by node in the typed network, for nodes that the inspector does not name: TensorRT drops the names when
-        it compiles many nodes into one kernel, but keeps the types. times: milliseconds by layer; may be empty.
+    typed: the precision by node in the typed network. It stands for nodes of which the inspector does not tell the precision:
+        TensorRT drops names when it compiles many nodes into one kernel, but keeps the types. `coverage` of the share says how
+        much the inspector tells; under `ATTESTED` of it, the origin of the share is the network.
+    times: milliseconds by layer; may be empty.
     """
-    by_node = dict(typed)
-    for built in sorted(layers, key=lambda built: built.computes):  # layers that compute come last: the others only move data
-        for node in built.nodes:
-            if node in macs:
-                by_node[node] = built.precision
-    timed = [(built.precision, times[built.name]) for built in layers if built.name in times]
+    told = {node: built for node, built in _told(layers, typed).items() if node in macs}
+    by_node = {**typed, **{node: built.precision for node, built in told.items() if built.precision is not None}}
+    weights = _weights(macs)
+    whole = sum(weights.values())
+    coverage = sum(weights[node] for node in told if node in weights) / whole if whole else 1.0
+    half = sum(weights[node] for node, built in told.items() if node in weights and built.precision == built.sums == "fp16")
     counted = _shares((built.precision, 1) for built in layers)
-    time = _shares(timed) if timed else None
-    return _record(_mac_shares(by_node, macs), "engine", counted, time, unknown=_unknown(by_node, macs)), by_node
-
-
-_NODE = re.compile(r"\[ONNX Layer: ([^\x1e]+?)\](?=\x1e|\[ONNX Layer: |$)")
-"""A node in the metadata of a layer; its name may have brackets. TensorRT puts a record separator between nodes."""
-_TACTIC = re.compile(r"_(i8|s8|e4m3|f16|h|bf16|tf32|f32)(?:i8|s8|e4m3|f16|bf16|tf32|f32|i32)*_")
-_OPERANDS = {"i8": "int8", "s8": "int8", "f16": "fp16", "h": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
-_TYPES = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("half", "fp16"), ("fp16", "fp16"))
-"""The words in the description of a format, in lower case, and the precision they mean; anything else is FP32."""
-_COMPUTES = re.compile(r"conv|gemm|matmul|matrixmultiply|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
-
-
-def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
-    if isinstance(described, str):  # without detailed verbosity there are only names
-        raise TypeError("layers are names alone: the engine was built without detailed verbosity")
-    tactic = described.get("TacticName") or ""
-    kind = f"{described.get('LayerType', '')} {tactic}"
-    named = _TACTIC.search(tactic)
-    inputs = described.get("Inputs") or [{}]
-    precision = _OPERANDS.get(named[1]) if named else None
-    if precision is None:
-        text = str(inputs[0].get("Format/Datatype", "")).lower()
-        precision = next((name for part, name in _TYPES if part in text), "fp32")
-    return EngineLayer(
-        name=described["Name"],
-        kind=described.get("LayerType") or "",
-        nodes=tuple(_NODE.findall(described.get("Metadata") or "")),
-        precision=precision,
-        computes=bool(_COMPUTES.search(kind)),
+    timed = _shares((built.precision, times[built.name]) for built in layers if built.name in times)
+    share = PrecisionShare(
+        **_mac_shares(by_node, macs),
+        origin="engine" if coverage >= ATTESTED else "network",
+        layers=counted,
+        time=timed or None,
+        unknown=_unknown(by_node, macs),
+        coverage=coverage,
+        fp16_sums=half / whole if whole else 0.0,
     )
+    return share, by_node
 
 
-def _shares(weighted: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """The share of each precision in the total weight."""
-    totals = dict.fromkeys(("int8", "fp16", "bf16", "fp32"), 0.0)
+def _told(layers: Sequence[EngineLayer], typed: Mapping[str, str]) -> dict[str, EngineLayer]:
+    """By node, the layer that tells its precision.
+
+    Layers that compute products tell more than generated code, and those that move data tell nothing. Where two that count alike
+    disagree, the precision is not known. Weights in INT8 alone do not say that the activations are: the network must say so too.
+    """
+    named: dict[str, dict[str, list[EngineLayer]]] = {}
+    for built in layers:
+        for node in built.nodes:
+            named.setdefault(node, {}).setdefault(built.role, []).append(built)
+    told = {}
+    for node, roles in named.items():
+        candidates = roles.get("computes") or roles.get("fused") or []
+        precisions = {each.precision for each in candidates}
+        if len(precisions) != 1 or None in precisions:
+            continue
+        if candidates[0].by_weights and candidates[0].precision == "int8" != typed.get(node):
+            continue
+        told[node] = candidates[0]
+    return told
+
+
+def _weights(macs: Mapping[str, int | None]) -> dict[str, int]:
+    """The multiply-accumulates of the nodes that have any; where none can be counted, every node counts as one."""
+    return {node: count for node, count in macs.items() if count} or {node: 1 for node, count in macs.items() if count is None}
+
+
+def _shares(weighted: Iterable[tuple[str | None, float]]) -> dict[str, float]:
+    """The share of each precision in the total weight; those that are not known are `unknown`."""
+    totals: dict[str, float] = {}
     for precision, weight in weighted:
-        totals[precision] += weight
+        totals[precision or "unknown"] = totals.get(precision or "unknown", 0.0) + weight
     whole = sum(totals.values())
-    return {name: total / whole if whole else 0.0 for name, total in totals.items()}
+    return {name: total / whole for name, total in totals.items() if total}
 
 
-def _mac_shares(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> dict[str, float]:
-    return _shares((by_node[node], count) for node, count in macs.items() if count and node in by_node)
+def _mac_shares(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> dict[str, Any]:
+    found = _shares((by_node[node], count) for node, count in macs.items() if count and node in by_node)
+    return {name: found.get(name, 0.0) for name in COMPUTE_PRECISIONS}
 
 
 def _unknown(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> int:
     """How many nodes have multiply-accumulates of which it is not known how many, or in which precision."""
     return sum(count is None or (count > 0 and node not in by_node) for node, count in macs.items())
-
-
-def _record(
-    shares: Mapping[str, float],
-    origin: Literal["engine", "network"],
-    layers: dict[str, float] | None = None,
-    time: dict[str, float] | None = None,
-    *,
-    unknown: int,
-) -> PrecisionShare:
-    return PrecisionShare(
-        int8=shares["int8"],
-        fp16=shares["fp16"],
-        bf16=shares["bf16"],
-        fp32=shares["fp32"],
-        origin=origin,
-        layers=layers,
-        time=time,
-        unknown=unknown,
-    )
 
 
 def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILayer"], trt: Bindings) -> bool:
@@ -171,25 +138,30 @@ def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILaye
 
 
 def check_honoured(
-    wanted: str, by_node: Mapping[str, str], macs: Mapping[str, int | None], exclusions: Sequence[Exclusion], what: str
+    wanted: str,
+    by_node: Mapping[str, str],
+    macs: Mapping[str, int | None],
+    exclusions: Sequence[Exclusion],
+    what: str,
+    *,
+    tf32: bool = False,
 ) -> None:
     """Raise EngineError if less than `HONOURED` of the multiply-accumulates outside `exclusions` run in `wanted`.
 
-    Where none can be counted, every node with a layer of its own counts as one.
+    Where none can be counted, every node with a layer of its own counts as one. tf32: TF32 is taken for FP32.
     """
     excluded = {exclusion.node for exclusion in exclusions}
-    known = {node: count for node, count in macs.items() if count != 0 and node in by_node and node not in excluded}
-    counted = {node: count for node, count in known.items() if count is not None}
-    unit = "multiply-accumulates" if counted or not known else "layers, whose multiply-accumulates cannot be counted,"
-    counted = counted or dict.fromkeys(known, 1)
-    whole = sum(counted.values())
-    honoured = sum(count for node, count in counted.items() if by_node[node] == wanted)
+    known = {node: count for node, count in macs.items() if node in by_node and node not in excluded}
+    weights = _weights(known)
+    unit = (
+        "layers, whose multiply-accumulates cannot be counted," if not any(known.values()) and known else "multiply-accumulates"
+    )
+    whole = sum(weights.values())
+    taken = {wanted, "tf32"} if tf32 and wanted == "fp32" else {wanted}
+    honoured = sum(count for node, count in weights.items() if by_node[node] in taken)
     if whole and honoured < HONOURED * whole:
-        others = [
-            f"{node} ({by_node[node]})"
-            for node in sorted(counted, key=counted.__getitem__, reverse=True)
-            if by_node[node] != wanted
-        ]
+        largest = sorted(weights, key=weights.__getitem__, reverse=True)
+        others = [f"{node} ({by_node[node]})" for node in largest if by_node[node] not in taken]
         raise EngineError(
             f"{what}: {wanted} was asked for, and {honoured / whole:.0%} of the {unit} run in it"
             f" (at least {HONOURED:.0%} is expected); the largest others: {', '.join(others[:5])}"

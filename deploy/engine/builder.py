@@ -4,6 +4,7 @@ Networks are always strongly typed: each tensor has the precision in the ONNX fi
 silently change FP32, so it is off unless requested.
 """
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import msgspec
 from deploy.artifact.manifest import Target
 from deploy.artifact.tensors import Profile
 from deploy.engine.bindings import Bindings
-from deploy.engine.compatibility import targeted
+from deploy.engine.compatibility import rtx_refusal, targeted
 from deploy.engine.cuda import Gpu, open_device
+from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour
 from deploy.engine.network import Network, parse_network
 from deploy.engine.options import BuildOptions
 from deploy.engine.timing_cache import save_timing_cache, use_timing_cache
-from deploy.errors import EngineError, UsageError
+from deploy.errors import BackendError, EngineError, UsageError
 from deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -49,11 +51,14 @@ def build_engine(
     """Parse an ONNX file and build an engine with these optimization profiles. shown: the name of the file in errors.
 
     Ctrl-C stops the build at TensorRT's next step and is then raised. Raises EngineError for nodes that the parser refuses (each
-    by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have.
+    by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have, and
+    BackendError for what it cannot do on this machine.
     """
     trt = flavour.trt
     shown = shown or str(onnx_path)
     _check_flavour(flavour, options)
+    if options.strip and flavour.name == "tensorrt-rtx":
+        options = dataclasses.replace(options, targets=_strip_targets(options.targets))
     progress("parsing", 0, 0)
     network = parse_network(flavour, onnx_path, shown=shown)
     config = network.builder.create_builder_config()
@@ -80,6 +85,22 @@ def _check_flavour(flavour: Flavour, options: BuildOptions) -> None:
         raise UsageError("`version_compatible` and `hardware_compatible` are for the flavour tensorrt; tensorrt-rtx has neither")
 
 
+def _strip_targets(targets: Sequence[str]) -> tuple[str]:
+    """The one compute capability that tensorrt-rtx builds an engine without weights for; by default that of the GPU here.
+
+    It needs a GPU for that, and takes one capability alone ("CPU-Only AOT and TensorRT-RTX Engines", "Weightless Engines"; 1.7.1
+    fails on a machine without: "graph_jit.cpp: CHECK(status == CUDA_SUCCESS)").
+    """
+    if not has_gpu():
+        raise BackendError("`strip`: tensorrt-rtx leaves weights out only on a machine with a GPU, and there is none here")
+    gpu = open_device().gpu()
+    if refusal := rtx_refusal(gpu.name, gpu.compute_capability):
+        raise BackendError(f"`strip` needs a GPU that tensorrt-rtx runs on: {refusal}")
+    if len(targets) > 1:
+        raise UsageError("`strip` with tensorrt-rtx takes one of the `targets` alone: build an engine for each")
+    return (targets[0] if targets else gpu.compute_capability,)
+
+
 def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: BuildOptions) -> None:
     trt = flavour.trt
     if not options.tf32:
@@ -90,6 +111,9 @@ def _set_options(config: "tensorrt.IBuilderConfig", flavour: Flavour, options: B
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.strip:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT)  # else STRIP_PLAN means REFIT_IDENTICAL, which takes no other weights
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.targets:
@@ -125,6 +149,7 @@ def _target(flavour: Flavour, options: BuildOptions) -> Target:
         targets=list(options.targets or RTX_TARGETS),
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
+        stripped=options.strip,
         opt_level=options.opt_level,
         tf32=options.tf32,
         workspace=options.workspace,
@@ -151,6 +176,7 @@ def options_of(target: Target, gpu: Gpu) -> BuildOptions:
         workspace=target.workspace,
         version_compatible=target.version_compatible,
         hardware_compatible=target.hardware_compatible,
+        strip=target.stripped,
         targets=(here,) if named else (),
     )
 

@@ -7,34 +7,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from deploy.engine.bindings import Bindings
-from deploy.engine.cuda import Device, Memory
+from deploy.engine.cuda import Device, Memory, Stream
 from deploy.errors import BackendError
 
 
-def make_allocator(trt: Bindings, device: Device) -> Any:
-    """An IOutputAllocator for one output whose shape depends on data. `take()` returns its memory and shape after a run."""
+def make_allocator(trt: Bindings, device: Device, own: Stream) -> Any:
+    """An IOutputAllocator for one output whose shape depends on data, with memory that belongs to the stream of its context.
+
+    After a run, `memory` and `shape` are those of the output, until the next run; `error` says why there was no memory, if so.
+    """
 
     class Allocator(trt.IOutputAllocator):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self._memory: Memory | None = None
-            self._shape: tuple[int, ...] = ()
+            self.memory: Memory | None = None
+            self.shape: tuple[int, ...] = ()
+            self.error: BackendError | None = None
 
         def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
-            if self._memory is None or self._memory.nbytes < size:
+            self.error = None
+            if self.memory is None or self.memory.nbytes < size:
                 try:
-                    self._memory = device.allocate(size)
-                except BackendError:
+                    self.memory = None  # freed first: there may be no room for both
+                    self.memory = device.allocate(size, own)
+                except BackendError as error:
+                    self.error = error
                     return 0  # an exception would not get through TensorRT: 0 makes the run fail
-            return self._memory.pointer
+            return self.memory.pointer
 
         def notify_shape(self, name: str, shape: Sequence[int]) -> None:
-            self._shape = tuple(shape)
-
-        def take(self) -> tuple[Memory, tuple[int, ...]]:
-            memory, self._memory = self._memory, None  # the next output gets other memory
-            assert memory is not None
-            return memory, self._shape
+            self.shape = tuple(shape)
 
     return Allocator()
 

@@ -7,6 +7,19 @@ from deploy.engine.cuda import Gpu
 
 _OPEN = "12.0"
 
+_RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", _OPEN)
+"""What TensorRT-RTX runs on, and all later than the last (TensorRT-RTX 1.7.1's own list, in its error on an NVIDIA H200)."""
+
+
+def rtx_refusal(gpu: str, capability: str) -> str | None:
+    """Why TensorRT-RTX runs no engine at all on a GPU of this name and compute capability; None if it runs some."""
+    if targeted(capability, _RTX_CAPABILITIES):
+        return None
+    refusal = f"TensorRT-RTX does not run on {gpu} (compute capability {capability}), but on {', '.join(_RTX_CAPABILITIES[:-1])}"
+    refusal += f" and from {_OPEN} on"
+    older = _number(capability) < _number(_RTX_CAPABILITIES[0])  # TensorRT 10 and 11 begin there too (their support matrix)
+    return refusal if older else f"{refusal}; engines of the flavour tensorrt run there"
+
 
 def mismatches(target: Target, version: str, gpu: Gpu) -> list[str]:
     """The reasons why the engine cannot run here, one phrase each that names both sides; empty if it can.

@@ -1,15 +1,17 @@
-"""An execution context of an engine, with its stream, buffers and CUDA graphs: everything that one run needs for itself."""
+"""An execution context of an engine, with its stream, buffers and CUDA graph: everything that one run needs for itself."""
 
 import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 
 from deploy.artifact.tensors import TensorSpec, format_shape
-from deploy.engine.cuda import Device, Event, Graph, Memory, Stream
+from deploy.engine.buffers import Buffers
+from deploy.engine.cuda import Device, DeviceLostError, Event, Memory, Stream
+from deploy.engine.replay import Replay
 from deploy.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -17,55 +19,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("deploy.runtime")
 
-GRAPHS = 8
-"""The number of CUDA graphs that a context keeps, one for each set of input shapes; the least recently used goes first."""
-
 ALIGNMENT = 256
 """The address of a tensor must be a multiple of this many bytes (IExecutionContext::setTensorAddress)."""
 
-PIECE = 1 << 20
-"""The bytes that are staged before their copy begins: the copy of one piece overlaps the staging of the next."""
-
 Shape = tuple[int, ...]
 
+Place = Callable[[int, Shape], tuple[int, Any]]
+"""Takes the index of an output and its shape; the device address that it is to be written to, and the array that is there."""
 
-class Tensor(NamedTuple):
-    """An input in device memory: its address and its shape."""
+P = ParamSpec("P")
+T = TypeVar("T")
 
-    pointer: int
-    shape: Shape
+_NOTHING = nullcontext()
 
 
-class _Buffer:
-    """The device memory and the pinned memory of one tensor, which grow to the largest size that was requested."""
+class _Tensor(NamedTuple):
+    """An input or output. dtype: None for bfloat16, which numpy lacks. itemsize: bytes."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._memory: Memory | None = None
-        self._host: np.ndarray | None = None
+    name: str
+    dtype: np.dtype[Any] | None
+    itemsize: int
 
-    def memory(self, nbytes: int) -> Memory:
-        if self._memory is None or not self.fits(nbytes):
-            self._memory = None  # freed first: there may be no room for both
-            self._memory = self._device.allocate(nbytes)
-        return self._memory
 
-    def fits(self, nbytes: int) -> bool:
-        return self._memory is not None and self._memory.nbytes >= nbytes
+def _guarded(
+    label: str,
+) -> Callable[[Callable[Concatenate["EngineContext", P], T]], Callable[Concatenate["EngineContext", P], T]]:
+    """Makes the GPU that of the thread, an NVTX range of that name, and puts the context in order if the method fails."""
 
-    def host(self, nbytes: int) -> np.ndarray:
-        """(nbytes,) uint8, pinned."""
-        if self._host is None or self._host.size < nbytes:
-            self._host = None
-            self._host = self._device.pinned(nbytes)
-        return self._host[:nbytes]
+    def decorated(method: Callable[Concatenate["EngineContext", P], T]) -> Callable[Concatenate["EngineContext", P], T]:
+        def call(self: "EngineContext", /, *args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                with self._device.active(), self._annotate(label):
+                    return method(self, *args, **kwargs)
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+        call.__doc__ = method.__doc__
+        return call
+
+    return decorated
 
 
 class EngineContext:
     """An execution context, for one run at a time. Raises BackendError if CUDA or the engine fails; it stays usable.
 
-    context: an IExecutionContext of either flavour. graphs: replay a CUDA graph from the second run of a shape on.
-    allocator: makes an IOutputAllocator for an output whose shape depends on data; see `make_allocator`.
+    All its work is queued on its own `stream`, so that what it reuses is used in order: a caller's stream is waited for before a
+    run, and waits for its end. TensorRT would have to synchronize the whole GPU on the default stream, which most callers use.
+
+    `lost` is set once CUDA has failed for good. Later calls then raise DeviceLostError.
+
+    context: an IExecutionContext of either flavour. host: the inputs that the engine reads from host memory, because shapes
+    depend on their values. graphs: replay a CUDA graph from the second run in a row with the same shapes on: captured here
+    (`own`), or by TensorRT-RTX itself (`tensorrt`); both want addresses that never change. allocator: makes an IOutputAllocator for
+    an output whose shape depends on data; see `make_allocator`. reason: what TensorRT said last. annotate: makes an NVTX range.
     """
 
     def __init__(
@@ -75,60 +82,73 @@ class EngineContext:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         *,
-        graphs: bool,
-        allocator: Callable[[Device], Any],
+        host: frozenset[str],
+        graphs: Literal["own", "tensorrt"] | None,
+        allocator: Callable[[Device, Stream], Any],
+        reason: Callable[[], str],
+        annotate: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self._context = context
+        self.lost: DeviceLostError | None = None
+        self._context: tensorrt.IExecutionContext | None = context
         self._device = device
-        self._inputs = [(spec.name, np.dtype(spec.dtype)) for spec in inputs]
-        self._outputs = [(spec.name, np.dtype(spec.dtype)) for spec in outputs]
-        self._graphs_wanted = self._graphs_usual = graphs
+        self._inputs = [_tensor(spec) for spec in inputs]
+        self._outputs = [_tensor(spec) for spec in outputs]
+        self._host_inputs: dict[str, np.ndarray] = dict.fromkeys(host, np.empty(0))
+        self._fixed = graphs is not None
+        self._captures = graphs == "own"
         self._make_allocator = allocator
-        self.stream: Stream = device.stream()
-        self._event: Event = device.event()
-        self._busy_on: int | None = None  # handle of the stream on which the last run may still be under way
-        self._buffers: dict[str, _Buffer] = {}
+        self._reason = reason
+        self._annotate = annotate or (lambda label: _NOTHING)
+        with device.active():
+            self.stream: Stream = device.stream()
+            self._ready: Event = device.event()
+            self._done: Event = device.event()
+        self._buffers = Buffers(device, self.stream)
         self._addresses: dict[str, int] = {}
-        self._bound: tuple[int, tuple[Shape, ...]] | None = None
+        self._profile: int | None = None
+        self._bound: tuple[Any, ...] | None = None  # profile, shapes and the values of host inputs
         self._shapes: list[Shape | None] = []
         self._allocators: dict[str, Any] = {}
-        self._graphs: OrderedDict[tuple[Shape, ...], Graph | None] = OrderedDict()  # None: seen once, or refused
-        self._refused: set[tuple[Shape, ...]] = set()
-        self._pending: list[tuple[np.ndarray, Shape, np.dtype[Any], Memory]] = []
+        self._replay = Replay(device, self.stream, wanted=graphs == "own")
+        self._pending: list[tuple[np.ndarray, Shape, np.dtype[Any]]] = []
 
     # Arrays in host memory: begin, finish.
 
+    @_guarded("deploy: stage and enqueue")
     def begin(self, feed: Mapping[str, np.ndarray], profile: int) -> None:
-        """Stage the inputs, and queue all work, including the copies of the outputs, on the context's own stream."""
-        with self._device.active():
-            self._begin(feed, profile)
-
-    def _begin(self, feed: Mapping[str, np.ndarray], profile: int) -> None:
-        self._take(self.stream)
-        try:
-            self._bind(profile, tuple(feed[name].shape for name, _ in self._inputs), self.stream)
-            for name, _ in self._inputs:
-                self._set_address(name, self._stage(name, feed[name]))
-            memories = self._set_outputs(self.stream)
-            self._execute(self.stream)
-            self._pending = []
-            for name, dtype, memory, shape in self._results(memories, self.stream):
-                nbytes = _nbytes(shape, dtype)
-                host = self._buffer(name).host(nbytes)
-                if nbytes:
-                    memory.read(host, self.stream)
-                self._pending.append((host, shape, dtype, memory))  # the stream reads the memory later
-        except BaseException:
-            self.settle()
-            raise
+        """Stage the inputs, and queue all work, including the copies of the outputs."""
+        values = {name: feed[name] for name in self._host_inputs}
+        self._bind(profile, tuple([feed[tensor.name].shape for tensor in self._inputs]), values)
+        for tensor in self._inputs:
+            if tensor.name not in values:
+                self._set_address(tensor.name, self._buffers.stage(tensor.name, feed[tensor.name]).pointer)
+        for tensor, shape in zip(self._outputs, self._shapes, strict=True):
+            if shape is not None:
+                self._set_address(tensor.name, self._buffers.memory(tensor.name, _nbytes(shape, tensor)).pointer)
+        self._execute()
+        if None in self._shapes:
+            self.stream.synchronize()
+        self._pending = []
+        for tensor, known in zip(self._outputs, self._shapes, strict=True):
+            memory, shape = self._result(tensor.name, known)
+            assert tensor.dtype is not None
+            host = self._buffers.host(tensor.name, _nbytes(shape, tensor))
+            if host.size:
+                memory.read(host, self.stream)
+            self._pending.append((host, shape, tensor.dtype))
 
     def finish(self) -> list[np.ndarray]:
         """Wait for the run that was begun; the outputs, in new arrays."""
-        self.stream.synchronize()
-        self._busy_on = None
+        self.wait()
         pending, self._pending = self._pending, []
-        return [host.view(dtype).reshape(shape).copy() for host, shape, dtype, _ in pending]
+        return [host.view(dtype).reshape(shape).copy() for host, shape, dtype in pending]
 
+    @_guarded("deploy: wait")
+    def wait(self) -> None:
+        """Wait until all work is done."""
+        self.stream.synchronize()
+
+    @_guarded("deploy: time")
     def times(self, feed: Mapping[str, np.ndarray], profile: int) -> tuple[float, float, float] | None:
         """The milliseconds of the copies in, the run and the copies out, one after the other, by events on the GPU.
 
@@ -138,236 +158,226 @@ class EngineContext:
         self.finish()  # the inputs are staged now, so that only the copies are timed
         if None in self._shapes:
             return None
-        with self._device.active():
-            marks = [self._device.event(timed=True) for _ in range(4)]
-            self._take(self.stream)
-            marks[0].record(self.stream)
-            for name, array in feed.items():
-                self._buffer(name).memory(array.nbytes).write(self._buffer(name).host(array.nbytes), self.stream)
-            marks[1].record(self.stream)
-            self._execute(self.stream)
-            marks[2].record(self.stream)
-            for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
-                if shape is not None and (nbytes := _nbytes(shape, dtype)):
-                    self._buffer(name).memory(nbytes).read(self._buffer(name).host(nbytes), self.stream)
-            marks[3].record(self.stream)
-            self.stream.synchronize()
-            self._busy_on = None
-            first, second, third = (after.since(before) for before, after in itertools.pairwise(marks))
+        sizes = {tensor.name: feed[tensor.name].nbytes for tensor in self._inputs if tensor.name not in self._host_inputs}
+        marks = [self._device.event(timed=True) for _ in range(4)]
+        marks[0].record(self.stream)
+        for name, nbytes in sizes.items():
+            self._buffers.memory(name, nbytes).write(self._buffers.host(name, nbytes), self.stream)
+        marks[1].record(self.stream)
+        self._execute()
+        marks[2].record(self.stream)
+        for tensor, shape in zip(self._outputs, self._shapes, strict=True):
+            if shape is not None and (nbytes := _nbytes(shape, tensor)):
+                self._buffers.memory(tensor.name, nbytes).read(self._buffers.host(tensor.name, nbytes), self.stream)
+        marks[3].record(self.stream)
+        self.stream.synchronize()
+        first, second, third = (after.since(before) for before, after in itertools.pairwise(marks))
         return first, second, third
-
-    def _stage(self, name: str, array: np.ndarray) -> int:
-        memory = self._fit(name, array.nbytes, self.stream)
-        host = self._buffer(name).host(array.nbytes)
-        source = array.reshape(-1).view(np.uint8)
-        for start in range(0, source.size, PIECE):
-            piece = host[start : start + PIECE]
-            piece[:] = source[start : start + PIECE]
-            memory.write(piece, self.stream, start)
-        return memory.pointer
 
     # Arrays in device memory.
 
+    @_guarded("deploy: enqueue")
     def run(
-        self, inputs: Sequence[Tensor], shapes: tuple[Shape, ...], profile: int, stream: Stream
-    ) -> list[tuple[Memory, Shape]]:
-        """Give the work to `stream`, which the inputs are made on, in their order: memory of each output, and its shape.
+        self,
+        inputs: Sequence[int],
+        shapes: tuple[Shape, ...],
+        profile: int,
+        callers: Sequence[Stream],
+        place: Place,
+        values: Mapping[str, np.ndarray],
+        *,
+        wait: bool,
+    ) -> list[Any]:
+        """Queue a run on inputs at device addresses, after what the `callers` were given before; the arrays of the outputs.
 
-        It returns before the work is done, but for outputs whose shape depends on data.
+        What `place` gives must be ready for use on the streams of the callers. values: the host inputs, whose addresses do not
+        matter. wait: return once the work is done. Otherwise all `callers` wait for its end, and it returns at once, but for
+        outputs whose shape depends on data.
         """
-        with self._device.active():
-            return self._run(inputs, shapes, profile, stream)
-
-    def _run(
-        self, inputs: Sequence[Tensor], shapes: tuple[Shape, ...], profile: int, stream: Stream
-    ) -> list[tuple[Memory, Shape]]:
-        self._take(stream)
-        try:
-            self._bind(profile, shapes, stream)
-            if self._graphs_wanted:
-                return self._run_graph(inputs, stream)
-            for (name, dtype), tensor in zip(self._inputs, inputs, strict=True):
-                pointer = tensor.pointer
-                if pointer % ALIGNMENT:
-                    pointer = self._copy_in(name, tensor, dtype, stream)
-                self._set_address(name, pointer)
-            memories: dict[str, Memory] = {}
-            for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
-                if shape is not None:
-                    memories[name] = self._device.output(shape, dtype)
-                    self._set_address(name, memories[name].pointer)
-            self._set_allocators()
-            self._launch(stream)
-            return [(memory, shape) for _, _, memory, shape in self._results(memories, stream)]
-        except BaseException:
-            stream.synchronize()
-            raise
-        finally:
-            self._event.record(stream)
-
-    def _run_graph(self, inputs: Sequence[Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
-        for (name, dtype), tensor in zip(
-            self._inputs, inputs, strict=True
-        ):  # a graph uses the addresses that it was captured with
-            self._set_address(name, self._copy_in(name, tensor, dtype, stream))
-        memories = self._set_outputs(stream)
-        self._execute(stream)
-        results = []
-        for name, dtype, memory, shape in self._results(memories, stream):
-            if name not in memories:
-                results.append((memory, shape))  # made for this run
+        self._bind(profile, shapes, values)
+        places = [None if shape is None else place(index, shape) for index, shape in enumerate(self._shapes)]
+        self._wait_for(callers)
+        for tensor, pointer, shape in zip(self._inputs, inputs, shapes, strict=True):
+            if tensor.name in values:
                 continue
-            nbytes = _nbytes(shape, dtype)
-            result = self._device.output(shape, dtype)
-            result.copy(memory.pointer, nbytes, stream)
-            results.append((result, shape))
-        return results
+            if self._fixed or not pointer or pointer % ALIGNMENT:
+                nbytes = _nbytes(shape, tensor)
+                memory = self._buffers.memory(tensor.name, nbytes)
+                self._copy(memory.pointer, pointer, nbytes)
+                pointer = memory.pointer
+            if self._addresses.get(tensor.name) != pointer:
+                self._set_address(tensor.name, pointer)
+        staged = []
+        for index, (tensor, placed) in enumerate(zip(self._outputs, places, strict=True)):
+            if placed is None:
+                staged.append(index)
+                continue
+            pointer = placed[0]
+            if self._fixed or not pointer or pointer % ALIGNMENT:
+                pointer = self._buffers.memory(tensor.name, _nbytes(cast(Shape, self._shapes[index]), tensor)).pointer
+                staged.append(index)
+            if self._addresses.get(tensor.name) != pointer:
+                self._set_address(tensor.name, pointer)
+        self._execute()
+        if None in places:  # their shapes are known now
+            self.stream.synchronize()
+            shown = [self._result(tensor.name, shape)[1] for tensor, shape in zip(self._outputs, self._shapes, strict=True)]
+            places = [placed or place(index, shown[index]) for index, placed in enumerate(places)]
+            self._wait_for(callers)
+        for index in staged:
+            tensor, placed = self._outputs[index], places[index]
+            memory, shape = self._result(tensor.name, self._shapes[index])
+            assert placed is not None
+            self._copy(placed[0], memory.pointer, _nbytes(shape, tensor))
+        if wait:
+            self.stream.synchronize()
+        else:
+            self._done.record(self.stream)
+            for caller in callers:
+                self._done.hold(caller)
+        return [placed[1] for placed in places if placed is not None]
 
-    def _copy_in(self, name: str, tensor: Tensor, dtype: np.dtype[Any], stream: Stream) -> int:
-        nbytes = _nbytes(tensor.shape, dtype)
-        memory = self._fit(name, nbytes, stream)
-        memory.copy(tensor.pointer, nbytes, stream)
-        return memory.pointer
+    def _wait_for(self, callers: Sequence[Stream]) -> None:
+        for caller in callers:
+            self._ready.record(caller)
+            self._ready.hold(self.stream)
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._device.copy(target, source, nbytes, self.stream)
 
     # Both.
 
-    def _take(self, stream: Stream) -> None:
-        """Let `stream` wait for the last run, because all runs of a context use the same memory."""
-        if self._busy_on is not None and self._busy_on != stream.handle:
-            self._event.hold(stream)
-        self._busy_on = stream.handle
-
-    def settle(self) -> None:
-        """Wait until nothing is under way on the context's own stream, and drop the outputs of a run that was begun."""
-        self.stream.synchronize()
-        self._pending = []
-
-    def _buffer(self, name: str) -> _Buffer:
-        if name not in self._buffers:
-            self._buffers[name] = _Buffer(self._device)
-        return self._buffers[name]
-
-    def _fit(self, name: str, nbytes: int, stream: Stream) -> Memory:
-        """The buffer's memory. Before it grows, the stream must be done with it, and graphs that use it are dropped."""
-        buffer = self._buffer(name)
-        if not buffer.fits(nbytes):
-            stream.synchronize()
-            self._graphs.clear()
-        return buffer.memory(nbytes)
-
-    def _bind(self, profile: int, shapes: tuple[Shape, ...], stream: Stream) -> None:
-        if self._bound == (profile, shapes):
+    def _bind(self, profile: int, shapes: tuple[Shape, ...], values: Mapping[str, np.ndarray]) -> None:
+        """Tell the context what it will run with. A graph holds for what was bound when it was captured, and no longer."""
+        bound: tuple[Any, ...] = (profile, shapes)
+        if values:
+            bound += tuple(values[name].tobytes() for name in self._host_inputs)
+        if self._bound == bound:
             return
-        changed = self._bound is None or self._bound[0] != profile
+        context = self._trt_context()
         self._bound = None
-        if changed and not self._context.set_optimization_profile_async(profile, stream.handle):
-            raise BackendError(f"the engine refused its profile {profile}")
-        for (name, _), shape in zip(self._inputs, shapes, strict=True):
-            if not self._context.set_input_shape(name, shape):
-                raise InputError(f"the engine refused shape {format_shape(shape)} for {name!r}")
-        known = [tuple(cast(Sequence[int], self._context.get_tensor_shape(name))) for name, _ in self._outputs]
+        self._replay.drop()
+        if profile != self._profile:
+            if not context.set_optimization_profile_async(profile, self.stream.handle):
+                raise BackendError(f"the engine refused its profile {profile}: {self._reason()}")
+            self._profile = profile
+            self._addresses.clear()  # nothing says that they outlive a change of the profile
+        for tensor, shape in zip(self._inputs, shapes, strict=True):
+            if not context.set_input_shape(tensor.name, tuple(shape)):
+                raise InputError(f"the engine refused shape {format_shape(shape)} for {tensor.name!r}: {self._reason()}")
+        if values:
+            self.stream.synchronize()  # the last run may still read the values before
+            for name in self._host_inputs:
+                self._host_inputs[name] = values[name].copy()
+                self._addresses.pop(name, None)
+                self._set_address(name, self._host_inputs[name].ctypes.data)
+        known = [tuple(cast(Sequence[int], context.get_tensor_shape(tensor.name))) for tensor in self._outputs]
         self._shapes = [None if any(size < 0 for size in shape) else shape for shape in known]
-        self._bound = (profile, shapes)
+        self._set_allocators(context)
+        self._bound = bound
 
     def _set_address(self, name: str, pointer: int) -> None:
         if self._addresses.get(name) == pointer:
             return
-        if not self._context.set_tensor_address(name, pointer):
-            raise BackendError(f"the engine refused the address of {name!r}")
+        if not self._trt_context().set_tensor_address(name, pointer):
+            raise BackendError(f"the engine refused the address of {name!r}: {self._reason()}")
         self._addresses[name] = pointer
+        self._replay.drop()
 
-    def _set_outputs(self, stream: Stream) -> dict[str, Memory]:
-        """Direct outputs of known shape to the buffers, and the others to the memory of their allocators."""
-        memories = {}
-        for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
-            if shape is not None:
-                memories[name] = self._fit(name, _nbytes(shape, dtype), stream)
-                self._set_address(name, memories[name].pointer)
-        self._set_allocators()
-        return memories
+    def _set_allocators(self, context: "tensorrt.IExecutionContext") -> None:
+        for tensor, shape in zip(self._outputs, self._shapes, strict=True):
+            if shape is None and tensor.name not in self._allocators:
+                allocator = self._make_allocator(self._device, self.stream)
+                if not context.set_output_allocator(tensor.name, allocator):
+                    raise BackendError(
+                        f"the engine refused an allocator for {tensor.name!r}, whose shape depends on data: {self._reason()}"
+                    )
+                self._allocators[tensor.name] = allocator
+                if self._captures:
+                    logger.warning("no CUDA graph: the shape of %r depends on data; it runs without", tensor.name)
 
-    def _set_allocators(self) -> None:
-        for (name, _), shape in zip(self._outputs, self._shapes, strict=True):
-            if shape is None and name not in self._allocators:
-                allocator = self._make_allocator(self._device)
-                if not self._context.set_output_allocator(name, allocator):
-                    raise BackendError(f"the engine refused an allocator for {name!r}, whose shape depends on data")
-                self._allocators[name] = allocator
+    def _result(self, name: str, shape: Shape | None) -> tuple[Memory, Shape]:
+        """The memory of an output in a buffer or of an allocator, and its shape; for the latter once the run is done."""
+        if shape is None:
+            allocator = self._allocators[name]
+            return allocator.memory, allocator.shape
+        return self._buffers.memory(name), shape
 
-    def _results(self, memories: Mapping[str, Memory], stream: Stream) -> list[tuple[str, np.dtype[Any], Memory, Shape]]:
-        """The outputs with their memory. Waits for the run if a shape is known only afterwards."""
-        if len(memories) < len(self._outputs):
-            stream.synchronize()
-        results = []
-        for (name, dtype), shape in zip(self._outputs, self._shapes, strict=True):
-            if shape is not None:
-                results.append((name, dtype, memories[name], shape))
-            else:
-                memory, actual = self._allocators[name].take()
-                results.append((name, dtype, memory, actual))
-        return results
-
-    def _execute(self, stream: Stream) -> None:
-        """Run by graph if that is wanted and possible. The first run of a shape is a plain one, as TensorRT requires."""
-        assert self._bound is not None
-        shapes = self._bound[1]
-        if not self._graphs_wanted or shapes in self._refused:
-            self._launch(stream)
-            return
-        graph = self._graphs.get(shapes)
-        if graph is None:
-            if shapes not in self._graphs:
-                self._launch(stream)
-                self._remember(shapes, None)
-                return
-            try:
-                graph = self._capture(stream)
-            except BackendError as error:
-                logger.warning("no CUDA graph for %s: %s; it runs without", "; ".join(map(format_shape, shapes)), error)
-                self._refused.add(shapes)
-                self._launch(stream)
-                return
-        self._remember(shapes, graph)
-        graph.launch(stream)
-
-    def _capture(self, stream: Stream) -> Graph:
+    def _execute(self) -> None:
         if None in self._shapes:
-            raise BackendError("the shape of an output depends on data")
-        stream.synchronize()  # work under way must not become part of the graph
-        return self._device.capture(lambda: self._launch(self.stream), self.stream)
+            self._launch()  # which waits for the shapes
+        else:
+            self._replay.run(self._launch, self._bound, self._shown)
 
-    def _remember(self, shapes: tuple[Shape, ...], graph: Graph | None) -> None:
-        self._graphs[shapes] = graph
-        self._graphs.move_to_end(shapes)
-        if len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
+    def _shown(self) -> str:
+        assert self._bound is not None
+        return "; ".join(format_shape(shape) for shape in self._bound[1])
 
-    def _launch(self, stream: Stream) -> None:
-        if not self._context.execute_async_v3(stream.handle):
-            raise BackendError("the engine failed to run")
+    def _launch(self) -> None:
+        if not bool(self._trt_context().execute_async_v3(self.stream.handle)):
+            for allocator in self._allocators.values():
+                error, allocator.error = allocator.error, None
+                if error is not None:
+                    raise error
+            raise BackendError(f"the engine failed to run: {self._reason()}")
+
+    def _trt_context(self) -> "tensorrt.IExecutionContext":
+        assert self._context is not None, "closed"
+        return self._context
 
     def attach(self, profiler: Any) -> None:
         """Report the time of each layer to an IProfiler; None ends that. Meanwhile runs are slower, and use no graphs."""
-        if profiler is not None:
-            self._graphs_usual, self._graphs_wanted = self._graphs_wanted, False
-        else:
-            self._graphs_wanted = self._graphs_usual
-        self._context.profiler = profiler
+        self._replay.wanted = self._captures and profiler is None
+        self._replay.drop()
+        self._trt_context().profiler = profiler
+
+    # The end.
+
+    def _fail(self, error: BaseException) -> None:
+        """After a failure: wait until nothing is under way. If CUDA fails even then, raise DeviceLostError.
+
+        What CUDA answers to every later call it says of itself: "This leaves the process in an inconsistent state and any further
+        CUDA work will return the same error" (driver_types.h).
+        """
+        self._bound = self._profile = None
+        self._addresses.clear()
+        self._replay.drop()
+        self._pending = []
+        if self.lost is None:
+            try:
+                with self._device.active():
+                    self.stream.synchronize()
+            except BackendError:
+                self.lost = error if isinstance(error, DeviceLostError) else DeviceLostError(str(error))
+        if self.lost is not None:
+            raise DeviceLostError(self.lost.reason) from error
+
+    def settle(self) -> None:
+        """Wait until nothing is under way, and drop the outputs of a run that was begun. A failure is left to who comes next."""
+        self._pending = []
+        with suppress(BackendError):
+            self.wait()
 
     def close(self) -> None:
-        """Wait for the work under way, and release the context and all memory."""
-        self.stream.synchronize()
-        if self._busy_on is not None:
-            self._event.hold(self.stream)
-            self.stream.synchronize()
-        self._graphs.clear()
-        self._buffers.clear()
-        self._allocators.clear()
-        del self._context
+        """Wait for the work under way, and release the context and all memory: also if the wait fails, whose error is raised then."""
+        try:
+            if self.lost is None:
+                self.wait()
+        finally:
+            self._replay.drop()
+            self._context = None
+            self._allocators.clear()
+            self._buffers.clear()
 
 
-def _nbytes(shape: Shape, dtype: np.dtype[Any]) -> int:
-    count = 1
+def _tensor(spec: TensorSpec) -> _Tensor:
+    dtype = None if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
+    return _Tensor(spec.name, dtype, 2 if dtype is None else dtype.itemsize)
+
+
+def _nbytes(shape: Shape, tensor: _Tensor) -> int:
+    count = tensor.itemsize
     for size in shape:
         count *= size
-    return count * dtype.itemsize
+    return count

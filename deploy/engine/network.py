@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.engine.bindings import Bindings
 from deploy.engine.flavour import Flavour
-from deploy.engine.log import garbage_kept, make_logger
+from deploy.engine.log import make_logger, start
 from deploy.errors import EngineError
 
 if TYPE_CHECKING:
@@ -29,15 +29,13 @@ class Network:
 def parse_network(flavour: Flavour, onnx_path: Path, *, shown: str | None = None) -> Network:
     """Parse an ONNX file into a strongly typed network. `tensorrt-rtx` needs no GPU for this. shown: its name in errors.
 
-    Raises EngineError listing every node that the parser refuses, by its ONNX name, with the reason and a remedy.
+    Raises EngineError listing every node that the parser refuses, by its ONNX name, with the reason and a remedy, and
+    BackendError where TensorRT cannot start.
     """
     trt = flavour.trt
     shown = shown or str(onnx_path)
     log = make_logger(trt)
-    with garbage_kept():
-        builder = trt.Builder(log)
-    if builder is None:
-        raise EngineError(f"{flavour.name} cannot start: {log.last()}")
+    builder = start(trt.Builder, log, f"{flavour.name} {flavour.version}")
     definition = _strongly_typed(builder, trt)
     parser = trt.OnnxParser(definition, log)
     if not parser.parse_from_file(str(onnx_path)):

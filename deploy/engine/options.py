@@ -24,6 +24,9 @@ class BuildOptions:
     timing_cache: Path | None = option(None, "Tactic timings to read and write (tensorrt only).", metavar="FILE")
     version_compatible: bool = option(False, "An engine that later minor versions run too (tensorrt only).")
     hardware_compatible: bool = option(False, "An engine for any GPU from Ampere on (tensorrt only).")
+    strip: bool = option(
+        False, "Leave the weights out of the engine file: loading it puts in those of the ONNX file beside it (needs a GPU)."
+    )
     targets: tuple[str, ...] = option(
         (),
         "Compute capability to build for, such as 8.6; may be repeated (tensorrt-rtx only).",

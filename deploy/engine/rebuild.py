@@ -5,7 +5,7 @@ from pathlib import Path
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, request_digest
 from deploy.engine.builder import build_engine, options_of
-from deploy.engine.compatibility import mismatches
+from deploy.engine.compatibility import mismatches, rtx_refusal
 from deploy.engine.cuda import Gpu
 from deploy.engine.flavour import Flavour
 from deploy.errors import BackendError
@@ -15,10 +15,13 @@ from deploy.host.cache import ENGINES, cache_folder, keep, trim
 def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool) -> bytes:
     """The bytes of the artifact's engine or, with `rebuild`, of one built from the typed ONNX file if that does not fit.
 
-    Raises BackendError if it does not fit and `rebuild` is not set, EngineError if it cannot be built.
+    Raises BackendError if it does not fit and `rebuild` is not set or no engine of the flavour would, EngineError if it cannot
+    be built.
     """
     target = artifact.manifest.target
     assert target is not None
+    if target.flavour == "tensorrt-rtx" and (refusal := rtx_refusal(gpu.name, gpu.compute_capability)):
+        raise BackendError(f"{artifact.location} cannot run here: {refusal}")
     problems = mismatches(target, flavour.version, gpu)
     if not problems:
         return (artifact.path / ENGINE).read_bytes()

@@ -68,6 +68,11 @@ class BuildTrtOptions:
         "Range of one input's shape, such as x=1x8:4x8:9x8; the same input again begins the next optimization profile.",
         metavar="NAME=MIN:OPT:MAX",
     )
+    refit_from: Path | None = option(
+        None,
+        "An engine of the same network, built with --strip: it gets the weights of ARTIFACT, and nothing is built.",
+        metavar="ENGINE",
+    )
     allow_slower: bool = option(False, "With --int8 on a GPU: keep an engine that is slower than FP16.")
     cache: bool = option(True, "Build anew where the same engine was built before, and do not keep it.")
     quantization: QuantizeOptions = field(default_factory=QuantizeOptions)
@@ -81,6 +86,10 @@ class BuildTrtOptions:
             raise UsageError("`int8` takes fp16 for the rest, or no `precision` at all; leave out bf16, `fp16_io` and `data`")
         if self.allow_slower and not self.int8:
             raise UsageError("`allow_slower` needs `int8`: it alone is timed against FP16")
+        if self.refit_from is not None and (self.shapes or self.flavour != "auto" or self.build != BuildOptions()):
+            raise UsageError(
+                "`refit_from` takes the engine as it was built: leave out `shapes`, `flavour` and all that is for a build"
+            )
         if not self.int8 and self.quantization != QuantizeOptions():
             raise UsageError("the options of quantization need `int8`")
 
@@ -107,6 +116,8 @@ def build_trt(
     timing_cache: PathLike | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
+    strip: bool = False,
+    refit_from: PathLike | None = None,
     allow_slower: bool = False,
     rtol: float | None = None,
     atol: float | None = None,
@@ -224,16 +235,24 @@ class _BuildTrt:
         self._progress = progress
         self._reference: Artifact | None = None  # what the accuracy of INT8 is compared with
         self._real: CalibrationSet | None = None  # what is converted on
+        self._stripped: Artifact | None = None  # the engine that gets other weights
 
     def request(self) -> dict[str, Any]:
         self._check_source()
-        self._flavour = load_flavour(self._options.flavour)
-        self._profiles = make_profiles(self._options.shapes, self._source.manifest.inputs, self._source.manifest.profiles)
+        if self._options.refit_from is None:
+            self._flavour = load_flavour(self._options.flavour)
+            self._profiles = make_profiles(self._options.shapes, self._source.manifest.inputs, self._source.manifest.profiles)
+        else:
+            from deploy.pipeline.refit import open_stripped  # loads onnx
+
+            self._stripped, self._flavour = open_stripped(self._options.refit_from)
+            self._profiles = self._stripped.manifest.profiles
         self._gpu = gpu_identity()
         gate = self._gate.request(self._source) if self._gate else None
-        self._circumstances = _circumstances(
-            self._options, self._data, self._real, gate, self._flavour, self._profiles, self._gpu
-        )
+        self._circumstances = {
+            **_circumstances(self._options, self._data, self._real, gate, self._flavour, self._profiles, self._gpu),
+            "refit_from": self._stripped.manifest.digest if self._stripped else None,
+        }
         return {**self._circumstances, "parent": self._source.manifest.digest}
 
     def _check_source(self) -> None:
@@ -267,6 +286,7 @@ class _BuildTrt:
     def _build(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         from deploy.engine.builder import build_engine  # these load onnx and ONNX Runtime
         from deploy.pipeline.attest import attested
+        from deploy.pipeline.refit import refitted
         from deploy.precision.int8.quantize import hint
 
         options, progress = self._options, self._progress
@@ -279,7 +299,10 @@ class _BuildTrt:
             described = writer.describe(made)
             accuracy = check_accuracy(self._reference, described, self._gate, hint(made.calibration), progress)
             made = msgspec.structs.replace(made, accuracy=accuracy)
-        built = build_engine(self._flavour, path, self._profiles, options.build, progress, shown=self._source.shown)
+        if self._stripped is not None:
+            built = refitted(self._stripped, path, self._flavour, self._source.shown)
+        else:
+            built = build_engine(self._flavour, path, self._profiles, options.build, progress, shown=self._source.shown)
         (writer.path / ENGINE).write_bytes(built.plan)
         manifest = msgspec.structs.replace(
             made,
@@ -298,7 +321,7 @@ class _BuildTrt:
             self._flavour,
             options.build,
             gpu=self._gpu,
-            faster_than_fp16=options.int8 and not options.allow_slower,
+            faster_than_fp16=options.int8 and not options.allow_slower and self._stripped is None,
             tolerance=self._tolerance(manifest),
             progress=progress,
         )

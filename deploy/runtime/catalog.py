@@ -42,13 +42,15 @@ class Backend:
 _EAGER = (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",))
 _COMPILE = (("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), ("fp16", "bf16"), ("channels_last",))
 _ONNXRUNTIME = ("cuda", "tensorrt")
+_ENGINE = (("cuda_graph",), ("nvtx",))
+_ENGINES = {"tensorrt": _ENGINE, "tensorrt-rtx": (*_ENGINE, ("eager_kernels", "general_kernels"))}
 
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("onnxruntime", "onnx", "onnxruntime", (_ONNXRUNTIME, ("tf32",)), _ONNXRUNTIME, listed=_ONNXRUNTIME, auto=True),
         Backend("openvino", "onnx", "openvino", auto=True),
-        *(Backend(flavour, "engine", flavour.replace("-", "_"), (("cuda_graph",),)) for flavour in FLAVOURS),
+        *(Backend(flavour, "engine", flavour.replace("-", "_"), _ENGINES[flavour]) for flavour in FLAVOURS),
         Backend("eager", "module", "torch", _EAGER, ("cuda_graph",)),
         Backend("compile", "module", "torch", _COMPILE),
         Backend("null", "onnx", computes=False),

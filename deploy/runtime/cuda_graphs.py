@@ -1,5 +1,6 @@
 """CUDA graphs of functions on torch tensors."""
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deploy.engine.cuda.capturing import capturing
 from deploy.errors import BackendError
 from deploy.runtime.session import first_line
 
@@ -14,6 +16,9 @@ GRAPHS = 8
 """The largest number of CUDA graphs that are kept, one for each shape of the inputs: those used last."""
 
 _WARMUPS = 3
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed. torch's host allocator may still ask them, for as long as the process lives."""
 
 
 class _Captured:
@@ -31,8 +36,6 @@ class CudaGraphs:
     Calls may come from many threads and streams; the runs on the GPU follow one another, because they share the graph's
     tensors. Warm-up and capture as in "CUDA Graphs" of torch's notes on CUDA semantics.
     """
-
-    _capturing = threading.Lock()  # of the process: torch captures one graph at a time
 
     def __init__(self, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], device: torch.device) -> None:
         self._function = function
@@ -65,7 +68,7 @@ class CudaGraphs:
             self._done.synchronize()  # a graph may be dropped only after it has run
         while len(self._captured) >= GRAPHS:
             self._captured.popitem(last=False)
-        with self._capturing:
+        with capturing:
             own = [x.clone() for x in inputs]
             side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(self._device))
@@ -73,14 +76,37 @@ class CudaGraphs:
                 for _ in range(_WARMUPS):
                     self._function(own)
             torch.cuda.current_stream(self._device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may allocate memory meanwhile.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    outputs = self._function(own)
-            except Exception as error:  # the module may do anything that a graph cannot hold
-                raise BackendError(
-                    f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)};"
-                    " leave out cuda_graph"
-                ) from error
+            graph, outputs = capture(lambda: self._function(own), side)
         return _Captured(graph, own, outputs)
+
+
+def capture(
+    function: Callable[[], list[torch.Tensor]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """What `function` queues on `stream`, as a CUDA graph, and its results in the memory of the graph.
+
+    The caller holds `capturing`. Raises BackendError if it cannot be captured; the current stream and torch's allocator are then
+    as before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        # The outer context puts the caller's stream back where torch.cuda.graph, after a failure, does not.
+        # thread_local: other threads may allocate memory meanwhile.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            outputs = function()
+    except Exception as error:  # the module may do anything that a graph cannot hold
+        _end_allocations(graph, stream, pool)
+        raise BackendError(
+            f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)}; leave out cuda_graph"
+        ) from error
+    return graph, outputs
+
+
+def _end_allocations(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    """End what a failed capture leaves open: until then, torch's allocator keeps every block that other streams have used."""
+    _failed.append(graph)
+    device = torch.device(stream.device).index
+    with contextlib.suppress(RuntimeError):  # the capture failed before it allocated, or after it had ended
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)

@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 from deploy.artifact.manifest import FLAVOURS
+from deploy.engine.compatibility import rtx_refusal
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import load_flavour
 from deploy.errors import DeployError
@@ -19,6 +20,8 @@ from deploy.runtime.catalog import BACKENDS, split_backend
 from deploy.runtime.load import import_backend
 from deploy.version import __version__
 
+_RTX = "tensorrt-rtx"
+
 OPTIONAL = ("timm", "torchvision")
 """Distributions that no extra brings by itself, or that a user may want alone."""
 
@@ -26,13 +29,15 @@ OPTIONAL = ("timm", "torchvision")
 def examine() -> dict[str, Any]:
     """The report, ready for JSON.
 
-    `backends`, `flavours` and `optional` are lists of `name`, `available` and either `version` or `reason`. `extras` is a list
+    `backends`, `flavours` and `optional` are lists of `name`, `available` and either `version` or `reason`; a flavour may have a
+    `note` too. `extras` is a list
     of `name`, `available`, `install` (the pip command) and `libraries`, each with `name` and `version`, None if it is missing.
     `gpus` is a list of `name`, `compute_capability`, `memory_mib` and `driver`; `gpus_missing` is the reason if it is empty.
     `torch` has `version`, `cuda` and `cuda_available`, and a `reason` if it cannot be imported.
     """
     gpus, reason = list_gpus()
     no_gpu = None if gpus or has_gpu() else f"runs on an NVIDIA GPU: {reason}"
+    no_rtx = _no_rtx(gpus)
     listed = [f"{name}:{variant}" if variant else name for name in BACKENDS for variant in ("", *BACKENDS[name].listed)]
     return {
         "schema": 1,
@@ -44,8 +49,8 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "gpus_missing": reason,
         "torch": _torch(),
-        "backends": [_backend(name, no_gpu) for name in listed],
-        "flavours": [_flavour(name) for name in FLAVOURS],
+        "backends": [_backend(name, no_gpu or (no_rtx if name == _RTX else None)) for name in listed],
+        "flavours": [_flavour(name, no_rtx if name == _RTX else None) for name in FLAVOURS],
         "optional": [_optional(name) for name in OPTIONAL],
         "extras": [_extra(name) for name in EXTRAS],
     }
@@ -61,7 +66,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _backend(name: str, no_gpu: str | None) -> dict[str, Any]:
-    """The entry of a backend, with a variant if any. no_gpu: why there is no GPU, None if there is one."""
+    """The entry of a backend, with a variant if any. no_gpu: why there is no GPU for it, None if there is one."""
     backend, variant = split_backend(name)
     try:
         version = import_backend(backend).version(variant)
@@ -72,11 +77,19 @@ def _backend(name: str, no_gpu: str | None) -> dict[str, Any]:
     return {"name": name, "available": True, "version": version}
 
 
-def _flavour(name: str) -> dict[str, Any]:
+def _flavour(name: str, elsewhere: str | None) -> dict[str, Any]:
+    """The entry of a flavour. elsewhere: why what it builds runs on other machines alone, if so."""
     try:
-        return {"name": name, "available": True, "version": load_flavour(name).version}
+        found = {"name": name, "available": True, "version": load_flavour(name).version}
     except DeployError as error:
         return {"name": name, "available": False, "reason": str(error)}
+    return found | ({"note": f"builds for other GPUs: {elsewhere}"} if elsewhere else {})
+
+
+def _no_rtx(gpus: list[dict[str, Any]]) -> str | None:
+    """Why tensorrt-rtx runs on none of the GPUs here; None if it runs on one, or there are none."""
+    refusals = [rtx_refusal(gpu["name"], gpu["compute_capability"]) for gpu in gpus]
+    return refusals[0] if refusals and all(refusals) else None
 
 
 def _optional(name: str) -> dict[str, Any]:

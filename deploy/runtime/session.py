@@ -76,7 +76,10 @@ class Session(ABC):
     """The values of `SessionOptions.device` and `.compute` that the backend accepts."""
 
     device_arrays: ClassVar[bool] = False
-    """Whether a feed may hold device arrays of libraries other than torch."""
+    """Whether a feed may hold device arrays of libraries other than torch, and the backend writes to those of `out` itself."""
+
+    _host_inputs: frozenset[str] = frozenset()
+    """Inputs that are read on the host, and may be numpy arrays whatever the sort of the others."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
         """Raises BackendError for what the backend cannot do, and ArtifactError naming a damaged file."""
@@ -104,7 +107,7 @@ class Session(ABC):
                 f" make such a file with `deploy convert --{options.compute}`"
             )
         for spec in (*artifact.manifest.inputs, *artifact.manifest.outputs):
-            if spec.dtype == "bfloat16" and self.native == "numpy":
+            if spec.dtype == "bfloat16" and self.native == "numpy" and not self.device_arrays:
                 raise BackendError(f"{self.backend} cannot pass {spec}: numpy has no bfloat16; keep inputs and outputs float32")
         artifact.verify(weights=False)
 
@@ -138,6 +141,8 @@ class Session(ABC):
             raise closed_error(self.name)
         sort = self._sort(feed)
         try:
+            if out is not None and self.device_arrays and sort != "numpy":
+                return self._run_into(feed, sort, out)
             if sort == "torch":
                 results = self._run_torch(feed)
             elif sort == "device":
@@ -186,7 +191,8 @@ class Session(ABC):
                 f"run() takes arrays by input name, not a {type(feed).__name__}; expected {', '.join(map(str, self.inputs))}"
             )
         self._check_names(feed)
-        sorts = {sort_of(name, x, device_arrays=self.device_arrays) for name, x in feed.items()}
+        kinds = {name: sort_of(name, x, device_arrays=self.device_arrays) for name, x in feed.items()}
+        sorts = {kind for name, kind in kinds.items() if kind != "numpy" or name not in self._host_inputs}
         if len(sorts) > 1:
             raise InputError(
                 f"the feed mixes {' and '.join(SORTS[sort] for sort in sorted(sorts))}; give all inputs as one of them"
@@ -219,6 +225,10 @@ class Session(ABC):
 
     def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run on device arrays of other libraries. Called only if `device_arrays` is set."""
+        raise NotImplementedError
+
+    def _run_into(self, feed: Mapping[str, Any], sort: Sort, out: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on torch tensors or device arrays, and write to those of `out`. Called only if `device_arrays` is set."""
         raise NotImplementedError
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:

@@ -1,6 +1,7 @@
 """Artifacts as text."""
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import pytest
@@ -45,6 +46,24 @@ def test_the_share_of_each_precision_is_told(engine: Artifact, shares: dict[str,
         dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, precision_share=share))
     )
     assert "computes" not in summary(engine)
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [
+        ({"tf32": 1.0, "origin": "engine", "coverage": 1.0}, "100.0% tf32 of the multiply-accumulates (attested: the engine itself tells the precision of 100.0%)"),
+        (
+            {"fp16": 1.0, "origin": "engine", "coverage": 0.97, "fp16_sums": 0.625},
+            "100.0% fp16 of the multiply-accumulates with sums in FP16 for at least 62.5% (attested: the engine itself tells the precision of 97.0%)",
+        ),
+        (
+            {"fp16": 1.0, "origin": "network", "coverage": 0.31, "fp16_sums": 0.0},
+            "100.0% fp16 of the multiply-accumulates (read from the network, not attested: the engine itself tells the precision of 31.0%)",
+        ),
+    ],
+)  # fmt: skip
+def test_who_says_so_and_how_much_of_it_is_told_beside(shares: dict[str, Any], text: str) -> None:
+    assert share_text(PrecisionShare(**{"int8": 0.0, "fp16": 0.0, "bf16": 0.0, "fp32": 0.0} | shares)) == text
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_conditions_name_the_machine_and_the_libraries(result: BenchResult) 
     found = result.conditions
     assert set(found) == {
         "time", "platform", "cpu", "cores", "threads", "cache_bytes", "governor", "device", "load_average", "load_average_after",
-        "gpu", "gpu_after", "revision", "versions", "inputs", "peak",
+        "gpu", "gpu_during", "revision", "versions", "inputs", "peak",
     }  # fmt: skip
     assert found["threads"] == 2
     assert {"python", "deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"} == set(found["versions"])

@@ -44,6 +44,17 @@ def test_profiles_and_targets_of_the_command_line_are_shown(run: Run, folder: Pa
     assert "copied from" not in anew.err
 
 
+@pytest.mark.parametrize(("capability", "said"), [("9.0", True), ("8.9", False)])
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on_is_named_in_the_summary(
+    run: Run, lenet5: Artifact, capability: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.cli.build_trt.gpu_identity", lambda: ["NVIDIA X", capability, "580"])
+    built = run("build-trt", lenet5.path, "--flavour", "tensorrt-rtx", "-o", tmp_path / "out")
+    assert built.status == 0, built.err
+    line = "not here   TensorRT-RTX does not run on NVIDIA X (compute capability 9.0), but on 7.5, 8.0, 8.6, 8.9 and from 12.0 on"
+    assert (line in built.out) == said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 Run = Callable[..., Any]
 
 
@@ -23,3 +25,11 @@ def test_doctor_names_every_backend_and_what_is_missing(run: Run) -> None:
     text = run("doctor").out
     assert "openvino" in text
     assert "tensorrt-rtx" in text
+
+
+def test_doctor_says_where_an_engine_would_not_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "NVIDIA H200", "compute_capability": "9.0", "memory_mib": 143771, "driver": "580.159.04"}
+    monkeypatch.setattr("deploy.runtime.doctor.list_gpus", lambda: ([gpu], None))
+    lines = [line for line in run("doctor").out.splitlines() if "TensorRT-RTX does not run on NVIDIA H200" in line]
+    assert [line.split()[0] for line in lines] == ["backend", "builder"]
+    assert "; builds for other GPUs: " in lines[1]

@@ -1,6 +1,7 @@
-"""Small ONNX graphs that engines are built from."""
+"""Small ONNX graphs that engines are built from, and layers as TensorRT describes them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,3 +48,25 @@ def mixed(path: Path, precision: str) -> Path:
 
 def build(rtx: Flavour, path: Path, profile: Profile = SHAPES, options: BuildOptions | None = None) -> BuiltEngine:
     return build_engine(rtx, path, [profile], options or BuildOptions())
+
+
+HIDDEN = "N/A due to dynamic shapes"
+"""What the inspector says of the format of a tensor when it is not given the shapes."""
+
+
+def layer(
+    name: str, kind: str, tactic: str = "", *nodes: str, inputs: str = HIDDEN, weights: str | None = None
+) -> dict[str, Any]:
+    """A layer as the inspector describes it, cut down; the separator of nodes is TensorRT's. No nodes: no metadata."""
+    tensor = {"Name": "x", "Location": "Device", "Dimensions": [-1, 3, 32, 32], "Format/Datatype": inputs}
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": [tensor],
+        "Outputs": [tensor],
+        **({"Weights": {"Type": weights, "Count": 864}} if weights else {}),
+        **({"TacticName": tactic} if tactic else {}),
+        "TacticValue": "0x0000000000000000",
+        "StreamId": 0,
+        "Metadata": "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes),
+    }

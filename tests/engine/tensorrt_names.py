@@ -21,17 +21,20 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 OBJECTS = {
     "engine/attestation.py": {"network", "layer", "operand", "operands", "tensor"},
     "engine/builder.py": {"builder", "config", "optimization"},
+    "engine/layers.py": {"engine", "context", "inspector"},
     "engine/log.py": set(),
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
+    "engine/refit.py": {"refitter", "parser"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
-    "engine/context.py": {"_context"},
+    "engine/context.py": {"context", "_trt_context"},
     "engine/callbacks.py": set(),
-    "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "_cache", "inspector"},
+    "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "_config", "_cache", "inspector"},
 }
 """By file, the variables and attributes that hold objects of TensorRT."""
 
 RTX_ONLY = {
-    "ComputeCapability", "CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE", "create_runtime_cache", "cuda_graph_strategy", "deserialize",
+    "ComputeCapability", "CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "WHOLE_GRAPH_CAPTURE",
+    "create_runtime_cache", "cuda_graph_strategy", "deserialize", "dynamic_shapes_kernel_specialization_strategy",
     "num_compute_capabilities", "set_compute_capability", "set_runtime_cache",
 }  # fmt: skip
 """What is used with the flavour tensorrt-rtx alone."""
@@ -65,6 +68,8 @@ def _parsed(file: str) -> ast.Module:
 
 
 def _name(node: ast.AST | None) -> str | None:
+    if isinstance(node, ast.Call):  # self._trt_context()
+        node = node.func
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,11 +15,13 @@ import pytest
 
 from deploy.artifact.manifest import Exclusion
 from deploy.artifact.tensors import Profile, ShapeRange
+from deploy.engine import builder
 from deploy.engine.attestation import check_honoured, network_share
 from deploy.engine.builder import BuildOptions, _set_options, build_engine, options_of
 from deploy.engine.cuda import Gpu
+from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour
-from deploy.errors import EngineError, UsageError
+from deploy.errors import BackendError, EngineError, UsageError
 from deploy.precision.macs import count_macs
 from tests.engine.graphs import SHAPES, build, mixed, save
 
@@ -105,6 +108,46 @@ def test_options_that_the_flavour_does_not_have_are_refused(rtx: Flavour, tmp_pa
         BuildOptions(opt_level=9)
 
 
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_weights_are_left_out_only_on_a_gpu(rtx: Flavour, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="`strip`: tensorrt-rtx leaves weights out only on a machine with a GPU"):
+        build(rtx, mixed(tmp_path / "m.onnx", "fp16"), options=BuildOptions(strip=True))
+
+
+def test_where_weights_are_left_out_the_engine_is_for_one_kind_of_gpu(
+    rtx: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def have(capability: str) -> None:
+        gpu = Gpu(name="NVIDIA X", compute_capability=capability, driver=None)
+        monkeypatch.setattr(builder, "has_gpu", lambda: True)
+        monkeypatch.setattr(builder, "open_device", lambda: SimpleNamespace(gpu=lambda: gpu))
+
+    asked: list[BuildOptions] = []
+    monkeypatch.setattr(builder, "_set_options", lambda config, flavour, options: asked.append(options))
+    path = mixed(tmp_path / "m.onnx", "fp16")
+    have("8.9")
+    for targets, taken in (((), ("8.9",)), (("8.6",), ("8.6",))):
+        made = build(rtx, path, options=BuildOptions(strip=True, targets=targets))
+        assert asked[-1].targets == taken == tuple(made.target.targets)
+        assert made.target.stripped
+    assert options_of(made.target, Gpu(name="NVIDIA X", compute_capability="8.6", driver=None)).strip
+    with pytest.raises(UsageError, match="`strip` with tensorrt-rtx takes one of the `targets` alone"):
+        build(rtx, path, options=BuildOptions(strip=True, targets=("8.6", "8.9")))
+    have("9.0")
+    with pytest.raises(
+        BackendError, match="`strip` needs a GPU that tensorrt-rtx runs on: TensorRT-RTX does not run on NVIDIA X"
+    ):
+        build(rtx, path, options=BuildOptions(strip=True))
+
+
+def test_weights_that_are_left_out_may_be_others_than_those_of_the_build(rtx: Flavour, tmp_path: Path) -> None:
+    config = build(rtx, mixed(tmp_path / "m.onnx", "fp16")).network.builder.create_builder_config()
+    for asked in (False, True):
+        _set_options(config, rtx, BuildOptions(strip=asked))
+        assert config.get_flag(rtx.trt.BuilderFlag.STRIP_PLAN) == config.get_flag(rtx.trt.BuilderFlag.REFIT) == asked
+    assert not config.get_flag(rtx.trt.BuilderFlag.REFIT_IDENTICAL)
+
+
 def test_an_engine_is_built_for_the_targets_that_are_named(rtx: Flavour, tmp_path: Path) -> None:
     path = mixed(tmp_path / "m.onnx", "fp16")
     every = build(rtx, path)
@@ -136,9 +179,9 @@ def test_the_workspace_is_limited(rtx: Flavour, tmp_path: Path) -> None:
 
 
 def test_tf32_is_off_unless_asked_for(rtx: Flavour, tmp_path: Path) -> None:
-    builder = build(rtx, mixed(tmp_path / "m.onnx", "fp32")).network.builder
+    maker = build(rtx, mixed(tmp_path / "m.onnx", "fp32")).network.builder
     for asked in (False, True):
-        config = builder.create_builder_config()
+        config = maker.create_builder_config()
         assert config.get_flag(rtx.trt.BuilderFlag.TF32)  # TensorRT's own default
         _set_options(config, rtx, BuildOptions(tf32=asked))
         assert config.get_flag(rtx.trt.BuilderFlag.TF32) == asked

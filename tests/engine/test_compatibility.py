@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from deploy.artifact.manifest import Target
-from deploy.engine.compatibility import mismatches
+from deploy.engine.compatibility import mismatches, rtx_refusal
 from deploy.engine.cuda import Gpu
 
 L4 = Gpu(name="NVIDIA L4", compute_capability="8.9", driver="580.95.05")
@@ -75,3 +75,17 @@ def test_what_fits_has_no_mismatch(target: dict[str, Any], version: str, gpu: Gp
 )
 def test_what_does_not_fit_is_said_with_both_sides(target: dict[str, Any], version: str, gpu: Gpu, expected: list[str]) -> None:
     assert mismatches(Target(**target), version, gpu) == expected
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1", "13.0"])
+def test_tensorrt_rtx_runs_on_what_its_own_error_lists(capability: str) -> None:
+    assert rtx_refusal("a GPU", capability) is None
+
+
+@pytest.mark.parametrize("capability", ["8.7", "9.0", "10.0", "10.3"])
+def test_where_tensorrt_rtx_does_not_run_it_is_said_what_does(capability: str) -> None:
+    assert rtx_refusal("NVIDIA H200", capability) == (
+        f"TensorRT-RTX does not run on NVIDIA H200 (compute capability {capability}), but on 7.5, 8.0, 8.6, 8.9 and from 12.0 on;"
+        " engines of the flavour tensorrt run there"
+    )
+    assert str(rtx_refusal("TITAN V", "7.0")).endswith("and from 12.0 on")  # no TensorRT of today does

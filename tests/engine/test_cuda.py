@@ -31,12 +31,11 @@ except deploy.DeployError as error:
 
 
 @no_gpu
-def test_torch_is_asked_first_where_it_is_imported_and_each_library_says_what_is_missing() -> None:
+def test_each_library_says_what_is_missing() -> None:
     with pytest.raises(BackendError) as caught:
         cuda.open_device()
     message = str(caught.value)
-    assert message.startswith("no library can use GPU 0 here: torch: torch ")
-    assert "cuda-python: CUDA failed: CUDA driver version is insufficient" in message
+    assert message.startswith("no library can use GPU 0 here: cuda-python: CUDA failed: CUDA driver version is insufficient")
     assert "pycuda: No module named 'pycuda'" in message or "pycuda: CUDA cannot start" in message
 
 
@@ -47,7 +46,6 @@ def test_an_engine_is_opened_without_torch_or_onnx_up_to_the_missing_gpu(lenet5:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("BackendError no library can use GPU 0 here: cuda-python: CUDA failed")
-    assert "torch: import of torch halted" in done.stdout  # the last that is tried
 
 
 def test_memory_errors_tell_needed_free_and_total_in_one_line() -> None:

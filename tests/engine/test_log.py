@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_rtx
 from PIL import Image
 
 from deploy.artifact.artifact import Artifact
-from deploy.engine.log import make_logger
+from deploy.engine.log import make_logger, start
+from deploy.errors import BackendError
 
 
 class ILogger:
@@ -30,6 +32,18 @@ def test_errors_are_kept_and_nothing_is_shown(severity: int, caplog: pytest.LogC
     kept = severity <= ILogger.ERROR
     assert log.last() == ("(foreignNode) Converting conv activation scales to fp32." if kept else "no reason was given")
     assert [record.levelno for record in caplog.records] == [logging.DEBUG] * (severity == ILogger.WARNING)
+
+
+def test_what_cannot_start_is_an_error_with_tensorrts_reason() -> None:
+    log = make_logger(tensorrt_rtx)  # type: ignore[arg-type]
+
+    def refuse(log: Any) -> None:
+        log.log(tensorrt_rtx.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")  # what the bindings raise for a null pointer
+
+    assert start(tensorrt_rtx.Builder, log, "tensorrt-rtx") is not None
+    with pytest.raises(BackendError, match=r"^tensorrt-rtx 1\.7 cannot start: CUDA initialization failure with error: 35$"):
+        start(refuse, log, "tensorrt-rtx 1.7")
 
 
 def test_the_build_of_an_int8_engine_prints_our_lines_and_no_others(shared_lenet5: Artifact, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deploy.engine.cuda import DeviceLostError
 from deploy.engine.pool import ContextPool
 
 WAIT_S = 20.0
@@ -20,6 +21,7 @@ class EndedError(Exception):
 class Context:
     def __init__(self) -> None:
         self.settled = self.closed = 0
+        self.lost: DeviceLostError | None = None
 
     def settle(self) -> None:
         self.settled += 1

@@ -36,3 +36,16 @@ def test_an_engine_that_does_not_fit_is_rebuilt_from_its_typed_file_and_kept(
     assert kept.read_bytes() == plan
     kept.write_bytes(b"kept")
     assert engine_plan(stale, flavour, gpu, rebuild=True) == b"kept"
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_where_the_flavour_does_not_run_nothing_is_rebuilt_and_the_other_flavour_is_named(
+    shared_lenet5: Artifact, tmp_path: Path, rebuild: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = deploy.build_trt(shared_lenet5, tmp_path / "engine", flavour="tensorrt-rtx")
+    monkeypatch.setattr("deploy.engine.rebuild.build_engine", lambda *_, **__: pytest.fail("the build began"))
+    h200 = Gpu(name="NVIDIA H200", compute_capability="9.0", driver="580.159.04")
+    with pytest.raises(BackendError) as caught:
+        engine_plan(engine, load_flavour("tensorrt-rtx"), h200, rebuild=rebuild)
+    assert str(caught.value).startswith(f"{engine.location} cannot run here: TensorRT-RTX does not run on NVIDIA H200")
+    assert "rebuild" not in str(caught.value)

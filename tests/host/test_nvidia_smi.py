@@ -1,26 +1,33 @@
 """nvidia-smi is a script on the path here, which answers what a test lays down and notes what it was asked."""
 
+import ctypes
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deploy.errors import BackendError
-from deploy.host.nvidia_smi import gpu_peak_bytes, gpu_state, list_gpus, query, throttled
+from deploy.host.nvidia_smi import gpu_peak_bytes, gpu_state, gpu_watched, list_gpus, query, summed_up, throttled
 
 Fake = Callable[..., Path]
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Makes an nvidia-smi that prints `answer` and exits with `status`; returns the file of the arguments of its last call."""
+    """Makes an nvidia-smi that prints `answer` and exits with `status`, and goes on with it if asked to look again and again.
+
+    Returns the file of the arguments of its last call.
+    """
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
     def make(answer: str, status: int = 0) -> Path:
         (tmp_path / "answer").write_text(answer)
+        again = f'case "$*" in *--loop-ms*) while cat {tmp_path}/answer; do sleep 0.02; done;; esac\n'
         command = tmp_path / "nvidia-smi"
-        command.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/answer\nexit {status}\n')
+        command.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/answer\n{again}exit {status}\n')
         command.chmod(0o755)
         return tmp_path / "asked"
 
@@ -67,7 +74,71 @@ def test_the_state_of_the_first_gpu_has_clocks_and_throttling(fake: Fake) -> Non
 )
 def test_an_idle_gpu_is_not_throttled(mask: str, held: bool) -> None:
     assert throttled({"throttling": mask}) is held
-    assert not throttled(None)
+
+
+BUSY = "NVIDIA L4, 580.65, {}, 2040, 6251, {}, {}, {}\n"
+
+
+def test_a_gpu_is_watched_while_it_works(fake: Fake) -> None:
+    asked = fake(BUSY.format(2040, 45, 30.12, "0x1") + BUSY.format(1500, 84, 71.5, "0x0000000000000024"))
+    states: list[dict[str, str]] = []
+    with pytest.raises(KeyboardInterrupt), gpu_watched("cuda:1", states):
+        until(lambda: asked.is_file())
+        time.sleep(0.2)
+        raise KeyboardInterrupt  # what was seen until then stays
+    assert asked.read_text().split()[2:] == ["--id=1", "--loop-ms=500"]
+    found = summed_up(states)
+    assert found is not None
+    assert 0 < found["throttled"] < found["looks"] == len(states)
+    assert {key: found[key] for key in found if key not in ("looks", "throttled")} == {
+        "throttling": "0x24", "sm_mhz_least": 1500, "sm_mhz_most": 2040, "celsius_most": 84, "watts_most": 71.5,
+    }  # fmt: skip
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_nothing_is_watched_where_there_is_nothing(absent: None) -> None:
+    states: list[dict[str, str]] = []
+    with gpu_watched("cuda", states), gpu_watched(None, states):
+        pass
+    assert states == []
+    assert summed_up(states) is None
+
+
+@pytest.mark.parametrize(
+    ("fails", "identity"), [("", "0000:3b:00.0"), ("cuInit", "1"), ("cuDeviceGet", "1"), ("libcuda.so.1", "1")]
+)
+def test_nvidia_smi_is_asked_for_the_gpu_that_cuda_means(
+    fake: Fake, fails: str, identity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA_VISIBLE_DEVICES=3,2 makes cuda:1 what nvidia-smi calls 2: the driver knows."""
+
+    class Driver:
+        def __init__(self, name: str) -> None:
+            if name == fails:
+                raise OSError(name)
+
+        def cuInit(self, flags: int) -> int:
+            return 100 * (fails == "cuInit")
+
+        def cuDeviceGet(self, number: Any, index: int) -> int:
+            number._obj.value = index
+            return 101 * (fails == "cuDeviceGet")
+
+        def cuDeviceGetPCIBusId(self, name: Any, size: int, number: Any) -> int:
+            assert (size, number.value) == (13, 1)
+            name.value = b"0000:3b:00.0"
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    asked = fake(BUSY.format(2040, 45, 30.12, "0x1"))
+    assert gpu_state("cuda:1") is not None
+    assert asked.read_text().rstrip().endswith(f"--id={identity}")
 
 
 def test_the_memory_of_this_process_is_summed_over_the_gpus(fake: Fake) -> None:

@@ -1,5 +1,6 @@
 """What a GPU is asked of a new engine. There is none here: the typed ONNX file on ONNX Runtime stands for the engine."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +21,11 @@ from deploy.artifact.summary import summary
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, EngineError, ParityError, UsageError
 from deploy.pipeline import attest, build_trt
-from deploy.pipeline.attest import check_faster, engine_parity
+from deploy.pipeline.attest import check_faster, engine_parity, largest_batch
 from deploy.precision.macs import count_macs
 from deploy.runtime.load import open_session
 from deploy.runtime.profiling import LayerTime
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, SessionOptions
 
 FORMATS = {"fp32": "Float", "fp16": "Half", "int8": "Int8"}
 
@@ -85,10 +86,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     rtx = load_flavour("tensorrt-rtx")
     monkeypatch.setattr(build_trt, "load_flavour", lambda name: rtx)
 
+    def open_one(engine: Artifact, backend: str, settings: SessionOptions, **options: Any) -> OnTheCpu:
+        assert backend == "tensorrt-rtx:cuda_graph"  # what is timed here is the GPU, and not the launches of its kernels
+        return OnTheCpu(engine, **options if engine.manifest.precision == "int8" else {})
+
     def have(**options: Any) -> None:
         monkeypatch.setattr(build_trt, "gpu_identity", lambda: ["Fake GPU", "9.0", "580.95"])
         monkeypatch.setattr(attest, "open_engine", lambda engine: OnTheCpu(engine, **options))
-        monkeypatch.setattr(attest, "open_session", lambda engine, backend, settings: OnTheCpu(engine))
+        monkeypatch.setattr(attest, "open_session", functools.partial(open_one, **options))
 
     return have
 
@@ -116,7 +121,7 @@ def test_on_a_gpu_the_engine_is_attested_and_compared(
     assert parity.against == engine.manifest.files[ONNX].sha256 == file_digest(engine.onnx_path)
     assert [case.batch for case in parity.cases] == [1, 8]
     text = summary(engine)
-    assert "read from the engine" in text
+    assert "(attested: the engine itself tells the precision of 100.0%)" in text
     assert "of the layers" in text
     assert "of the GPU time" in text
     assert "against the typed ONNX file on random batches 1, 8 (tensorrt-rtx" in text
@@ -143,7 +148,9 @@ def test_int8_that_is_slower_than_fp16_is_refused_unless_allowed(
     lenet5: Artifact, tmp_path: Path, gpu: Callable[..., None]
 ) -> None:
     gpu(delay_s=0.01)
-    with pytest.raises(EngineError, match=r"INT8 is slower than FP16 here, 0\.\d+ times as fast .* keep it with `allow_slower`"):
+    with pytest.raises(
+        EngineError, match=r"INT8 is slower than FP16 here at batch 32, 0\.\d+ times as fast .* keep it with `allow_slower`"
+    ):
         deploy.build_trt(lenet5, tmp_path / "engine", int8=True, calib=feeds())
     assert not (tmp_path / "engine").exists()
     engine = deploy.build_trt(lenet5, tmp_path / "engine", int8=True, calib=feeds(), allow_slower=True)
@@ -194,6 +201,22 @@ def test_the_two_are_timed_in_turns(lenet5: Artifact, tmp_path: Path, int8_s: fl
         else:
             with pytest.raises(EngineError, match="net: INT8 is slower than FP16 here"):
                 check_faster(int8, fp16, "net")  # type: ignore[arg-type]
+
+
+def test_the_two_are_timed_at_the_largest_batch_of_all_profiles(
+    lenet5: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attest, "SLICE_S", 0.001)
+    shapes = ["input=8x1x28x28:8x1x28x28:16x1x28x28", "input=1x1x28x28:2x1x28x28:4x1x28x28"]
+    engine = deploy.build_trt(lenet5, tmp_path / "engine", shapes=shapes)
+    with OnTheCpu(engine) as session:
+        seen: list[int] = []
+        plain = session.run
+        monkeypatch.setattr(session, "run", lambda feed: [seen.append(feed["input"].shape[0]), plain(feed)][1])
+        check_faster(session, session, "net")  # type: ignore[arg-type]
+        assert set(seen) == {16}
+        monkeypatch.setattr(session, "profiles", ())
+        assert largest_batch(session) == session.dims()  # type: ignore[arg-type]
 
 
 def test_the_typed_file_is_the_one_that_is_compared_with(lenet5: Artifact, tmp_path: Path) -> None:

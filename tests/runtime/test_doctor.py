@@ -37,6 +37,21 @@ def test_with_a_gpu_the_providers_of_the_wheel_are_available(monkeypatch: pytest
         assert backends()[name] == {"name": name, "available": True, "version": onnxruntime.__version__}
 
 
+@pytest.mark.parametrize(("capabilities", "refused"), [(["9.0"], True), (["8.9"], False), (["9.0", "12.0"], False)])
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on_is_named(
+    capabilities: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [{"name": "NVIDIA X", "compute_capability": each, "memory_mib": 1, "driver": "580"} for each in capabilities]
+    monkeypatch.setattr(doctor, "list_gpus", lambda: (gpus, None))
+    report = doctor.examine()
+    (backend,) = [entry for entry in report["backends"] if entry["name"] == "tensorrt-rtx"]
+    (flavour,) = [entry for entry in report["flavours"] if entry["name"] == "tensorrt-rtx"]
+    assert flavour["available"]  # it builds there, for other GPUs
+    refusal = "TensorRT-RTX does not run on NVIDIA X (compute capability 9.0)"
+    assert (refusal in backend.get("reason", "")) == (refusal in flavour.get("note", "")) == refused
+    assert backend["available"] != refused
+
+
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="needs the wheel for the CPU")
 def test_a_provider_that_is_not_in_the_wheel_is_named_even_where_there_is_no_gpu() -> None:
     entry = backends()["onnxruntime:cuda"]

@@ -123,7 +123,7 @@ def conditions_list(document: Mapping[str, Any]) -> str:
         "governor": where["governor"] or "not reported by the kernel",
         "load average": f"{where['load_average'][0]} before, {where['load_average_after'][0]} after",
         "GPU": _listed(where["gpu"] or {}) or "none used",
-        "GPU after": _listed(where["gpu_after"] or {}) or "\u2013",
+        "GPU during the rounds": _listed(where.get("gpu_during") or {}) or "\u2013",
         "inputs": f"{where['inputs']['from']} ({inputs})",
         "versions": _listed(where["versions"]),
         "git revision": where["revision"] or "none",

@@ -12,7 +12,6 @@ from deploy.bench.candidate.layers import shares
 from deploy.bench.report.compare import Comparison
 from deploy.bench.report.labels import baseline_name, digits, short_names
 from deploy.bench.rows import BenchResult, BenchRow, LayersRow
-from deploy.host.nvidia_smi import throttled
 from deploy.words import count_of
 
 WIDTH = 100
@@ -45,8 +44,11 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     against = baseline_name(result.baseline)
     console.print(f"Speed-up: over {against} in the same rounds, with its 95 % interval; = where that spans 1.", style="dim")
     console.print(f"Error: largest difference to the outputs of {against}.", style="dim")
-    if throttled(conditions.get("gpu")) or throttled(conditions.get("gpu_after")):
-        console.print("Something held the GPU's clocks back: times may be far off. See the conditions in --json.", style="yellow")
+    if (during := conditions.get("gpu_during")) and during["throttled"]:
+        seen = f"in {during['throttled']} of {during['looks']} looks during the rounds ({during['throttling']})"
+        console.print(
+            f"Something held the GPU's clocks back {seen}: times may be off. See the conditions in --json.", style="yellow"
+        )
     if result.interrupted:
         console.print("Interrupted: this is what had been measured.", style="yellow")
     for title, entries in (("Not run", result.skipped), ("Failed", result.failures)):

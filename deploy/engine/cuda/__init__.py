@@ -1,11 +1,12 @@
-"""The part of CUDA that the TensorRT runtime needs, through an installed library: torch, cuda-python or pycuda.
+"""The part of CUDA that the TensorRT runtime needs, through an installed library: cuda-python or pycuda.
 
-Each library has a file with `open_device(index: int) -> Device`, whose import raises ImportError if the library is missing.
-Everything is asynchronous except for functions that are documented to wait.
+Each library has a file with `open_device(index: int) -> Device`, whose import raises ImportError if the library is missing. Both
+work in the primary context of the GPU, which torch, CuPy and every other user of the CUDA runtime in the process share.
+
+Everything is asynchronous except for functions that are documented to wait, and is called under `Device.active()`.
 """
 
 import importlib
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,10 +16,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deploy.engine.cuda.capturing import capturing
 from deploy.errors import BackendError
 
-LIBRARIES = {"torch": "torch_device", "cuda-python": "cuda_python", "pycuda": "pycuda_device"}
+LIBRARIES = {"cuda-python": "cuda_python", "pycuda": "pycuda_device"}
 """The modules of this package by the name of the library, in the order in which they are tried."""
+
+LEGACY = 1
+"""The handle of the legacy default stream (`cudaStreamLegacy` of driver_types.h), which 0 also means."""
 
 
 class DeviceMemoryError(BackendError):
@@ -29,6 +34,14 @@ class DeviceMemoryError(BackendError):
         self.needed = needed
         self.free = free
         self.total = total
+
+
+class DeviceLostError(BackendError):
+    """CUDA failed for good: it answers every later call of this process with the same error. `reason` is its text."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this process has lost its GPU, and must be started anew: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +80,11 @@ class Event(ABC):
 
 
 class Memory(ABC):
-    """Device memory, `nbytes` from `pointer`; freed when nothing refers to it any longer."""
+    """Device memory, `nbytes` from `pointer`.
+
+    It belongs to the stream that it was allocated for: other streams use it after what that one was given before the allocation,
+    and it may be dropped once that one waits for all that they do with it.
+    """
 
     pointer: int
     nbytes: int
@@ -80,10 +97,6 @@ class Memory(ABC):
     def read(self, host: np.ndarray, stream: Stream) -> None:
         """Copy the first bytes to pinned memory (n,) uint8."""
 
-    @abstractmethod
-    def copy(self, source: int, nbytes: int, stream: Stream) -> None:
-        """Copy `nbytes` from the device pointer `source` to the first bytes."""
-
 
 class Graph(ABC):
     """Captured work, which can be launched any number of times."""
@@ -94,10 +107,14 @@ class Graph(ABC):
 
 
 class Device(ABC):
-    """The GPU with the number `index`. Raises BackendError if CUDA fails, DeviceMemoryError if there is no memory left."""
+    """The GPU with the number `index`. Raises BackendError if CUDA fails, DeviceMemoryError if there is no memory left.
+
+    count: the number of GPUs that the process sees.
+    """
 
     library: ClassVar[str]
     index: int
+    count: int
 
     @abstractmethod
     def gpu(self) -> Gpu: ...
@@ -111,11 +128,20 @@ class Device(ABC):
         """The bytes of device memory that are free, and in total."""
 
     @abstractmethod
-    def allocate(self, nbytes: int) -> Memory: ...
+    def allocate(self, nbytes: int, stream: Stream) -> Memory:
+        """Memory that belongs to `stream`."""
 
-    def output(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Memory:
-        """Memory for an array."""
-        return self.allocate(math.prod(shape) * dtype.itemsize)
+    @abstractmethod
+    def trim(self) -> None:
+        """Give memory that is kept for later allocations, here and by torch, back to the GPU."""
+
+    @abstractmethod
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Copy `nbytes` of device memory from the address `source` to the address `target`."""
+
+    @abstractmethod
+    def owner(self, pointer: int) -> int | None:
+        """The index of the GPU that has the memory at a device address; None if the library cannot tell."""
 
     @abstractmethod
     def pinned(self, nbytes: int) -> np.ndarray:
@@ -126,8 +152,8 @@ class Device(ABC):
         """A new stream that does not wait for the default one."""
 
     @abstractmethod
-    def wait_for(self, handle: int, stream: Stream) -> None:
-        """Let `stream` wait for the work that the stream `handle` of another library has been given so far."""
+    def external(self, handle: int) -> Stream:
+        """A stream of another library, or a default stream: 0 and 1 are the legacy one, 2 is that of the calling thread."""
 
     @abstractmethod
     def event(self, *, timed: bool = False) -> Event:
@@ -139,18 +165,11 @@ class Device(ABC):
 
 
 def open_device(index: int = 0) -> Device:
-    """Open a GPU, through torch if the program has imported it, else through the first of LIBRARIES that is installed.
-
-    torch is then tried last, because it takes seconds to import. Raises BackendError with the reason of every library if none can
-    use the GPU.
-    """
-    order = list(LIBRARIES)
-    if sys.modules.get("torch") is None:
-        order.append(order.pop(order.index("torch")))
+    """Open a GPU through the first of LIBRARIES that can. Raises BackendError with the reason of each if none can."""
     reasons = []
-    for library in order:
+    for library, module in LIBRARIES.items():
         try:
-            return _open(LIBRARIES[library], index)
+            return _open(module, index)
         except (ImportError, BackendError) as error:
             reasons.append(f"{library}: {error}")
     raise BackendError(f"no library can use GPU {index} here: {'; '.join(reasons)}; see `deploy doctor`")
@@ -160,6 +179,14 @@ def _open(module: str, index: int) -> Device:
     loaded: Any = importlib.import_module(f"deploy.engine.cuda.{module}")
     device: Device = loaded.open_device(index)
     return device
+
+
+def release_torch_cache() -> None:
+    """Give the memory that torch keeps for its next tensors back to the GPU, where the program uses torch on one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with capturing:  # releasing memory ends a capture
+            torch.cuda.empty_cache()
 
 
 def _mib(nbytes: int) -> str:

@@ -1,19 +1,24 @@
-"""CUDA through cuda-python (package cuda-bindings)."""
+"""CUDA through cuda-python (package cuda-bindings, which torch's CUDA wheels bring along)."""
 
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
-from deploy.engine.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream
+from deploy.engine.cuda import LEGACY, Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache
+from deploy.engine.cuda.capturing import capturing
 from deploy.engine.cuda.driver import driver_version
 from deploy.errors import BackendError
 
 _KIND = cudart.cudaMemcpyKind
+_SUCCESS = cudart.cudaError_t.cudaSuccess
+_OUT_OF_MEMORY = cudart.cudaError_t.cudaErrorMemoryAllocation
+_HERE = nullcontext()
 
 
 class RuntimeStream(Stream):
@@ -42,11 +47,27 @@ class RuntimeEvent(Event):
         return float(ms)
 
 
+class _Pool:
+    """A memory pool of our own: those of other libraries keep their settings, and it keeps what is freed for the next run."""
+
+    def __init__(self, index: int) -> None:
+        properties = cudart.cudaMemPoolProps()
+        properties.allocType = cudart.cudaMemAllocationType.cudaMemAllocationTypePinned
+        place = cudart.cudaMemLocation()
+        place.type = cudart.cudaMemLocationType.cudaMemLocationTypeDevice
+        place.id = index
+        properties.location = place
+        (self.handle,) = _call(cudart.cudaMemPoolCreate(properties))
+        weakref.finalize(self, cudart.cudaMemPoolDestroy, self.handle)
+        threshold = cudart.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        _call(cudart.cudaMemPoolSetAttribute(self.handle, threshold, driver.cuuint64_t(2**64 - 1)))
+
+
 class RuntimeMemory(Memory):
-    def __init__(self, pointer: int, nbytes: int) -> None:
+    def __init__(self, pointer: int, nbytes: int, stream: Stream, pool: _Pool) -> None:
         self.pointer = pointer
         self.nbytes = nbytes
-        weakref.finalize(self, cudart.cudaFree, pointer)
+        weakref.finalize(self, _free, pointer, stream, pool)
 
     def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
         to = self.pointer + offset
@@ -55,15 +76,19 @@ class RuntimeMemory(Memory):
     def read(self, host: np.ndarray, stream: Stream) -> None:
         _call(cudart.cudaMemcpyAsync(host.ctypes.data, self.pointer, host.size, _KIND.cudaMemcpyDeviceToHost, stream.handle))
 
-    def copy(self, source: int, nbytes: int, stream: Stream) -> None:
-        _call(cudart.cudaMemcpyAsync(self.pointer, source, nbytes, _KIND.cudaMemcpyDeviceToDevice, stream.handle))
+
+def _free(pointer: int, stream: Stream, pool: _Pool) -> None:
+    """Freed in the order of `stream`, which lives until then, as does `pool`. The status says nothing: a dead GPU frees all."""
+    cudart.cudaFreeAsync(pointer, stream.handle)
 
 
 class RuntimeGraph(Graph):
     def __init__(self, graph: Any) -> None:
-        (self._executable,) = _call(cudart.cudaGraphInstantiate(graph, 0))
+        try:
+            (self._executable,) = _call(cudart.cudaGraphInstantiate(graph, 0))
+        finally:
+            cudart.cudaGraphDestroy(graph)
         weakref.finalize(self, cudart.cudaGraphExecDestroy, self._executable)
-        _call(cudart.cudaGraphDestroy(graph))
 
     def launch(self, stream: Stream) -> None:
         _call(cudart.cudaGraphLaunch(self._executable, stream.handle))
@@ -72,86 +97,97 @@ class RuntimeGraph(Graph):
 class RuntimeDevice(Device):
     library = "cuda-python"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, count: int) -> None:
         self.index = index
+        self.count = count
+        with self.active():
+            self._pool = _Pool(index)
 
     def gpu(self) -> Gpu:
         (found,) = _call(cudart.cudaGetDeviceProperties(self.index))
         name = found.name.rstrip(b"\0").decode()
         return Gpu(name=name, compute_capability=f"{found.major}.{found.minor}", driver=driver_version())
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[object]:
         (before,) = _call(cudart.cudaGetDevice())
-        if before == self.index:
-            yield
-            return
-        self._choose()
+        return _HERE if before == self.index else self._switched(before)
+
+    @contextmanager
+    def _switched(self, before: int) -> Iterator[None]:
+        _call(cudart.cudaSetDevice(self.index))
         try:
             yield
         finally:
             _call(cudart.cudaSetDevice(before))
 
     def memory(self) -> tuple[int, int]:
-        self._choose()
         free, total = _call(cudart.cudaMemGetInfo())
         return int(free), int(total)
 
-    def allocate(self, nbytes: int) -> Memory:
-        self._choose()
-        error, pointer = cudart.cudaMalloc(max(nbytes, 1))
-        if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
-            cudart.cudaGetLastError()  # or the next call would report it again
+    def allocate(self, nbytes: int, stream: Stream) -> Memory:
+        nbytes = max(nbytes, 1)
+        error, pointer = cudart.cudaMallocFromPoolAsync(nbytes, self._pool.handle, stream.handle)
+        if error == _OUT_OF_MEMORY:
+            self.trim()
+            error, pointer = cudart.cudaMallocFromPoolAsync(nbytes, self._pool.handle, stream.handle)
+        if error == _OUT_OF_MEMORY:
+            cudart.cudaGetLastError()
             raise DeviceMemoryError(nbytes, *self.memory())
         _call((error,))
-        return RuntimeMemory(int(pointer), max(nbytes, 1))
+        return RuntimeMemory(int(pointer), nbytes, stream, self._pool)
+
+    def trim(self) -> None:
+        _call(cudart.cudaMemPoolTrimTo(self._pool.handle, 0))
+        release_torch_cache()
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        _call(cudart.cudaMemcpyAsync(target, source, nbytes, _KIND.cudaMemcpyDeviceToDevice, stream.handle))
+
+    def owner(self, pointer: int) -> int | None:
+        (found,) = _call(cudart.cudaPointerGetAttributes(pointer))
+        return int(found.device)
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        self._choose()
         (pointer,) = _call(cudart.cudaHostAlloc(max(nbytes, 1), cudart.cudaHostAllocDefault))
         buffer = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(pointer))
         weakref.finalize(buffer, cudart.cudaFreeHost, int(pointer))
         array: np.ndarray = np.ctypeslib.as_array(buffer)
-        return array
+        return array[:nbytes]
 
     def stream(self) -> Stream:
-        self._choose()
         (handle,) = _call(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         stream = RuntimeStream(int(handle))
         weakref.finalize(stream, cudart.cudaStreamDestroy, int(handle))
         return stream
 
-    def wait_for(self, handle: int, stream: Stream) -> None:
-        event = self.event()
-        event.record(RuntimeStream(handle))
-        event.hold(stream)
+    def external(self, handle: int) -> Stream:
+        return RuntimeStream(handle or LEGACY)
 
     def event(self, *, timed: bool = False) -> Event:
-        self._choose()
         return RuntimeEvent(timed=timed)
 
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         # thread-local: other threads of the program may use CUDA meanwhile.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        _call(cudart.cudaStreamBeginCapture(stream.handle, mode))
-        try:
-            work()
-        finally:
-            error, graph = cudart.cudaStreamEndCapture(
-                stream.handle
-            )  # even if the work failed, or the stream would go on capturing
-        _call((error,))
-        return RuntimeGraph(graph)
-
-    def _choose(self) -> None:
-        """The device is a setting of each thread."""
-        _call(cudart.cudaSetDevice(self.index))
+        with capturing:
+            _call(cudart.cudaStreamBeginCapture(stream.handle, mode))
+            try:
+                work()
+            except BaseException:
+                _, graph = cudart.cudaStreamEndCapture(stream.handle)  # or the stream would go on capturing
+                if graph is not None:
+                    cudart.cudaGraphDestroy(graph)
+                cudart.cudaGetLastError()
+                raise
+            (graph,) = _call(cudart.cudaStreamEndCapture(stream.handle))
+            return RuntimeGraph(graph)
 
 
 def _call(result: tuple[Any, ...]) -> tuple[Any, ...]:
     """The results of a call, without its status. Raises BackendError unless the status is success."""
     status, *values = result
-    if status != cudart.cudaError_t.cudaSuccess:
+    if status != _SUCCESS:
+        cudart.cudaGetLastError()  # it is reported here, and not once more by the next call of another library
         _, text = cudart.cudaGetErrorString(status)
         raise BackendError(f"CUDA failed: {text.decode() if isinstance(text, bytes) else text} ({status.name})")
     return tuple(values)
@@ -161,4 +197,4 @@ def open_device(index: int) -> Device:
     (count,) = _call(cudart.cudaGetDeviceCount())
     if index >= count:
         raise BackendError(f"there is no cuda:{index}: CUDA sees {count} devices")
-    return RuntimeDevice(index)
+    return RuntimeDevice(index, count)

@@ -1,39 +1,49 @@
 """TensorRT engines, of both flavours. It needs no torch: see `deploy.engine.cuda`."""
 
 import statistics
+import sys
+import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.engine.attestation import engine_layers
+from deploy.artifact.tensors import random_feed
 from deploy.engine.callbacks import make_profiler
-from deploy.engine.context import EngineContext, Shape, Tensor
-from deploy.engine.cuda import Memory, Stream, open_device
-from deploy.engine.cuda.arrays import DeviceArray, View, view
+from deploy.engine.context import EngineContext, Shape
+from deploy.engine.cuda import open_device
+from deploy.engine.cuda.arrays import DeviceArray, copied
 from deploy.engine.cuda.driver import has_gpu
+from deploy.engine.cuda.nvtx import annotations
 from deploy.engine.flavour import load_flavour
-from deploy.engine.loaded import LoadedEngine
+from deploy.engine.layers import engine_layers
+from deploy.engine.loaded import ExecutionOptions, LoadedEngine
 from deploy.engine.pool import ContextPool
 from deploy.engine.profile_choice import ProfileChoice
 from deploy.engine.rebuild import engine_plan
-from deploy.errors import BackendError, InputError
+from deploy.errors import BackendError
+from deploy.runtime.arrays import Sort, write
 from deploy.runtime.catalog import refuse_engine
+from deploy.runtime.device_calls import ArrayCalls, Call, TorchCalls
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error
+from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
 _CONTEXTS = 2  # one is fed while the other computes
 
 
 class TensorRTSession(Session):
-    """An engine on a GPU. At most `concurrency` runs are under way at a time, each in its own execution context.
+    """An engine on a GPU. At most `concurrency` runs are under way at a time, each in its own execution context and stream.
 
-    Torch tensors on the GPU go in and out without a copy, on the caller's stream: `run` returns before the work is done, as
-    torch's functions do. Other arrays on the GPU (`__cuda_array_interface__` or DLPack) go in without a copy, and `DeviceArray`s
-    come out once the work is done. Numpy arrays go through pinned memory, on a stream of the context. With the variant
-    `cuda_graph`, a shape is replayed as one CUDA graph from its second run on.
+    Torch tensors on the GPU go in and out without a copy, in the order of the caller's stream: `run` returns before the work is
+    done, as torch's functions do. Other arrays on the GPU (`__cuda_array_interface__` or DLPack) go in without a copy, and
+    `DeviceArray`s come out once the work is done. Arrays on the GPU in `out` are written to by the engine itself. Numpy arrays go
+    through pinned memory. An input on whose values shapes depend is read on the host: give it as a numpy array or a torch tensor.
+
+    Variants: `cuda_graph` replays runs as one CUDA graph from the second in a row with the same shapes on; `nvtx` makes ranges for
+    Nsight Systems; of tensorrt-rtx, `eager_kernels` compiles kernels for new shapes before their first run, `general_kernels` never.
     """
 
     backend = "tensorrt"
@@ -47,12 +57,18 @@ class TensorRTSession(Session):
         self._gpu = open_device(index)
         self._trt = flavour.trt
         plan = engine_plan(artifact, flavour, self._gpu.gpu(), rebuild=options.rebuild)
-        self._engine = LoadedEngine(artifact, plan, flavour, self._gpu, graphs="cuda_graph" in options.variant)
-        self._dtypes = [np.dtype(spec.dtype) for spec in self.outputs]
+        self._engine = LoadedEngine(artifact, plan, flavour, self._gpu, _execution(options.variant))
+        self._host_inputs = self._engine.host_inputs
         self.concurrency = options.contexts or _CONTEXTS
-        self._contexts = ContextPool(self._engine.new_context, self.concurrency, lambda: closed_error(self.name))
+        name = self.name  # and not the session, which would hold itself
+        self._contexts = ContextPool(self._engine.new_context, self.concurrency, lambda: closed_error(name))
         self._choice = ProfileChoice(self.name, self._input_names, self.profiles)
-        self._torch_device: Any = None  # torch's name of the GPU, once a tensor has been seen
+        self._bfloat16 = any(spec.dtype == "bfloat16" for spec in (*self.inputs, *self.outputs))
+        self._first_input = min(self._input_names, key=self._host_inputs.__contains__)  # on the GPU, if one is
+        self._array_calls = ArrayCalls(self._gpu, self.inputs, self.outputs, self._host_inputs)
+        self._torch_calls: TorchCalls | None = None  # once a tensor has been seen
+        self._warming = threading.Lock()
+        self._abandoned = weakref.finalize(self, _abandon, self._contexts, self._engine)
         self._contexts.give_back(self._contexts.borrow())  # made now, so that an error is raised when the session is opened
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
@@ -92,68 +108,55 @@ class TensorRTSession(Session):
         finally:
             self._contexts.give_back(context)
 
-    def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        here = self._torch_device
-        if here is None or any(feed[name].device != here for name in self._input_names):
-            if all(x.device.type == "cpu" for x in feed.values()):
-                return super()._run_torch(feed)
-            here = self._find_torch_device(feed)
-        from deploy.engine.cuda import torch_device
+    # Arrays on the GPU.
 
-        if not isinstance(self._gpu, torch_device.TorchDevice):  # torch was imported after the session was opened
-            views = {name: view(name, x.detach().contiguous()) for name, x in feed.items()}
-            return [torch_device.adopt(array) for array in self._run_views(views)]
-        stream = self._gpu.current()
-        inputs = []
-        kept = []
-        for name in self._input_names:
-            x = feed[name]
-            if x.requires_grad:
-                x = x.detach()
-            if not x.is_contiguous():
-                x = x.contiguous()
-                kept.append(x)
-            x.record_stream(stream.stream)  # its memory is not reused before the work is done
-            inputs.append(Tensor(x.data_ptr(), tuple(x.shape)))
-        results = self._run_tensors(inputs, stream)
-        return [
-            torch_device.as_tensor(memory, shape, dtype) for (memory, shape), dtype in zip(results, self._dtypes, strict=True)
-        ]
+    def _run_torch(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> Sequence[Any]:
+        try:
+            if self._host_inputs:
+                torch = sys.modules["torch"]
+                feed = {name: torch.as_tensor(x, device="cpu") if name in self._host_inputs else x for name, x in feed.items()}
+            calls = self._torch_calls or self._make_torch_calls()
+            if feed[self._first_input].is_cuda:
+                return self._run_call(calls.call(feed, out), feed)
+            for name, x in feed.items():
+                if x.device.type != "cpu":
+                    raise calls.elsewhere(name, x)
+            if self._bfloat16:
+                there = {name: x if name in self._host_inputs else x.to(self.device) for name, x in feed.items()}
+                return [y.cpu() for y in self._run_call(calls.call(there, None), feed)]
+            return super()._run_torch(feed)
+        except RuntimeError as error:  # torch's
+            raise BackendError(f"torch failed on {self.device}: {first_line(error)}") from error
 
-    def _find_torch_device(self, feed: Mapping[str, Any]) -> Any:
-        """torch's name of the session's GPU. Raises InputError for a tensor on another device."""
-        for name, x in feed.items():
-            if str(x.device) != self.device:
-                raise InputError(f"{name!r} is on {x.device}; this session is on {self.device}: move it, or open one there")
-        self._torch_device = next(iter(feed.values())).device
-        return self._torch_device
+    def _make_torch_calls(self) -> TorchCalls:
+        self._torch_calls = TorchCalls(self._gpu, self.inputs, self.outputs, self._host_inputs)
+        return self._torch_calls
 
-    def _run_device(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        return self._run_views({name: view(name, x) for name, x in feed.items()})
+    def _run_device(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> Sequence[Any]:
+        return self._run_call(self._array_calls.call(feed, out), feed, wait=True)
 
-    def _run_views(self, views: Mapping[str, View]) -> list[DeviceArray]:
-        for name, x in views.items():
-            if x.index is not None and x.index != self._gpu.index:
-                raise InputError(f"{name!r} is on cuda:{x.index}; this session is on {self.device}")
-        stream = self._gpu.stream()
-        for x in views.values():
-            if x.stream is not None:
-                self._gpu.wait_for(x.stream, stream)
-        results = self._run_tensors([Tensor(views[name].pointer, views[name].shape) for name in self._input_names], stream)
-        stream.synchronize()
-        return [
-            DeviceArray(memory, shape, dtype, self._gpu, stream)
-            for (memory, shape), dtype in zip(results, self._dtypes, strict=True)
-        ]
+    def _run_into(self, feed: Mapping[str, Any], sort: Sort, out: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays on the GPU; those of `out` are written to by the engine itself."""
+        if sort == "device":
+            self._array_calls.check_out(out)
+            results = self._run_device(feed, out)
+        elif any(x.is_cuda for name, x in feed.items() if name not in self._host_inputs):
+            (self._torch_calls or self._make_torch_calls()).check_out(out)
+            results = self._run_torch(feed, out)
+        else:
+            return write(dict(zip(self._output_names, self._run_torch(feed), strict=True)), out)
+        return {**dict(zip(self._output_names, results, strict=True)), **out}
 
-    def _run_tensors(self, inputs: Sequence[Tensor], stream: Stream) -> list[tuple[Memory, Shape]]:
-        shapes = tuple([tensor.shape for tensor in inputs])
-        profile = self._choice.index(shapes)
+    def _run_call(self, call: Call, feed: Mapping[str, Any], *, wait: bool = False) -> list[Any]:
+        profile = self._choice.index(call.shapes)
+        values = {name: np.asarray(feed[name], order="C") for name in self._host_inputs}
         context = self._contexts.borrow()
         try:
-            return context.run(inputs, shapes, profile, stream)
+            return context.run(call.inputs, call.shapes, profile, call.callers, call.place, values, wait=wait)
         finally:
             self._contexts.give_back(context)
+
+    # Many runs.
 
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """As in `Session`. Numpy feeds overlap: one is copied in while another computes and a third is copied out."""
@@ -196,17 +199,37 @@ class TensorRTSession(Session):
                     context.settle()
                     self._contexts.give_back(context)
 
+    def warmup(self, feed: Mapping[str, Any] | None = None, runs: int = 3) -> None:
+        """As in `Session`, in each execution context: all of them are made now.
+
+        Raises DeviceMemoryError if there is no room for them.
+        """
+        feed = self._example() if feed is None else feed
+        with self._warming:
+            self._contexts.fill()
+            held = []
+            while (context := self._contexts.borrow_free()) is not None:
+                held.append(context)
+            for _ in range(max(len(held), 1)):
+                if held:
+                    self._contexts.give_back(held.pop())  # the next to be borrowed
+                super().warmup(feed, runs)
+            self._engine.save()
+
+    def _example(self) -> dict[str, Any]:
+        """Random arrays of the optimal shapes; torch tensors where numpy lacks a dtype."""
+        arrays: dict[str, Any] = dict(random_feed(self.inputs, self.dims()))
+        if not self._bfloat16:
+            return arrays
+        import torch
+
+        return {spec.name: torch.from_numpy(arrays[spec.name]).to(getattr(torch, spec.dtype)) for spec in self.inputs}
+
     def to_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
         """A copy of the feed on the GPU, which `run` takes without a copy; its outputs stay on the GPU too."""
-        stream = self._gpu.stream()
-        copies = {}
-        for name, array in feed.items():
-            memory, host = self._gpu.allocate(array.nbytes), self._gpu.pinned(array.nbytes)
-            host[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            memory.write(host, stream)
-            stream.synchronize()
-            copies[name] = DeviceArray(memory, array.shape, array.dtype, self._gpu, stream)
-        return copies
+        return {name: copied(array, self._gpu) for name, array in feed.items()}
+
+    # What is inside.
 
     def information(self) -> str:
         """The inspector's description of the engine, as JSON."""
@@ -253,8 +276,30 @@ class TensorRTSession(Session):
         self._contexts.stop()
 
     def _release(self) -> None:
-        self._contexts.close()
-        self._engine.close()
+        self._abandoned.detach()
+        try:
+            self._contexts.close()
+        finally:
+            self._engine.close()
+
+
+def _execution(variant: Sequence[str]) -> ExecutionOptions:
+    kernels: Literal["lazy", "eager", "none"] = "lazy"
+    if "eager_kernels" in variant:
+        kernels = "eager"
+    elif "general_kernels" in variant:
+        kernels = "none"
+    return ExecutionOptions(
+        graphs="cuda_graph" in variant, kernels=kernels, annotate=annotations() if "nvtx" in variant else None
+    )
+
+
+def _abandon(contexts: ContextPool, engine: LoadedEngine) -> None:
+    """Release, in the right order, what a session holds that nobody closed: when it is collected, or the process ends."""
+    contexts.stop()
+    contexts.close(wait=False)
+    if not contexts.made:
+        engine.close()
 
 
 def version(variant: Sequence[str]) -> str:

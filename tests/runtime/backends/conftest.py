@@ -29,10 +29,10 @@ POISON = 0xCB
 
 
 class FakeStream(Stream):
-    def __init__(self, device: "FakeDevice") -> None:
+    def __init__(self, device: "FakeDevice", handle: int | None = None) -> None:
         self.device = device
         device.handles += 1
-        self.handle = device.handles
+        self.handle = device.handles + 1000 if handle is None else handle
         device.streams[self.handle] = self
         self.work: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
@@ -109,12 +109,6 @@ class FakeMemory(Memory):
         pointer, device = self.pointer, self.device
         stream.give(lambda: host.__setitem__(slice(None), device.bytes(pointer, host.size)))  # type: ignore[attr-defined]
 
-    def copy(self, source: int, nbytes: int, stream: Stream) -> None:
-        pointer, device = self.pointer, self.device
-        stream.give(  # type: ignore[attr-defined]
-            lambda: device.bytes(pointer, nbytes).__setitem__(slice(None), device.bytes(source, nbytes))
-        )
-
 
 class FakeGraph(Graph):
     def __init__(self, device: "FakeDevice", work: list[Callable[[], None]]) -> None:
@@ -133,7 +127,7 @@ class OnDevice:
     def __init__(
         self, gpu: "FakeDevice", array: np.ndarray, stream: int | None = None, offset: int = 0, strides: Any = None
     ) -> None:
-        self.memory: Any = gpu.allocate(array.nbytes + offset)
+        self.memory: Any = gpu.allocate(array.nbytes + offset, gpu.external(1))
         self.memory.content[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         self.shape, self.dtype = array.shape, array.dtype
         self.__cuda_array_interface__ = {
@@ -162,8 +156,9 @@ class FakeDevice(Device):
         self.total = 1 << 30
         self.launches = self.captures = self.synchronized = 0
         self.capturable = True
-        self.waited: list[int] = []
+        self.count = 1
         self.here = threading.local()
+        self.external(1)
 
     def bytes(self, pointer: int, nbytes: int) -> np.ndarray:
         for start, block in self.blocks.items():
@@ -188,7 +183,7 @@ class FakeDevice(Device):
     def memory(self) -> tuple[int, int]:
         return self.total - self.used, self.total
 
-    def allocate(self, nbytes: int) -> Memory:
+    def allocate(self, nbytes: int, stream: Stream) -> Memory:
         if self.used + nbytes > self.total:
             raise DeviceMemoryError(nbytes, *self.memory())
         return FakeMemory(self, nbytes)
@@ -202,8 +197,18 @@ class FakeDevice(Device):
     def stream(self) -> Stream:
         return FakeStream(self)
 
-    def wait_for(self, handle: int, stream: Stream) -> None:
-        self.waited.append(handle)
+    def external(self, handle: int) -> Stream:
+        if handle not in self.streams:
+            self.streams[handle] = FakeStream(self, handle)
+        return self.streams[handle]
+
+    def trim(self) -> None: ...
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        stream.give(lambda: self.bytes(target, nbytes).__setitem__(slice(None), self.bytes(source, nbytes)))  # type: ignore[attr-defined]
+
+    def owner(self, pointer: int) -> int | None:
+        return 0
 
     def event(self, *, timed: bool = False) -> Event:
         return FakeEvent(timed)
@@ -212,7 +217,6 @@ class FakeDevice(Device):
         assert isinstance(stream, FakeStream)
         if not self.capturable:
             raise BackendError("the work cannot be captured in a CUDA graph: fake reason")
-        assert not stream.work, "what is under way would be part of the graph"
         self.captures += 1
         stream.captured = []
         try:
@@ -298,6 +302,9 @@ class FakeEngine:
 
     def get_tensor_mode(self, name: str) -> str:
         return "input" if name == "x" else "output"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name=self.about.get("dtypes", {}).get(name, "FLOAT"))
 
     def get_tensor_location(self, name: str) -> str:
         return "device"

@@ -78,8 +78,10 @@ def test_arrays_of_other_libraries_go_in_and_out_without_a_copy(session: Any, gp
 
 
 def test_the_stream_that_an_array_is_made_on_is_waited_for(session: Any, gpu: Any) -> None:
-    session(gpu.array(batch(1), stream=77))
-    assert gpu.waited == [77]
+    given = gpu.array(batch(1), stream=77)
+    given.memory.content[:] = 0
+    gpu.external(77).give(lambda: given.memory.content.__setitem__(slice(None), batch(1, seed=1).reshape(-1).view(np.uint8)))
+    np.testing.assert_array_equal(session(given).numpy(), 2 * batch(1, seed=1))
 
 
 def test_an_array_at_an_odd_address_is_copied_first(session: Any, gpu: Any) -> None:

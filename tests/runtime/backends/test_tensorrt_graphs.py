@@ -10,6 +10,7 @@ import pytest
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.engine.cuda import DeviceMemoryError
+from deploy.engine.replay import WORTH
 from deploy.errors import BackendError
 
 Make = Callable[..., Artifact]
@@ -42,13 +43,14 @@ def test_a_graph_is_captured_on_the_second_run_of_a_shape_and_replayed(trt: Any,
         assert gpu.captures == 2
 
 
-def test_graphs_are_bounded(trt: Any, gpu: Any, make: Make) -> None:
-    with deploy.load(make(profiles=((1, 64),)), backend="tensorrt:cuda_graph", contexts=1) as session:
-        session(batch(64))
-        for _ in range(2):
-            for rows in range(1, 21):
-                np.testing.assert_array_equal(session(batch(rows)), 2 * batch(rows))
-        assert len(session._contexts.made[0]._graphs) == 8
+def test_a_graph_is_dropped_when_the_context_is_bound_to_other_shapes_or_another_profile(trt: Any, gpu: Any, make: Make) -> None:
+    with deploy.load(make(profiles=((1, 4), (4, 64))), backend="tensorrt:cuda_graph", contexts=1) as session:
+        session(batch(64))  # the buffers do not grow any more
+        for captures, rows in enumerate((3, 2, 64, 3), start=1):
+            for index in range(WORTH + 1):
+                x = batch(rows, seed=index)
+                np.testing.assert_array_equal(session(x), 2 * x)
+            assert (gpu.captures, gpu.launches) == (captures, WORTH * captures)  # the first of each is a plain run
 
 
 def test_where_no_graph_can_be_captured_it_is_said_once_and_runs_go_on(
