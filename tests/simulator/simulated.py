@@ -109,7 +109,7 @@ class Foreign:
         self._front.cudaSetDevice(before)
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         simulated.machine.space.bytes(self.pointer + offset, array.nbytes)[:] = content
-        self.shape, self.dtype = array.shape, array.dtype
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
         self.__cuda_array_interface__ = {
             "data": (self.pointer + offset, False),
             "shape": array.shape,
