@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def compile_package(
     )
     shapes = dynamic_shapes(plain, inputs, profile)
     program: torch.export.ExportedProgram | None = None
-    with torch.no_grad(), quiet(), any_attribute_name():
+    where = torch.cuda.device(device) if on_gpu else nullcontext()
+    with torch.no_grad(), quiet(), any_attribute_name(), where:
         try:
             with AdaptivePools():
                 program = torch.export.export(plain, example, dynamic_shapes=shapes, strict=False)
