@@ -19,6 +19,7 @@ from tests.simulator.pycuda_front import PycudaFront
 from tests.simulator.runtime_front import RuntimeFront
 from tests.simulator.tensorrt_front import TensorRTFront
 from tests.simulator.torch_front import TorchFront
+from tests.simulator.work import join
 
 
 class Simulated:
@@ -55,6 +56,7 @@ class Simulated:
         with suppress(RuleError):
             yield
         self.settle()
+        self.drain()
         found = machine.violations[before:]
         del machine.violations[before:]
         assert any(rule in str(error) for error in found), f"not found: {rule}; {found}"
@@ -64,10 +66,24 @@ class Simulated:
         with self.machine.lock:
             self.machine.settle()
 
+    def drain(self) -> None:
+        """Let all work be done, and the host know it."""
+        machine = self.machine
+        for stream in machine.everything():
+            if stream.last is not None and machine.sticky is None:
+                stream.last.finish()
+            join(machine.host, stream.clock)
+
     def held(self) -> list[str]:
         """What the program has not given back: memory, streams, events and graphs; torch's streams are torch's."""
-        gc.collect()
         self.settle()
+        if not (held := self._held()):
+            return held
+        gc.collect()  # which takes long: only where something is left that may be garbage
+        self.settle()
+        return self._held()
+
+    def _held(self) -> list[str]:
         machine = self.machine
         pools = [stream.inner for pool in self.torch.pools() for stream in pool]
         return [
@@ -81,11 +97,8 @@ class Simulated:
     def finish(self) -> None:
         """The end of a test: no rule was broken, whoever caught the error, and no capture is left."""
         self.settle()
+        self.drain()
         machine = self.machine
-        if machine.sticky is None:
-            for stream in machine.everything():
-                if stream.last is not None:
-                    stream.last.finish()
         assert not machine.captures, "a capture was never ended"
         assert not machine.violations, "\n".join(map(str, machine.violations))
 
