@@ -205,8 +205,8 @@ class Stream(Held):
 
     def __init__(self, front: PycudaFront, flags: int) -> None:
         machine = front.machine
-        self.inner = front.call("stream_create", lambda: machine.stream_create(blocking=not flags & 1))
-        super().__init__(front, self.inner.handle, lambda: machine.stream_destroy(self.inner), self.inner.name)
+        inner = self.inner = front.call("stream_create", lambda: machine.stream_create(blocking=not flags & 1))
+        super().__init__(front, inner.handle, lambda: machine.stream_destroy(inner), inner.name)
 
     @property
     def handle(self) -> int:
