@@ -1,6 +1,7 @@
 """The layers of a built engine, as TensorRT's inspector describes them: which nodes each computes, and in which precision.
 
-The forms are those of descriptions that NVIDIA publishes with trt-engine-explorer (TensorRT 8 and 10), and of its documentation.
+The forms are those of descriptions that NVIDIA publishes with trt-engine-explorer, and of its documentation ("Engine Inspector";
+"Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
 """
 
 import json
@@ -135,7 +136,8 @@ def _tactic_precision(tactic: str) -> tuple[str | None, str | None]:
 
 
 def _input_precision(inputs: list[Mapping[str, Any]]) -> str | None:
-    texts = (str(each.get("Format/Datatype") or each.get("Datatype") or "") for each in inputs)
+    """The type of the first input that is no index or mask: `Format/Datatype` in TensorRT 10; in 11, `DataType` beside `Format`."""
+    texts = (str(value) for each in inputs for key, value in each.items() if key.lower().endswith("datatype"))
     return _datatype(next((text for text in texts if not _INDEX.search(text)), ""))
 
 

@@ -66,6 +66,8 @@ def test_indices_and_masks_are_no_operands_and_hidden_formats_leave_the_weights(
     gathered = layer("a", "gemm", "", "a", inputs="Int32")
     gathered["Inputs"] += [{"Name": "mask", "Format/Datatype": "Bool"}, {"Name": "w", "Datatype": "BFloat16"}]
     assert read(gathered).precision == "bf16"
+    gathered["Inputs"] = [{"Name": "x", "Format": "Row major linear FP32 format (kLINEAR)", "DataType": "Half"}]
+    assert read(gathered).precision == "fp16"  # as TensorRT 11 has it
     hidden = read(layer("a", "CaskConvolution", "", "a", weights="Half"))
     assert (hidden.precision, hidden.by_weights) == ("fp16", True)
     shown = read(layer("a", "CaskConvolution", "", "a", inputs="Half", weights="Int8"))
