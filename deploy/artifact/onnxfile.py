@@ -1,9 +1,11 @@
 """Reads and writes ONNX files: the inputs and outputs of a graph, and a bare `.onnx` file as an artifact."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -32,6 +34,9 @@ _SMALL = 1024
 
 _PAGE = 4096
 """Large weights begin at a multiple of this in their file, so that they can be used where they are mapped."""
+
+_ALIGNED: dict[str, Any] = {"alignment": _PAGE} if "alignment" in inspect.signature(ir.save).parameters else {}
+"""onnx_ir before 1.1 has no such setting: it begins large weights at pages of the system."""
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -167,7 +172,7 @@ def save_model(model: ir.Model, path: Path, *, external_over: int | None = None)
     limit = EXTERNAL_DATA_BYTES if external_over is None else external_over
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > limit:
-        ir.save(model, path, external_data=f"{path.name}{DATA}", alignment=_PAGE)
+        ir.save(model, path, external_data=f"{path.name}{DATA}", **_ALIGNED)
     else:
         ir.save(ir.external_data.load_to_model(model), path)
 
