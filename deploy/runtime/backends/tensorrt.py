@@ -159,7 +159,7 @@ class TensorRTSession(Session):
             call = calls.call(feed, out)
             profile = self._choice.index(call.shapes)
             values = {name: np.asarray(feed[name], order="C") for name in self._host_inputs}
-            return context.run(call.inputs, call.shapes, profile, call.callers, call.place, values, wait=wait)
+            return context.run(call.inputs, call.shapes, profile, call.callers, call.place, values, wait)
         except RuntimeError as error:  # torch's
             context.recover(error)
             raise BackendError(f"torch failed on {self.device}: {first_line(error)}") from error

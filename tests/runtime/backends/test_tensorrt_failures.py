@@ -34,10 +34,11 @@ def simulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def python_only(simulated: Simulated) -> Simulated:
-    if "pycuda" in cuda.LIBRARIES:
-        pytest.skip("the same code with either library")
-    return simulated
+def python_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    """For what is the same code with either library."""
+    found = Simulated(monkeypatch, library="cuda-python")
+    yield found
+    found.finish()
 
 
 @pytest.fixture
