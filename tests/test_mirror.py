@@ -14,10 +14,10 @@ ROOT = TESTS.parent
 ACROSS = {
     "benchmarks/test_bench_harness", "benchmarks/test_gpu_kit", "benchmarks/test_gpu_report", "benchmarks/test_scripts",
     "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_aoti", "gpu/test_baselines",
-    "gpu/test_cuda", "gpu/test_devices", "gpu/test_engines", "gpu/test_rules", "runtime/test_threads", "serving/test_clients",
-    "serving/test_malformed", "simulator/test_faults", "simulator/test_rules", "simulator/test_sessions",
-    "simulator/test_signatures", "simulator/test_soak", "test_docs", "test_examples", "test_install", "test_layers",
-    "test_mirror",
+    "gpu/test_builds", "gpu/test_cuda", "gpu/test_devices", "gpu/test_engines", "gpu/test_rules", "runtime/test_threads",
+    "serving/test_clients", "serving/test_malformed", "simulator/test_faults", "simulator/test_rules",
+    "simulator/test_sessions", "simulator/test_signatures", "simulator/test_soak", "test_docs", "test_examples",
+    "test_install", "test_layers", "test_mirror",
 }  # fmt: skip
 """Tests of what no single file does."""
 
