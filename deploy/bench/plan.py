@@ -198,8 +198,7 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
 def _check_compiled(artifact: Artifact, backends: Sequence[str]) -> None:
     """Raise BackendError unless the engine or package can run here, on one of `backends` if any are named."""
     usable = _backends(artifact, backends)
-    package = artifact.manifest.package
-    if not usable or ((package is None or package.device == "cuda") and not has_gpu()):
+    if not usable or (artifact.manifest.kind == "engine" and not has_gpu()):
         refuse_compiled(artifact)
     import_backend(split_backend(usable[0])[0])
 
