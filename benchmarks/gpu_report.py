@@ -229,7 +229,7 @@ def publish(args: argparse.Namespace, failed: Mapping[str, str]) -> str:
     """Write the report of the measured parts, and return its text."""
     measured = read(args.parts)
     document = {"schema": 2, "parts": measured, "failed": dict(failed)}
-    text = report(measured)
+    text = report(document)
     where = save(slug(measured[0]["conditions"]["gpu"]), document, text, args.results)
     return f"{text}\nwritten: {where}.json and .md"
 
@@ -249,9 +249,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def report(measured: Sequence[Mapping[str, Any]]) -> str:
+def report(document: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    return tables(measured, [name for name in PARTS if name not in {part["part"] for part in measured}])
+    measured = {part["part"] for part in document["parts"]}
+    missing = {name: document["failed"].get(name, "not run") for name in PARTS if name not in measured}
+    return tables(document["parts"], missing)
 
 
 if __name__ == "__main__":
