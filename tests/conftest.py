@@ -109,6 +109,13 @@ def shared_lenet5(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return deploy.export(tmp_path_factory.mktemp("lenet5") / "lenet5", arch="lenet5")
 
 
+@pytest.fixture(scope="session")
+def package(reference: Callable[[str], Artifact], tmp_path_factory: pytest.TempPathFactory, once: Callable[..., str]) -> Artifact:
+    """`reference("lenet5")` compiled by AOTInductor for the CPU, by one process of the run. Tests must not change it."""
+    out = tmp_path_factory.mktemp("package") / "lenet5"
+    return Artifact.open(once("package-lenet5", lambda: str(deploy.build_aoti(reference("lenet5"), out, device="cpu").path)))
+
+
 @pytest.fixture
 def lenet5(shared_lenet5: Artifact, tmp_path: Path) -> Artifact:
     """A copy of the artifact of a random `lenet5`, for tests that change it."""

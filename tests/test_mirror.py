@@ -12,8 +12,9 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 ACROSS = {
-    "test_docs", "test_examples", "test_install", "test_layers", "test_mirror", "benchmarks/test_bench_harness", "benchmarks/test_gpu_kit", "benchmarks/test_gpu_report",
-    "benchmarks/test_scripts", "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_baselines", "gpu/test_cuda",
+    "test_docs", "test_examples", "test_install", "test_layers", "test_mirror", "benchmarks/test_bench_harness", "benchmarks/test_gpu_kit",
+    "benchmarks/test_gpu_report", "benchmarks/test_scripts", "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_aoti",
+    "gpu/test_baselines", "gpu/test_cuda",
     "gpu/test_engines", "runtime/test_threads", "serving/test_clients", "serving/test_malformed",
 }  # fmt: skip
 """Tests of what no single file does."""

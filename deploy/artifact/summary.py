@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PrecisionShare
+from deploy.artifact.manifest import Accuracy, Calibration, Manifest, PackageTarget, PrecisionShare
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
@@ -17,17 +17,18 @@ _QUIET_DB = 60
 def summary(artifact: Artifact) -> str:
     """The kind, inputs, outputs and evidence of an artifact, in lines."""
     manifest = artifact.manifest
-    kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
-    lines = [f"{artifact.shown}: {kind}, {manifest.precision}, {megabytes(artifact.size)}"]
+    lines = [f"{artifact.shown}: {kind_text(manifest)}, {manifest.precision}, {megabytes(artifact.size)}"]
     specs = format_specs([*manifest.inputs, *manifest.outputs], "\n").splitlines()
     labels = ["input"] * len(manifest.inputs) + ["output"] * len(manifest.outputs)
     lines += [_row(label, spec) for label, spec in zip(labels, specs, strict=True)]
     for profile in manifest.profiles:
-        if manifest.target:
+        if manifest.kind != "onnx":
             lines += [_row("shapes", f"{name} {shapes}") for name, shapes in profile.items()]
     if manifest.target:
         built_for = manifest.target.gpu or f"compute capability {', '.join(manifest.target.targets)}"
         lines.append(_row("built for", built_for))
+    if manifest.package:
+        lines.append(_row("built for", package_text(manifest.package)))
     if manifest.parity:
         if manifest.target:
             lines.append(_row("typed ONNX", parity_text(manifest.parity)))
@@ -53,6 +54,21 @@ def summary(artifact: Artifact) -> str:
                 lines.append(_row("", f"{_parts(shares)} of the {kind}"))
     lines += exclusions_text(manifest)
     return "\n".join(lines)
+
+
+def kind_text(manifest: Manifest) -> str:
+    """`ONNX`, `tensorrt 11.1 engine`, `AOTInductor package of torch 2.14.1`."""
+    if manifest.target:
+        return f"{manifest.target.flavour} {manifest.target.version} engine"
+    return f"AOTInductor package of torch {manifest.package.torch}" if manifest.package else "ONNX"
+
+
+def package_text(target: PackageTarget) -> str:
+    """What a package runs on; of the instruction sets those after AVX, which every x86 processor of a server has."""
+    if target.gpu:
+        return f"{target.gpu} (compute capability {target.compute_capability})"
+    newer = [name for name in target.instruction_sets if not name.startswith(("sse", "ssse"))]
+    return f"the CPU, {target.machine} with {', '.join(newer) or 'no more than it always has'}"
 
 
 def evidence(manifest: Manifest) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.summary import evidence, megabytes
+from deploy.artifact.summary import evidence, kind_text, megabytes
 from deploy.bench.candidate.loadgen import check_installed
 from deploy.bench.conditions import conditions
 from deploy.bench.options import BenchOptions
@@ -141,12 +141,11 @@ def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
                 line.append(parent)
         for ancestor in reversed(line):
             manifest = ancestor.manifest
-            kind = f"{manifest.target.flavour} {manifest.target.version} engine" if manifest.target else "ONNX"
             descriptions[manifest.digest] = {
                 "digest": manifest.digest,
                 "parent": manifest.parent.digest if manifest.parent else None,
                 "name": manifest.name,
-                "what": f"{kind}, {manifest.precision}, {megabytes(ancestor.size)}",
+                "what": f"{kind_text(manifest)}, {manifest.precision}, {megabytes(ancestor.size)}",
                 "evidence": evidence(manifest),
                 "state_dict": manifest.source.state_dict,
                 "weights": manifest.source.weights,

@@ -61,9 +61,9 @@ class BenchOptions:
     def __post_init__(self) -> None:
         for backend in (self.baseline, *self.backends):
             split_backend(backend)
-        if split_backend(self.baseline)[0].runs == "engine":
+        if split_backend(self.baseline)[0].runs in ("engine", "package"):
             raise UsageError(
-                f"`baseline` {self.baseline}: an engine cannot be the baseline; name a backend that runs the export or its module"
+                f"`baseline` {self.baseline}: an engine or a package cannot be the baseline; name a backend that runs the export or its module"
             )
         for batch in self.batches:
             if batch < 1:

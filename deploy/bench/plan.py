@@ -13,8 +13,11 @@ from deploy.bench.options import BASELINE, BenchOptions
 from deploy.bench.shapes import bench_dims, read_shapes
 from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import ArtifactError, BackendError, UsageError
-from deploy.runtime.catalog import AUTO, refuse_compiled, split_backend
+from deploy.runtime.catalog import AUTO, own_backend, refuse_compiled, split_backend
 from deploy.runtime.load import import_backend
+
+_COMPILED = {"engine": ("engines", "build-trt"), "package": ("AOTInductor packages", "build-aoti")}
+"""What a backend runs that is built for it alone, and the command that builds it."""
 
 BATCHES = (1, 8, 32)
 """Batch sizes unless the user asks for others or the artifact has a fixed one."""
@@ -113,22 +116,29 @@ def make_plan(artifacts: Sequence[Artifact], options: BenchOptions, *, named: bo
     ]
     pairs += [(root, backend, batches) for backend in options.backends if _runs_module(backend)]
     pairs = [pair for pair in pairs if pair[:2] != (root, options.baseline)]
-    on_gpu = any(_gpu_only(backend) for _, backend, _ in pairs)
+    on_gpu = any(_gpu_only(artifact, backend) for artifact, backend, _ in pairs)
     baseline, *candidates = (
-        Candidate(artifact=artifact, backend=backend, device=_device(backend, options.device, on_gpu), batches=sizes, dims=dims)
+        Candidate(
+            artifact=artifact,
+            backend=backend,
+            device=_device(artifact, backend, options.device, on_gpu),
+            batches=sizes,
+            dims=dims,
+        )
         for artifact, backend, sizes in [(root, options.baseline, batches), *pairs]
     )
     return Plan(baseline=baseline, candidates=tuple(candidates), skipped=tuple(skipped))
 
 
 def _without_engine(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Skipped]:
-    """The named backends that run engines, of which there is none here. Raises BackendError unless they may be missing."""
-    flavours = {artifact.manifest.target.flavour for artifact in artifacts if artifact.manifest.target is not None}
+    """The named backends that run engines or packages, of which there is none here. Raises BackendError unless they may be missing."""
+    own = {own_backend(artifact) for artifact in artifacts}
     skipped = []
     for backend in options.backends:
         runner, _ = split_backend(backend)
-        if runner.runs == "engine" and runner.name not in flavours:
-            reason = f"{runner.name} runs engines, and no artifact here is one of its: build one with `deploy build-trt`"
+        if runner.runs in _COMPILED and runner.name not in own:
+            what, command = _COMPILED[runner.runs]
+            reason = f"{runner.name} runs {what}, and no artifact here is one of its: build one with `deploy {command}`"
             if not options.skip_missing:
                 raise BackendError(reason)
             skipped.append(Skipped(artifact=artifacts[0].shown, backend=backend, reason=reason))
@@ -144,16 +154,15 @@ def _runnable(
     """
     roots, runnable, skipped = [], [], []
     for artifact in artifacts:
-        target = artifact.manifest.target
+        own = own_backend(artifact)
         try:
             roots.append(artifact.root())
-            if target is not None:
-                _check_engine(artifact, backends)
+            if own is not None:
+                _check_compiled(artifact, backends)
         except (ArtifactError, BackendError) as error:
             if named:
                 raise
-            missing = target.flavour if target else BASELINE
-            skipped.append(Skipped(artifact=artifact.shown, backend=missing, reason=str(error)))
+            skipped.append(Skipped(artifact=artifact.shown, backend=own or BASELINE, reason=str(error)))
         else:
             runnable.append(artifact)
     return roots, runnable, skipped
@@ -186,19 +195,19 @@ def find_artifacts(build: Path = Path("build")) -> list[Artifact]:
     return [artifact for artifact in artifacts if artifact.manifest.source.state_dict == newest]
 
 
-def _check_engine(artifact: Artifact, backends: Sequence[str]) -> None:
-    """Raise BackendError unless the engine can run here, on one of `backends` if any are named."""
+def _check_compiled(artifact: Artifact, backends: Sequence[str]) -> None:
+    """Raise BackendError unless the engine or package can run here, on one of `backends` if any are named."""
     usable = _backends(artifact, backends)
-    if not has_gpu() or not usable:
+    if not usable or (artifact.manifest.kind == "engine" and not has_gpu()):
         refuse_compiled(artifact)
     import_backend(split_backend(usable[0])[0])
 
 
 def _backends(artifact: Artifact, backends: Sequence[str]) -> list[str]:
     """Those of `backends`, by default of `AUTO`, that run the artifact itself and not the module."""
-    target = artifact.manifest.target
-    if target is not None:
-        return [backend for backend in backends or (target.flavour,) if split_backend(backend)[0].name == target.flavour]
+    own = own_backend(artifact)
+    if own is not None:
+        return [backend for backend in backends or (own,) if split_backend(backend)[0].name == own]
     return [backend for backend in backends or AUTO if split_backend(backend)[0].runs == "onnx"]
 
 
@@ -206,16 +215,17 @@ def _runs_module(backend: str) -> bool:
     return split_backend(backend)[0].runs == "module"
 
 
-def _gpu_only(backend: str) -> bool:
+def _gpu_only(artifact: Artifact, backend: str) -> bool:
     runner, variant = split_backend(backend)
-    return runner.needs_gpu(variant)
+    package = artifact.manifest.package
+    return runner.needs_gpu(variant) or (package is not None and package.device == "cuda")
 
 
-def _device(backend: str, device: str, on_gpu: bool) -> str:
+def _device(artifact: Artifact, backend: str, device: str, on_gpu: bool) -> str:
     """The device of a session; `on_gpu`: whether one of the candidates runs only on a GPU."""
     if device != "auto":
         return device
-    return "cuda" if _gpu_only(backend) or (on_gpu and has_gpu() and _runs_module(backend)) else "cpu"
+    return "cuda" if _gpu_only(artifact, backend) or (on_gpu and has_gpu() and _runs_module(backend)) else "cpu"
 
 
 def _check_weights(artifacts: Sequence[Artifact]) -> None:

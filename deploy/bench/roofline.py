@@ -69,7 +69,12 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def count_work(artifact: Artifact, sizes: Mapping[str, int]) -> Work | None:
-    """The work of one run with these sizes of symbolic dimensions; None if it cannot be counted from the graph."""
+    """The work of one run with these sizes of symbolic dimensions; None if it cannot be counted from the graph.
+
+    The graph of a package is that of the export that it was compiled from.
+    """
+    if artifact.manifest.kind == "package":
+        artifact = artifact.root()
     manifest = artifact.manifest
     shapes = {spec.name: spec.concrete(sizes) for spec in manifest.inputs}
     model = ir.load(artifact.onnx_path)

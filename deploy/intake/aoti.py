@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, ExportError
+from deploy.host.compiler import NO_COMPILER, cxx_compiler
 from deploy.intake.adaptive_pools import AdaptivePools
 from deploy.intake.attribute_names import any_attribute_name
 from deploy.intake.call import dynamic_shapes
@@ -55,7 +57,8 @@ def compile_package(
     )
     shapes = dynamic_shapes(plain, inputs, profile)
     program: torch.export.ExportedProgram | None = None
-    with torch.no_grad(), quiet(), any_attribute_name():
+    where = torch.cuda.device(device) if on_gpu else nullcontext()
+    with torch.no_grad(), quiet(), any_attribute_name(), where:
         try:
             with AdaptivePools():
                 program = torch.export.export(plain, example, dynamic_shapes=shapes, strict=False)
@@ -122,17 +125,10 @@ def _example(inputs: Sequence[TensorSpec], profile: Mapping[str, Any] | None) ->
 
 def _check_compiler(device: str) -> None:
     """Raise BackendError where there is no C++ compiler, or for a GPU no CUDA toolkit: torch's own errors fill a page."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils import cpp_extension
+    from torch.utils import cpp_extension  # logs a warning where there is a toolkit and no GPU
 
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise BackendError(
-            "AOTInductor needs a C++ compiler, and there is none: install g++ (apt-get install g++; gcc alone is a C compiler), or"
-            " name one in CXX"
-        ) from error
+    if cxx_compiler() is None:
+        raise BackendError(f"AOTInductor {NO_COMPILER}")
     if device != "cpu" and cpp_extension.CUDA_HOME is None:
         raise BackendError(
             "AOTInductor builds for a GPU with the headers of the CUDA toolkit, and there are none: install it, or name its folder"

@@ -109,8 +109,8 @@ class _BuildAoti:
         self._data: CalibrationSet | None = None
 
     def request(self) -> dict[str, Any]:
-        from deploy.runtime.backends.eager import device_named  # these load torch
-        from deploy.runtime.package import target_here
+        from deploy.runtime.package import target_here  # these load torch
+        from deploy.runtime.torch_device import device_named
 
         source, options = self._source, self._options
         check_fp32(source)

@@ -240,7 +240,8 @@ class _BuildTrt:
         source, options = self._source, self._options
         manifest = source.manifest
         if manifest.kind != "onnx":
-            raise UsageError(f"{source.shown} is an engine already; give the ONNX artifact it was built from")
+            what = "an engine already" if manifest.kind == "engine" else "an AOTInductor package"
+            raise UsageError(f"{source.shown} is {what}; give the ONNX artifact it was built from")
         if options.precision is not None and manifest.precision != "fp32":
             raise UsageError(
                 f"{source.shown} is {manifest.precision} already, and {options.precision} takes an FP32 artifact: leave the"

@@ -72,7 +72,8 @@ def check_fp32(artifact: Artifact) -> None:
     """Raise UsageError unless `artifact` is an ONNX graph in FP32."""
     manifest = artifact.manifest
     if manifest.kind != "onnx":
-        raise UsageError(f"{artifact.shown} is an engine; give the FP32 ONNX artifact that it descends from")
+        what = "an engine" if manifest.kind == "engine" else "an AOTInductor package"
+        raise UsageError(f"{artifact.shown} is {what}; give the FP32 ONNX artifact that it descends from")
     if manifest.precision == "fp64":
         raise UsageError(f"{artifact.shown} computes in double precision; export the model in FP32 (`module.float()`)")
     if manifest.precision != "fp32":

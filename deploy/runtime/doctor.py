@@ -11,6 +11,7 @@ from deploy.artifact.manifest import FLAVOURS
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import load_flavour
 from deploy.errors import DeployError
+from deploy.host.compiler import NO_COMPILER, cxx_compiler
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.host.extras import EXTRAS
 from deploy.host.nvidia_smi import list_gpus
@@ -28,6 +29,7 @@ def examine() -> dict[str, Any]:
 
     `backends`, `flavours` and `optional` are lists of `name`, `available` and either `version` or `reason`. `extras` is a list
     of `name`, `available`, `install` (the pip command) and `libraries`, each with `name` and `version`, None if it is missing.
+    `compiler` is the path of the C++ compiler that packages are built with, or None; `compiler_missing` is what to do then.
     `gpus` is a list of `name`, `compute_capability`, `memory_mib` and `driver`; `gpus_missing` is the reason if it is empty.
     `torch` has `version`, `cuda` and `cuda_available`, and a `reason` if it cannot be imported.
     """
@@ -44,6 +46,8 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "gpus_missing": reason,
         "torch": _torch(),
+        "compiler": cxx_compiler(),
+        "compiler_missing": None if cxx_compiler() else f"`deploy build-aoti` {NO_COMPILER}",
         "backends": [_backend(name, no_gpu) for name in listed],
         "flavours": [_flavour(name) for name in FLAVOURS],
         "optional": [_optional(name) for name in OPTIONAL],

@@ -177,6 +177,11 @@ spec:
 
 
 def _check_runnable(artifact: Artifact, options: TritonOptions) -> None:
+    if artifact.manifest.kind == "package":
+        raise BackendError(
+            f"{artifact.shown} is an AOTInductor package, which this version cannot write for Triton: it runs on the very torch that"
+            " compiled it, and Triton's PyTorch backend brings its own; serve it with `deploy serve`, or export the ONNX artifact"
+        )
     target = artifact.manifest.target
     if target is None:
         return

@@ -17,6 +17,7 @@ from deploy.engine.options import BuildOptions
 from deploy.errors import UsageError
 from deploy.evidence.options import ToleranceOptions
 from deploy.options import described_fields, option
+from deploy.pipeline.build_aoti import BuildAotiOptions
 from deploy.pipeline.build_trt import BuildTrtOptions
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
@@ -99,6 +100,7 @@ FUNCTIONS: list[tuple[Callable[..., Any], tuple[type, ...], set[str]]] = [
     (deploy.export, (ExportOptions, ToleranceOptions), set()),
     (deploy.convert, (ConvertOptions, ToleranceOptions), set()),
     (deploy.quantize, (CalibrationOptions, QuantizeOptions, GateOptions, ToleranceOptions), set()),
+    (deploy.build_aoti, (BuildAotiOptions, ToleranceOptions), set()),
     (deploy.build_trt, (BuildTrtOptions, BuildOptions, CalibrationOptions, GateOptions, ToleranceOptions), {"quantization"}),
 ]
 """Public functions, the dataclasses that their options are in, and parameters that the command line spells out."""
@@ -138,11 +140,9 @@ def test_a_public_function_takes_the_types_of_the_fields(
             assert wanted in str(taken[each.name]) or wanted.replace(" | None", "") in str(taken[each.name]), each.name
 
 
-@pytest.mark.parametrize("name", ["export", "convert", "quantize", "build-trt"])
+@pytest.mark.parametrize("name", ["export", "convert", "quantize", "build-aoti", "build-trt"])
 def test_every_option_is_in_the_help_with_its_text(name: str, run: Callable[..., Any]) -> None:
-    kinds = {"export": FUNCTIONS[0][1], "convert": FUNCTIONS[1][1], "quantize": FUNCTIONS[2][1], "build-trt": FUNCTIONS[3][1]}[
-        name
-    ]
+    kinds = next(kinds for function, kinds, _ in FUNCTIONS if function.__name__ == name.replace("-", "_"))
     shown = re.sub(r"\s+", " ", run(name, "--help").out)
     for kind in kinds:
         for each, described in described_fields(kind):

@@ -36,6 +36,8 @@ def test_variants_that_cannot_be_meant_are_refused(shared_lenet5: Artifact, vari
         ("eager:fp16,channels_last", False),
         ("eager:cuda_graph", True),
         ("compile:max-autotune", False),
+        ("aoti", False),
+        ("aoti:cuda_graph", True),
     ],
 )
 def test_a_name_is_a_backend_and_its_variants_which_may_need_a_gpu(name: str, needs_gpu: bool) -> None:

@@ -97,3 +97,10 @@ def test_what_is_there_is_listed_beside_what_is_missing(blocked: list[str]) -> N
         assert extra["available"] == all(library["version"] for library in extra["libraries"])
         assert extra["install"] == f"pip install 'deploy[{extra['name']}]'"
     assert any(entry["available"] for entry in report["backends"] if entry["name"] == "onnxruntime")
+
+
+def test_what_packages_are_built_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    report = doctor.examine()
+    assert report["compiler"] is None
+    assert "`deploy build-aoti` needs a C++ compiler, and there is none: install g++" in report["compiler_missing"]

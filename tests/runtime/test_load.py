@@ -10,10 +10,10 @@ from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import ArtifactError, BackendError
 from deploy.runtime.catalog import BACKENDS
-from deploy.runtime.load import import_backend, open_session
+from deploy.runtime.load import import_backend, load, open_session
 from deploy.runtime.session import SessionOptions
 
-ON_THE_CPU = [name for name, backend in BACKENDS.items() if backend.runs != "engine"]
+ON_THE_CPU = [name for name, backend in BACKENDS.items() if backend.runs in ("onnx", "module")]
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
@@ -76,7 +76,7 @@ def test_auto_takes_onnxruntime_first(shared_lenet5: Artifact) -> None:
         assert session.backend == "onnxruntime"
 
 
-@pytest.mark.parametrize("backend", ["auto", "tensorrt-rtx", *ON_THE_CPU])
+@pytest.mark.parametrize("backend", ["auto", "tensorrt-rtx", "aoti", *ON_THE_CPU])
 def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, backend: str) -> None:
     with pytest.raises(BackendError) as caught:
         open_session(engine, backend)
@@ -84,3 +84,19 @@ def test_an_engine_is_refused_with_one_reason_and_a_remedy(engine: Artifact, bac
     assert message.count("is a tensorrt-rtx engine") == 1
     assert "NVIDIA GPU" in message
     assert f"run the ONNX artifact that it was built from ({engine.path.with_name('lenet5')})" in message
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "fastest", *ON_THE_CPU])
+def test_a_package_is_refused_with_one_reason_and_a_remedy(package: Artifact, backend: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        load(package, backend)
+    message = str(caught.value)
+    assert "is an AOTInductor package: it runs with the backend aoti; run the ONNX artifact that it was built from (" in message
+    assert "\n" not in message
+
+
+def test_auto_runs_a_package_with_aoti_and_aoti_nothing_else(package: Artifact, shared_lenet5: Artifact) -> None:
+    with load(package) as session:
+        assert session.backend == "aoti"
+    with pytest.raises(BackendError, match=r"lenet5 is no AOTInductor package; build one with `deploy build-aoti .*lenet5`"):
+        load(shared_lenet5, "aoti")

@@ -43,9 +43,9 @@ CASES = [
 @pytest.mark.parametrize("close", [close_here, close_elsewhere])
 @pytest.mark.parametrize(("backend", "read"), CASES)
 def test_an_iterator_that_is_half_read_keeps_no_session_open(
-    shared_lenet5: Artifact, backend: str, read: int, close: Callable[[Session], None]
+    shared_lenet5: Artifact, package: Artifact, backend: str, read: int, close: Callable[[Session], None]
 ) -> None:
-    session = open_session(shared_lenet5, backend)
+    session = open_session(package if backend == "aoti" else shared_lenet5, backend)
     outputs = session.stream(feeds())
     for _ in range(read):
         assert next(outputs)["logits"].shape == (2, 10)

@@ -35,11 +35,13 @@ def in_threads(work: Callable[[int], None]) -> None:
             future.result()
 
 
-@pytest.mark.parametrize(("backend", "runs"), [("onnxruntime", 40), ("openvino", 40), ("eager", 20), ("compile", 100)])
-def test_sixteen_threads_each_get_their_own_results(shared_lenet5: Artifact, backend: str, runs: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "runs"), [("onnxruntime", 40), ("openvino", 40), ("eager", 20), ("compile", 100), ("aoti", 40)]
+)
+def test_sixteen_threads_each_get_their_own_results(shared_lenet5: Artifact, package: Artifact, backend: str, runs: int) -> None:
     with open_session(shared_lenet5, "onnxruntime") as reference:
         expected = [reference(images(thread, 1 + thread % 3)) for thread in range(THREADS)]
-    with open_session(shared_lenet5, backend) as session:
+    with open_session(package if backend == "aoti" else shared_lenet5, backend) as session:
 
         def work(thread: int) -> None:
             x = images(thread, 1 + thread % 3)
@@ -60,12 +62,12 @@ def test_sixteen_threads_on_the_null_backend(shared_lenet5: Artifact) -> None:
         in_threads(work)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
-def test_closing_while_runs_are_under_way_lets_them_finish(shared_lenet5: Artifact, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager", "aoti"])
+def test_closing_while_runs_are_under_way_lets_them_finish(shared_lenet5: Artifact, package: Artifact, backend: str) -> None:
     x = images(0, 8)
     with open_session(shared_lenet5, "onnxruntime") as reference:
         expected = reference(x)
-    session: Session = open_session(shared_lenet5, backend)
+    session: Session = open_session(package if backend == "aoti" else shared_lenet5, backend)
     closed = 0
 
     def work(thread: int) -> None:

@@ -13,14 +13,15 @@ from deploy.artifact.artifact import Artifact
 from deploy.engine.profile_choice import ProfileChoice
 from deploy.errors import BackendError
 from deploy.runtime.arrays import Sort, pinned, to_host, writable
-from deploy.runtime.backends.eager import device_named
-from deploy.runtime.backends.eager import version as version  # it is torch too
+from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.cuda_graphs import CudaGraphs
 from deploy.runtime.cudnn import cudnn_benchmark
 from deploy.runtime.package import package_file
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 from deploy.runtime.tf32 import tf32
+from deploy.runtime.torch_device import device_named
+from deploy.runtime.torch_device import version as version
 
 _STREAMS = 2
 """By default one numpy feed computes on a GPU while another is copied."""
@@ -43,21 +44,22 @@ class AotiSession(Session):
         target = artifact.manifest.package
         assert target is not None  # or the request was refused
         asked = options.device if options.device != "auto" else target.device
-        self.device = device_named(asked if asked == "cpu" else f"cuda:{int(asked.partition(':')[2] or 0)}")
+        self.device = device_named(asked)
         self._home = torch.device(self.device)
         self._on_gpu = self._home.type == "cuda"
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._choice = ProfileChoice(self.name, self._input_names, self.profiles, command="build-aoti")
         file = package_file(artifact, self.device, rebuild=options.rebuild)
+        index = self._home.index if self._on_gpu else -1
         try:
-            package = torch._inductor.aoti_load_package(
-                str(file), run_single_threaded=True, device_index=self._home.index if self._on_gpu else -1
-            )
+            # What `torch._inductor.aoti_load_package` makes, without the compiler, which takes seconds to import. One run at a time is
+            # begun: with `run_single_threaded` it need not wait for the end of the last one on the GPU.
+            self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, index)
         except Exception as error:  # torch's loader and the system's raise of every kind
             raise BackendError(f"torch {torch.__version__} cannot load {file}: {first_line(error)}") from error
-        self._loader: Any = package.loader
         self._lock = threading.Lock()
+        self._passed: list[int] | None = None  # the outputs that are an input, which the caller may not get to write to
         self._launch: Any = self._loader.boxed_run
         self._holds_tf32 = False
         if self._on_gpu:
@@ -80,7 +82,9 @@ class AotiSession(Session):
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         target = artifact.manifest.package
-        if artifact.manifest.kind != "package" or target is None:
+        if artifact.manifest.kind == "engine":
+            refuse_compiled(artifact)
+        if target is None:
             raise BackendError(
                 f"{artifact.location} is no AOTInductor package; build one with `deploy build-aoti {artifact.location}`"
             )
@@ -98,38 +102,46 @@ class AotiSession(Session):
         self._choice.index(tuple(tuple(feed[name].shape) for name in self._input_names))
         return sort
 
-    def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        """Run on tensors on the device, on the current stream; the results are tensors of their own there."""
-        given = [feed[name].detach().contiguous() for name in self._input_names]
+    def _compute(self, feed: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Run on the device and the current stream; the results are tensors of their own there."""
+        given = []
+        for name in self._input_names:
+            x = feed[name]
+            if x.device != self._home:
+                x = x.to(self._home)
+            if x.requires_grad:
+                x = x.detach()
+            given.append(x if x.is_contiguous() else x.contiguous())
         if self._on_gpu:
             with torch.cuda.device(self._home):
-                results = self._run(given)
-        else:
-            torch.get_num_threads()  # gives a thread that torch has not seen the number of threads that was set
-            results = self._run(given)
-        # The caller may write to the results, so none of them may be an input.
-        memory = {x.untyped_storage().data_ptr() for x in given}
-        return [x.clone() if x.untyped_storage().data_ptr() in memory else x for x in results]
+                return self._run(given)
+        torch.get_num_threads()  # gives a thread that torch has not seen yet the number of threads that was set
+        return self._run(given)
 
-    def _run(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _run(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
         launch = self._launch
         if launch is None:
             raise closed_error(self.name)
         try:
             with self._lock:
-                results: list[torch.Tensor] = launch(list(given))  # the runner empties the list
+                results: list[torch.Tensor] = launch(given.copy())  # the runner empties the list
         except BackendError:
             raise
         except Exception as error:
             raise BackendError(
                 f"{self.backend} failed to run {self.name!r}: {type(error).__name__}: {first_line(error)}"
             ) from error
+        if self._passed is None:
+            memory = {x.untyped_storage().data_ptr() for x in given}
+            self._passed = [index for index, x in enumerate(results) if x.untyped_storage().data_ptr() in memory]
+        for index in self._passed:
+            results[index] = results[index].clone()
         return results
 
     def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
-        first = feed[self._input_names[0]].device
-        results = self._compute({name: x.to(self._home) for name, x in feed.items()})
-        return results if first == self._home else [x.to(first) for x in results]
+        results = self._compute(feed)
+        device = feed[self._input_names[0]].device
+        return results if device == self._home else [x.to(device) for x in results]
 
     def _run_numpy_on_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         if not self._on_gpu:

@@ -15,11 +15,11 @@ from torch._C._autograd import DeviceType
 
 from deploy.artifact.artifact import Artifact
 from deploy.runtime.backends.eager import EagerSession, flatten
-from deploy.runtime.backends.eager import version as version  # it is torch too
 from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.graph_trees import FIRST_RUNS, graph_trees
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions
+from deploy.runtime.torch_device import version as version
 
 # Even when it compiles for the CPU, the compiler looks for a CUDA toolkit and complains if there is no GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())

@@ -21,6 +21,8 @@ from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 from deploy.runtime.tf32 import tf32
+from deploy.runtime.torch_device import device_named
+from deploy.runtime.torch_device import version as version
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -140,18 +142,6 @@ class EagerSession(Session):
             cudnn_benchmark.release()
 
 
-def device_named(device: str) -> str:
-    """`cpu` or `cuda:N`: with its index, because every thread has a current device of its own. Raises BackendError."""
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
-    index = int(device.partition(":")[2] or 0)
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        raise BackendError(f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices")
-    return f"cuda:{index}"
-
-
 def flatten(value: Any) -> list[torch.Tensor]:
     """The tensors of nested tuples, lists and mappings, in order."""
     if isinstance(value, torch.Tensor):
@@ -163,11 +153,6 @@ def flatten(value: Any) -> list[torch.Tensor]:
     if value is None:
         return []
     raise TypeError(f"the module returned a {type(value).__name__}; expected tensors, or tuples, lists or dicts of them")
-
-
-def version(variant: Sequence[str]) -> str:
-    """The version of torch."""
-    return str(torch.__version__)
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

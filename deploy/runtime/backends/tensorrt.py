@@ -57,6 +57,8 @@ class TensorRTSession(Session):
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         manifest = artifact.manifest
+        if manifest.kind == "package":
+            refuse_compiled(artifact)
         if manifest.kind != "engine" or manifest.target is None:
             raise BackendError(
                 f"{artifact.location} is no engine; build one with `deploy build-trt {artifact.location} --flavour {self.backend}`"
