@@ -103,9 +103,9 @@ def not_done(setting: Setting, candidate: Candidate, model: str, batch: int) -> 
 
 
 def environment(setting: Setting, threads: int) -> dict[str, str]:
-    """The environment of a process. threads: those that compile kernels."""
+    """The environment of a process that shares torch's caches. threads: those that compile kernels, and compute on the CPU."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(setting.work.resolve() / "inductor"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-    return {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    return {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
 @dataclass
