@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the deploy of this checkout, installed or not
+
 from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import Sample
 from deploy.host.cpu import usable_cores

@@ -21,6 +21,8 @@ from deploy.artifact.tensors import random_feed
 from deploy.host.cpu import usable_cores
 
 POLL_S = 0.05
+TUNING_AT_A_TIME = 2
+"""Each compiles many kernels at a time."""
 RUNS = 3
 """The runs of compiled code that compile, warm up and record it."""
 
@@ -101,9 +103,9 @@ def not_done(setting: Setting, candidate: Candidate, model: str, batch: int) -> 
 
 
 def environment(setting: Setting, threads: int) -> dict[str, str]:
-    """The environment of a process. threads: those that compile kernels."""
+    """The environment of a process that shares torch's caches. threads: those that compile kernels, and compute on the CPU."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(setting.work.resolve() / "inductor"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-    return {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    return {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
 @dataclass
@@ -158,7 +160,7 @@ def run_jobs(
     """Do all jobs, in this order where they can; why those failed that did, by name.
 
     limit_s: the seconds of one job. until: the time (`time.monotonic`) at which those that are not done are given up.
-    together: tuning jobs run beside others too.
+    together: tuning jobs run beside others too, and not alone.
     """
     waiting = {job.name: job for job in jobs}
     running: dict[str, Child] = {}
@@ -187,11 +189,14 @@ def run_jobs(
 
 
 def _fits(job: Job, running: Mapping[str, Child], at_a_time: int, *, together: bool) -> bool:
-    if not together and ((job.tunes and running) or any(child.tunes for child in running.values())):
+    tuning = sum(child.tunes for child in running.values())
+    if job.tunes and tuning >= TUNING_AT_A_TIME:
+        return False
+    if not together and (tuning or (job.tunes and running)):
         return False
     return len(running) < at_a_time
 
 
 def compile_threads(job: Job) -> int:
     """The threads that compile kernels for a job: a tuning job tries many of them."""
-    return max(2, usable_cores() // 2) if job.tunes else 2
+    return max(2, usable_cores() // TUNING_AT_A_TIME) if job.tunes else 2

@@ -39,15 +39,16 @@ from deploy.host.versions import versions
 
 BUILD = Path("build/gpu-report")
 MODELS = ("resnet50", "mobilenet_v1", "resnet34", "vit_b_16", "lenet5")
-PARTS = ("resnet50", "overhead", "mobilenet_v1", "resnet34", "vit_b_16", "lenet5", "contexts")
-"""The parts, the most valuable first: the tables of the models, and two more."""
+WAVES = (("resnet50", "overhead"), ("mobilenet_v1", "resnet34"), ("vit_b_16", "lenet5", "contexts"))
+"""The parts, the most valuable first: the tables of the models, and two more. Those of a wave are prepared together."""
+PARTS = tuple(name for wave in WAVES for name in wave)
 PART_S = 180.0
 """The longest that a part may take to be measured, in seconds."""
 JOB_S = 600.0
 LEAST_S = 15.0
 """A part is not begun with less time left, in seconds."""
 PREPARING = 0.55
-"""The share of a budget in which all is prepared."""
+"""The share of what is left of a budget in which a wave is prepared."""
 
 Figures = Iterator[dict[str, Any]]
 
@@ -109,30 +110,36 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 def run(args: argparse.Namespace, setting: Setting, names: Sequence[str]) -> None:
     """Prepare and measure parts, and write the report after each. Exits with what failed when a part did."""
-    began = time.monotonic()
-    until = began + args.budget if args.budget else None
-    if names:
-        prepare(args, setting, names, began + args.budget * PREPARING if args.budget else None)
+    until = time.monotonic() + args.budget if args.budget else None
     failed: dict[str, str] = {}
-    for name in names:
-        left = until - time.monotonic() if until else PART_S
-        if left < LEAST_S:
-            failed[name] = "the budget was spent"
-            continue
-        print(f"{name} ...", flush=True)
-        part_file(args, name).unlink(missing_ok=True)
-        child = Child.start(
-            name, command(args, "--measure", name), setting.work / "logs" / f"measure-{name}.txt", environment(setting, 2)
-        )
-        if reason := child.wait(min(PART_S, left)):
-            failed[name] = reason
-        print(f"{name}: {time.monotonic() - child.started:.0f} s{f', {reason}' if reason else ''}", flush=True)
-        if part_file(args, name).is_file():
-            publish(args, failed)
+    for wave in WAVES:
+        if wanted := [name for name in wave if name in names]:
+            left = until - time.monotonic() if until else None
+            if left is None or left >= LEAST_S:
+                prepare(args, setting, wanted, time.monotonic() + left * PREPARING if left else None)
+            for name in wanted:
+                if reason := measure_part(args, setting, name, until):
+                    failed[name] = reason
     if not failed or any(part_file(args, name).is_file() for name in PARTS):
         print(publish(args, failed))
     if failed:
         sys.exit("".join(f"{name}: {reason}\n" for name, reason in failed.items()).rstrip())
+
+
+def measure_part(args: argparse.Namespace, setting: Setting, name: str, until: float | None) -> str | None:
+    """Measure a part in a process of its own, and write the report; what went wrong, or None."""
+    left = until - time.monotonic() if until else PART_S
+    if left < LEAST_S:
+        return "the budget was spent"
+    print(f"{name} ...", flush=True)
+    part_file(args, name).unlink(missing_ok=True)
+    log = setting.work / "logs" / f"measure-{name}.txt"
+    child = Child.start(name, command(args, "--measure", name), log, environment(setting, 2))
+    reason = child.wait(min(PART_S, left))
+    print(f"{name}: {time.monotonic() - child.started:.0f} s{f', {reason}' if reason else ''}", flush=True)
+    if part_file(args, name).is_file():
+        publish(args, {name: reason} if reason else {})
+    return reason
 
 
 def prepare(args: argparse.Namespace, setting: Setting, names: Sequence[str], until: float | None) -> None:
@@ -222,7 +229,7 @@ def publish(args: argparse.Namespace, failed: Mapping[str, str]) -> str:
     """Write the report of the measured parts, and return its text."""
     measured = read(args.parts)
     document = {"schema": 2, "parts": measured, "failed": dict(failed)}
-    text = report(measured)
+    text = report(document)
     where = save(slug(measured[0]["conditions"]["gpu"]), document, text, args.results)
     return f"{text}\nwritten: {where}.json and .md"
 
@@ -242,9 +249,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def report(measured: Sequence[Mapping[str, Any]]) -> str:
+def report(document: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    return tables(measured, [name for name in PARTS if name not in {part["part"] for part in measured}])
+    measured = {part["part"] for part in document["parts"]}
+    missing = {name: document["failed"].get(name, "not run") for name in PARTS if name not in measured}
+    return tables(document["parts"], missing)
 
 
 if __name__ == "__main__":

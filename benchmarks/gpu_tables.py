@@ -12,13 +12,13 @@ Part = Mapping[str, Any]
 TITLES = {"tensors": "From CUDA tensors", "numpy": "From numpy, through pinned memory, to numpy"}
 
 
-def report(measured: Sequence[Part], missing: Sequence[str]) -> str:
-    """The headlines and goals, then the tables of each part. missing: the names of the parts that were not measured."""
+def report(measured: Sequence[Part], missing: Mapping[str, str]) -> str:
+    """The headlines and goals, then the tables of each part. missing: why the parts that were not measured were not, by name."""
     where = measured[0]["conditions"]
     lines = [f"# PyTorch and what deploy makes of it on {where['gpu']}\n"]
     lines.append(f"\n## Headline\n\n{bullets([*headlines(measured), *goals(measured)])}")
     if missing:
-        lines.append(f"- not measured: {', '.join(missing)}\n")
+        lines.append(bullets(f"{name} was not measured: {reason}" for name, reason in missing.items()))
     for part in measured:
         if "rows" in part:
             lines.append(model_tables(part))

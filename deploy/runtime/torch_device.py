@@ -8,9 +8,9 @@ from deploy.errors import BackendError
 
 
 def device_named(device: str) -> str:
-    """torch's device for `SessionOptions.device`: `cpu` or `cuda:N`, with its index, because every thread has a current device of its own.
+    """torch's device for `SessionOptions.device`: `cpu` or `cuda:N`. `auto` is the GPU where there is one.
 
-    `auto` is the GPU where there is one. Raises BackendError for one that is not there.
+    It has its index, because each thread has a current device of its own. Raises BackendError for a GPU that is not there.
     """
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"

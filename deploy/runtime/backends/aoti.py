@@ -44,7 +44,7 @@ class AotiSession(Session):
         target = artifact.manifest.package
         assert target is not None  # or the request was refused
         asked = options.device if options.device != "auto" else target.device
-        self.device = device_named(asked if asked == "cpu" else f"cuda:{int(asked.partition(':')[2] or 0)}")
+        self.device = device_named(asked)
         self._home = torch.device(self.device)
         self._on_gpu = self._home.type == "cuda"
         if options.threads is not None:

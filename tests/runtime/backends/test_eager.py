@@ -9,7 +9,6 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import WEIGHTS
 from deploy.artifact.onnxfile import open_onnx
 from deploy.errors import ArtifactError, BackendError, DeployError
-from deploy.runtime.backends.eager import device_named
 from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
@@ -103,12 +102,6 @@ def test_threads_are_set_for_the_process(shared_lenet5: Artifact) -> None:
 def test_a_gpu_that_is_not_there_is_an_error(shared_lenet5: Artifact, device: str) -> None:
     with pytest.raises(BackendError, match=rf"no {device} here: torch .* sees 0 usable CUDA devices"):
         open_session(shared_lenet5, "eager", SessionOptions(device=device))
-
-
-def test_a_session_knows_its_gpu_by_number_whatever_thread_it_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [device_named(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
 
 
 @pytest.mark.parametrize("backend", ["eager", "compile"])
