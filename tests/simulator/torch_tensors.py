@@ -104,10 +104,10 @@ def _kernel(front: TorchFront, func: Any, args: Any, kwargs: Any) -> Any:
         front.put(Action(str(func), _uses(*reads), kernel=True), index)
         front.synchronize_current(index)
         return func(*inner_args, **inner_kwargs)
-    meta = func(
-        *tree_map(_meta, args), **{**tree_map(_meta, kwargs), **({"device": torch.device("meta")} if "device" in kwargs else {})}
+    shown = func(
+        *tree_map(_zeros, args), **{**tree_map(_zeros, kwargs), **{k: v for k, v in inner_kwargs.items() if k == "device"}}
     )
-    shapes, _ = tree_flatten(meta)
+    shapes, _ = tree_flatten(shown)
     results = [front.empty_strided(x.shape, x.stride(), x.dtype, index) for x in shapes]
 
     def run() -> None:
@@ -120,13 +120,12 @@ def _kernel(front: TorchFront, func: Any, args: Any, kwargs: Any) -> Any:
             result.inside.copy_(value)
 
     front.put(Action(str(func), _uses(*reads, *((r.inside, True) for r in results)), run, kernel=True), index)
-    return results[0] if isinstance(meta, torch.Tensor) else tuple(results)
+    return results[0] if isinstance(shown, torch.Tensor) else tuple(results)
 
 
-def _meta(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+def _zeros(x: Any) -> Any:
+    """A tensor to learn from what the shape of a result is: what is in the real one is not known yet."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).zero_() if isinstance(x, torch.Tensor) else x
 
 
 def _copy(front: TorchFront, to: torch.Tensor, source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
