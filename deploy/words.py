@@ -10,6 +10,12 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def a_type(value: object) -> str:
+    """`an int`, `a list`: the type of a value with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
 def is_utf8(path: Path | str) -> bool:
     """Whether a path can be given to libraries that take no other encoding. Python keeps other bytes as lone surrogates."""
     try:

@@ -4,13 +4,20 @@ from pathlib import Path
 import pytest
 
 from deploy.models import errors
-from deploy.words import count_of, did_you_mean, is_utf8, printable
+from deploy.words import a_type, count_of, did_you_mean, is_utf8, printable
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
 def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
     assert count_of(count, "thread") == text
     assert count_of(count, "class") == text.replace("threads", "classes").replace("thread", "class")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3, "an int"), ([], "a list"), (OSError(), "an OSError"), (ValueError(), "a ValueError")]
+)
+def test_a_type_has_its_article(value: object, text: str) -> None:
+    assert a_type(value) == text
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,11 @@ def image_batches(
 
     If the model's batch is fixed, the last feed is filled up with copies of its last image and has more rows than labels.
     Raises what `RecordInput.load` raises, unless `skip` takes the error, which leaves the image out; DataError for images
-    of different sizes in one batch, and UsageError for a batch that does not fit into memory.
+    of different sizes in one batch, UsageError for a batch that does not fit into memory, and UserCodeError for a function
+    that cannot be imported.
     """
+    for image in source.images:
+        image.preprocess.load_function()
     try:
         fixed = isinstance(source.specs[0].shape[0], int)
         for feed, labels in imagefolder.batches(samples, source.load, batch_size, skip=skip):

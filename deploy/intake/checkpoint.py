@@ -20,7 +20,7 @@ from deploy.artifact.manifest import file_digest, request_digest
 from deploy.errors import CheckpointError
 from deploy.intake.fileformat import file_format, refuse_folder, refuse_shard, shard_files
 from deploy.intake.fit import StateDict
-from deploy.words import is_utf8
+from deploy.words import a_type, is_utf8
 
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",
@@ -169,7 +169,7 @@ def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, 
     likeness = _Likeness()
     if not likeness(content):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state_dict: save model.state_dict()")
+            raise CheckpointError(f"{path} holds {a_type(content)}; expected a state_dict: save model.state_dict()")
         found = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
         raise CheckpointError(f"{path} holds no weights: expected tensors by name, found {found}")
     keys: list[str] = []

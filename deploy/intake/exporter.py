@@ -20,6 +20,7 @@ from deploy.intake.call import bind, dynamic_shapes
 from deploy.intake.export_errors import explain, fixed_at, size_branches
 from deploy.intake.graph_names import name_graph
 from deploy.intake.recurrent import RecurrentLayers, fold_weights
+from deploy.words import a_type
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,7 @@ def flatten_outputs(result: Any) -> dict[str, torch.Tensor]:
     for name, value in flat.items():
         if value is not None and not isinstance(value, torch.Tensor):
             place = "" if value is result else f" as {name!r}"
-            raise ExportError(
-                f"the module returns a {type(value).__name__}{place}; expected tensors, or tuples, lists and dicts of them"
-            )
+            raise ExportError(f"the module returns {a_type(value)}{place}; expected tensors, or tuples, lists and dicts of them")
     tensors = {name: value for name, value in flat.items() if value is not None}
     if not tensors:
         raise ExportError(f"the module returns no tensor{' but None' if flat else ''}; expected one at least")

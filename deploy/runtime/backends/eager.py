@@ -20,6 +20,7 @@ from deploy.runtime.module_times import module_times
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 from deploy.runtime.tf32 import tf32
+from deploy.words import a_type
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -157,7 +158,7 @@ def flatten(value: Any) -> list[torch.Tensor]:
         return [tensor for part in value for tensor in flatten(part)]
     if value is None:
         return []
-    raise TypeError(f"the module returned a {type(value).__name__}; expected tensors, or tuples, lists or dicts of them")
+    raise TypeError(f"the module returned {a_type(value)}; expected tensors, or tuples, lists or dicts of them")
 
 
 def version(variant: Sequence[str]) -> str:
