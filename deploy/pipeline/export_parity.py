@@ -14,6 +14,7 @@ from deploy.intake.call import bind
 from deploy.intake.export_errors import fixed_reason, line_of
 from deploy.intake.exporter import flatten_outputs
 from deploy.intake.lookups import Lookups
+from deploy.pipeline.export_advice import advice, repeated, run_raw, runs
 from deploy.pipeline.written import Case
 
 REAL_ROWS = 8
@@ -32,10 +33,8 @@ def run_eager(
     Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.
     """
     try:
-        with torch.inference_mode():
-            args, kwargs = bind(module, {spec.name: torch.from_numpy(feed[spec.name].copy()) for spec in specs})
-            results = flatten_outputs(module(*args, **kwargs))
-            return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
+        results = flatten_outputs(run_raw(module, specs, feed))
+        return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
     except DeployError:
         raise
     except Exception as error:  # the user's own code: any error may come
@@ -44,20 +43,13 @@ def run_eager(
         line = line_of(error, user_files)
         name, where = type(module).__name__, f": {line}" if line else ""
         batch = batch_dim(specs)
-        if ran is not None and batch is not None and _shapes(ran) != shapes:
-            fixed, remedy = fixed_reason([batch])
+        other_batch = ran is not None and batch is not None and _shapes(ran) != shapes
+        if other_batch and not runs(module, specs, repeated(specs, ran, feed)):  # type: ignore[arg-type]  # `ran` is not None
+            fixed, remedy = fixed_reason([str(batch)])
             raise ExportError(
-                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
+                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"  # type: ignore[arg-type]
             ) from error
-        integers = [spec.name for spec in specs if np.dtype(feed[spec.name].dtype).kind in "iu"]
-        ranged = (
-            f"; {', '.join(integers)} are integers: say their range, NAME=1x6:int64[0,100], or give feeds with `data`"
-            if integers
-            else ""
-        )
-        raise ExportError(
-            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with `inputs` NAME=1x3x224x224[:dtype]{ranged}"
-        ) from error
+        raise ExportError(f"{name} cannot run {shapes}{where}: {reason}{advice(module, specs, feed, error)}") from error
 
 
 def _shapes(feed: Mapping[str, np.ndarray]) -> str:
@@ -130,10 +122,9 @@ def other_size(
     tried = other_sizes(specs, dims)
     for sizes in tried:
         feed = random_feed(specs, sizes, seed=len(sizes))
-        try:
-            results = run_eager(module, specs, feed, user_files)
-        except ExportError:
+        if not runs(module, specs, feed):
             continue
+        results = run_eager(module, specs, feed, user_files)
         return Case("random", feed, dict(zip(outputs, results.values(), strict=True))), ""
     return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if tried and tried[0][dim] != size)
 

@@ -124,7 +124,9 @@ def test_integers_go_as_far_as_the_table_they_look_up(tmp_path: Path) -> None:
 
 def test_integers_that_go_elsewhere_first_need_a_range_or_feeds(tmp_path: Path) -> None:
     body = TOKENS.format("ids", "kinds * 1")
-    with pytest.raises(ExportError, match=r"say their range, NAME=1x6:int64\[0,100\], or give feeds with `data`"):
+    with pytest.raises(
+        ExportError, match=r"it runs where kinds is 0: say the range of the integers, NAME=1x6:int64\[0,100\], or give"
+    ):
         exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64")
     ranged = exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64[0,2]")
     assert ranged.manifest.inputs[1].bounds == (0.0, 2.0)
