@@ -69,6 +69,8 @@ class ExportOptions:
         odd = next((text for text in (self.name or "", *self.inputs, *self.outputs) if not is_utf8(text)), None)
         if odd is not None:
             raise UsageError(f"the name {printable(odd)} is not UTF-8, and ONNX and manifests hold nothing else")
+        if "" in self.outputs:
+            raise UsageError("`outputs` has an empty name: an output needs one")
         if self.expect_top1 is not None and self.eval_folder is None:
             raise UsageError("`expect_top1` needs `eval_folder`, the images that accuracy is measured on")
         if self.onnx is not None:

@@ -1,6 +1,8 @@
 """What the eager module makes of feeds, and whether a comparison with it can prove anything."""
 
+import copy
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -66,8 +68,41 @@ def check_repeatable(
         return
     culprit = _first_that_differs(module, specs, feed, user_files)
     raise ExportError(
-        f"{type(module).__name__} gives another result each time it is run{culprit}, so that nothing can be compared with it:"
-        " take the random part out (dropout without training=self.training, torch.rand...)"
+        f"{type(module).__name__} gives another result each time it is run{culprit}, so that nothing can be compared with it"
+        f"{_why_it_differs(module, specs, feed)}"
+    )
+
+
+def _why_it_differs(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Feed) -> str:
+    """Whether random numbers or what the module keeps from run to run make its results differ; "" where neither is found to.
+
+    With the seeds of all global generators the same, random results are; two copies of a module keep the same.
+    """
+
+    def same(*modules: torch.nn.Module) -> bool:
+        found = []
+        for each in modules:
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            found.append(list(flatten_outputs(run_raw(each, specs, feed)).values()))
+        return _equal(*found)
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        if same(module, module):
+            return ": take the random part out (dropout without training=self.training, torch.rand...)"
+        kept = same(copy.deepcopy(module), copy.deepcopy(module))
+    except Exception:  # what cannot be copied, or runs no third time
+        return ""
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+    return (
+        "\nits forward changes what the module holds (a counter, a buffer, a cache): let it take that as an input and return it as an output"
+        if kept
+        else ""
     )
 
 

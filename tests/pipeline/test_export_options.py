@@ -22,6 +22,7 @@ BARE: dict[str, Any] = {"onnx": Path("net.onnx")}
         ({**NET, "name": "a/b"}, "`name` must be a plain name, not 'a/b'"),
         ({**BARE, "name": ".."}, "`name` must be a plain name"),
         ({**NET, "match": "shape", "weights": Path("w.pth")}, "`match` must be name or order, not 'shape'"),
+        ({**NET, "outputs": ("a", "")}, "`outputs` has an empty name"),
         ({**NET, "match": "order"}, "give one with `weights`"),
         ({**NET, "allow_partial": True}, "give one with `weights`"),
         ({**NET, "num_classes": 0}, "`num_classes` must be 1 or more, not 0"),

@@ -61,7 +61,32 @@ def test_a_module_that_differs_from_itself_is_named(
     with pytest.raises(ExportError, match="Net gives another result each time it is run") as caught:
         exported(tmp_path, body, "x=1x8")
     assert named in str(caught.value)
+    assert "take the random part out" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+INIT = "def __init__(self):\n    super().__init__()\n    "
+STATES = {
+    "a counter": (f"{INIT}self.runs = 0\ndef forward(self, x):\n    self.runs += 1\n    return x * self.runs", True),
+    "a buffer": (
+        f"{INIT}self.register_buffer('last', torch.zeros(8))\ndef forward(self, x):\n    self.last = self.last + x[0]\n"
+        "    return x + self.last",
+        True,
+    ),
+    "a source of its own": (f"{INIT}self.rng = np.random.default_rng()\ndef forward(self, x):\n    return x * self.rng.random()", True),
+    "a source that is new each time": ("def forward(self, x):\n    return x * np.random.default_rng().random()", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "kept"), STATES.values(), ids=STATES)
+def test_what_a_module_keeps_from_run_to_run_is_not_called_random(
+    body: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "HEAD", HEAD + "import numpy as np\n")
+    with pytest.raises(ExportError, match="Net gives another result each time it is run") as caught:
+        exported(tmp_path, body, "x=1x8")
+    assert "random part" not in str(caught.value)
+    assert ("its forward changes what the module holds" in str(caught.value)) == kept
 
 
 def test_a_module_that_runs_at_one_size_alone_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
