@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from deploy.artifact.tensors import TensorSpec, batch_dim, dynamic_sizes, random_feed
+from deploy.artifact.tensors import TensorSpec, batch_dim, dynamic_sizes, random_feed, size_of_batch
 from deploy.intake.call import bind
 
 _OF_INPUT = re.compile(r"\b(sizes?|shapes?|dimensions?|dims?|channels?|dtypes?|scalar types?|(?<!un)expected)\b", re.IGNORECASE)
@@ -33,14 +33,13 @@ def runs(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping[str
     return True
 
 
-def repeated(
-    specs: Sequence[TensorSpec], feed: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The rows of `feed`, repeated or left out until there are as many as in `like`; inputs without the batch as they are."""
+def repeated(specs: Sequence[TensorSpec], feed: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """`rows` rows of `feed` along its batch, repeated where it has fewer; inputs without the batch as they are."""
     batch = batch_dim(specs)
-    batched = {spec.name for spec in specs if spec.shape and spec.shape[0] == batch}
+    axes = {spec.name: spec.shape.index(batch) for spec in specs if batch in spec.shape}
     return {
-        name: np.resize(array, (len(like[name]), *array.shape[1:])) if name in batched else array for name, array in feed.items()
+        name: np.take(array, np.arange(rows) % array.shape[axes[name]], axis=axes[name]) if name in axes else array
+        for name, array in feed.items()
     }
 
 
@@ -103,7 +102,7 @@ def _smaller(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Mapping
     """
     first = dynamic_sizes(specs, dict(feed))
     batch = batch_dim(specs)
-    rows = {} if batch is None else {batch: next(len(feed[spec.name]) for spec in specs if spec.shape[:1] == (batch,))}
+    rows = {} if batch is None else {batch: size_of_batch(specs, dict(feed))}
     integers = [name for name, array in feed.items() if array.dtype.kind in "iu"]
 
     def fits(sizes: Mapping[str, int]) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from deploy.artifact.image_ops import read_image
 from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
-from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
+from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, batch_dim, format_shape, parse_shapes
 from deploy.artifact.usercode import UserFunction, split_spec
 from deploy.data.images import ImageInput, takes_images
 from deploy.errors import UsageError, UserCodeError
@@ -53,7 +53,8 @@ def _bounds(text: str) -> tuple[str, tuple[float, float] | None]:
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:
     """Specs of the inputs: those of `texts`, else the architecture's own; the leading 1 made symbolic unless `static_batch`.
 
-    It stays as it is where `batch` is another dimension: `1xbatchx8` is the state of one recurrent layer. Raises UsageError.
+    It stays as it is where the batch is another dimension: `1xbatchx8` is the state of one recurrent layer, as is `1xNx8` beside
+    `TxNx6`. Raises UsageError.
     """
     if not texts and built.inputs is None:
         raise UsageError(f"say what {built.factory} takes: `inputs` NAME=1x3x224x224[:dtype], once for each input")
@@ -67,8 +68,11 @@ def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) 
         raise UsageError(f"two inputs have the same name: {', '.join(names)}")
     if static_batch:
         return specs
+    elsewhere = {BATCH, batch_dim(specs)}
     return tuple(
-        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) and BATCH not in spec.shape else spec
+        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:]))
+        if spec.shape[:1] == (1,) and elsewhere.isdisjoint(spec.shape)
+        else spec
         for spec in specs
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed, size_of_batch
 from deploy.errors import DeployError, ExportError
 from deploy.evidence.parity import TOLERANCES, judge
 from deploy.intake.call import bind
@@ -45,12 +45,13 @@ def run_eager(
         line = line_of(error, user_files)
         name, where = type(module).__name__, f": {line}" if line else ""
         batch = batch_dim(specs)
-        other_batch = ran is not None and batch is not None and _shapes(ran) != shapes
-        if other_batch and not runs(module, specs, repeated(specs, ran, feed)):  # type: ignore[arg-type]  # `ran` is not None
-            fixed, remedy = fixed_reason([str(batch)])
-            raise ExportError(
-                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"  # type: ignore[arg-type]
-            ) from error
+        if ran is not None and batch is not None and _shapes(ran) != shapes:
+            rows = repeated(specs, ran, size_of_batch(specs, dict(feed)))
+            if not runs(module, specs, rows):
+                fixed, remedy = fixed_reason([batch])
+                raise ExportError(
+                    f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
+                ) from error
         raise ExportError(f"{name} cannot run {shapes}{where}: {reason}{advice(module, specs, feed, error)}") from error
 
 

@@ -10,6 +10,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import summary
 from deploy.errors import ExportError, UsageError
+from deploy.runtime.batching.batcher import Batcher
 
 HEAD = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 
@@ -188,3 +189,20 @@ def test_raw_pixels_are_made_up_where_the_preprocessing_leaves_them(tmp_path: Pa
         tmp_path, "def forward(self, x):\n    return (x / 255).mean((2, 3))", "x=1x3x8x8", preprocess=str(tmp_path / "p.json")
     )
     assert artifact.manifest.inputs[0].bounds == (0.0, 255.0)
+
+
+def test_a_batch_behind_the_time_is_the_batch_and_requests_are_not_joined_along_the_time(tmp_path: Path) -> None:
+    body = f"{INIT}self.rnn = nn.GRU(6, 8)\ndef forward(self, x, h):\n    return self.rnn(x, h)"
+    (tmp_path / "feeds").mkdir()
+    for index in range(2):
+        np.savez(tmp_path / "feeds" / f"{index}.npz", x=np.ones((9, 6), np.float32), h=np.zeros((1, 8), np.float32))
+    artifact = exported(tmp_path, body, "x=TxNx6", "h=1xNx8", data=tmp_path / "feeds")
+    assert [spec.shape for spec in artifact.manifest.inputs] == [("T", "N", 6), (1, "N", 8)]
+    assert artifact.manifest.parity is not None
+    cases = [(case.data, case.batch, case.sizes) for case in artifact.manifest.parity.cases]
+    assert cases[:3] == [("random", size, {"T": 224}) for size in (1, 2, 5)]
+    assert [(data, batch) for data, batch, _ in cases if data != "random"][:1] == [("feeds", 1)]
+    with deploy.load(artifact) as session, Batcher(session) as batcher:
+        assert batcher.max_rows is None
+        feed = {"x": np.ones((9, 3, 6), np.float32), "h": np.zeros((1, 3, 8), np.float32)}
+        assert batcher.run(feed)["output_0"].shape == (9, 3, 8)
