@@ -17,7 +17,7 @@ from deploy.data.image_folder import image_batches, read_folder, samples_digest
 from deploy.data.npz_folder import holds_npz, read_npz, read_npz_folder
 from deploy.data.records import record_input
 from deploy.errors import DataError, InputError, UsageError
-from deploy.words import printable
+from deploy.words import as_utf8, printable
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class _Images(CalibrationSet):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
-            reason = f"; the first: {printable(self._reason)}" if self._source.tables else ""
+            reason = f"; the first: {as_utf8(self._reason)}" if self._source.tables else ""
             logger.warning("%d of %d images cannot be read and were left out: %s%s", len(self.skipped), self.count, shown, reason)
 
     def _skip(self, path: Path, error: Exception) -> None:
@@ -92,7 +92,7 @@ class _Images(CalibrationSet):
         if len(self.skipped) > max(1, int(SKIPPED * len(self._samples))):
             raise DataError(
                 f"{self._folder}: over {SKIPPED:.0%} of {self.count} images cannot be read, among them"
-                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them. The first: {printable(self._reason)}"
+                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them. The first: {as_utf8(self._reason)}"
             ) from error
 
 

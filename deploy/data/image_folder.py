@@ -13,7 +13,7 @@ from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
 from deploy.data.records import RecordInput, record_input
 from deploy.data.table import FILE_NAME, find_table, normal, read_table
 from deploy.errors import DataError, UsageError
-from deploy.words import printable
+from deploy.words import as_utf8
 
 
 def read_folder(folder: Path | str) -> ImageFolder:
@@ -93,7 +93,7 @@ def samples_digest(samples: Sequence[tuple[Path, int]], folder: Path | None) -> 
     """SHA-256 over images, by class and content; `folder`: that of the table which is read with them. Raises DataError."""
     content: dict[str, object] = {"images": [[label, file_digest(path)] for path, label in samples]}
     if folder is not None:  # rows belong to images by name
-        content["names"] = [printable(path.relative_to(folder)) for path, _ in samples]
+        content["names"] = [as_utf8(path.relative_to(folder)) for path, _ in samples]
         content["table"] = [file_digest(path) for path in table_files(folder, [path for path, _ in samples])]
     return request_digest(content)
 

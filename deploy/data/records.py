@@ -50,7 +50,7 @@ class RecordInput:
         found = {first.spec.name: first.load(path)}
         if others or self.values:
             if (entry := self._rows.get(normal(path))) is None:
-                raise DataError(f"{path} has no row in {' or '.join(str(table.path) for table in self.tables)}")
+                raise DataError(f"{printable(path)} has no row in {' or '.join(str(table.path) for table in self.tables)}")
             table, row = entry
             for image in others:
                 found[image.spec.name] = _named_image(table, row, image)
@@ -62,7 +62,7 @@ class RecordInput:
         """An error for each row of the tables whose image is neither among `files` nor anywhere."""
         there = {normal(path) for path in files}
         return [
-            DataError(f"no image at {path}, which {table.path} has a row for")
+            DataError(f"no image at {printable(path)}, which {table.path} has a row for")
             for path, (table, _) in self._rows.items()
             if path not in there and not path.exists()
         ]

@@ -5,6 +5,7 @@ import errno
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,9 @@ def read_state_dict(path: Path) -> StateDict:
         raise CheckpointError(
             f"{path} holds {empty!r} without values (on the meta device): save the weights of a module that has them"
         )
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided:  # sparse
+            state[name] = tensor.to_dense()
     return state
 
 
@@ -133,7 +137,8 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?i).*sparse", UserWarning)  # that it is beta, and slow to check
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True)
             with path.open("rb") as file:  # torch.load takes the suffix, and not the content, for the format

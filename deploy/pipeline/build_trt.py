@@ -241,6 +241,16 @@ class _BuildTrt:
         manifest = source.manifest
         if manifest.kind != "onnx":
             raise UsageError(f"{source.shown} is an engine already; give the ONNX artifact it was built from")
+        if manifest.precision == "fp64":
+            raise UsageError(
+                f"{source.shown} computes in double precision, and TensorRT does not: export the model in FP32 (`module.float()`)"
+            )
+        outputs = {spec.name for spec in manifest.outputs}
+        if both := [spec.name for spec in manifest.inputs if spec.name in outputs]:
+            raise UsageError(
+                f"{both[0]!r} is an input and an output of {source.shown}, and an engine needs two names: leave that output out, or"
+                " give it another name behind an Identity"
+            )
         if options.precision is not None and manifest.precision != "fp32":
             raise UsageError(
                 f"{source.shown} is {manifest.precision} already, and {options.precision} takes an FP32 artifact: leave the"

@@ -35,6 +35,10 @@ PASS_THROUGH = frozenset(
 Resize, this holds in the mode `nearest`."""
 
 
+class NothingToQuantizeError(PrecisionError):
+    """A graph without a layer that can be INT8."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which nodes to leave in floating point.
@@ -107,7 +111,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     nodes = tuple(_name(node) for node in layers if node.op_type in WEIGHTED)
     if not nodes:
         reasons = sorted({f"{node.op_type} {node.name!r}: {reason}" for node, reason in left.items() if _is(node, WEIGHTED)})
-        raise PrecisionError(
+        raise NothingToQuantizeError(
             f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for INT8" + (f" ({reasons[0]})" if reasons else "")
         )
     edges = _Edges(graph, activations, asked)

@@ -16,7 +16,7 @@ from deploy.artifact.tensors import Feed, row_count
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
-from deploy.errors import UsageError
+from deploy.errors import PrecisionError, UsageError
 from deploy.precision.checked import check_prepared
 from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
@@ -31,7 +31,7 @@ from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
-from deploy.precision.int8.placement import Placement, Selection, place
+from deploy.precision.int8.placement import NothingToQuantizeError, Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.int8.scales import scales_of
@@ -87,6 +87,7 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
     selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
+    _check_layers(model, selection, options)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
@@ -179,6 +180,16 @@ def _calibrate(
         ),
     )
     return known, references
+
+
+def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOptions) -> None:
+    """Raise PrecisionError where there is nothing to quantize, saying how to have FP16 alone if that was asked for too."""
+    try:
+        place(model, selection)
+    except NothingToQuantizeError as error:
+        if options.fp16:
+            raise PrecisionError(f"{error}; for FP16 alone, leave INT8 out: `deploy convert --fp16`") from error
+        raise
 
 
 def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str]:
