@@ -87,7 +87,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
+    instead, with `inputs`, `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
     that stood at `out` is lost then.
     """
     given = dict(locals())

@@ -17,7 +17,7 @@ class ExportOptions:
     """What to export and how. Exactly one of `arch`, `model` and `onnx`.
 
     model_args: keyword arguments of the factory.
-    inputs, outputs: by position.
+    inputs, outputs: by position. With `onnx`, NAME=SHAPE of inputs whose rank the file does not say.
     opset: 18 to 25.
     """
 
@@ -88,7 +88,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
+        taken = ("onnx", "inputs", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

@@ -42,6 +42,7 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
     [
         {**BARE, "preprocess": "imagenet", "classes": Path("classes.txt"), "name": "net"},
         {**BARE, "eval_folder": Path("photos"), "expect_top1": 84.2},
+        {**BARE, "inputs": ("x=Nx4",)},
         {**NET, "match": "order", "allow_partial": True, "weights": Path("w.pth")},
         {"model": "net.py:Net", "opset": 18, "num_classes": 1},
         {**NET, "opset": 25},
