@@ -10,6 +10,12 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def a_type(value: object) -> str:
+    """`an int`, `a list`: the type of a value with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
 def is_utf8(path: Path | str) -> bool:
     """Whether a path can be given to libraries that take no other encoding. Python keeps other bytes as lone surrogates."""
     try:
@@ -27,6 +33,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def as_utf8(text: Path | str) -> str:
+    """Text that UTF-8 can hold: bytes of a path that are none are written as `\\xe9`."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def printable(path: Path | str) -> str:
-    """A path as text that UTF-8 can hold: bytes of the name that are none are written as `\\xe9`."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A path on one line, as text that UTF-8 can hold: see `as_utf8`; a line feed is written as `\\n`."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in as_utf8(path))
+
+
+def show_bytes(error: UnicodeError) -> tuple[str, int]:
+    """What a stream writes for characters that it cannot encode: as `as_utf8` does, so that a path always looks the same.
+
+    An error handler for `codecs.register_error`.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(
+        f"\\x{ord(each) - 0xDC00:02x}" if 0xDC80 <= ord(each) <= 0xDCFF else each.encode("ascii", "backslashreplace").decode()
+        for each in found
+    ), error.end

@@ -1,16 +1,26 @@
+import codecs
 import os
 from pathlib import Path
 
 import pytest
 
 from deploy.models import errors
-from deploy.words import count_of, did_you_mean, is_utf8, printable
+from deploy.words import a_type, as_utf8, count_of, did_you_mean, is_utf8, printable, show_bytes
+
+codecs.register_error("show_bytes", show_bytes)
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 threads"), (1, "1 thread"), (2, "2 threads"), (1000, "1,000 threads")])
 def test_a_count_agrees_with_its_noun(count: int, text: str) -> None:
     assert count_of(count, "thread") == text
     assert count_of(count, "class") == text.replace("threads", "classes").replace("thread", "class")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3, "an int"), ([], "a list"), (OSError(), "an OSError"), (ValueError(), "a ValueError")]
+)
+def test_a_type_has_its_article(value: object, text: str) -> None:
+    assert a_type(value) == text
 
 
 @pytest.mark.parametrize(
@@ -34,7 +44,17 @@ def test_near_names_are_suggested_here_and_in_models(name: str, known: list[str]
 )
 def test_a_path_is_printed_whatever_its_bytes(name: bytes, text: str) -> None:
     path = os.fsdecode(name)
-    assert printable(path) == printable(Path(path)) == text
+    assert printable(path) == printable(Path(path)) == as_utf8(path) == text
+    assert path.encode("utf-8", "show_bytes").decode() == text
+
+
+def test_a_name_of_several_lines_is_printed_on_one() -> None:
+    assert printable("a\nb\t\x1b[1m\udce9.png") == r"a\nb\t\x1b[1m\xe9.png"
+    assert as_utf8("a\nb\udce9.png") == "a\nb\\xe9.png"
+
+
+def test_a_stream_of_another_encoding_shows_what_it_cannot_hold() -> None:
+    assert "é图\udce9".encode("latin-1", "show_bytes") == b"\xe9\\u56fe\\xe9"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deploy.errors import DataError
+from deploy.words import printable
 
 Fill = int | tuple[int, ...]
 """The colour of padding, 0 to 255: one number, or one a channel of the image."""
@@ -31,7 +32,7 @@ def read_image(source: Path | str | bytes) -> Image.Image:
 
 
 def image_name(source: Path | str | bytes) -> str:
-    return "the image" if isinstance(source, bytes) else str(source)
+    return "the image" if isinstance(source, bytes) else printable(source)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import DATA, FORMAT, FileRecord, Manifest, Precision, Source, Stage, file_digest
 from deploy.artifact.onnxshapes import dim_name, infer_shapes
 from deploy.artifact.tensors import Dim, TensorSpec, default_profile
-from deploy.errors import ArtifactError, BackendError
-from deploy.words import is_utf8
+from deploy.errors import ArtifactError, BackendError, UsageError
+from deploy.words import did_you_mean, is_utf8
 
 _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose result has the numbers of their first input."""
@@ -55,8 +55,11 @@ _DTYPES: dict[int, str] = {
 }
 
 
-def open_onnx(path: Path) -> Artifact:
-    """A bare ONNX file as an artifact whose manifest is in memory; its weights count as trained. Raises ArtifactError."""
+def open_onnx(path: Path, shapes: Mapping[str, Sequence[Dim]] | None = None) -> Artifact:
+    """A bare ONNX file as an artifact whose manifest is in memory; its weights count as trained.
+
+    shapes: see `declare_shapes`. Raises ArtifactError, and what `declare_shapes` raises.
+    """
     if not path.is_file():
         raise ArtifactError(f"no file at {path}")
     if not is_utf8(path):
@@ -68,6 +71,13 @@ def open_onnx(path: Path) -> Artifact:
     if missing:
         raise ArtifactError(f"{path} keeps its weights in {missing[0]!r}, which is not beside it")
     inferred = load_model(path)
+    declare_shapes(inferred, shapes or {})
+    unknown = [value.name for value in inferred.graph.inputs if value.shape is None and isinstance(value.type, ir.TensorType)]
+    if unknown:
+        raise ArtifactError(
+            f"{path} does not say the rank of its input {unknown[0]!r}: make an artifact of it with `deploy export --onnx {path.name}"
+            f" --input {unknown[0]}=SHAPE`, such as Nx3x224x224"
+        )
     infer_shapes(inferred)
     inputs, outputs = model_specs(inferred)
     rows = looked_up(model.graph)
@@ -100,6 +110,17 @@ def open_onnx(path: Path) -> Artifact:
         created="",
     ).sealed()
     return Artifact(path.parent, manifest, bare=path.name)
+
+
+def declare_shapes(model: ir.Model, shapes: Mapping[str, Sequence[Dim]]) -> None:
+    """Record the shapes of inputs, by name, whose rank the file does not say. Raises UsageError for others."""
+    inputs = {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise UsageError(f"the ONNX file has no input {name!r}{did_you_mean(name, inputs)}; it has {', '.join(inputs)}")
+        if inputs[name].shape is not None:
+            raise UsageError(f"the ONNX file says the shape of {name!r}, {inputs[name].shape}: leave `inputs` {name} out")
+        inputs[name].shape = ir.Shape(shape)
 
 
 def model_precision(model: ir.Model) -> Precision:

@@ -102,6 +102,7 @@ def _inferred(model: ir.Model) -> Iterator[ir.Value]:
     declared = [info for info in proto.graph.value_info if info.name in opaque]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(declared)
+    opaque |= {value.name for value in proto.graph.input}  # an input may be an output as well
     for output in proto.graph.output:
         if output.name not in opaque and output.type.HasField("tensor_type"):
             output.type.tensor_type.ClearField("shape")

@@ -17,6 +17,7 @@ from PIL import Image
 from deploy.artifact.image_ops import center_crop, eight_bit, image_name, letterbox, read_image, resize, resize_shorter, upright
 from deploy.artifact.usercode import UserFunction
 from deploy.errors import DataError, UsageError, UserCodeError
+from deploy.words import a_type
 
 _LARGE = 10.0
 """Normalized pixels stay well below it."""
@@ -267,15 +268,20 @@ class Preprocess:
             raise UsageError(f"{function} is in a file of an artifact: take the preprocessing from `Artifact.preprocess`")
         result = function.call(self.folder, image)
         if not isinstance(result, np.ndarray):
-            raise UserCodeError(
-                f"{function} returns a {type(result).__name__}{function.line(self.folder)}; expected a numpy array"
-            )
+            raise UserCodeError(f"{function} returns {a_type(result)}{function.line(self.folder)}; expected a numpy array")
         return result
+
+    def load_function(self) -> None:
+        """Import the function, if there is one and it is known where it is: an error of this is not an image's.
+
+        Raises what `UserFunction.load` raises.
+        """
+        if self.function is not None and (self.folder is not None or self.function.module is not None):
+            self.function.load(self.folder)
 
     def open(self, source: Path | str | bytes) -> np.ndarray:
         """Read an image file, or its bytes, and preprocess it. Raises DataError, or UserCodeError, with the name of the file."""
-        if self.function is not None and (self.folder is not None or self.function.module is not None):
-            self.function.load(self.folder)  # an error of this is not the image's
+        self.load_function()
         image = read_image(source)
         try:
             return self(image)

@@ -30,6 +30,9 @@ EXAMPLE_BATCH = 2
 
 _MASK = re.compile(r"mask", re.IGNORECASE)
 
+_BATCH = re.compile(r"batch(_?size)?|n|b|bs", re.IGNORECASE)
+"""What the batch is called."""
+
 _READABLE = 20
 """Characters that an expression for a dimension may have in messages and summaries."""
 
@@ -126,8 +129,15 @@ Profile = dict[str, ShapeRange]
 
 
 def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
-    """The name of the symbolic batch: the first dimension of the first input that begins with a symbolic one; else None."""
-    return next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
+    """The name of the symbolic batch; None where no input begins with a symbolic dimension.
+
+    It is the first dimension of the first input that begins with a symbolic one, unless that is not called like a batch
+    (`batch...`, `N`, `B`) and another dimension is: of `TxNx6`, time first, the batch is `N`, and rows are not requests.
+    """
+    first = next((spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], str)), None)
+    if first is None or _BATCH.fullmatch(first):
+        return first
+    return next((dim for spec in specs for dim in spec.dynamic if _BATCH.fullmatch(dim)), first)
 
 
 def batched(specs: Sequence[TensorSpec]) -> bool:
@@ -168,17 +178,19 @@ def default_dims(
     """A size for every symbolic dimension: from `known`, else the optimum of the first profile, else from `image`.
 
     image: the shape of a preprocessed image without the batch, used if the model has one input of that rank.
-    If none of them has a size, a first dimension is 1; for any other, a UsageError that ends with `remedy` is raised.
+    If none of them has a size, the batch is 1, as is another first dimension unless the batch is in that input too; for any
+    other, a UsageError that ends with `remedy` is raised.
     """
     sizes = dict(known)
+    batch = batch_dim(specs)
     for spec in specs:
         sources = [profiles[0][spec.name].opt] if profiles else []
         if image is not None and len(specs) == 1 and len(spec.shape) == len(image) + 1:
             sources.append((1, *image))
-        sources.append((1,))
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str) and dim not in sizes:
-                size = next((source[axis] for source in sources if axis < len(source)), None)
+                one = dim == batch or (axis == 0 and batch not in spec.shape)
+                size = next((source[axis] for source in sources if axis < len(source)), 1 if one else None)
                 if size is None:
                     raise UsageError(
                         f"{spec}: neither a profile nor a crop in the preprocessing gives {spec._short(dim)!r} a size: {remedy}"
@@ -343,6 +355,13 @@ def row_count(feed: Feed) -> int:
     """The rows of a feed: the first dimension of its first array, 1 for a scalar or a model without inputs."""
     first = next(iter(feed.values()), None)
     return len(first) if first is not None and first.ndim else 1
+
+
+def size_of_batch(specs: Sequence[TensorSpec], feed: Feed) -> int:
+    """The size in `feed` of the symbolic batch, wherever it stands; its rows where there is none."""
+    batch = batch_dim(specs)
+    sizes = (int(feed[spec.name].shape[spec.shape.index(batch)]) for spec in specs if batch is not None and batch in spec.shape)
+    return next(sizes, row_count(feed))
 
 
 def slice_rows(feed: Feed, start: int, stop: int) -> Feed:

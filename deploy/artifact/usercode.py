@@ -9,6 +9,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 from deploy.errors import ArtifactError, DeployError, UsageError, UserCodeError
 from deploy.host.versions import version_of_module
-from deploy.words import did_you_mean
+from deploy.words import a_type, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[1]) + os.sep
 _lock = threading.RLock()
 _loaded: dict[tuple[str | None, ...], Callable[..., Any]] = {}
 """Every function that was loaded, by the file it was loaded from, its SHA-256 and its name."""
+_origins: dict[str, str] = {}
+"""Where a file was copied from in this process, by the absolute path of the copy: errors name the user's own file and lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class UserFunction:
             content = source.read_bytes()
             _check_alone(source, content)
             return cls(name=name, file=source.name, sha256=hashlib.sha256(content).hexdigest())
-        module = _import(source, None)
+        module = _import(source, f"{spec!r} names")
         function = cls(name=name, module=source, sha256=_digest_of(module), version=_version_of(module))
         function.load(None)
         return function
@@ -83,6 +86,7 @@ class UserFunction:
         """Copy the file from one folder to another; nothing for a module. Raises ArtifactError where it is not what it was."""
         if self.file is not None:
             (target / self.file).write_bytes(self._content(source))
+            _origins[os.path.abspath(target / self.file)] = _origin(source / self.file)
 
     def load(self, folder: Path | None) -> Callable[..., Any]:
         """The function, from the file in `folder` or the module. Runs the user's code, once a process.
@@ -99,11 +103,12 @@ class UserFunction:
                     module = _run(Path(os.path.abspath(folder), self.file), self._content(folder))
                 else:
                     assert self.module is not None
-                    module = _import(self.module, self.version)
+                    wanted = f" (version {self.version})" if self.version else ""
+                    module = _import(self.module, "the artifact names, and does not hold", wanted)
                     self._compare(module)
                 found = member(module, self.name, self.file or str(self.module), UserCodeError)
                 if not callable(found):
-                    raise UserCodeError(f"{self} is a {type(found).__name__}; expected a function")
+                    raise UserCodeError(f"{self} is {a_type(found)}; expected a function")
                 _loaded[key] = found
             return _loaded[key]
 
@@ -111,13 +116,20 @@ class UserFunction:
         """What the function returns. Raises what `load` raises, and UserCodeError, with the line, where it fails."""
         function = self.load(folder)
         try:
-            return function(*arguments)
+            result = function(*arguments)
         except (Exception, SystemExit) as error:  # the user's code: any error may come
-            raise UserCodeError(f"{self} fails: {type(error).__name__}: {error}{user_line(error, _file_of(function))}") from error
+            where = user_line(error, _file_of(function)) or self.line(folder)  # a call that does not fit has no line within
+            text = f"{self} fails: {type(error).__name__}: {error}{where}"
+            raise UserCodeError(_of_origin(text, error, folder, self.file)) from error
+        if inspect.iscoroutine(result):
+            result.close()  # Python warns of one that is never awaited
+            raise UserCodeError(f"{self} is an async function{self.line(folder)}; expected one that returns its result")
+        return result
 
     def line(self, folder: Path | None) -> str:
-        """` (FILE:LINE)`, where the function is defined; "" where that is not known."""
-        code = getattr(self.load(folder), "__code__", None)
+        """` (FILE:LINE)`, where the function, or the `__call__` of an object, is defined; "" where that is not known."""
+        function = self.load(folder)
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         return f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
 
     def _content(self, folder: Path) -> bytes:
@@ -186,7 +198,8 @@ def _is_ours(file: str) -> bool:
 
 def _file_of(function: Callable[..., Any]) -> str | None:
     module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
-    return getattr(module, "__file__", None)
+    file = getattr(module, "__file__", None)
+    return _origins.get(file, file) if file else None
 
 
 def _digest_of(module: ModuleType) -> str | None:
@@ -205,34 +218,49 @@ def _run(path: Path, content: bytes) -> ModuleType:
     module = sys.modules[name] = ModuleType(name)  # dataclasses, for one, look for their module there
     module.__file__ = str(path)
     try:
-        exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: S102  (what it is for)
+        exec(compile(content, _origin(path), "exec", dont_inherit=True), module.__dict__)  # noqa: S102  (what it is for)
     except (Exception, SystemExit) as error:  # the user's code: any error may come
         del sys.modules[name]
-        raise _import_error(path, error) from error
+        text = _import_error(_origin(path), error)
+        raise UserCodeError(_of_origin(text, error, path.parent, path.name)) from error
     return module
 
 
-def _import(name: str, version: str | None) -> ModuleType:
-    """Import a module; the current folder is importable meanwhile."""
+def _origin(path: Path) -> str:
+    """The file that the one at `path` was copied from, or that itself."""
+    place = os.path.abspath(path)
+    return _origins.get(place, place)
+
+
+def _of_origin(text: str, error: BaseException, folder: Path | None, file: str | None) -> str:
+    """`text` with the folder that a file was copied from in place of `folder`, and why a file beside it is not found."""
+    if folder is None or file is None:
+        return text
+    home = os.path.abspath(folder)
+    lost = isinstance(error, OSError) and str(error.filename).startswith(home + os.sep)
+    hint = f"\n{file} alone goes into the artifact, and nothing that lies beside it" if lost else ""
+    return text.replace(home + os.sep, os.path.dirname(_origin(folder / file)) + os.sep) + hint
+
+
+def _import(name: str, who: str, wanted: str = "") -> ModuleType:
+    """Import a module, which `who`; the current folder is importable meanwhile. wanted: its version, for the error."""
     try:
         with _current_folder():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _import_error(name, error) from error
-        wanted = f" (version {version})" if version else ""
+            raise UserCodeError(_import_error(name, error)) from error
         raise UserCodeError(
-            f"no module {name!r} to import: the artifact names it, and does not hold it; it must be installed{wanted} or in the"
-            f" current folder, {os.getcwd()}"
+            f"no module {name!r} to import, which {who}; it must be installed{wanted} or in the current folder, {os.getcwd()}"
         ) from error
     except (Exception, SystemExit) as error:  # the user's code: any error may come
-        raise _import_error(name, error) from error
+        raise UserCodeError(_import_error(name, error)) from error
 
 
-def _import_error(source: Path | str, error: BaseException) -> UserCodeError:
+def _import_error(source: str, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        return UserCodeError(f"{error.filename or source}:{error.lineno}: {error.msg}")
-    return UserCodeError(f"{source} fails when it is imported: {type(error).__name__}: {error}{user_line(error)}")
+        return f"{error.filename or source}:{error.lineno}: {error.msg}"
+    return f"{source} fails when it is imported: {type(error).__name__}: {error}{user_line(error)}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Only click is imported here, and a command's own module when it is called, so that `--help` answers at once.
 """
 
+import codecs
 import importlib
 import io
 import os
@@ -13,7 +14,7 @@ import click
 
 from deploy.errors import DeployError
 from deploy.version import __version__
-from deploy.words import did_you_mean
+from deploy.words import did_you_mean, show_bytes
 
 # Name -> module of deploy.cli and what --help says; the module's `command` is the click command.
 _COMMANDS = {
@@ -71,9 +72,10 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line and end the process: 0 done, 1 the work or a gate failed, 2 wrong usage, 130 interrupted."""
     args = sys.argv[1:]
+    codecs.register_error("show_bytes", show_bytes)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may be of any bytes
+            stream.reconfigure(errors="show_bytes")  # a path may be of any bytes
     debug = "--debug" in args
     signal.signal(signal.SIGTERM, _terminate)
     try:

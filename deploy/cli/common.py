@@ -16,7 +16,7 @@ from deploy.cli.options import PATH
 from deploy.errors import DeployError, UsageError
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import BACKENDS
-from deploy.words import count_of, printable
+from deploy.words import as_utf8, count_of
 
 _QUIET_S = 2.0
 
@@ -139,7 +139,7 @@ class Failures:
         self._errors.append((path, error))
 
     def to_json(self) -> list[dict[str, str]]:
-        return [{"path": printable(path), "error": printable(str(error))} for path, error in self._errors]
+        return [{"path": as_utf8(path), "error": as_utf8(str(error))} for path, error in self._errors]
 
     def end(self) -> None:
         """After the results: say each on standard error and end with status 1, unless there are none."""
@@ -150,7 +150,7 @@ class Failures:
 
     def _say(self) -> None:
         for _, error in self._errors:
-            click.echo(f"error: {printable(str(error))}", err=True)
+            click.echo(f"error: {error}", err=True)
 
 
 def fp32(found: Artifact) -> bool:

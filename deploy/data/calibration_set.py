@@ -11,13 +11,13 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
-from deploy.artifact.tensors import Feed, TensorSpec, format_specs, slice_rows
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, batched, format_specs, slice_rows
 from deploy.calibration.imagefolder import Sample
 from deploy.data.image_folder import image_batches, read_folder, samples_digest
 from deploy.data.npz_folder import holds_npz, read_npz, read_npz_folder
 from deploy.data.records import record_input
 from deploy.errors import DataError, InputError, UsageError
-from deploy.words import printable
+from deploy.words import as_utf8, printable
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class _Images(CalibrationSet):
             yield feed
         if self.skipped:
             shown = ", ".join(self.skipped[:_NAMED]) + ("..." if len(self.skipped) > _NAMED else "")
-            reason = f"; the first: {printable(self._reason)}" if self._source.tables else ""
+            reason = f"; the first: {as_utf8(self._reason)}" if self._source.tables else ""
             logger.warning("%d of %d images cannot be read and were left out: %s%s", len(self.skipped), self.count, shown, reason)
 
     def _skip(self, path: Path, error: Exception) -> None:
@@ -92,7 +92,7 @@ class _Images(CalibrationSet):
         if len(self.skipped) > max(1, int(SKIPPED * len(self._samples))):
             raise DataError(
                 f"{self._folder}: over {SKIPPED:.0%} of {self.count} images cannot be read, among them"
-                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them. The first: {printable(self._reason)}"
+                f" {', '.join(self.skipped[:_NAMED])}; remove or replace them. The first: {as_utf8(self._reason)}"
             ) from error
 
 
@@ -165,16 +165,17 @@ def calibration_set(
 
 
 def fit_feed(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_size: int, what: str) -> Iterator[Feed]:
-    """`feed` as the model takes it: with a batch dimension, and in pieces of `batch_size` rows if the batch is symbolic."""
+    """`feed` as the model takes it: with a batch dimension, and in pieces of `batch_size` rows if all begin with a symbolic batch."""
     names = [spec.name for spec in specs]
     if sorted(feed) != sorted(names):
         raise DataError(f"{what} holds {', '.join(sorted(feed)) or 'nothing'}; expected {format_specs(specs)}")
     arrays: Feed = {}
     dims: dict[str, int] = {}
+    batch = batch_dim(specs)
     for spec in specs:
         array = np.asarray(feed[spec.name])
         if array.ndim == len(spec.shape) - 1:
-            array = array[None]
+            array = np.expand_dims(array, spec.shape.index(batch) if batch in spec.shape else 0)
         if array.dtype.kind == "f" and spec.dtype.startswith("float"):
             array = array.astype(spec.dtype, copy=False)
         try:
@@ -182,8 +183,7 @@ def fit_feed(feed: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], batch_
         except InputError as error:
             raise DataError(f"{what}: {error}") from error
         arrays[spec.name] = array
-    batch = specs[0].shape[0] if specs[0].shape else None
-    if not isinstance(batch, str) or any(not spec.shape or spec.shape[0] != batch for spec in specs):
+    if batch is None or not batched(specs):
         yield arrays
         return
     for start in range(0, dims[batch], batch_size):

@@ -13,7 +13,7 @@ from deploy.calibration.imagefolder import ImageFolder, ImageFolderError
 from deploy.data.records import RecordInput, record_input
 from deploy.data.table import FILE_NAME, find_table, normal, read_table
 from deploy.errors import DataError, UsageError
-from deploy.words import printable
+from deploy.words import as_utf8
 
 
 def read_folder(folder: Path | str) -> ImageFolder:
@@ -46,8 +46,11 @@ def image_batches(
 
     If the model's batch is fixed, the last feed is filled up with copies of its last image and has more rows than labels.
     Raises what `RecordInput.load` raises, unless `skip` takes the error, which leaves the image out; DataError for images
-    of different sizes in one batch, and UsageError for a batch that does not fit into memory.
+    of different sizes in one batch, UsageError for a batch that does not fit into memory, and UserCodeError for a function
+    that cannot be imported.
     """
+    for image in source.images:
+        image.preprocess.load_function()
     try:
         fixed = isinstance(source.specs[0].shape[0], int)
         for feed, labels in imagefolder.batches(samples, source.load, batch_size, skip=skip):
@@ -90,7 +93,7 @@ def samples_digest(samples: Sequence[tuple[Path, int]], folder: Path | None) -> 
     """SHA-256 over images, by class and content; `folder`: that of the table which is read with them. Raises DataError."""
     content: dict[str, object] = {"images": [[label, file_digest(path)] for path, label in samples]}
     if folder is not None:  # rows belong to images by name
-        content["names"] = [printable(path.relative_to(folder)) for path, _ in samples]
+        content["names"] = [as_utf8(path.relative_to(folder)) for path, _ in samples]
         content["table"] = [file_digest(path) for path in table_files(folder, [path for path, _ in samples])]
     return request_digest(content)
 

@@ -50,7 +50,7 @@ class RecordInput:
         found = {first.spec.name: first.load(path)}
         if others or self.values:
             if (entry := self._rows.get(normal(path))) is None:
-                raise DataError(f"{path} has no row in {' or '.join(str(table.path) for table in self.tables)}")
+                raise DataError(f"{printable(path)} has no row in {' or '.join(str(table.path) for table in self.tables)}")
             table, row = entry
             for image in others:
                 found[image.spec.name] = _named_image(table, row, image)
@@ -62,7 +62,7 @@ class RecordInput:
         """An error for each row of the tables whose image is neither among `files` nor anywhere."""
         there = {normal(path) for path in files}
         return [
-            DataError(f"no image at {path}, which {table.path} has a row for")
+            DataError(f"no image at {printable(path)}, which {table.path} has a row for")
             for path, (table, _) in self._rows.items()
             if path not in there and not path.exists()
         ]
@@ -157,7 +157,13 @@ def _values(table: Table, row: Row, spec: TensorSpec) -> np.ndarray:
     columns = [spec.name] if spec.name in table.columns else _elements(spec)
     try:
         numbers = [_number(row[name], name) for name in columns]
-        array = _as_dtype(np.asarray(numbers[0] if columns == [spec.name] else numbers), spec)
+        if columns == [spec.name]:
+            array = _as_dtype(_array(numbers[0], spec.name), spec)
+        else:
+            for name, number in zip(columns, numbers, strict=True):
+                if not np.isscalar(number):
+                    raise ValueError(f"{number!r:.80} in {name!r} is not one number")
+            array = _as_dtype(np.asarray(numbers), spec)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
     wanted = spec.shape[1:]
@@ -192,13 +198,21 @@ def _parsed(text: str) -> int | float:
         return float(text)
 
 
+def _array(number: Any, column: str) -> np.ndarray:
+    """A number or nested lists of them as an array. Raises ValueError for lists of several lengths."""
+    try:
+        return np.asarray(number)
+    except ValueError:
+        raise ValueError(f"the lists in {column!r} are not all of one length: {number!r:.80}") from None
+
+
 def _as_dtype(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """`array` in the dtype of an input. Raises ValueError for what is no number, missing, or cannot be held."""
-    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and np.isnan(array).any()):
-        raise ValueError(f"a number of {spec.name!r} is missing or is none: {array.tolist()!r:.80}")
+    """`array` in the dtype of an input. Raises ValueError for what is no number, missing, not finite, or cannot be held."""
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+        raise ValueError(f"a number of {spec.name!r} is missing, none or not finite: {array.tolist()!r:.80}")
     with np.errstate(all="ignore"):
         made = array.astype(spec.dtype)
-    exact = np.isfinite(made) == np.isfinite(array) if made.dtype.kind == "f" else made == array
+    exact = np.isfinite(made) if made.dtype.kind == "f" else made == array
     if not exact.all():
         raise ValueError(f"{array[~exact].flat[0]} of {spec.name!r} is no {spec.dtype}")
     return made

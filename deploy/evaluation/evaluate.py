@@ -18,7 +18,7 @@ from deploy.evaluation.classifier import check_names, class_scores, warn_if_null
 from deploy.evaluation.labelled import Batch, Labelled, Skip, labelled, out_of_order, run_batch
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
-from deploy.words import count_of, did_you_mean
+from deploy.words import count_of, did_you_mean, printable
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _checked(batch: Batch, classes: int) -> np.ndarray:
     wrong = (batch.labels < 0) | (batch.labels >= classes)
     if wrong.any():
         raise DataError(
-            f"{batch.files[int(wrong.argmax())]} has the label {batch.labels[wrong][0]}, and there are {classes} classes"
+            f"{printable(batch.files[int(wrong.argmax())])} has the label {batch.labels[wrong][0]}, and there are {classes} classes"
         )
     return batch.labels
 

@@ -17,7 +17,7 @@ from deploy.data.npz_folder import LABEL, holds_npz, read_npz, read_npz_folder
 from deploy.data.records import record_input
 from deploy.errors import BackendError, DataError, InputError
 from deploy.runtime.session import Session
-from deploy.words import printable
+from deploy.words import as_utf8
 
 Skip = Callable[[Path, Exception], None]
 """What is done with a file that cannot be used, and the error; it raises where that is not to be left out."""
@@ -131,7 +131,7 @@ def files_request(artifact: Artifact, folder: Path) -> list[list[Any]]:
     if len(artifact.manifest.inputs) > 1:
         files += table_files(folder, files)
     stats = [(path, path.stat()) for path in files]
-    return [[printable(os.path.relpath(path, folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return [[as_utf8(os.path.relpath(path, folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def run_batch(session: Session, batch: Batch, skip: Skip | None) -> Feed | None:

@@ -16,7 +16,7 @@ from deploy.evaluation.classifier import check_names, class_scores, likeliest, w
 from deploy.evaluation.labelled import Batch, Skip, run_batch
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
-from deploy.words import printable
+from deploy.words import as_utf8, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": printable(self.path), "classes": [{"class": name, "probability": p} for name, p in self.classes]}
+        return {"path": as_utf8(self.path), "classes": [{"class": name, "probability": p} for name, p in self.classes]}
 
 
 def predict(
@@ -89,7 +89,7 @@ def _expand(path: Path, table: bool, skip: Skip | None) -> list[tuple[Path, Path
     """
     try:
         if not path.exists():
-            raise DataError(f"no image at {path}")
+            raise DataError(f"no image at {printable(path)}")
         files, folder = (images_under(path), path) if path.is_dir() else ([path], path.parent)
         above = folder.absolute()
         if table and (found := next(filter(find_table, (above, *above.parents)), None)):

@@ -21,7 +21,8 @@ def bind(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple[Any, ...],
     """The arguments of `module.forward` that hold `values`, which are by the names of its inputs, in order.
 
     An input called as a keyword-only parameter is passed by that keyword. `xs.0` and `xs.1` are members of a list that the
-    parameter `xs` takes, and `batch.image` is one of a dict that `batch` takes. All others are passed by position.
+    parameter `xs` takes, and `batch.image` is one of a dict that `batch` takes; `batch.views.0` is one of a list in that dict.
+    All others are passed by position.
 
     Raises UsageError, naming the parameter, for what `forward` does not take.
     """
@@ -121,15 +122,26 @@ def _sorted(
 
 
 def _container(name: str, parameter: str, members: Mapping[str, Any]) -> list[Any] | dict[str, Any]:
-    keys = list(members)
+    """The list or dict of `members`, whose keys may lead through further lists and dicts."""
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in members.items():
+        first, _, rest = key.partition(".")
+        inner.setdefault(first, {})[rest] = value
+    made: dict[str, Any] = {}
+    for first, group in inner.items():
+        place = f"{parameter}.{first}"
+        if "" in group and len(group) > 1:
+            raise UsageError(f"{name} cannot be given {place} both as a tensor and with members, {place}.{list(group)[-1]}")
+        made[first] = group[""] if "" in group else _container(name, place, group)
+    keys = list(made)
     if not any(key.isdecimal() for key in keys):
-        return dict(members)
+        return made
     if keys != [str(index) for index in range(len(keys))]:
         given = ", ".join(f"{parameter}.{key}" for key in keys)
         raise UsageError(
             f"{name} cannot be given {given}: members of a list are {parameter}.0, {parameter}.1 and so on, in order"
         )
-    return list(members.values())
+    return list(made.values())
 
 
 def _annotated(parameter: inspect.Parameter) -> str:

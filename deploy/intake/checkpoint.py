@@ -5,6 +5,7 @@ import errno
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from deploy.artifact.manifest import file_digest, request_digest
 from deploy.errors import CheckpointError
 from deploy.intake.fileformat import file_format, refuse_folder, refuse_shard, shard_files
 from deploy.intake.fit import StateDict
-from deploy.words import is_utf8
+from deploy.words import a_type, is_utf8
 
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "net_state_dict", "net", "network", "module", "weights", "params",
@@ -69,6 +70,9 @@ def read_state_dict(path: Path) -> StateDict:
         raise CheckpointError(
             f"{path} holds {empty!r} without values (on the meta device): save the weights of a module that has them"
         )
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided:  # sparse
+            state[name] = tensor.to_dense()
     return state
 
 
@@ -133,7 +137,8 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?i).*sparse", UserWarning)  # that it is beta, and slow to check
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True)
             with path.open("rb") as file:  # torch.load takes the suffix, and not the content, for the format
@@ -169,7 +174,7 @@ def _find(content: Any, path: Path) -> tuple[str, Mapping[Any, Any], tuple[str, 
     likeness = _Likeness()
     if not likeness(content):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state_dict: save model.state_dict()")
+            raise CheckpointError(f"{path} holds {a_type(content)}; expected a state_dict: save model.state_dict()")
         found = ", ".join(repr(key) for key in list(content)[:10]) or "nothing"
         raise CheckpointError(f"{path} holds no weights: expected tensors by name, found {found}")
     keys: list[str] = []

@@ -55,8 +55,11 @@ def explain(
         operator = re.search(r"op='([^']+)'", text)
         reason = f"the operator {operator[1] if operator else ''} has no ONNX counterpart"
         remedy = "replace it in the module by operators that have one"
+    elif "numpy() is not supported" in text:
+        reason = f"it computes in numpy, which torch.export cannot follow ({reason})"
+        remedy = "use torch's own functions in its place"
     else:
-        remedy = "run the module on the same input to see whether it works in eager mode; --debug shows the whole error"
+        remedy = "--debug shows the whole error"  # the module itself was run on such input before
     return f"{type(module).__name__} cannot be exported{f': {where}' if where else ''}: {reason}\n{remedy}"
 
 

@@ -20,6 +20,7 @@ from deploy.intake.call import bind, dynamic_shapes
 from deploy.intake.export_errors import explain, fixed_at, size_branches
 from deploy.intake.graph_names import name_graph
 from deploy.intake.recurrent import RecurrentLayers, fold_weights
+from deploy.words import a_type
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +28,15 @@ logger = logging.getLogger(__name__)
 def flatten_outputs(result: Any) -> dict[str, torch.Tensor]:
     """Tensors of a module's result by name: a tensor, or nested tuples, lists and dicts of them. None among them is left out.
 
-    A lone tensor is `output`, members of a sequence are numbered, those of a dict keep their keys. Where a member of a member
+    A lone tensor is `output`, members of a sequence are numbered, those of a dict keep their keys, or are numbered where
+    that is empty. Where a member of a member
     would be called as another output, a number is appended. Raises ExportError for anything else, and for no tensor at all.
     """
     flat = named_leaves(result)
     for name, value in flat.items():
         if value is not None and not isinstance(value, torch.Tensor):
             place = "" if value is result else f" as {name!r}"
-            raise ExportError(
-                f"the module returns a {type(value).__name__}{place}; expected tensors, or tuples, lists and dicts of them"
-            )
+            raise ExportError(f"the module returns {a_type(value)}{place}; expected tensors, or tuples, lists and dicts of them")
     tensors = {name: value for name, value in flat.items() if value is not None}
     if not tensors:
         raise ExportError(f"the module returns no tensor{' but None' if flat else ''}; expected one at least")
@@ -62,7 +62,7 @@ def named_leaves(result: Any) -> dict[str, Any]:
 def _members(value: Any) -> list[tuple[str, Any]] | None:
     """The members of a dict or a sequence, by key or number; None for anything else."""
     if isinstance(value, Mapping):
-        return [(str(key), member) for key, member in value.items()]
+        return [(str(key) or f"output_{index}", member) for index, (key, member) in enumerate(value.items())]
     if isinstance(value, (tuple, list)):
         return [(f"output_{index}", member) for index, member in enumerate(value)]
     return None

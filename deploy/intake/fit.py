@@ -282,7 +282,8 @@ def _advice(module: nn.Module, state: Mapping[str, Tensor], report: LoadReport, 
     if report.complete and report.loaded:
         return "`allow_partial`, which leaves the unexpected out"
     by_order = report.match == "name" and getattr(state, "ordered", True) and _all_fit(module, state, "order")
-    if by_order and certain(expected, state, pair_tensors(module, state, "order").keys):
+    ordered = pair_tensors(module, state, "order").keys if by_order else {}
+    if by_order and certain(expected, state, ordered) and contradiction(expected, state, ordered) is None:
         return f"`match` order, by which all {len(names)} tensors fit"
     if report.loaded:
         return "the architecture and the arguments that it was trained with, or `allow_partial` to load what fits"

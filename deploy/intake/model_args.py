@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.errors import UsageError
+from deploy.words import a_type
 
 _TUPLE = "tuple"
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -65,7 +66,7 @@ def _to_json(value: Any, name: str) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value) and list(value) != [_TUPLE]:
         return {key: _to_json(item, name) for key, item in value.items()}
     raise UsageError(
-        f"the model argument {name!r} is a {type(value).__name__}, which the manifest cannot record: expected numbers, strings,"
+        f"the model argument {name!r} is {a_type(value)}, which the manifest cannot record: expected numbers, strings,"
         " booleans, None, and tuples, lists or dicts of them"
     )
 

@@ -202,26 +202,65 @@ def contradiction(
     """The first name and key, paired by order, that do not belong together by what their names end in; None if all may.
 
     Where both sides use the same words for tensors of the same shape (`q.weight`, `k.weight`), these must come in the same
-    order. Words without digits must be paired with themselves too, while numbers may count from another start. Keys that are
-    sorted as text (`b1`, `b10`, `b2`) are in no module's order.
+    order, `gamma` and `beta` counting as `weight` and `bias`. Words without digits must be paired with themselves too. Numbers
+    may count from another start and leave some out, and must grow together where shapes do not tell the tensors apart. What
+    belongs to one layer on this side must not come from two that each have their own.
     """
-    same = [(name, key) for name, key in pairs.items() if not is_lazy(expected[name]) and same_shape(expected[name], state[key])]
-    return _misplaced_word(same, expected, state) or _other_order(same, expected) or _sorted_as_text(pairs)
+    same = [
+        (_usual(name), _usual(key), name, key)
+        for name, key in pairs.items()
+        if not is_lazy(expected[name]) and same_shape(expected[name], state[key])
+    ]
+    found = _misplaced_word(same, expected, state)
+    return found or _other_order(same, expected) or _torn_apart(same, state) or _falling_number(same, expected)
 
 
-def _sorted_as_text(pairs: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first name and key where a number falls behind its forerunner, if the keys are in the order of text and not of numbers."""
-    keys = list(pairs.values())
-    if keys != sorted(keys):
-        return None
-    last: dict[str, tuple[int, ...]] = {}
-    for name, key in pairs.items():
-        numbers = tuple(map(int, re.findall(r"\d+", key)))
-        template = re.sub(r"\d+", "#", key)
-        if numbers < last.get(template, numbers):
-            return name, key
-        last[template] = numbers
+_SYNONYMS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+"""The last words of TensorFlow's normalization layers, which the first BERTs in torch have too, in torch's terms."""
+
+_Same = tuple[str, str, str, str]
+"""A name and the key paired with it, both in usual words and as they are."""
+
+
+def _usual(name: str) -> str:
+    """`name` with its last word in torch's terms."""
+    owner, dot, word = name.rpartition(".")
+    return f"{owner}{dot}{_SYNONYMS.get(word, word)}"
+
+
+def _torn_apart(same: Sequence[_Same], state: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The first name and key of a layer on this side whose other tensors come from a layer that has such a one of its own."""
+    there = {_usual(key): tensor.shape for key, tensor in state.items()}
+    origin: dict[str, str] = {}
+    for name, key, own_name, own_key in same:
+        owner, _, word = name.rpartition(".")
+        from_, _, key_word = key.rpartition(".")
+        if word != key_word:
+            continue
+        first = origin.setdefault(owner, from_)
+        twin = f"{first}.{word}" if first else word
+        if from_ != first and there.get(twin) == state[own_key].shape:
+            return own_name, own_key
     return None
+
+
+def _falling_number(same: Sequence[_Same], expected: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The first name and key where numbers grow on one side and fall on the other, among tensors of one shape and like names.
+
+    `3x3` is no number: it is the size of a kernel.
+    """
+    last: dict[tuple[str, str, tuple[int, ...]], tuple[list[int], list[int]]] = {}
+    for name, key, own_name, own_key in same:
+        ours, theirs = ([int(number) for number in re.findall(_NUMBER, text)] for text in (name, key))
+        like = (re.sub(_NUMBER, "#", name), re.sub(_NUMBER, "#", key), tuple(expected[own_name].shape))
+        before = last.get(like)
+        if before is not None and (ours > before[0]) != (theirs > before[1]):
+            return own_name, own_key
+        last[like] = (ours, theirs)
+    return None
+
+
+_NUMBER = r"(?<!\d)(?<!\dx)\d+(?!x\d|\d)"
 
 
 def certain(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pairs: Mapping[str, str]) -> bool:
@@ -245,19 +284,22 @@ def _all_ends(name: str) -> Iterator[str]:
     yield ""
 
 
-def _misplaced_word(
-    same: Sequence[tuple[str, str]], expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> tuple[str, str] | None:
+def _misplaced_word(same: Sequence[_Same], expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     words = [
-        {(end, tuple(tensor.shape)) for name, tensor in side.items() if not is_lazy(tensor) for end in (name, *_ends(name))}
+        {
+            (end, tuple(tensor.shape))
+            for name, tensor in side.items()
+            if not is_lazy(tensor)
+            for end in (_usual(name), *_ends(_usual(name)))
+        }
         for side in (expected, state)
     ]
-    for name, key in same:
-        shape = tuple(expected[name].shape)
+    for name, key, own_name, own_key in same:
+        shape = tuple(expected[own_name].shape)
         ours, theirs = _where_they_part(name, key)
         digits = any(character.isdigit() for end in (ours, theirs) for character in end.partition(".")[0])
         if ours != theirs and not digits and (theirs, shape) in words[0] and (ours, shape) in words[1]:
-            return name, key
+            return own_name, own_key
     return None
 
 
@@ -270,11 +312,11 @@ def _where_they_part(name: str, key: str) -> tuple[str, str]:
     return "", ""
 
 
-def _other_order(same: Sequence[tuple[str, str]], expected: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    deepest = max((name.count(".") + 1 for each in same for name in each), default=0)
+def _other_order(same: Sequence[_Same], expected: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    deepest = max((name.count(".") + 1 for each in same for name in each[:2]), default=0)
     for depth in range(1, deepest + 1):
         ours, theirs = (
-            [(".".join(each[side].split(".")[-depth:]), tuple(expected[each[0]].shape)) for each in same] for side in (0, 1)
+            [(".".join(each[side].split(".")[-depth:]), tuple(expected[each[2]].shape)) for each in same] for side in (0, 1)
         )
         counts = Counter(ours), Counter(theirs)
         shared = {word for word in counts[0] if counts[0][word] == counts[1][word]}
@@ -282,5 +324,5 @@ def _other_order(same: Sequence[tuple[str, str]], expected: Mapping[str, Tensor]
             (word for word in ours if word in shared), (index for index, word in enumerate(theirs) if word in shared), strict=True
         ):
             if theirs[at] != word:
-                return same[at]
+                return same[at][2:]
     return None

@@ -12,7 +12,7 @@ from deploy.artifact.usercode import is_installed, member, split_spec, user_line
 from deploy.errors import FactoryError, UsageError
 from deploy.intake.isolation import UserModules
 from deploy.intake.recipe import Interface, Recipe
-from deploy.words import is_utf8
+from deploy.words import a_type, is_utf8
 
 
 class UserRecipe(Recipe):
@@ -52,7 +52,7 @@ class UserRecipe(Recipe):
                 f"the path {odd[0]} is not UTF-8, and PyTorch cannot export a module whose code lies there: rename it"
             )
         if not isinstance(module, nn.Module):
-            raise FactoryError(f"{self.factory} returned a {type(module).__name__}; expected a torch.nn.Module")
+            raise FactoryError(f"{self.factory} returned {a_type(module)}; expected a torch.nn.Module")
         return module
 
     def describe(self, module: nn.Module, args: Mapping[str, Any]) -> Interface:
@@ -63,7 +63,7 @@ class UserRecipe(Recipe):
         if isinstance(value, nn.Module):
             raise FactoryError(f"{self.factory} is a module already made; expected a class or function that makes one")
         if not callable(value):
-            raise FactoryError(f"{self.factory} is a {type(value).__name__}; expected a class or function that makes a module")
+            raise FactoryError(f"{self.factory} is {a_type(value)}; expected a class or function that makes a module")
         return value  # type: ignore[no-any-return]
 
     def _set_parameters(self) -> None:

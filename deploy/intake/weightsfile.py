@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from deploy.errors import CheckpointError
+from deploy.words import a_type
 
 _ALIASES = "aliases"
 
@@ -25,7 +26,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
     storages = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name!r} of {type(module).__name__} is a {type(value).__name__}: only tensors can be saved")
+            raise CheckpointError(f"{name!r} of {type(module).__name__} is {a_type(value)}: only tensors can be saved")
         if is_lazy(value) or value.is_meta:
             raise CheckpointError(f"{name!r} of {type(module).__name__} has no values yet: run the module once, or load weights")
         tensor = value.detach().cpu().contiguous()

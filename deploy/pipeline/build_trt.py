@@ -31,7 +31,7 @@ from deploy.pipeline.artifact_cache import ENGINE_CACHE
 from deploy.pipeline.convert import warn_made_up
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
-from deploy.pipeline.stage import PathLike, default_out, fp32_source, open_source, run_stage
+from deploy.pipeline.stage import PathLike, check_engine_source, default_out, fp32_source, open_source, run_stage
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.options import HalfPrecision
 from deploy.precision.int8.options import QuantizeOptions, quantize_settings
@@ -258,9 +258,7 @@ class _BuildTrt:
     def _check_source(self) -> None:
         source, options = self._source, self._options
         manifest = source.manifest
-        if manifest.kind != "onnx":
-            what = "an engine already" if manifest.kind == "engine" else "an AOTInductor package"
-            raise UsageError(f"{source.shown} is {what}; give the ONNX artifact it was built from")
+        check_engine_source(source)
         if options.precision is not None and manifest.precision != "fp32":
             raise UsageError(
                 f"{source.shown} is {manifest.precision} already, and {options.precision} takes an FP32 artifact: leave the"

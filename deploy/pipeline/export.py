@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from deploy.artifact.artifact import Artifact
@@ -34,6 +33,7 @@ from deploy.intake.model_args import parse_model_args
 from deploy.intake.options import Match
 from deploy.intake.weightsfile import save_weights
 from deploy.options import collect
+from deploy.pipeline.export_advice import repeated
 from deploy.pipeline.export_interface import (
     check_classes,
     copy_functions,
@@ -87,7 +87,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
+    instead, with `inputs`, `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
     that stood at `out` is lost then.
     """
     given = dict(locals())
@@ -231,7 +231,7 @@ class _Export:
             if not real:
                 raise
             made_up, results = [], []
-            example = _example(real[0].feed, specs)
+            example = repeated(specs, real[0].feed, EXAMPLE_BATCH)
             real = [*real, *(NamedFeed(real[0].data, cut, maybe=True) for cut in odd_cut(specs, real[0].feed))]
             first = run_eager(module, specs, example, files)
         names = output_names(self._options.outputs, self._built, specs, list(first))
@@ -300,16 +300,6 @@ class _Export:
             stage=stage,
             created="",
         )
-
-
-def _example(feed: Feed, specs: Sequence[TensorSpec]) -> Feed:
-    """`EXAMPLE_BATCH` rows of `feed`, repeated where it has fewer; inputs without the batch as they are."""
-    batch = batch_dim(specs)
-    first = {spec.name: spec.shape[0] if spec.shape else None for spec in specs}
-    return {
-        name: np.resize(array, (EXAMPLE_BATCH, *array.shape[1:])) if batch and first[name] == batch else array
-        for name, array in feed.items()
-    }
 
 
 def _case(data: str, feed: Feed, names: Sequence[str], results: Feed) -> Case:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deploy.artifact.image_ops import read_image
 from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
-from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, format_shape, parse_shapes
+from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, batch_dim, format_shape, parse_shapes
 from deploy.artifact.usercode import UserFunction, split_spec
 from deploy.data.images import ImageInput, takes_images
 from deploy.errors import UsageError, UserCodeError
@@ -52,7 +53,8 @@ def _bounds(text: str) -> tuple[str, tuple[float, float] | None]:
 def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) -> tuple[TensorSpec, ...]:
     """Specs of the inputs: those of `texts`, else the architecture's own; the leading 1 made symbolic unless `static_batch`.
 
-    It stays as it is where `batch` is another dimension: `1xbatchx8` is the state of one recurrent layer. Raises UsageError.
+    It stays as it is where the batch is another dimension: `1xbatchx8` is the state of one recurrent layer, as is `1xNx8` beside
+    `TxNx6`. Raises UsageError.
     """
     if not texts and built.inputs is None:
         raise UsageError(f"say what {built.factory} takes: `inputs` NAME=1x3x224x224[:dtype], once for each input")
@@ -66,8 +68,11 @@ def input_specs(texts: Sequence[str], built: BuiltModel, *, static_batch: bool) 
         raise UsageError(f"two inputs have the same name: {', '.join(names)}")
     if static_batch:
         return specs
+    elsewhere = {BATCH, batch_dim(specs)}
     return tuple(
-        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:])) if spec.shape[:1] == (1,) and BATCH not in spec.shape else spec
+        dataclasses.replace(spec, shape=(BATCH, *spec.shape[1:]))
+        if spec.shape[:1] == (1,) and elsewhere.isdisjoint(spec.shape)
+        else spec
         for spec in specs
     )
 
@@ -173,26 +178,23 @@ def _try_function(preprocess: Preprocess, function: UserFunction, spec: str, ima
     """
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
         function.copy(_folder_of(spec), Path(folder))
-        placed = ImageInput(spec=image, preprocess=preprocess.within(Path(folder)))
-        try:
-            function.load(Path(folder))
-            if probe:
-                _run_on_made_up(placed)
-        except UserCodeError as error:
-            cause = error.__cause__
-            lost = isinstance(cause, OSError) and str(cause.filename).startswith(folder)
-            hint = f"\n{function.file} alone goes into the artifact, and nothing that lies beside it" if lost else ""
-            raise UserCodeError(str(error).replace(folder, str(_folder_of(spec))) + hint) from error
+        function.load(Path(folder))
+        if probe:
+            _run_on_made_up(ImageInput(spec=image, preprocess=preprocess.within(Path(folder))), Path(folder) / "made-up.jpg")
 
 
-def _run_on_made_up(source: ImageInput) -> None:
-    """Raise UserCodeError where the function takes none of the images that a model like this may be for."""
+def _run_on_made_up(source: ImageInput, path: Path) -> None:
+    """Raise UserCodeError where the function takes none of the images that a model like this may be for.
+
+    They are written to `path` and read as all images are, for a function may look at their format or the name of the file.
+    """
     own = _size_of(source.spec) if _is_image([source.spec]) else None
     failed: list[UserCodeError] = []
     for mode, (height, width) in itertools.product(("RGB", "L"), ([own] if own else []) + [(480, 640)]):
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         try:
-            source.fit(source.preprocess(Image.fromarray(noise).convert(mode)))
+            Image.fromarray(noise).convert(mode).save(path)
+            source.fit(source.preprocess(read_image(path)))
             return
         except UserCodeError as error:
             failed.append(UserCodeError(f"{error}\nit was tried on a made-up image of {width}x{height} pixels, {mode}"))

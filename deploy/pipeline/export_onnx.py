@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ONNX, Manifest
-from deploy.artifact.onnxfile import external_files, load_graph, load_model, model_specs, open_onnx, save_model
-from deploy.artifact.tensors import default_profile, row_count
+from deploy.artifact.onnxfile import declare_shapes, external_files, load_graph, load_model, model_specs, open_onnx, save_model
+from deploy.artifact.tensors import Dim, default_profile, format_shape, parse_shapes, row_count
 from deploy.artifact.writer import ArtifactWriter, check_output
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import parity_feeds
@@ -36,6 +36,9 @@ from deploy.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
+Shapes = Mapping[str, Sequence[Dim]]
+"""The shapes of inputs whose rank the file does not say, by name."""
+
 
 def export_onnx_file(
     options: ExportOptions, out: Path, *, expected: Expected | None = None, progress: Progress = silent
@@ -48,7 +51,11 @@ def export_onnx_file(
     UsageError, UserCodeError, and what `check_expected` raises.
     """
     assert options.onnx is not None
-    bare = open_onnx(options.onnx)
+    shapes = {}
+    for text in options.inputs:
+        name, (shape,) = parse_shapes(text, what="the input", expected="NAME=Nx3x224x224: the file says the dtype")
+        shapes[name] = shape
+    bare = open_onnx(options.onnx, shapes)
     check_output(out, bare)
     names = read_classes(options.classes) if options.classes else None
     check_classes(names, [spec.shape for spec in bare.manifest.outputs])
@@ -70,7 +77,7 @@ def export_onnx_file(
         data = None
         if options.data is not None:
             data = calibration_set(dataclasses.replace(source, path=writer.path), options.data, most=REAL_ROWS)
-        manifest = _written(source, writer, data, progress)
+        manifest = _written(source, writer, data, shapes, progress)
         if expected is not None:
             written = writer.describe(manifest)
             check_evaluation(written, expected.folder)
@@ -78,13 +85,15 @@ def export_onnx_file(
         return writer.commit(manifest)
 
 
-def _written(source: Artifact, writer: ArtifactWriter, data: CalibrationSet | None, progress: Progress) -> Manifest:
+def _written(
+    source: Artifact, writer: ArtifactWriter, data: CalibrationSet | None, shapes: Shapes, progress: Progress
+) -> Manifest:
     """Write the graph of `source`, prepared where that can be compared; its manifest."""
     manifest = source.manifest
     progress("running the ONNX file")
-    cases = _cases(source, data)
+    cases = _cases(source, data, shapes)
     progress("preparing the graph")
-    model = _prepared(source, cases)
+    model = _prepared(source, cases, shapes)
     if model is None:
         for name in [source.bare or ONNX, *sorted(external_files(load_graph(source.onnx_path).graph))]:
             shutil.copyfile(source.onnx_path.parent / name, writer.path / (ONNX if name == source.bare else name))
@@ -103,10 +112,10 @@ def _written(source: Artifact, writer: ArtifactWriter, data: CalibrationSet | No
     return msgspec.structs.replace(manifest, parity=parity)
 
 
-def _cases(source: Artifact, data: CalibrationSet | None) -> list[Case]:
+def _cases(source: Artifact, data: CalibrationSet | None, shapes: Shapes) -> list[Case]:
     """What ONNX Runtime makes of the file on rows of `data`, else on made-up input; none where it does not run that.
 
-    Raises PrecisionError where it does not run `data`.
+    Raises PrecisionError where it does not run `data`, nor made-up input of the shapes that were given.
     """
     found: list[Case] = []
     failed = ""
@@ -126,6 +135,9 @@ def _cases(source: Artifact, data: CalibrationSet | None) -> list[Case]:
         failed = str(error)
     if not found and data is not None:
         raise PrecisionError(f"{source.shown} does not run on `data`: {failed}")
+    if not found and shapes:
+        given = ", ".join(f"{name} {format_shape(shape)}" for name, shape in shapes.items())
+        raise PrecisionError(f"{source.shown} does not run with {given} on made-up input: {failed}; give feeds with `data`")
     if not found:
         logger.warning(
             "%s is taken as it is, for it does not run on made-up input: %s; give feeds with `data`", source.shown, failed
@@ -133,12 +145,19 @@ def _cases(source: Artifact, data: CalibrationSet | None) -> list[Case]:
     return found
 
 
-def _prepared(source: Artifact, cases: Sequence[Case]) -> ir.Model | None:
+def _prepared(source: Artifact, cases: Sequence[Case], shapes: Shapes) -> ir.Model | None:
     """The graph with as much of the preparation as leaves its results the same; None where nothing is left to be done."""
+
+    def load() -> ir.Model:
+        model = load_model(source.onnx_path)
+        declare_shapes(model, shapes)
+        return model
+
     if not cases:
         return None
+    declared = load() if shapes else None
     for what, opset, fold in _ways(source):
-        model = load_model(source.onnx_path)
+        model = load()
         try:
             changed = Prepare(opset=opset)(model).modified
             changed |= fold and FoldConstants()(model).modified
@@ -147,9 +166,9 @@ def _prepared(source: Artifact, cases: Sequence[Case]) -> ir.Model | None:
         except PrecisionError as error:
             wrong = str(error)
         if not wrong:
-            return model if changed else None
+            return model if changed else declared
         logger.warning("%s is taken without %s: %s", source.shown, what, wrong)
-    return None
+    return declared
 
 
 def _ways(source: Artifact) -> Iterator[tuple[str, int, bool]]:

@@ -17,7 +17,7 @@ class ExportOptions:
     """What to export and how. Exactly one of `arch`, `model` and `onnx`.
 
     model_args: keyword arguments of the factory.
-    inputs, outputs: by position.
+    inputs, outputs: by position. With `onnx`, NAME=SHAPE of inputs whose rank the file does not say.
     opset: 18 to 25.
     """
 
@@ -69,6 +69,8 @@ class ExportOptions:
         odd = next((text for text in (self.name or "", *self.inputs, *self.outputs) if not is_utf8(text)), None)
         if odd is not None:
             raise UsageError(f"the name {printable(odd)} is not UTF-8, and ONNX and manifests hold nothing else")
+        if "" in self.outputs:
+            raise UsageError("`outputs` has an empty name: an output needs one")
         if self.expect_top1 is not None and self.eval_folder is None:
             raise UsageError("`expect_top1` needs `eval_folder`, the images that accuracy is measured on")
         if self.onnx is not None:
@@ -86,7 +88,7 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
+        taken = ("onnx", "inputs", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

@@ -1,19 +1,22 @@
 """What the eager module makes of feeds, and whether a comparison with it can prove anything."""
 
+import copy
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed
+from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, example_dims, other_sizes, random_feed, size_of_batch
 from deploy.errors import DeployError, ExportError
 from deploy.evidence.parity import TOLERANCES, judge
 from deploy.intake.call import bind
 from deploy.intake.export_errors import fixed_reason, line_of
 from deploy.intake.exporter import flatten_outputs
 from deploy.intake.lookups import Lookups
+from deploy.pipeline.export_advice import advice, repeated, run_raw, runs
 from deploy.pipeline.written import Case
 
 REAL_ROWS = 8
@@ -32,10 +35,8 @@ def run_eager(
     Raises ExportError, with the module's own error and its line in the user's own file, when it cannot run the input.
     """
     try:
-        with torch.inference_mode():
-            args, kwargs = bind(module, {spec.name: torch.from_numpy(feed[spec.name].copy()) for spec in specs})
-            results = flatten_outputs(module(*args, **kwargs))
-            return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
+        results = flatten_outputs(run_raw(module, specs, feed))
+        return {name: tensor.numpy().copy() for name, tensor in results.items()}  # it may be an input, or a buffer of its own
     except DeployError:
         raise
     except Exception as error:  # the user's own code: any error may come
@@ -45,19 +46,13 @@ def run_eager(
         name, where = type(module).__name__, f": {line}" if line else ""
         batch = batch_dim(specs)
         if ran is not None and batch is not None and _shapes(ran) != shapes:
-            fixed, remedy = fixed_reason([batch])
-            raise ExportError(
-                f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
-            ) from error
-        integers = [spec.name for spec in specs if np.dtype(feed[spec.name].dtype).kind in "iu"]
-        ranged = (
-            f"; {', '.join(integers)} are integers: say their range, NAME=1x6:int64[0,100], or give feeds with `data`"
-            if integers
-            else ""
-        )
-        raise ExportError(
-            f"{name} cannot run {shapes}{where}: {reason}\nsay what it takes with `inputs` NAME=1x3x224x224[:dtype]{ranged}"
-        ) from error
+            rows = repeated(specs, ran, size_of_batch(specs, dict(feed)))
+            if not runs(module, specs, rows):
+                fixed, remedy = fixed_reason([batch])
+                raise ExportError(
+                    f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
+                ) from error
+        raise ExportError(f"{name} cannot run {shapes}{where}: {reason}{advice(module, specs, feed, error)}") from error
 
 
 def _shapes(feed: Mapping[str, np.ndarray]) -> str:
@@ -74,8 +69,41 @@ def check_repeatable(
         return
     culprit = _first_that_differs(module, specs, feed, user_files)
     raise ExportError(
-        f"{type(module).__name__} gives another result each time it is run{culprit}, so that nothing can be compared with it:"
-        " take the random part out (dropout without training=self.training, torch.rand...)"
+        f"{type(module).__name__} gives another result each time it is run{culprit}, so that nothing can be compared with it"
+        f"{_why_it_differs(module, specs, feed)}"
+    )
+
+
+def _why_it_differs(module: torch.nn.Module, specs: Sequence[TensorSpec], feed: Feed) -> str:
+    """Whether random numbers or what the module keeps from run to run make its results differ; "" where neither is found to.
+
+    With the seeds of all global generators the same, random results are; two copies of a module keep the same.
+    """
+
+    def same(*modules: torch.nn.Module) -> bool:
+        found = []
+        for each in modules:
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            found.append(list(flatten_outputs(run_raw(each, specs, feed)).values()))
+        return _equal(*found)
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        if same(module, module):
+            return ": take the random part out (dropout without training=self.training, torch.rand...)"
+        kept = same(copy.deepcopy(module), copy.deepcopy(module))
+    except Exception:  # what cannot be copied, or runs no third time
+        return ""
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+    return (
+        "\nits forward changes what the module holds (a counter, a buffer, a cache): let it take that as an input and return it as an output"
+        if kept
+        else ""
     )
 
 
@@ -130,10 +158,9 @@ def other_size(
     tried = other_sizes(specs, dims)
     for sizes in tried:
         feed = random_feed(specs, sizes, seed=len(sizes))
-        try:
-            results = run_eager(module, specs, feed, user_files)
-        except ExportError:
+        if not runs(module, specs, feed):
             continue
+        results = run_eager(module, specs, feed, user_files)
         return Case("random", feed, dict(zip(outputs, results.values(), strict=True))), ""
     return None, ", ".join(f"{dim} {size}" for dim, size in dims.items() if tried and tried[0][dim] != size)
 

@@ -80,6 +80,24 @@ def check_fp32(artifact: Artifact) -> None:
         raise UsageError(f"{artifact.shown} is {manifest.precision} already; give the FP32 artifact that it was made from")
 
 
+def check_engine_source(source: Artifact) -> None:
+    """Raise UsageError if no engine can be built from `source`."""
+    manifest = source.manifest
+    if manifest.kind != "onnx":
+        what = "an engine already" if manifest.kind == "engine" else "an AOTInductor package"
+        raise UsageError(f"{source.shown} is {what}; give the ONNX artifact it was built from")
+    if manifest.precision == "fp64":
+        raise UsageError(
+            f"{source.shown} computes in double precision, and TensorRT does not: export the model in FP32 (`module.float()`)"
+        )
+    outputs = {spec.name for spec in manifest.outputs}
+    if both := [spec.name for spec in manifest.inputs if spec.name in outputs]:
+        raise UsageError(
+            f"{both[0]!r} is an input and an output of {source.shown}, and an engine needs two names: leave that output out, or"
+            " give it another name behind an Identity"
+        )
+
+
 def fp32_source(artifact: Artifact, why: str) -> Artifact:
     """`artifact` itself where it is in FP32, else the FP32 artifact that it was made from.
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model
-from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count
+from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count, size_of_batch
 from deploy.data.evidence_feeds import NamedFeed
 from deploy.errors import BackendError, DeployError, ParityError, PrecisionError
 from deploy.evidence.parity import TOLERANCES, BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
@@ -195,7 +195,7 @@ def judged(
     judged: list[ParityCase] = []
     wrong = None
     for case in cases:
-        sizes = dynamic_sizes(inputs, case.feed)
+        sizes, rows = dynamic_sizes(inputs, case.feed), size_of_batch(inputs, case.feed)
         try:
             results = {name: _plain(array) for name, array in run(_fitted(case.feed, inputs)).items()}
         except DeployError as error:
@@ -203,9 +203,9 @@ def judged(
                 raise  # that says nothing of the file
             if case.maybe and not first:
                 continue
-            wrong = f"it fails on {case.data} input at batch {row_count(case.feed)}: {error}"
+            wrong = f"it fails on {case.data} input at batch {rows}: {error}"
             break
-        found, reason = judge(results, case.expected, tolerance, data=case.data, batch=row_count(case.feed), sizes=sizes)
+        found, reason = judge(results, case.expected, tolerance, data=case.data, batch=rows, sizes=sizes)
         if reason:
             wrong = reason
             break

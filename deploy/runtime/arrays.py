@@ -8,6 +8,7 @@ import numpy as np
 
 from deploy.artifact.tensors import format_shape
 from deploy.errors import InputError
+from deploy.words import a_type
 
 Sort = Literal["numpy", "torch", "device"]
 """`device` stands for arrays in device memory of any library but torch."""
@@ -25,7 +26,7 @@ def sort_of(name: str, x: Any, *, device_arrays: bool) -> Sort:
     if device_arrays and is_device_array(x):
         return "device"
     others = ", or an array on the GPU" if device_arrays else ""
-    raise InputError(f"{name!r} is a {type(x).__name__}; expected a numpy array or a torch tensor{others}")
+    raise InputError(f"{name!r} is {a_type(x)}; expected a numpy array or a torch tensor{others}")
 
 
 def is_device_array(x: Any) -> bool:

@@ -22,6 +22,7 @@ from deploy.errors import BackendError, InputError, SessionClosedError, UsageErr
 from deploy.runtime.arrays import SORTS, Sort, from_torch, shape_of, sort_of, to_torch, writable, write
 from deploy.runtime.catalog import BACKENDS, check_variant, refuse_compiled
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
+from deploy.words import a_type
 
 _SEEN_SHAPES = 4096
 
@@ -188,9 +189,7 @@ class Session(ABC):
     def _check(self, feed: Mapping[str, Any]) -> Sort:
         """Check a feed in full and return its sort. Raises InputError."""
         if not isinstance(feed, Mapping):
-            raise InputError(
-                f"run() takes arrays by input name, not a {type(feed).__name__}; expected {', '.join(map(str, self.inputs))}"
-            )
+            raise InputError(f"run() takes arrays by input name, not {a_type(feed)}; expected {', '.join(map(str, self.inputs))}")
         self._check_names(feed)
         kinds = {name: sort_of(name, x, device_arrays=self.device_arrays) for name, x in feed.items()}
         sorts = {kind for name, kind in kinds.items() if kind != "numpy" or name not in self._host_inputs}

@@ -64,6 +64,11 @@ def test_sizes_without_a_name_get_one_each_and_are_followed_through_the_graph() 
     assert not infer_shapes(model)
 
 
+def test_an_input_that_is_an_output_too_keeps_its_shape() -> None:
+    model = parsed("g (float[N, 4] x) => (float[N, 4] y, float[N, 4] x) { y = Relu(x) }")
+    assert shapes(model) == {"x": ["N", 4], "y": ["N", 4]}
+
+
 def test_a_new_name_is_not_one_that_is_there() -> None:
     model = parsed("g (float[x_1, a] x) => (float[x_1, a] y) { y = Relu(x) }")
     model.graph.inputs[0].shape = ir.Shape(["x_1", "?"])

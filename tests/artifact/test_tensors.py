@@ -9,6 +9,7 @@ from deploy.artifact.tensors import (
     ShapeRange,
     TensorSpec,
     batch_dim,
+    default_dims,
     default_profile,
     format_shape,
     format_specs,
@@ -17,6 +18,7 @@ from deploy.artifact.tensors import (
     parse_shapes,
     random_feed,
     row_count,
+    rows_join,
     slice_rows,
 )
 from deploy.errors import DeployError, InputError, UsageError
@@ -122,6 +124,31 @@ def test_concrete_needs_every_dimension():
 def test_the_batch_is_the_first_symbolic_first_dimension():
     assert batch_dim([spec(shape=(1, "H")), spec(shape=("B", 2))]) == "B"
     assert batch_dim([spec(shape=(1, "H")), spec(shape=())]) is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batch", "by_rows"),
+    [
+        ([("T", "N", 6)], "N", False),
+        ([("time", "batch", 6), (1, "batch", 8)], "batch", False),
+        ([("T", "batch_size", 6)], "batch_size", False),
+        ([("B", "N", 3)], "B", True),  # N points
+        ([("batch", "N", 3)], "batch", True),
+        ([("rows", "cols")], "rows", True),
+        ([(1, "N", 3)], None, False),
+    ],
+)
+def test_a_dimension_called_like_a_batch_is_the_batch_before_another_that_is_first(shapes, batch, by_rows):
+    specs = [spec(shape=shape) for shape in shapes]
+    assert batch_dim(specs) == batch
+    assert rows_join(specs, specs) is by_rows
+
+
+def test_a_first_dimension_that_is_not_the_batch_has_no_size_of_its_own():
+    specs = [spec(shape=("T", "N", 6))]
+    assert default_dims(specs, [], known={"T": 7}, remedy="say it") == {"T": 7, "N": 1}
+    with pytest.raises(UsageError, match="gives 'T' a size: say it"):
+        default_dims(specs, [], known={}, remedy="say it")
 
 
 def test_the_default_profile_ranges_over_the_batch():

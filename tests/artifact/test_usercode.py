@@ -123,17 +123,44 @@ def test_a_copy_that_is_not_what_was_recorded_does_not_run(change: str, folder: 
         ("import numpy as np\ndef f(x):\n    return np.zeros(2) @ np.zeros(3)\n", r"fails: ValueError: .* \(.*/prep\.py:3\)"),
         ("def g(x):\n    raise KeyError('a')\ndef f(x):\n    return g(x)\n", r"fails: KeyError: 'a' \(.*/prep\.py:2\)"),
         ("def f(x):\n    raise SystemExit(3)\n", r"fails: SystemExit: 3 \(.*/prep\.py:2\)"),
-        ("def f():\n    pass\n", r"fails: TypeError: f\(\) takes 0 positional arguments"),
+        ("def f():\n    pass\n", r"fails: TypeError: f\(\) takes 0 positional arguments.* \(.*/prep\.py:1\)"),
+        ("class C:\n    def __call__(self): ...\nf = C()\n", r"fails: TypeError: .* \(.*/prep\.py:2\)"),
+        ("import numpy\nasync def f(x):\n    return x\n", r"prep\.py:f is an async function \(.*/prep\.py:2\)"),
         ("\n1 / 0\n", r"/prep\.py fails when it is imported: ZeroDivisionError: division by zero \(.*/prep\.py:2\)"),
         ("import numpy\nimport not_there_at_all\n", r"ModuleNotFoundError: No module named 'not_there_at_all' \(.*/prep\.py:2\)"),
         ("def ff(x): ...\n", r"prep\.py has no 'f'; did you mean 'ff'\?"),
-        ("f = 3\n", r"prep\.py:f is a int; expected a function"),
+        ("f = 3\n", r"prep\.py:f is an int; expected a function"),
     ],
 )
 def test_what_fails_is_named_with_its_line(text: str, message: str, folder: Path) -> None:
     written(folder, text)
     with pytest.raises(UserCodeError, match=message):
         UserFunction.read("prep.py:f").call(folder, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(x):\n    return 1 / x\n", r"ZeroDivisionError: .* \({}/prep\.py:2\)$"),
+        ("\nraise KeyError(3)\n", r"^{}/prep\.py fails when it is imported: KeyError: 3 \({}/prep\.py:2\)$"),
+        ("def f(): ...\n", r"TypeError: .* \({}/prep\.py:1\)$"),
+        (
+            "from pathlib import Path\ndef f(x):\n    open(Path(__file__).with_name('beside.txt'))\n",
+            r"'{}/beside\.txt' \({}/prep\.py:3\)\nprep\.py alone goes into the artifact",
+        ),
+    ],
+    ids=["body", "import", "call", "beside"],
+)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_a_copy_does_wrong_is_said_of_the_users_own_file(text: str, message: str, copies: int, folder: Path) -> None:
+    source = written(folder, text, "own/prep.py").parent
+    function = UserFunction.read("own/prep.py:f")
+    for number in range(copies):
+        (folder / f"copy{number}").mkdir()
+        function.copy(source if number == 0 else folder / f"copy{number - 1}", folder / f"copy{number}")
+    with pytest.raises(UserCodeError, match=message.replace("{}", str(source))) as caught:
+        function.call(folder / f"copy{copies - 1}", 0)
+    assert str(folder / "copy") not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +252,16 @@ def test_a_module_of_the_current_folder_is_imported_where_it_is_used(folder: Pat
 def test_a_module_that_cannot_be_used_is_named(spec: str, message: str, folder: Path) -> None:
     written(folder, "1 / 0\n", "broken_module_here.py")
     written(folder, "import is_missing\n", "needs_what_is_missing.py")
-    with pytest.raises(UserCodeError, match=message):
+    with pytest.raises(UserCodeError, match=message) as caught:
         UserFunction.read(spec)
+    assert "artifact" not in str(caught.value)  # there is none yet
+
+
+def test_a_module_that_an_artifact_names_and_does_not_hold_is_asked_for_with_its_version() -> None:
+    function = UserFunction(name="f", module="no_such_package.mod", version="1.2")
+    message = r"no module 'no_such_package\.mod' to import, which the artifact names, and does not hold; .* \(version 1\.2\)"
+    with pytest.raises(UserCodeError, match=message):
+        function.load(None)
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,18 @@ def test_names_that_are_not_utf8_are_printed_and_are_json(run: Run, folder: Path
     document = json.loads(run("predict", "build/lenet5", "images", "--json").out.encode("utf-8"))
     assert r"images/digit 3/caf\xe9.png" in [each["path"] for each in document["predictions"]]
     assert [each["path"] for each in document["failed"]] == [r"images/digit 7/\xff.png"]
+
+
+def test_a_name_is_printed_in_one_way_and_on_one_line(run: Run, folder: Path) -> None:
+    assert run("export", "--arch", "lenet5").status == 0
+    digit = os.fsencode(folder / "images" / "digit 7")
+    shutil.copy(folder / "images" / "digit 3" / "0.png", digit + b"/two\nlines.png")
+    for name in (b"/\xff.png", b"/no\nimage.png"):
+        with open(digit + name, "wb") as file:
+            file.write(b"no image")
+    finished = run("predict", "build/lenet5", os.fsdecode(digit), os.fsdecode(b"gone\xe9"))
+    shown = (finished.out + finished.err).encode("utf-8", "show_bytes").decode().splitlines()
+    for name in (r"digit 7/two\nlines.png: ", r"digit 7/\xff.png ", r"digit 7/no\nimage.png ", r"no image at gone\xe9"):
+        assert any(name in line for line in shown), shown
+    document = json.loads(run("predict", "build/lenet5", os.fsdecode(digit), "--json").out)
+    assert any(each["path"].endswith("digit 7/two\nlines.png") for each in document["predictions"])

@@ -111,6 +111,11 @@ def test_one_sample_without_its_batch_dimension_is_a_batch_of_one(make, tmp_path
     assert [feed["x0"].shape for feed in calibration_set(make(("N", 2)), tmp_path / "feeds").feeds(4)] == [(1, 2)]
 
 
+def test_a_feed_whose_batch_is_not_first_is_not_cut_and_one_sample_gets_it_there(make):
+    feeds = [{"x0": np.zeros((9, 2), np.float32)}, {"x0": np.zeros((9, 3, 2), np.float32)}]
+    assert [feed["x0"].shape for feed in calibration_set(make(("T", "N", 2)), feeds).feeds(4)] == [(9, 1, 2), (9, 3, 2)]
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -72,7 +72,6 @@ def test_each_image_comes_with_the_numbers_of_its_row(net, folder, columns, rows
         ("float32", ("N",), "1.5", 1.5),
         ("float16", ("N", 1), "1.5", [1.5]),
         ("float64", ("N", 1), "1e300", [1e300]),
-        ("float32", ("N",), "-inf", -np.inf),
         ("int64", ("N",), str(2**60 + 1), 2**60 + 1),
         ("int32", ("N",), "3.0", 3),
         ("uint8", ("N", 2), "[0, 255]", [0, 255]),
@@ -95,22 +94,32 @@ def test_a_cell_becomes_what_the_input_takes(net, folder, dtype, shape, cell, ex
     [
         ("float32", ("N",), "", "'' in 'v' is no number"),
         ("float32", ("N",), "tall", "'tall' in 'v' is no number"),
-        ("float32", ("N",), "nan", "is missing or is none"),
+        ("float32", ("N",), "nan", "is missing, none or not finite: nan"),
+        ("float32", ("N",), "-inf", "is missing, none or not finite: -inf"),
+        ("float64", ("N", 2), "[1, Infinity]", r"is missing, none or not finite: \[1.0, inf\]"),
+        ("int64", ("N",), "inf", "is missing, none or not finite: inf"),
         ("float32", ("N",), "1e39", "1e.39 of 'v' is no float32"),
         ("int64", ("N",), "1.5", "1.5 of 'v' is no int64"),
         ("uint8", ("N",), "256", "256 of 'v' is no uint8"),
         ("bool", ("N",), "2", "2 of 'v' is no bool"),
         ("float32", ("N", 2), "[1, 2, 3]", "has 3 for 'v'; expected 2"),
         ("float32", ("N", 2), "1", "has one number for 'v'; expected 2"),
-        ("float32", ("N", 2), "[1, null]", "is missing or is none"),
+        ("float32", ("N", 2), "[1, null]", "is missing, none or not finite"),
         ("float32", ("N", 2), "[1, 2", r"'\[1, 2' in 'v' is no number, and no list"),
-        ("float32", ("N", 2, 2), "[[1, 2], [3]]", "dark/0.png"),
+        ("float32", ("N", 2, 2), "[[1, 2], [3]]", r"the lists in 'v' are not all of one length: \[\[1, 2\], \[3\]\]"),
     ],
 )
 def test_a_cell_that_the_input_cannot_take_is_named_with_its_row(net, folder, dtype, shape, cell, message):
     write(folder, ["v"], [[cell]] * 6)
     with pytest.raises(DataError, match=rf"metadata\.csv: the row of dark/0\.png.*{message}|{message}"):
         record_input(net(("v", dtype, shape)), [folder]).load(folder / NAMES[0])
+
+
+@pytest.mark.parametrize(("cell", "message"), [("[0.5]", r"\[0\.5\] in 'v_0' is not one number"), ("inf", "not finite")])
+def test_a_cell_of_one_element_that_is_not_one_number_is_named(net, folder, cell, message):
+    write(folder, ["v_0", "v_1"], [[cell, 1]] * 6)
+    with pytest.raises(DataError, match=rf"metadata\.csv: the row of dark/0\.png: .*{message}"):
+        record_input(net(("v", "float32", ("N", 2))), [folder]).load(folder / NAMES[0])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, int], tuple[Any, ...], dict
     "a list": (lambda xs: 0, {"xs.0": 1, "xs.1": 2}, ([1, 2],), {}),
     "a dict and a tensor": (lambda x, batch: 0, {"batch.b": 1, "image": 2, "batch.a": 3}, (2, {"b": 1, "a": 3}), {}),
     "a dict behind parameters left out": (lambda x=None, y=None, batch=None: 0, {"batch.b": 1}, (), {"batch": {"b": 1}}),
+    "a list in a dict": (lambda batch: 0, {"batch.x.0": 1, "batch.x.1": 2, "batch.m": 3}, ({"x": [1, 2], "m": 3},), {}),
+    "a dict in a list": (lambda xs: 0, {"xs.0.a": 1, "xs.0.b.c": 2, "xs.1": 3}, ([{"a": 1, "b": {"c": 2}}, 3],), {}),
     "a list by keyword alone": (lambda *, xs: 0, {"xs.0": 1}, (), {"xs": [1]}),
     "a name with a dot": (lambda x: 0, {"image.1": 1}, (1,), {}),
 }
@@ -64,6 +66,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[str], str]] = {
     "a dict that says so": (quoted, ["x"], r"takes a dict as 'batch': .*batch\.KEY"),
     "a member missing": (lambda xs: 0, ["xs.0", "xs.2"], r"xs\.0, xs\.2: members of a list are xs\.0, xs\.1"),
     "a list and a dict": (lambda xs: 0, ["xs.0", "xs.a"], r"cannot be given xs\.0, xs\.a"),
+    "a list deep inside": (lambda b: 0, ["b.i.1"], r"cannot be given b\.i\.1: members of a list are b\.i\.0"),
+    "a tensor with members": (lambda b: 0, ["b.i", "b.i.x"], r"cannot be given b\.i both as a tensor and with members, b\.i\.x"),
     "another name than the keyword": (lambda *, image: 0, ["x"], r"\n'image' is taken by keyword alone"),
     "any keyword": (lambda x, **more: 0, ["x", "more.y"], r"\ntorch\.export does not take what \*\*more holds"),
     "nothing": (lambda: 0, ["x"], r"takes 0 inputs by position, and 1 are given: x\nleave them out"),
@@ -79,14 +83,14 @@ def test_what_forward_does_not_take_is_refused_naming_the_parameter(
 
 
 class Mixed(nn.Module):
-    """Subtraction of all it takes: one by position, a dict, a list, one by keyword."""
+    """Subtraction of all it takes: one by position, a dict, a list with a dict in it, one by keyword."""
 
-    def forward(self, x: Tensor, batch: dict[str, Tensor], *, xs: list[Tensor], mask: Tensor) -> Tensor:
-        return ((x - batch["b"]) * 2 - batch["a"] - xs[0] * 3 - xs[1]) * mask
+    def forward(self, x: Tensor, batch: dict[str, Tensor], *, xs: list[Any], mask: Tensor) -> Tensor:
+        return ((x - batch["b"]) * 2 - batch["a"] - xs[0] * 3 - xs[1] - xs[2]["c"]["d"] * 5) * mask
 
 
 def test_the_graph_has_the_inputs_in_the_users_order_and_eager_by_position_agrees() -> None:
-    names = ["mask", "xs.0", "batch.a", "first", "xs.1", "batch.b"]
+    names = ["mask", "xs.0", "batch.a", "first", "xs.1", "batch.b", "xs.2.c.d"]
     feed = {name: torch.randn(2, 3) for name in names}
     specs = [TensorSpec(name=name, dtype="float32", shape=("batch", 3)) for name in names]
     graph = export_graph(Mixed(), specs, feed, ["y"])

@@ -268,3 +268,14 @@ def test_tensors_without_values_are_refused_by_name(tmp_path: Path) -> None:
     torch.save({**net().state_dict(), "1.bias": torch.ones(2, device="meta")}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"holds '1.bias' without values"):
         read_state_dict(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_weights_are_read_as_the_matrices_that_they_are(layout: torch.layout, tmp_path: Path) -> None:
+    weight = torch.eye(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that it is beta
+        torch.save({"l.weight": weight.to_sparse(layout=layout), "l.bias": torch.ones(4)}, tmp_path / "x.pt")
+    state = read_state_dict(tmp_path / "x.pt")
+    assert state["l.weight"].layout is torch.strided
+    assert torch.equal(state["l.weight"], weight)

@@ -168,6 +168,8 @@ def test_members_of_members_give_way_to_names_that_are_the_users_own() -> None:
     assert flatten_outputs({"a": [a, b], "a_0": c}) == {"a_0_2": a, "a_1": b, "a_0": c}
     assert flatten_outputs({"a": {"0": a}, "a_0": [b], "a_0_2": c, 1: d}) == {"a_0": a, "a_0_0": b, "a_0_2": c, "1": d}
     assert flatten_outputs({1: a, "1": b}) == {"1": a, "1_2": b}
+    assert flatten_outputs({"a": a, "": b, "c": {"": c}}) == {"a": a, "output_1": b, "c_0": c}
+    assert flatten_outputs({"": a, "output_0": b}) == {"output_0": a, "output_0_2": b}
     assert flatten_outputs(([a, [b]], {"0": c})) == {"output_0_0": a, "output_0_1_0": b, "output_1_0": c}
 
 

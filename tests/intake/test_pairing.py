@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -147,6 +148,52 @@ def test_order_is_not_taken_where_the_ends_of_names_contradict_it(module: nn.Mod
         with pytest.raises(CheckpointError, match=r"by order: .* would become .* their order is not the same"):
             load_weights(module, {f"x.{name}": t for name, t in state.items()}, match="order", allow_partial=allow_partial)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+NORMS = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LayerNorm(4)})  # a.weight, a.bias, b.weight, b.bias: all of one shape
+
+MISLED: dict[str, tuple[nn.Module, list[str], bool]] = {
+    "gamma and beta": (nn.LayerNorm(4), ["ln.gamma", "ln.beta"], False),
+    "beta and gamma": (nn.LayerNorm(4), ["ln.beta", "ln.gamma"], True),
+    "statistics of TensorFlow": (
+        nn.BatchNorm1d(4, affine=False, momentum=None), ["bn.moving_variance", "bn.moving_mean"], True
+    ),
+    "each layer whole": (NORMS, ["x.weight", "x.bias", "y.weight", "y.bias"], False),
+    "two layers mixed": (NORMS, ["x.weight", "y.bias", "y.weight", "x.bias"], True),
+    "two layers mixed, in TensorFlow's words": (NORMS, ["x.gamma", "y.beta", "y.gamma", "x.beta"], True),
+    "a layer in two parts": (NORMS, ["x.w.weight", "x.b.bias", "y.w.weight", "y.b.bias"], False),
+    "numbers that grow": (NORMS, ["n3.weight", "n3.bias", "n5.weight", "n5.bias"], False),
+    "numbers that fall": (NORMS, ["n5.weight", "n5.bias", "n3.weight", "n3.bias"], False),  # a and b have none to compare
+    "sizes of kernels": (
+        nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)), ["n3x3.weight", "n3x3.bias", "n1x1.weight", "n1x1.bias"], False
+    ),
+    "reversed": (
+        nn.Sequential(*(nn.LayerNorm(4) for _ in range(12))),
+        [f"block{index}.{word}" for index in reversed(range(12)) for word in ("weight", "bias")],
+        True,
+    ),
+    "reversed, of many shapes": (
+        nn.Sequential(*(nn.LayerNorm(4 + index) for index in range(3))),
+        [f"up{index}.{word}" for index in reversed(range(3)) for word in ("weight", "bias")],
+        False,  # each is the only one of its shape but for the bias
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "keys", "wrong"), MISLED.values(), ids=MISLED)
+def test_what_layers_and_numbers_say_is_not_contradicted(module: nn.Module, keys: list[str], wrong: bool) -> None:
+    expected = {name: tensor for name, tensor in tensors_of(module).items() if tensor.dim()}
+    state = dict(zip(keys, expected.values(), strict=True))
+    assert (contradiction(expected, state, pair_tensors(module, state, "order").keys) is not None) == wrong
+
+
+@pytest.mark.parametrize(("name", "other"), [("mobilenet_v2", "mobilenetv2_100"), ("densenet121", "densenet121")])
+def test_names_of_another_project_contradict_nothing(name: str, other: str) -> None:
+    module = torchvision.models.get_model(name)
+    state = timm.create_model(other).state_dict()
+    pairs = pair_tensors(module, state, "order").keys
+    assert sum(state[key].shape == module.state_dict()[name].shape for name, key in pairs.items()) > 200
+    assert contradiction(tensors_of(module), state, pairs) is None
 
 
 def test_statistics_are_not_taken_for_weights_of_their_shape() -> None:

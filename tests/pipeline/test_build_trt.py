@@ -179,3 +179,24 @@ def test_a_model_that_cannot_be_judged_by_top1_is_refused_before_it_is_calibrate
             deploy.build_trt(source, tmp_path / "out", int8=True, calib=calib, eval_folder=digits)
         else:
             deploy.quantize(source, tmp_path / "out", calib=calib, eval_folder=digits)
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (
+            "g (double[N, 2] x) => (double[N, 2] y) <double[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }",
+            r"computes in double precision, and TensorRT does not: export the model in FP32",
+        ),
+        (
+            "g (float[N, 2] x) => (float[N, 2] y, float[N, 2] x) { y = Relu(x) }",
+            r"'x' is an input and an output of .*, and an engine needs two names",
+        ),
+    ],
+)
+def test_a_graph_that_no_engine_can_be_is_refused_at_once(graph: str, message: str, tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}'), tmp_path / "net.onnx")
+    with pytest.raises(UsageError, match=message):
+        deploy.build_trt(tmp_path / "net.onnx", tmp_path / "out", flavour="tensorrt-rtx")
+    with pytest.raises(UsageError, match=message):
+        deploy.preflight(tmp_path / "net.onnx", flavour="tensorrt-rtx")

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import deploy
+from deploy.artifact import usercode
 from deploy.artifact.artifact import Artifact
 from deploy.data.calibration_set import calibration_set
 from deploy.errors import ArtifactError, UsageError, UserCodeError
@@ -183,7 +185,7 @@ def test_nothing_runs_when_an_artifact_is_opened_inspected_or_listed(
 MISTAKES = [
     ("return np.zeros((3, 8, 9), np.float32)", r"prep\.py:f returns float32 3x8x9 \(.*/prep\.py:2\)"),
     ("return np.zeros((3, 8, 8))", r"prep\.py:f returns float64 3x8x8 \(.*/prep\.py:2\)"),
-    ("return image", r"prep\.py:f returns a Image \(.*/prep\.py:2\)"),
+    ("return image", r"prep\.py:f returns a[n]? \w*Image\w* \(.*/prep\.py:2\)"),
     ("return image.nothing", r"prep\.py:f fails: AttributeError: .* \(.*/prep\.py:3\)"),
     (
         "return np.load(__file__.replace('prep.py', 'mean.npy'))",
@@ -192,14 +194,28 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.parametrize("images", [None, "data", "eval_folder"])
 @pytest.mark.parametrize(("text", "message"), MISTAKES)
-def test_a_mistake_is_found_by_the_export_in_the_users_own_file(text: str, message: str, project: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_found_by_the_export_in_the_users_own_file(
+    text: str, message: str, images: str | None, project: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mean.npy").write_bytes(b"not read")
-    (tmp_path / "prep.py").write_text(f"import numpy as np\ndef f(image):\n    {text}\n")
+    good = "if image.filename.endswith('made-up.jpg'):\n        return np.zeros((3, 8, 8), np.float32)\n    " if images else ""
+    (tmp_path / "prep.py").write_text(f"import numpy as np\ndef f(image):\n    {good}{text}\n")
+    if images:
+        message = message.replace("py:3", "py:5")
+    more = {images: project / "images"} if images else {}
     with pytest.raises(UserCodeError, match=message) as caught:
-        deploy.export(tmp_path / "out", onnx=project / "net.onnx", preprocess=f"{tmp_path / 'prep.py'}:f")
+        deploy.export(tmp_path / "out", onnx=project / "net.onnx", preprocess=f"{tmp_path / 'prep.py'}:f", **more)
     assert "deploy-" not in str(caught.value)
+    assert str(tmp_path / "out") not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_made_up_image_has_a_format_and_the_name_of_a_file(project: Path, tmp_path: Path) -> None:
+    code = "assert image.format == 'JPEG' and image.filename\n    return np.zeros((3, 8, 8), np.float32)"
+    (tmp_path / "prep.py").write_text(f"import numpy as np\ndef f(image):\n    {code}\n")
+    deploy.export(tmp_path / "out", onnx=project / "net.onnx", preprocess=f"{tmp_path / 'prep.py'}:f")
 
 
 @pytest.mark.parametrize(
@@ -244,3 +260,17 @@ def test_exif_orientation_needs_a_preprocessing_and_goes_with_each(net: Artifact
         made = deploy.export(tmp_path / "out", onnx=project / "net.onnx", preprocess=spec, exif_orientation=True)
         assert made.manifest.preprocess is not None
         assert made.manifest.preprocess.exif_orientation
+
+
+def test_a_module_that_is_gone_is_an_error_of_the_artifact_and_not_of_each_image(
+    project: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone_later.py").write_text(CODE)
+    deploy.export(tmp_path / "net", onnx=project / "net.onnx", preprocess="gone_later:prepare")
+    (tmp_path / "gone_later.py").unlink()
+    monkeypatch.delitem(sys.modules, "gone_later")
+    usercode._loaded.clear()
+    result = run("predict", "net", project / "images")
+    assert result.status == 1
+    assert result.err.count("no module 'gone_later' to import") == 1

@@ -164,6 +164,10 @@ def test_a_leading_one_stays_where_the_batch_is_another_dimension() -> None:
     texts = ["x=1xTx6", "h=1xbatchx8", "c=2xbatchx8"]
     shapes = [spec.shape for spec in input_specs(texts, built_of(None), static_batch=False)]
     assert shapes == [("batch", "T", 6), (1, "batch", 8), (2, "batch", 8)]
+    beside = input_specs(["x=TxNx6", "h=1xNx8", "c=1x3"], built_of(None), static_batch=False)
+    assert [spec.shape for spec in beside] == [("T", "N", 6), (1, "N", 8), ("batch", 3)]
+    points = input_specs(["x=1xNx3"], built_of(None), static_batch=False)
+    assert [spec.shape for spec in points] == [("batch", "N", 3)]
 
 
 def test_an_output_that_the_module_calls_as_an_input_needs_another_name() -> None:

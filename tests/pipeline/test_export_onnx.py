@@ -10,7 +10,7 @@ import pytest
 
 import deploy
 from deploy.artifact.artifact import Artifact
-from deploy.errors import PrecisionError, UsageError
+from deploy.errors import ArtifactError, PrecisionError, UsageError
 from deploy.precision.cpu import CpuGraph
 
 
@@ -157,3 +157,42 @@ def test_what_onnx_runtime_runs_and_the_checker_refuses_goes_through_every_stage
     for index, given in enumerate((path, source)):
         deploy.convert(given, tmp_path / f"fp16-{index}", precision="fp16")
         deploy.quantize(given, tmp_path / f"int8-{index}", calib=[feed])
+
+
+def rankless(path: Path, version: int = 20) -> Path:
+    """A file that does not say the rank of `x`, and that of `k` it does; as it is it holds nothing to prepare at opset 20."""
+    text = "g (float[N, 4] x, float[N, 3] k) => (float[N, 3] y) { [m] h = MatMul(x, w) [a] y = Add(h, k) }"
+    write(path, text, opset=version, ir_version=10, weights={"w": (4, 3)})
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("version", [13, 20])
+def test_an_input_without_a_rank_has_the_shape_that_is_given(version: int, tmp_path: Path) -> None:
+    path = rankless(tmp_path / "m.onnx", version)
+    with pytest.raises(ArtifactError, match=r"rank of its input 'x': .* `deploy export --onnx m\.onnx --input x=SHAPE`"):
+        deploy.export(tmp_path / "out", onnx=path)
+    artifact = deploy.export(tmp_path / "out", onnx=path, inputs=["x=Nx4"])
+    assert [str(spec) for spec in artifact.manifest.inputs] == ["x: float32 Nx4", "k: float32 Nx3"]
+    bare = deploy.open_artifact(artifact.onnx_path)  # the file says it too
+    assert bare.manifest.inputs == artifact.manifest.inputs
+    rng = np.random.default_rng(0)
+    check_same(artifact, path, {"x": rng.random((5, 4), np.float32), "k": rng.random((5, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("z=Nx4", "has no input 'z'; it has x, k"),
+        ("k=Nx3", r"says the shape of 'k', \[N,3\]: leave `inputs` k out"),
+        ("x=Nx4:int64", "the file says the dtype"),
+        ("x=NxMx9", "does not run with x NxMx9 on made-up input: .*; give feeds with `data`"),
+    ],
+)
+def test_a_shape_that_an_input_cannot_have_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = rankless(tmp_path / "m.onnx")
+    with pytest.raises((UsageError, PrecisionError), match=message):
+        deploy.export(tmp_path / "out", onnx=path, inputs=[text])
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ BARE: dict[str, Any] = {"onnx": Path("net.onnx")}
         ({**NET, "name": "a/b"}, "`name` must be a plain name, not 'a/b'"),
         ({**BARE, "name": ".."}, "`name` must be a plain name"),
         ({**NET, "match": "shape", "weights": Path("w.pth")}, "`match` must be name or order, not 'shape'"),
+        ({**NET, "outputs": ("a", "")}, "`outputs` has an empty name"),
         ({**NET, "match": "order"}, "give one with `weights`"),
         ({**NET, "allow_partial": True}, "give one with `weights`"),
         ({**NET, "num_classes": 0}, "`num_classes` must be 1 or more, not 0"),
@@ -41,6 +42,7 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], messa
     [
         {**BARE, "preprocess": "imagenet", "classes": Path("classes.txt"), "name": "net"},
         {**BARE, "eval_folder": Path("photos"), "expect_top1": 84.2},
+        {**BARE, "inputs": ("x=Nx4",)},
         {**NET, "match": "order", "allow_partial": True, "weights": Path("w.pth")},
         {"model": "net.py:Net", "opset": 18, "num_classes": 1},
         {**NET, "opset": 25},

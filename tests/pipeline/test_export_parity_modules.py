@@ -10,6 +10,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import summary
 from deploy.errors import ExportError, UsageError
+from deploy.runtime.batching.batcher import Batcher
 
 HEAD = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 
@@ -61,7 +62,32 @@ def test_a_module_that_differs_from_itself_is_named(
     with pytest.raises(ExportError, match="Net gives another result each time it is run") as caught:
         exported(tmp_path, body, "x=1x8")
     assert named in str(caught.value)
+    assert "take the random part out" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+INIT = "def __init__(self):\n    super().__init__()\n    "
+STATES = {
+    "a counter": (f"{INIT}self.runs = 0\ndef forward(self, x):\n    self.runs += 1\n    return x * self.runs", True),
+    "a buffer": (
+        f"{INIT}self.register_buffer('last', torch.zeros(8))\ndef forward(self, x):\n    self.last = self.last + x[0]\n"
+        "    return x + self.last",
+        True,
+    ),
+    "a source of its own": (f"{INIT}self.rng = np.random.default_rng()\ndef forward(self, x):\n    return x * self.rng.random()", True),
+    "a source that is new each time": ("def forward(self, x):\n    return x * np.random.default_rng().random()", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "kept"), STATES.values(), ids=STATES)
+def test_what_a_module_keeps_from_run_to_run_is_not_called_random(
+    body: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "HEAD", HEAD + "import numpy as np\n")
+    with pytest.raises(ExportError, match="Net gives another result each time it is run") as caught:
+        exported(tmp_path, body, "x=1x8")
+    assert "random part" not in str(caught.value)
+    assert ("its forward changes what the module holds" in str(caught.value)) == kept
 
 
 def test_a_module_that_runs_at_one_size_alone_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +150,9 @@ def test_integers_go_as_far_as_the_table_they_look_up(tmp_path: Path) -> None:
 
 def test_integers_that_go_elsewhere_first_need_a_range_or_feeds(tmp_path: Path) -> None:
     body = TOKENS.format("ids", "kinds * 1")
-    with pytest.raises(ExportError, match=r"say their range, NAME=1x6:int64\[0,100\], or give feeds with `data`"):
+    with pytest.raises(
+        ExportError, match=r"it runs where kinds is 0: say the range of the integers, NAME=1x6:int64\[0,100\], or give"
+    ):
         exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64")
     ranged = exported(tmp_path, body, "ids=1x6:int64", "kinds=1x6:int64[0,2]")
     assert ranged.manifest.inputs[1].bounds == (0.0, 2.0)
@@ -161,3 +189,20 @@ def test_raw_pixels_are_made_up_where_the_preprocessing_leaves_them(tmp_path: Pa
         tmp_path, "def forward(self, x):\n    return (x / 255).mean((2, 3))", "x=1x3x8x8", preprocess=str(tmp_path / "p.json")
     )
     assert artifact.manifest.inputs[0].bounds == (0.0, 255.0)
+
+
+def test_a_batch_behind_the_time_is_the_batch_and_requests_are_not_joined_along_the_time(tmp_path: Path) -> None:
+    body = f"{INIT}self.rnn = nn.GRU(6, 8)\ndef forward(self, x, h):\n    return self.rnn(x, h)"
+    (tmp_path / "feeds").mkdir()
+    for index in range(2):
+        np.savez(tmp_path / "feeds" / f"{index}.npz", x=np.ones((9, 6), np.float32), h=np.zeros((1, 8), np.float32))
+    artifact = exported(tmp_path, body, "x=TxNx6", "h=1xNx8", data=tmp_path / "feeds")
+    assert [spec.shape for spec in artifact.manifest.inputs] == [("T", "N", 6), (1, "N", 8)]
+    assert artifact.manifest.parity is not None
+    cases = [(case.data, case.batch, case.sizes) for case in artifact.manifest.parity.cases]
+    assert cases[:3] == [("random", size, {"T": 224}) for size in (1, 2, 5)]
+    assert [(data, batch) for data, batch, _ in cases if data != "random"][:1] == [("feeds", 1)]
+    with deploy.load(artifact) as session, Batcher(session) as batcher:
+        assert batcher.max_rows is None
+        feed = {"x": np.ones((9, 3, 6), np.float32), "h": np.zeros((1, 3, 8), np.float32)}
+        assert batcher.run(feed)["output_0"].shape == (9, 3, 8)

@@ -82,10 +82,22 @@ def _node_problem(
                 f"{side} {value.name!r} reaches {seen.amax:.3g}; the largest {precision.upper()} number is"
                 f" {LARGEST[precision]:.5g}, and other inputs may give {HEADROOM:g} times as much"
             )
+        if _is_whole(value) and seen.amax > 1 / EPSILON[precision]:
+            return (
+                f"{side} {value.name!r} has whole numbers up to {seen.amax:.0f}; {precision.upper()} holds all of them up to"
+                f" {1 / EPSILON[precision]:.0f}"
+            )
         problem = weight_problem(np.array([seen.amax], dtype=np.float32), precision)
         if problem:
             return f"{side} {value.name!r} {problem}"
     return ""
+
+
+def _is_whole(value: ir.Value) -> bool:
+    """Whether the numbers of a float tensor are integers that were cast: positions, times, identifiers."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return source is not None and source.dtype is not None and source.dtype.is_integer()
 
 
 def _drowned(node: ir.Node, weight: ir.Value, ranges: dict[str, Range], precision: HalfPrecision) -> bool:

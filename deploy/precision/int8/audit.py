@@ -6,7 +6,8 @@ bad layer does not affect the figures of the layers after it, and correcting one
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -73,46 +74,50 @@ class Audit:
         weights = {
             name: dataclasses.replace(weight, axis=None) if per_tensor else weight for name, weight in placement.weights.items()
         }
-        nodes = {node.name: node for node in model.graph}
+        nodes = {node.name: node for node in model.graph.all_nodes()}
         self._probes = [_Probe(model, nodes[name], tensors, weights.get(name)) for name, tensors in taken.items()]
         self._tensors = tuple(dict.fromkeys(tensor for probe in self._probes for tensor in probe.tensors))
         linear = [tensor for probe in self._probes if probe.has_weight for tensor in probe.tensors]
         self._averaged = tuple(dict.fromkeys(linear))
         self._matrices = {tensor for probe in self._probes if not probe.has_weight for tensor in probe.tensors}
-        self._means: dict[tuple[tuple[int, ...], ...], dict[str, _Mean]] = {}
+        self._means: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, _Mean]] = {}
         self._noise: list[dict[str, np.ndarray]] = []
-        self._rows = 0
+        self._rows: Counter[frozenset[str]] = Counter()  # by the tensors that are there: those of one branch of each If
 
     def add(self, tensors: Arrays, rows: int) -> None:
-        """Add the tensors of `placement.edges` on a feed of `rows` rows."""
-        exact = {name: tensors[name] for name in self._tensors}
-        shapes = tuple(exact[name].shape[1:] for name in self._averaged)  # images may have different sizes
-        means = self._means.setdefault(shapes, {name: _Mean() for name in self._averaged})
+        """Add the tensors of `placement.edges` on a feed of `rows` rows, without those of branches that it did not run."""
+        exact = {name: tensors[name] for name in self._tensors if name in tensors}
+        averaged = [name for name in self._averaged if name in exact]
+        shapes = tuple((name, exact[name].shape[1:]) for name in averaged)  # images may have different sizes
+        means = self._means.setdefault(shapes, {name: _Mean() for name in averaged})
         for name, mean in means.items():
             mean.add(exact[name], self._rounded(name, exact[name]))
-        if self._rows < NOISE_ROWS:
-            share = min(1.0, (NOISE_ROWS - self._rows) / rows)  # a tensor may have several rows for one row of the feed
+        there = frozenset(exact)
+        if self._rows[there] < NOISE_ROWS:
+            share = min(1.0, (NOISE_ROWS - self._rows[there]) / rows)  # a tensor may have several rows for one row of the feed
             self._noise.append({name: self._part(name, array, share).copy() for name, array in exact.items()})
-        self._rows += rows
+        self._rows[there] += rows
 
     def _part(self, name: str, array: np.ndarray, share: float) -> np.ndarray:
         """The first rows of a tensor; a matrix that is multiplied by another has no rows of its own."""
         return array if array.ndim == _MATRIX and name in self._matrices else array[: math.ceil(len(array) * share)]
 
     def finish(self) -> dict[str, LayerError]:
-        """The error of every quantized Conv, ConvTranspose, Gemm and MatMul, by name. Raises PrecisionError."""
+        """The error of every quantized Conv, ConvTranspose, Gemm and MatMul that a feed ran, by name. Raises PrecisionError."""
+        ran = {probe.name: probe for probe in self._probes if any(probe.is_in(exact) for exact in self._noise)}
         with ThreadPoolExecutor(STREAMS, thread_name_prefix="audit") as pool:
-            return dict(zip((probe.name for probe in self._probes), pool.map(self._error, self._probes), strict=True))
+            return dict(zip(ran, pool.map(self._error, ran.values()), strict=True))
 
     def _error(self, probe: "_Probe") -> LayerError:
-        run = CpuGraph(probe.build(self._noise[0][probe.tensors[0]].ndim), streams=STREAMS)
+        runs = [exact for exact in self._noise if probe.is_in(exact)]
+        run = CpuGraph(probe.build(runs[0][probe.tensors[0]].ndim), streams=STREAMS)
         constants = probe.constants()
         mean, noise = _Sums(), _Sums()
-        for means in self._means.values() if probe.has_weight else ():
+        for means in (each for each in self._means.values() if probe.has_weight and probe.is_in(each)):
             rows = means[probe.tensors[0]].rows
             pairs = [(means[name].exact, means[name].rounded) for name in probe.tensors]
             mean.add(run(constants | probe.feed(pairs)), rows)
-        for exact in self._noise:
+        for exact in runs:
             pairs = [(exact[name], self._rounded(name, exact[name])) for name in probe.tensors]
             noise.add(run(constants | probe.feed(pairs)))
         return _error(mean.totals, noise.totals)
@@ -180,6 +185,10 @@ class _Probe:
                 continue
             assert value.const_value is not None
             self._known[index] = value.const_value
+
+    def is_in(self, tensors: Collection[str]) -> bool:
+        """Whether the activations that the node takes are among `tensors`."""
+        return all(name in tensors for name in self.tensors)
 
     def feed(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The activations, from the exact and the rounded array of each tensor."""

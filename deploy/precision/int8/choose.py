@@ -40,9 +40,10 @@ def best_ranges(
 ) -> dict[str, float]:
     """The largest magnitude to hold, by tensor of `placement.edges`; 0 where all values are 0.
 
-    model: prepared, FP32. samples: these tensors on some rows of data; the errors are measured on them. Raises PrecisionError.
+    model: prepared, FP32. samples: these tensors on some rows of data; the errors are measured on them. The range of a tensor
+    in a branch that no sample ran is that of the data. Raises PrecisionError.
     """
-    nodes = {node.name or "": node for node in model.graph}
+    nodes = {node.name or "": node for node in model.graph.all_nodes()}
     operands: dict[str, dict[int, str]] = {}
     for tensor, uses in placement.edges.items():
         for node, index in uses:
@@ -51,8 +52,8 @@ def best_ranges(
     def choose(item: tuple[str, tuple[tuple[str, int], ...]]) -> float:
         tensor, uses = item
         candidates = _distinct(histograms[tensor])
-        if len(candidates) == 1:
-            return candidates[0]
+        if len(candidates) == 1 or not any(tensor in sample for sample in samples):
+            return max(candidates)
         errors = np.zeros(len(candidates))
         for name, index in uses:
             errors += _errors(model, nodes[name], operands[name], index, candidates, samples)
@@ -83,6 +84,8 @@ def _errors(
     layer = _Layer(model, node, operands, index) if node.op_type in QUANTIZED else None
     signal, errors = 0.0, np.zeros(len(candidates))
     for sample in samples:
+        if not all(tensor in sample for tensor in operands.values()):
+            continue  # it ran the other branch
         exact = sample[operands[index]]
         signal += layer.energy(exact, sample) if layer else float(np.square(exact, dtype=np.float64).sum())
         for place, amax in enumerate(candidates):

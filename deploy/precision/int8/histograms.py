@@ -12,12 +12,16 @@ from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
 from deploy.precision.cpu import STREAMS, CpuGraph
+from deploy.precision.int8.branches import branched_nodes, with_outputs
 from deploy.precision.int8.rewrite import LARGEST
 from deploy.precision.ranges import activation_ranges
 
 
 class Activations:
-    """A prepared FP32 model that runs on the CPU and returns some of its inner tensors in addition to its outputs."""
+    """A prepared FP32 model that runs on the CPU and returns some of its inner tensors in addition to its outputs.
+
+    A tensor in a branch of an If is left out where the other branch ran.
+    """
 
     def __init__(self, model: ir.Model, tensors: Sequence[str]) -> None:
         inputs = {value.name for value in model.graph.inputs}
@@ -25,13 +29,16 @@ class Activations:
         self.tensors = tuple(tensors)
         self._outputs = [value.name or "" for value in model.graph.outputs]
         inner = [name for name in tensors if name not in inputs and name not in self._outputs]
-        self._run = CpuGraph(model, also=inner, streams=STREAMS)
+        extended, self._shown = with_outputs(model, inner)
+        self._run = CpuGraph(extended, also=[self._shown.get(name, name) for name in inner], streams=STREAMS)
 
     def __call__(self, feed: Feed) -> tuple[Feed, Feed]:
         """The tensors and the outputs by name. Raises PrecisionError when the feed cannot be run."""
         results = self._run(feed)
+        absent = {name for name, shown in self._shown.items() if not results[shown].size}
+        found = {name: feed[name] if name in feed else results[self._shown.get(name, name)] for name in self.tensors}
         return (
-            {name: feed[name] if name in feed else results[name] for name in self.tensors},
+            {name: array for name, array in found.items() if name not in absent},
             {name: results[name] for name in self._outputs},
         )
 
@@ -52,7 +59,8 @@ def collect(
 
     def count(feed: Feed) -> None:
         tensors, outputs = activations(feed)
-        for name, (histogram, lock) in histograms.items():
+        for name in tensors:
+            histogram, lock = histograms[name]
             try:
                 with lock:
                     histogram.add(tensors[name])
@@ -86,7 +94,8 @@ def _not_finite(model: ir.Model, tensor: str, feed: Feed, error: NonFiniteError)
     if tensor in feed:
         return f"the calibration data for input {tensor!r} is not finite: {error}"
     ranges = activation_ranges(model, [feed])
-    node = next(node for node in model.graph for value in node.outputs if value.name in ranges and not ranges[value.name].finite)
+    broken = {name for name, seen in ranges.items() if not seen.finite} | {tensor}
+    node = next(node for node in branched_nodes(model.graph) for value in node.outputs if value.name in broken)
     return (
         f"node {node.name!r} ({node.op_type}) makes numbers that are not finite on the calibration data ({error}); check the"
         " weights, and that the preprocessing is what the model was trained with"

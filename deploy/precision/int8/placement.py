@@ -16,6 +16,7 @@ from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
 from deploy.precision.graph import STANDARD
 from deploy.precision.half.plan import is_float
+from deploy.precision.int8.branches import branched_nodes, reads
 from deploy.words import did_you_mean
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -32,6 +33,10 @@ PASS_THROUGH = frozenset(
 )  # fmt: skip
 """Operators that only move or select the numbers of their first input, so that INT8 passes through them unchanged. For
 Resize, this holds in the mode `nearest`."""
+
+
+class NothingToQuantizeError(PrecisionError):
+    """A graph without a layer that can be INT8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +95,10 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     activations = _activations(graph)
     layers: dict[ir.Node, _Layer] = {}
     left: dict[ir.Node, str] = {}
+    once = set(branched_nodes(graph))
     for node in graph.all_nodes():
         if _is(node, QUANTIZED):
-            layer = _layer(node, activations) if node.graph is graph else "it is in a subgraph"
+            layer = _layer(node, activations) if node in once else "it is in the body of a loop"
             if isinstance(layer, str):
                 left[node] = layer
             else:
@@ -105,7 +111,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     nodes = tuple(_name(node) for node in layers if node.op_type in WEIGHTED)
     if not nodes:
         reasons = sorted({f"{node.op_type} {node.name!r}: {reason}" for node, reason in left.items() if _is(node, WEIGHTED)})
-        raise PrecisionError(
+        raise NothingToQuantizeError(
             f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for INT8" + (f" ({reasons[0]})" if reasons else "")
         )
     edges = _Edges(graph, activations, asked)
@@ -179,9 +185,9 @@ class _Edges:
     def __init__(self, graph: ir.Graph, activations: Collection[ir.Value], asked: Collection[ir.Node]) -> None:
         self._activations = activations
         self._asked = asked
-        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        values = [*graph.inputs, *(value for node in branched_nodes(graph) for value in node.outputs)]
         self._values = {value: place for place, value in enumerate(values)}
-        self._nodes = {node: place for place, node in enumerate(graph)}
+        self._nodes = {node: place for place, node in enumerate(branched_nodes(graph))}
         self._uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
 
     def add(self, node: ir.Node, index: int) -> None:
@@ -264,8 +270,8 @@ def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.No
     Gemm and MatMul are left alone: the residual stream of a transformer has channels of a hundred times the others, and NVIDIA's
     quantizer has the rule for backbones of convolutions alone.
     """
-    order = {node: place for place, node in enumerate(graph)}
-    for node in graph:
+    order = {node: place for place, node in enumerate(branched_nodes(graph))}
+    for node in order:
         if not _is(node, ("Add",)) or node in asked or node.inputs[0] is node.inputs[1]:
             continue
         made = [_layer_before(value) for value in node.inputs]
@@ -327,8 +333,9 @@ def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool
     """The layers with weights that have no other such layer before (`first`) or after them."""
     beyond: set[ir.Value] = set()
     found = []
-    for node in graph if first else reversed(graph):
-        near, far = (node.inputs, node.outputs) if first else (node.outputs, node.inputs)
+    nodes = list(branched_nodes(graph))
+    for node in nodes if first else reversed(nodes):
+        near, far = (reads(node), node.outputs) if first else (node.outputs, reads(node))
         inner = any(value in beyond for value in near)
         weighted = node in layers and layers[node].weight is not None
         if weighted and not inner:
@@ -352,9 +359,9 @@ def _refuse_quantized(graph: ir.Graph) -> None:
 
 
 def _activations(graph: ir.Graph) -> set[ir.Value]:
-    """FP32 values of the main graph that depend on the content of its inputs, not only on their shapes."""
+    """FP32 values of a graph and its branches that depend on the content of its inputs, not only on their shapes."""
     live = set(graph.inputs)
-    for node in graph:
+    for node in branched_nodes(graph):
         nested = any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
         )

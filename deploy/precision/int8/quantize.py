@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from deploy.artifact.tensors import Feed, row_count
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
-from deploy.errors import UsageError
+from deploy.errors import PrecisionError, UsageError
 from deploy.precision.checked import check_prepared
 from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
+from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.cache import Calibrated
 from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.equalize import Equalize
@@ -29,7 +31,7 @@ from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
-from deploy.precision.int8.placement import Selection, place
+from deploy.precision.int8.placement import NothingToQuantizeError, Placement, Selection, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.int8.scales import scales_of
@@ -77,6 +79,7 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     Prepare(opset=OPSET)(model)
     FoldConstants()(model)
     FoldBatchNorm()(model)
+    ShareScope()(model)
     equalize = Equalize()
     if _equalizes(model, options):
         equalize(model)
@@ -84,6 +87,7 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
     selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
+    _check_layers(model, selection, options)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
@@ -129,6 +133,11 @@ def _calibrate(
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
+    histograms = {name: histogram for name, histogram in histograms.items() if histogram.total}
+    if unseen := _never_run(placement, histograms):
+        layers = sum(name in unseen for name in placement.nodes)
+        logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", layers)
+        placement = place(model, selection, stay=unseen)
     if options.method == AUTO:
         progress("comparing ranges at the layers that read them")
         amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
@@ -150,7 +159,7 @@ def _calibrate(
     errors = audit.finish()
     del audit
     corrected = options.bias_correction
-    layers = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
+    noise = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
     known = Calibrated(
         scales=scales.own,
         joint=scales.joint,
@@ -167,10 +176,26 @@ def _calibrate(
             bias_correction=corrected,
             equalized=equalized,
             floats=options.floats,
-            layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers],
+            layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in noise],
         ),
     )
     return known, references
+
+
+def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOptions) -> None:
+    """Raise PrecisionError where there is nothing to quantize, saying how to have FP16 alone if that was asked for too."""
+    try:
+        place(model, selection)
+    except NothingToQuantizeError as error:
+        if options.fp16:
+            raise PrecisionError(f"{error}; for FP16 alone, leave INT8 out: `deploy convert --fp16`") from error
+        raise
+
+
+def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str]:
+    """The nodes that read a tensor which is not among the measured ones, with the reason: it is in a branch that no feed ran."""
+    reason = "no calibration data runs the branch of If that it is in"
+    return {node: reason for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
 
 def _quantized(
@@ -183,10 +208,12 @@ def _quantized(
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
+    unseen = _never_run(placement, known.scales)
+    placement = place(model, selection, stay=unseen) if unseen else placement
     half = options.floats == "fp16"
     if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
-        placement = place(model, selection, stay={**small, **known.keep})
+        placement = place(model, selection, stay={**unseen, **small, **known.keep})
     shifts = {name: shift for name, shift in known.shifts.items() if name in placement.edges}
     stored = Stored.of(model, placement, known.scales, known.joint, shifts)
     to_int8 = ToInt8(

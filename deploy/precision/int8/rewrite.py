@@ -80,7 +80,7 @@ def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
 
 
 def _scale_problem(model: ir.Model) -> str:
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         scale = node.inputs[1].const_value if node.inputs[1] is not None else None
@@ -166,14 +166,15 @@ class ToInt8(PrecisionPass):
 
 
 class _Rewrite:
-    """Inserts pairs into one graph, in place."""
+    """Inserts pairs into a graph and its branches, in place: each where the tensor is made, and constants in the main graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.first = graph[0]
-        self.nodes = {node.name or "": node for node in graph}
-        self.values = {value.name: value for value in (*graph.inputs, *(value for node in graph for value in node.outputs))}
-        self.taken = {node.name for node in graph.all_nodes()} | set(self.values) | set(graph.initializers)
+        self.nodes = {node.name or "": node for node in graph.all_nodes()}
+        made = (value for node in graph.all_nodes() for value in node.outputs)
+        self.values = {value.name: value for value in (*graph.inputs, *made)}
+        self.taken = set(self.nodes) | set(self.values) | set(graph.initializers)
         self.zeros: dict[tuple[int, ...], ir.Value] = {}
 
     def insert_pairs(
@@ -225,7 +226,7 @@ class _Rewrite:
         if producer is None:
             self.graph.insert_before(self.first, pair)
         else:
-            self.graph.insert_after(producer, pair)
+            _graph_of(producer).insert_after(producer, pair)
         return quantize.outputs[0], pair[-1].outputs[0]
 
     def _dequantize_output(self, node: ir.Node, scale: float) -> ir.Value:
@@ -235,23 +236,23 @@ class _Rewrite:
         result = self._take_over(codes, f"{tensor}_quantized")
         codes.type = ir.TensorType(ir.DataType.INT8)
         operands = [codes, self._scale(tensor, scale), self._zero(())]
-        self.graph.insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
+        _graph_of(node).insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
         return codes
 
     def store_weights(
         self, placement: Placement, scales: Mapping[str, float], per_tensor: bool, smallest: float
     ) -> dict[str, np.ndarray]:
-        """Store weights as INT8 initializers with a DequantizeLinear, one for all nodes that use a weight along the same axis.
+        """Store weights as INT8 initializers with a DequantizeLinear, one for all nodes of a graph that use one along the same axis.
 
         Returns, for every layer with a matrix, what its INT8 weight makes of ones.
         """
         sums: dict[str, np.ndarray] = {}
-        users: dict[tuple[str, int | None], list[ir.Node]] = {}
+        users: dict[tuple[str, int | None, ir.Graph], list[ir.Node]] = {}
         for name, weight in placement.weights.items():
             axis = None if per_tensor else weight.axis
-            users.setdefault((weight.initializer, axis), []).append(self.nodes[name])
+            users.setdefault((weight.initializer, axis, _graph_of(self.nodes[name])), []).append(self.nodes[name])
         inputs = {use: tensor for tensor, uses in placement.edges.items() for use in uses}
-        for (initializer, axis), nodes in users.items():
+        for (initializer, axis, graph), nodes in users.items():
             value = self.graph.initializers[initializer]
             assert value.const_value is not None
             floors = [_scale_floor(node, axis, scales[inputs[node.name or "", 0]]) for node in nodes]
@@ -267,7 +268,7 @@ class _Rewrite:
             ]
             attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
             result = self._value(f"{initializer}_dequantized", value, ir.DataType.FLOAT)
-            self.graph.insert_before(nodes[0], self._node("DequantizeLinear", operands, initializer, result, attributes))
+            graph.insert_before(nodes[0], self._node("DequantizeLinear", operands, initializer, result, attributes))
             for node in nodes:
                 node.replace_input_with(1, result)
                 if codes.ndim == _MATRIX:
@@ -303,7 +304,7 @@ class _Rewrite:
         operands = [bias, self._initializer(f"{node.name}/correction", correction)]
         result = self._value(f"{node.name}/corrected_bias", bias, ir.DataType.FLOAT)
         label = self._claim(f"{node.name}/bias_correction")
-        self.graph.insert_before(node, ir.Node("", "Add", operands, outputs=[result], name=label))
+        _graph_of(node).insert_before(node, ir.Node("", "Add", operands, outputs=[result], name=label))
         node.replace_input_with(2, result)
 
     def _add_after(self, node: ir.Node, correction: np.ndarray) -> None:
@@ -312,7 +313,7 @@ class _Rewrite:
         after = self._take_over(before, f"{before.name}_uncorrected")
         operands = [before, self._initializer(f"{node.name}/correction", correction)]
         label = self._claim(f"{node.name}/bias_correction")
-        self.graph.insert_after(node, ir.Node("", "Add", operands, outputs=[after], name=label))
+        _graph_of(node).insert_after(node, ir.Node("", "Add", operands, outputs=[after], name=label))
 
     def _take_over(self, value: ir.Value, new_name: str) -> ir.Value:
         """A new float value that takes over the name and the uses of `value`, which is renamed to `new_name`."""
@@ -321,9 +322,12 @@ class _Rewrite:
         taker = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
         for user, index in uses:
             user.replace_input_with(index, taker)
-        for index, output in enumerate(self.graph.outputs):
+        maker = value.producer()
+        assert maker is not None
+        outputs = _graph_of(maker).outputs
+        for index, output in enumerate(outputs):
             if output is value:
-                self.graph.outputs[index] = taker
+                outputs[index] = taker
         self.values[name] = taker
         return taker
 
@@ -356,6 +360,11 @@ class _Rewrite:
         name = unused(name, self.taken)
         self.taken.add(name)
         return name
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:

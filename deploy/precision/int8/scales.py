@@ -62,8 +62,8 @@ def scales_of(model: ir.Model, placement: Placement, histograms: Mapping[str, Hi
 
 def _may_shift(model: ir.Model, placement: Placement) -> list[str]:
     """Tensors behind a smooth activation that only layers with a matrix read: padding with zeros would know nothing of a shift."""
-    nodes = {node.name or "": node for node in model.graph}
-    makers = {value.name: node for node in model.graph for value in node.outputs}
+    nodes = {node.name or "": node for node in model.graph.all_nodes()}
+    makers = {value.name: node for node in nodes.values() for value in node.outputs}
     grouped = {name for group in placement.groups for name in group}
 
     def with_matrix(name: str, index: int) -> bool:

@@ -66,7 +66,7 @@ class Stored:
 
     def check(self, path: Path) -> None:
         """Raise ParityError naming the layer if the ONNX file at `path` holds something else."""
-        nodes = {node.name or "": node for node in load_model(path).graph}
+        nodes = {node.name or "": node for node in load_model(path).graph.all_nodes()}
         for pair in nodes.values():
             if pair.op_type in ("QuantizeLinear", "DequantizeLinear") and len(pair.inputs) > _ZERO_POINT:
                 zero = _constant(pair, _ZERO_POINT)
@@ -90,7 +90,7 @@ class Stored:
 
         What is left must compute what the source computes: all but the numbers that `check` looks at is compared so.
         """
-        nodes = {node.name or "": node for node in model.graph}
+        nodes = {node.name or "": node for node in model.graph.all_nodes()}
         for name, weight in self.weights.items():
             _replace(model.graph, nodes[name], 1, weight.numpy())
         for name, shift in self.bias.items():
@@ -99,7 +99,7 @@ class Stored:
                 _replace(model.graph, node, index, old.astype(np.float32) - shift)
         for tensor in self.shifts:
             _replace(model.graph, nodes[f"{tensor}/Sub"], 1, np.zeros((), np.float32))
-        for node in model.graph:
+        for node in nodes.values():
             value, result = node.inputs[0] if node.inputs else None, node.outputs[0]
             if value is None or (value.is_initializer() and node.op_type != "Concat"):
                 continue

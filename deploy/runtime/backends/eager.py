@@ -23,6 +23,7 @@ from deploy.runtime.session import Session, SessionOptions, closed_error, first_
 from deploy.runtime.tf32 import tf32
 from deploy.runtime.torch_device import device_named
 from deploy.runtime.torch_device import version as version
+from deploy.words import a_type
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -152,7 +153,7 @@ def flatten(value: Any) -> list[torch.Tensor]:
         return [tensor for part in value for tensor in flatten(part)]
     if value is None:
         return []
-    raise TypeError(f"the module returned a {type(value).__name__}; expected tensors, or tuples, lists or dicts of them")
+    raise TypeError(f"the module returned {a_type(value)}; expected tensors, or tuples, lists or dicts of them")
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> Session:

@@ -1,10 +1,12 @@
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.keep import nodes_to_keep, weight_problem
 from deploy.precision.half.options import OPSET
 from deploy.precision.ranges import Range, activation_ranges
-from tests.precision.conftest import prepared
+from tests.precision.conftest import emulate, prepared, to_half
 
 
 def kept(model, precision="fp16", x=(1, -2)):
@@ -91,3 +93,21 @@ def test_values_without_a_range_are_taken_as_they_are(parse):
     model = prepared(parse("g (float[N] x) => (float[N] y) { [n] y = Neg(x) }"))
     assert nodes_to_keep(model, {}, "fp16") == {}
     assert set(nodes_to_keep(model, {"x": Range(low=0, high=1e9)}, "fp16")) == {"n"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "largest", "kept"),
+    [("bf16", 256, False), ("bf16", 257, True), ("fp16", 2048, False), ("fp16", 2049, True)],
+)
+def test_whole_numbers_that_half_precision_would_round_stay_until_something_is_made_of_them(parse, precision, largest, kept):
+    model = parse(
+        """g (int64[N] k, int64[N] n, float[N] x) => (float[N] y)
+            { [cast] f = Cast<to = 1>(k) [cast2] h = Cast<to = 1>(n) [sub] a = Sub(f, h) [add] y = Add(a, x) }"""
+    )
+    graph = prepared(model, opset=OPSET[precision])
+    feed = {"k": np.array([3, largest]), "n": np.array([1, largest - 1]), "x": np.array([0.5, largest], np.float32)}
+    found = nodes_to_keep(graph, activation_ranges(graph, [feed]), precision)
+    assert set(found) - {"cast", "cast2"} == ({"sub"} if kept else set())  # `x` is not whole
+    assert all(f"has whole numbers up to {largest}" in reason for reason in found.values())
+    converted = to_half(model, precision, keep=found)[0]
+    assert CpuGraph(ir.from_proto(emulate(converted)))({**feed, "x": np.zeros(2, np.float32)})["y"].tolist() == [2, 1]

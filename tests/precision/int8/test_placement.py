@@ -189,18 +189,34 @@ def test_a_layer_that_cannot_be_quantized_stays_with_the_reason(build, node, rea
     assert reason in reasons(placement)["other"]
 
 
-def test_arithmetic_on_shapes_and_layers_in_subgraphs_stay(build):
+def test_arithmetic_on_shapes_and_layers_in_loops_stay_and_those_in_branches_do_not(build):
     model = build(
-        """g (float[N, 4] x, bool c) => (float[N, 4] y, float[] z, float[N, 4] t) <float[4, 4] w, float[2, 2] v> {
+        """g (float[4, 4] x, bool c, int64 n) => (float[4, 4] y, float[] z, float[4, 4] t, float[4, 4] r)
+            <float[4, 4] w, float[2, 2] v> {
             s = Shape(x) f = Cast<to = 1>(s) [shape] z = MatMul(f, v)
-            [branch] t = If(c) <then_branch = g1 () => (float[N, 4] p) { [inside] p = MatMul(x, w) },
-                                else_branch = g2 () => (float[N, 4] q) { q = Identity(x) }>
+            [branch] t = If(c) <then_branch = g1 () => (float[4, 4] p) { [inside] p = MatMul(x, w) },
+                                else_branch = g2 () => (float[4, 4] q) { q = Identity(x) }>
+            [loop] r = Loop(n, c, x) <body = g3 (int64 i, bool ci, float[4, 4] h) => (bool co, float[4, 4] k)
+                                      { co = Identity(ci) [body] k = MatMul(h, w) }>
             [fine] y = MatMul(x, w)
         }"""
     )
     placement = place(model, Selection())
-    assert placement.nodes == ("fine",)
-    assert reasons(placement) == {"shape": "its input is no FP32 data", "inside": "it is in a subgraph"}
+    assert placement.nodes == ("inside", "fine")
+    assert reasons(placement) == {"shape": "its input is no FP32 data", "body": "it is in the body of a loop"}
+
+
+def test_the_first_and_the_last_layers_may_be_in_branches(build):
+    branch = "{{ [{0}1] {0}h = MatMul(a, w) [{0}2] {0} = MatMul({0}h, w) }}"
+    model = build(
+        f"""g (float[4, 4] x, bool c) => (float[4, 4] y) <float[4, 4] w> {{
+            a = Relu(x) r = If(c) <then_branch = g1 () => (float[4, 4] p) {branch.format("p")},
+                                   else_branch = g2 () => (float[4, 4] q) {branch.format("q")}>
+            y = Relu(r)
+        }}"""
+    )
+    assert place(model, Selection(float_first=True)).nodes == ("p2", "q2")
+    assert place(model, Selection(float_last=True)).nodes == ("p1", "q1")
 
 
 @pytest.mark.parametrize(

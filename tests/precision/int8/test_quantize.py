@@ -205,3 +205,12 @@ def test_every_opset_with_scales_in_fp16_is_quantized(opset: int, fp16: bool, tm
     feed = {"x": np.random.default_rng(1).standard_normal((7, 4)).astype(np.float32)}
     exact, quantized = quantized_of(text, feed, tmp_path, fp16=fp16)
     assert difference(quantized["y"], exact["y"]).sqnr_db > 25
+
+
+@pytest.mark.parametrize("fp16", [True, False])
+def test_where_there_is_nothing_to_quantize_fp16_alone_is_named_if_it_was_asked_for(tmp_path, fp16):
+    artifact = net(tmp_path / "net", "y = Relu(x)")
+    with pytest.raises(PrecisionError, match="nothing to quantize") as caught:
+        quantize_onnx(artifact, data_for(artifact), QuantizeOptions(fp16=fp16))
+    assert ("for FP16 alone, leave INT8 out: `deploy convert --fp16`" in str(caught.value)) == fp16
+    deploy.convert(artifact, tmp_path / "half", precision="fp16")  # which holds

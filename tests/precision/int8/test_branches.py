@@ -1,0 +1,122 @@
+"""Layers in the branches of If, in the passes and through the whole of quantization."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import deploy
+from deploy.data.calibration_set import calibration_set
+from deploy.evidence.parity import difference
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.int8.branches import ShareScope, branched_nodes, with_outputs
+from deploy.precision.int8.options import QuantizeOptions
+from deploy.precision.int8.quantize import quantize_onnx
+from tests.precision.conftest import prepared
+
+LAYERS = "p = {}(x) h = Conv(p, w) r = Relu(h) k = Conv(r, v) s = Add(k, p) e = Concat<axis = 1>(s, h) y = Conv(e, u)"
+"""A residual sum and a Concat, under the same names in both branches."""
+TEXT = f"""g (float[N, 4, 6, 6] x, bool c) => (float[N, 4, 6, 6] z) {{
+    b = If(c) <then_branch = g1 () => (float[N, 4, 6, 6] y1) {{ {LAYERS.format("Relu")} y1 = Identity(y) }},
+               else_branch = g2 () => (float[N, 4, 6, 6] y2) {{ {LAYERS.format("Tanh")} y2 = Identity(y) }}>
+    z = Relu(b)
+}}"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def branched(shared: bool = False) -> onnx.ModelProto:
+    """Each branch has its own weights, which are of the same names too; or both have those of the main graph."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {TEXT}')
+    rng = np.random.default_rng(0)
+    for attribute in model.graph.node[0].attribute:
+        for name, shape in {"w": (4, 4, 1, 1), "v": (4, 4, 1, 1), "u": (4, 8, 1, 1)}.items():
+            array = rng.normal(size=shape).astype(np.float32)
+            attribute.g.initializer.append(onnx.numpy_helper.from_array(array, name))
+    if shared:
+        then, other = (attribute.g for attribute in model.graph.node[0].attribute)
+        model.graph.initializer.extend(then.initializer)
+        del then.initializer[:], other.initializer[:]
+    return model
+
+
+def feed(run: bool, seed: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((1, 4, 6, 6)).astype(np.float32), "c": np.array(run)}
+
+
+def quantized(folder, taken, options=None, shared=False):
+    """The artifact that was quantized and the result, calibrated on feeds that run the branches `taken`; written and read back."""
+    onnx.save(branched(shared), folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    feeds = [feed(run, seed) for seed, run in enumerate(taken * 4)]
+    result = quantize_onnx(artifact, calibration_set(artifact, feeds), options or QuantizeOptions())
+    result.save(folder / "int8.onnx")
+    return result, CpuGraph.read(folder / "net.onnx"), CpuGraph.read(folder / "int8.onnx")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("options", [{}, {"method": "auto"}, {"fp16": True}], ids=str)
+def test_the_layers_of_both_branches_are_quantized_each_with_its_own_ranges(tmp_path, options, shared):
+    result, exact, rounded = quantized(tmp_path, [True, False], QuantizeOptions(**options), shared)
+    nodes = list(result.model.graph.all_nodes())
+    assert sum(node.op_type == "Conv" and node.graph is not result.model.graph for node in nodes) == 6
+    assert all(node.inputs[1].producer().op_type == "DequantizeLinear" for node in nodes if node.op_type == "Conv")
+    assert len(result.calibration.layers) == 6
+    assert not [exclusion for exclusion in result.exclusions if "Conv" in exclusion.node]
+    for run in (True, False):
+        given = feed(run, 99)
+        assert difference(rounded(given)["z"], exact(given)["z"]).sqnr_db > 25
+
+
+def test_a_branch_that_no_feed_runs_stays_as_it_was_and_is_named(tmp_path, caplog):
+    result, exact, rounded = quantized(tmp_path, [True])
+    assert len(result.calibration.layers) == 3
+    assert {exclusion.reason for exclusion in result.exclusions} == {"no calibration data runs the branch of If that it is in"}
+    assert "3 layers stay in floating point" in caplog.text
+    given = feed(False, 99)
+    np.testing.assert_allclose(rounded(given)["z"], exact(given)["z"], rtol=1e-5, atol=1e-6)
+    assert difference(rounded(feed(True, 99))["z"], exact(feed(True, 99))["z"]).sqnr_db > 25
+
+
+def test_calibration_from_the_cache_leaves_the_same_branch_alone(tmp_path):
+    first, _, _ = quantized(tmp_path, [True])
+    again, _, _ = quantized(tmp_path, [True])
+    assert again.exclusions == first.exclusions
+    assert ir.to_proto(again.model) == ir.to_proto(first.model)
+
+
+def test_values_of_branches_get_names_of_their_own_and_weights_move_to_the_main_graph():
+    model = prepared(branched())
+    before = CpuGraph(model)(feed(False, 1))["z"]
+    assert ShareScope()(model).modified
+    made = [value.name for graph in model.graphs() for node in graph for value in node.outputs]
+    assert len(made) == len(set(made))
+    assert [len(graph.initializers) for graph in model.graphs()] == [6, 0, 0]
+    assert all(value.dtype is not None for graph in model.graphs() for node in graph for value in node.outputs)
+    np.testing.assert_allclose(CpuGraph(model)(feed(False, 1))["z"], before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_of_a_nested_branch_is_empty_where_it_was_not_computed(parse):
+    model = prepared(
+        parse(
+            """g (float[4] x, bool c, bool d) => (float[4] y) {
+                y = If(c) <then_branch = g1 () => (float[4] p) {
+                    p = If(d) <then_branch = g2 () => (float[4] q) { a = Relu(x) q = Neg(a) },
+                               else_branch = g3 () => (float[4] r) { r = Tanh(x) }> },
+                    else_branch = g4 () => (float[4] s) { s = Exp(x) }>
+            }"""
+        )
+    )
+    ShareScope()(model)
+    extended, shown = with_outputs(model, ["a", "s", "y"])
+    assert set(shown) == {"a", "s"}
+    assert [node.op_type for node in branched_nodes(model.graph)] == ["Relu", "Neg", "Tanh", "If", "Exp", "If"]  # as it was
+    run = CpuGraph(extended, also=list(shown.values()))
+    x = np.arange(4, dtype=np.float32) - 1
+    for outer, inner, sizes in [(True, True, [4, 0]), (True, False, [0, 0]), (False, True, [0, 4])]:
+        results = run({"x": x, "c": np.array(outer), "d": np.array(inner)})
+        assert [results[shown[name]].size for name in ("a", "s")] == sizes
+    np.testing.assert_array_equal(run({"x": x, "c": np.array(True), "d": np.array(True)})[shown["a"]], np.maximum(x, 0))
