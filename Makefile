@@ -18,9 +18,10 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
 
-# The tests of the server at full length: 10,000 malformed requests, 100,000 while the model is swapped, 100,000 for its memory.
+# Tests at full length. Of the server: 10,000 malformed requests, 100,000 while the model is swapped, 100,000 for its memory.
+# Of sessions on the simulated GPU: 10,000 random steps.
 soak: $(INSTALLED)
-	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving -o timeout=3600
+	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving tests/simulator/test_soak.py -o timeout=3600
 
 # The whole acceptance on a GPU, in parts that are kept: a run that was cut off continues. Writes benchmarks/results/<date>-<gpu>.json and .md.
 gpu-report: $(INSTALLED)

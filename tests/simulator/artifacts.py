@@ -8,12 +8,18 @@ import msgspec
 import onnx
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import ENGINE, ONNX, FlavourName, Manifest, Target
+from deploy.artifact.manifest import ENGINE, FORMAT, ONNX, FlavourName, Manifest, Source, Stage, Target
 from deploy.artifact.tensors import Profile, ShapeRange, TensorSpec
 from deploy.artifact.writer import ArtifactWriter
 from tests.simulator.plans import make_plan
 
 VERSIONS: dict[FlavourName, str] = {"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.1"}
+
+MANIFEST = Manifest(
+    format=FORMAT, kind="engine", name="engine", precision="fp32", parent=None, files={}, inputs=[], outputs=[], profiles=[],
+    source=Source(factory=None, args={}, files=[], weights=None, state_dict="0" * 64, random=True), preprocess=None, classes=None,
+    parity=None, accuracy=None, calibration=None, exclusions=[], tools={}, stage=Stage(name="simulated", request="0" * 64), created="",
+)  # fmt: skip
 
 _MODEL = """
     <ir_version: 10, opset_import: ["" : 20]>
@@ -44,7 +50,7 @@ def model(outputs: Sequence[str] = ("y",), width: int = 4, dtype: str = "float32
 
 def make_engine(
     folder: Path,
-    like: Manifest,
+    like: Manifest = MANIFEST,
     *,
     profiles: Sequence[tuple[int, int]] = ((1, 8),),
     outputs: Sequence[str] = ("y",),
@@ -55,7 +61,7 @@ def make_engine(
     flavour: FlavourName = "tensorrt",
     **plan_options: Any,
 ) -> Artifact:
-    """An engine artifact; `like` gives what the simulator does not care for. profiles: least and largest batch of each."""
+    """An engine artifact. profiles: least and largest batch of each. plan_options: of `make_plan`."""
     ranges = [{"x": ((low, width), ((low + high) // 2, width), (high, width))} for low, high in profiles]
     shapes: list[Profile] = [
         {"x": ShapeRange(min=low, opt=best, max=high)} for ((low, best, high),) in (r.values() for r in ranges)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,8 +18,5 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, shared_lenet5: Artifact) -> Callable[..., Artifact]:
-    return lambda **options: make_engine(tmp_path / "engine", shared_lenet5.manifest, **options)
-
-
-Make = Callable[..., Any]
+def make(tmp_path: Path) -> Callable[..., Artifact]:
+    return lambda **options: make_engine(tmp_path / "engine", **options)

@@ -139,11 +139,11 @@ class ExecutionContext:
     # A run.
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        with self._machine.inside("execute_async_v3"):
-            try:
+        try:
+            with self._machine.inside("execute_async_v3"):
                 return self._execute(int(stream_handle))
-            except CudaError as error:
-                return self._refuse(f"Cuda Runtime ({error.name})")
+        except CudaError as error:
+            return self._refuse(f"Cuda Runtime ({error.name})")
 
     def _execute(self, handle: int) -> bool:
         machine = self._machine

@@ -291,7 +291,8 @@ def to_change_the_profile_on_another_stream(f: Fixture) -> None:
 
 @fault("no ordering: cudaMemsetAsync")
 def to_overwrite_an_input_while_the_engine_reads_it(f: Fixture) -> None:
-    f.context().execute_async_v3(f.stream())
+    context = f.context()
+    context.execute_async_v3(f.stream())
     f.set(f.x, 1, f.stream())
 
 

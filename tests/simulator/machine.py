@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tests.simulator.captures import Capture, Entry
 from tests.simulator.errors import CudaError, RuleError
+from tests.simulator.guards import guards
 from tests.simulator.memory import Access, Allocation, Space, site
 from tests.simulator.work import LEGACY, LEGACY_HANDLE, PER_THREAD, Action, Clock, Event, Here, Stream, Work, join
 
@@ -36,7 +37,11 @@ def _each(runs: list[Callable[[], None]]) -> None:
 
 
 class Machine:
-    """GPUs that know the rules. total: bytes of memory of each. `violations` are all rules broken so far, said once each."""
+    """GPUs that know the rules. total: bytes of memory of each.
+
+    violations: all rules broken so far. waits: how often the host waited for the GPU. calls: how often each was called. hooks: called before a call of that name, and not under
+    the lock, so that other threads can go on meanwhile.
+    """
 
     def __init__(self, *, devices: int = 2, total: int = 1 << 26) -> None:
         self.lock = threading.RLock()
@@ -48,6 +53,7 @@ class Machine:
         self.violations: list[RuleError] = []
         self.calls: Counter[str] = Counter()
         self.sticky: str | None = None
+        self.hooks: dict[str, Callable[[], None]] = {}
         self.failures: dict[str, list[str | None]] = {}
         self.dropped: deque[Callable[[], None]] = deque()
         self._handles = 0x5580_0000_0000
@@ -56,6 +62,7 @@ class Machine:
         self.others: list[Stream] = []  # per-thread default streams
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, object] = {}
+        self.waits = 0
         self._reached = 0
         self._depth = 0
 
@@ -64,6 +71,8 @@ class Machine:
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """A call of the program's, or a part of one."""
+        if (hook := self.hooks.get(name)) is not None:
+            hook()
         with self.lock:
             self._depth += 1
             try:
@@ -157,6 +166,7 @@ class Machine:
         if stream.capture is not None:
             stream.capture.invalidate(f"{stream.name} was synchronized")
             raise CudaError("cudaErrorStreamCaptureUnsupported")
+        self.waits += 1
         if stream.last is not None:
             stream.last.finish()
         self._check_sticky()
@@ -189,6 +199,7 @@ class Machine:
             for capture in captures:
                 capture.invalidate("the device was synchronized")
             raise CudaError("cudaErrorStreamCaptureUnsupported")
+        self.waits += 1
         for stream in self._all(device):
             if stream.last is not None:
                 stream.last.finish()
@@ -251,7 +262,7 @@ class Machine:
         work = Work(before, None, mark=False)
         runs: list[Callable[[], None]] = []
         for action, owners, label in checked:
-            runs += self._guards(action, owners, label)
+            runs += guards(self, action, owners, label)
             for use, owner in zip(action.uses, owners, strict=True):
                 start = use.address - owner.address
                 owner.segment.add(Access(stream.name, tick, start, start + use.nbytes, use.write, label, work))
@@ -260,27 +271,6 @@ class Machine:
         work.run = functools.partial(_each, runs)
         stream.last = work
         return work
-
-    def _guards(self, action: Action, owners: tuple[Allocation, ...], label: str) -> list[Callable[[], None]]:
-        """Checks that the host leaves pinned memory alone while work on it is pending; what is to be read later is poisoned."""
-        guards: list[Callable[[], None]] = []
-        for use, owner in zip(action.uses, owners, strict=True):
-            start = use.address - owner.address
-            if owner.device is not None or owner.segment.pending(start, start + use.nbytes):
-                continue
-            content = self.space.bytes(use.address, use.nbytes)
-            if use.write:
-                content[:] = 0xCB
-            before = content.tobytes()
-
-            def guard(content: Any = content, before: bytes = before) -> None:
-                if content.tobytes() != before:
-                    error = RuleError(f"the host changed pinned memory that {label} was still to use")
-                    self.blame(error)
-                    raise error
-
-            guards.append(guard)
-        return guards
 
     def order(self, stream: Stream) -> list[Work]:
         """What a new piece of work on a stream comes after, which its clock knows then."""
@@ -354,6 +344,7 @@ class Machine:
     @api
     def event_synchronize(self, event: Event) -> None:
         self._refuse_captured(event)
+        self.waits += 1
         if event.work is not None:
             event.work.finish()
         join(self.host, event.clock)

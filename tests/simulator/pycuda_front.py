@@ -79,9 +79,12 @@ class PycudaFront:
         pass
 
     def stack(self) -> list[Context]:
-        if not hasattr(self.stacks, "contexts"):
-            self.stacks.contexts = []
-        found: list[Context] = self.stacks.contexts
+        found: list[Context] = self.stacks.__dict__.setdefault("contexts", [])
+        return found
+
+    def before(self) -> list[int]:
+        """The GPUs that the thread had before each context of the stack."""
+        found: list[int] = self.stacks.__dict__.setdefault("before", [])
         return found
 
     def current(self) -> Context:
@@ -93,11 +96,8 @@ class PycudaFront:
         context = self.current()
         try:
             with self.machine.inside(name):
-                before, self.machine.here.device = self.machine.here.device, context.device
-                try:
-                    return work()
-                finally:
-                    self.machine.here.device = before
+                assert self.machine.here.device == context.device
+                return work()
         except CudaError as error:
             kind = MemoryError if error.name == "cudaErrorMemoryAllocation" else LogicError
             raise kind(f"{name} failed: {error.name}") from None
@@ -139,16 +139,20 @@ class PycudaFront:
 
 
 class Context:
-    """A primary context. It is current in a thread while it is on top of the thread's stack."""
+    """A primary context. While it is on top of the thread's stack, its GPU is the thread's, for the runtime's calls too."""
 
     def __init__(self, front: PycudaFront, device: int) -> None:
         self.front, self.device, self.thread = front, device, threading.get_ident()
 
     def push(self) -> None:
+        here = self.front.machine.here
         self.front.stack().append(self)
+        self.front.before().append(here.device)
+        here.device = self.device
 
     def pop(self) -> None:
         self.front.stack().pop()
+        self.front.machine.here.device = self.front.before().pop()
 
     def detach(self) -> None:
         pass
@@ -178,7 +182,7 @@ class Held:
             self._front.call("free", release)
 
     def __del__(self) -> None:
-        if self._release is None:
+        if getattr(self, "_release", None) is None:
             return
         stack = self._front.stack()
         if (stack and stack[-1].device == self._context.device) or threading.get_ident() == self._context.thread:
@@ -201,8 +205,8 @@ class Stream(Held):
 
     def __init__(self, front: PycudaFront, flags: int) -> None:
         machine = front.machine
-        self.inner = front.call("stream_create", lambda: machine.stream_create(blocking=not flags & 1))
-        super().__init__(front, self.inner.handle, lambda: machine.stream_destroy(self.inner), self.inner.name)
+        inner = self.inner = front.call("stream_create", lambda: machine.stream_create(blocking=not flags & 1))
+        super().__init__(front, inner.handle, lambda: machine.stream_destroy(inner), inner.name)
 
     @property
     def handle(self) -> int:

@@ -1,4 +1,30 @@
-"""A simulated GPU in place of the real libraries: torch.cuda, cuda-python, pycuda, TensorRT and TensorRT-RTX, for one test."""
+"""A simulated GPU in place of the real libraries: torch.cuda, cuda-python, pycuda, TensorRT and TensorRT-RTX, for one test.
+
+It is stricter than a GPU. Where CUDA leaves behaviour undefined, and a real GPU may give right results for years, it raises RuleError:
+
+- Each stream has a clock, which events, waits and the legacy default stream join. Memory knows its uses: one that conflicts with a use
+  which the clock does not know to be over is an error that names both (`work`, `memory`, `machine`).
+- Work is done as late as it may be: when the host waits for it. What is read too early is poison (`guards`).
+- Freed memory is handed on at once where CUDA and torch may do so, and never used again otherwise (`allocation`, `torch_memory`).
+- Captures forbid what CUDA forbids; graphs replay addresses, shapes and the state of contexts as they were (`captures`, `contexts`).
+- Engines compute with ONNX Runtime (`plans`). Calls take the arguments of the real bindings (`test_signatures`).
+
+`rules` holds the rules as probes, which run on a real GPU too; `faults` the mistakes that it finds.
+
+What it does not model:
+
+- Order between threads of the host: their calls count in the order in which they happened, whether or not a lock made that order.
+- Time: what overlaps, what is fast, priorities; times of events grow, and mean nothing.
+- How the host uses pinned memory, but for changes while work on it is pending; managed memory; copies between GPUs, and peer access.
+- Memory nodes, child graphs, conditional nodes and updates of graphs; a graph is done in the order of its capture, on one stream.
+- cudaMallocAsync that waits for another stream to get at its memory: it takes new memory instead.
+- Fragmentation, split blocks and size classes of torch's allocator; memory is as large as it is asked for, in steps of 512 bytes.
+- torch beyond `torch_front`: operators run on the CPU's memory, autograd and compiled code do not; of several GPUs only the current one.
+- TensorRT's choice of kernels, its auxiliary streams, plugins, weight streaming and refitting; numbers are those of FP32 on a CPU.
+- What no document and no run on a GPU has settled: whether addresses outlive a change of profile (here they do), and whether an output
+  allocator is asked at every run (here it is).
+- pycuda's signatures are from its documentation: it cannot be imported without a driver.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +45,7 @@ from tests.simulator.pycuda_front import PycudaFront
 from tests.simulator.runtime_front import RuntimeFront
 from tests.simulator.tensorrt_front import TensorRTFront
 from tests.simulator.torch_front import TorchFront
+from tests.simulator.work import join
 
 
 class Simulated:
@@ -55,6 +82,7 @@ class Simulated:
         with suppress(RuleError):
             yield
         self.settle()
+        self.drain()
         found = machine.violations[before:]
         del machine.violations[before:]
         assert any(rule in str(error) for error in found), f"not found: {rule}; {found}"
@@ -64,10 +92,24 @@ class Simulated:
         with self.machine.lock:
             self.machine.settle()
 
+    def drain(self) -> None:
+        """Let all work be done, and the host know it."""
+        machine = self.machine
+        for stream in machine.everything():
+            if stream.last is not None and machine.sticky is None:
+                stream.last.finish()
+            join(machine.host, stream.clock)
+
     def held(self) -> list[str]:
         """What the program has not given back: memory, streams, events and graphs; torch's streams are torch's."""
-        gc.collect()
         self.settle()
+        if not (held := self._held()):
+            return held
+        gc.collect()  # which takes long: only where something is left that may be garbage
+        self.settle()
+        return self._held()
+
+    def _held(self) -> list[str]:
         machine = self.machine
         pools = [stream.inner for pool in self.torch.pools() for stream in pool]
         return [
@@ -81,11 +123,8 @@ class Simulated:
     def finish(self) -> None:
         """The end of a test: no rule was broken, whoever caught the error, and no capture is left."""
         self.settle()
+        self.drain()
         machine = self.machine
-        if machine.sticky is None:
-            for stream in machine.everything():
-                if stream.last is not None:
-                    stream.last.finish()
         assert not machine.captures, "a capture was never ended"
         assert not machine.violations, "\n".join(map(str, machine.violations))
 
@@ -109,7 +148,7 @@ class Foreign:
         self._front.cudaSetDevice(before)
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         simulated.machine.space.bytes(self.pointer + offset, array.nbytes)[:] = content
-        self.shape, self.dtype = array.shape, array.dtype
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
         self.__cuda_array_interface__ = {
             "data": (self.pointer + offset, False),
             "shape": array.shape,

@@ -55,17 +55,17 @@ class Runtime:
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Engine | None:
         machine = self._front.machine
-        with machine.inside("deserialize_cuda_engine"):
-            try:
+        try:
+            with machine.inside("deserialize_cuda_engine"):
                 plan = Plan(serialized_engine)
                 if plan.flavour != self._front.flavour:
                     raise ValueError(f"the plan is one of {plan.flavour}")
                 if plan.host_code and not self.engine_host_code_allowed:
                     raise ValueError("the engine has host code, which the runtime does not allow")
                 return Engine(self, self._front, plan, self._logger)
-            except (ValueError, CudaError) as error:
-                self._logger.log(tensorrt_rtx.ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {error}")
-                return None
+        except (ValueError, CudaError) as error:
+            self._logger.log(tensorrt_rtx.ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {error}")
+            return None
 
 
 class Engine:
@@ -174,7 +174,7 @@ class Engine:
                 return None
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig(self._front)
+        return RuntimeConfig(self._front, self.device)
 
     def note_graph(self, context: ExecutionContext, stream: Stream, bound: Bound, addresses: Any) -> None:
         """RTX with its own graphs captures anew whenever shapes or addresses change, and not at all on the default stream."""
@@ -213,15 +213,16 @@ class Inspector:
 class RuntimeConfig:
     """IRuntimeConfig of TensorRT-RTX. It does not keep its cache alive, and crashes the process where that is gone."""
 
-    __slots__ = ("_cache", "_front", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy")
+    __slots__ = ("_cache", "_device", "_front", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy")
 
-    def __init__(self, front: TensorRTFront) -> None:
+    def __init__(self, front: TensorRTFront, device: int) -> None:
         self._front = front
+        self._device = device
         self._cache: Callable[[], RuntimeCache | None] | None = None
         self.cuda_graph_strategy = tensorrt_rtx.CudaGraphStrategy.DISABLED
 
     def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache(self._front)
+        return RuntimeCache(self._front, self._device)
 
     def set_runtime_cache(self, cache: RuntimeCache) -> bool:
         self._cache = weakref.ref(cache)
@@ -237,18 +238,27 @@ class RuntimeConfig:
 
 
 class RuntimeCache:
-    """IRuntimeCache. Its calls need a current CUDA context, as CUDA's own do."""
+    """IRuntimeCache. Its calls need the CUDA context of its GPU, as CUDA's own do."""
 
-    def __init__(self, front: TensorRTFront) -> None:
+    def __init__(self, front: TensorRTFront, device: int) -> None:
         self._front = front
+        self._device = device
         self._kernels = b""
 
+    def _check(self) -> None:
+        if self._front.machine.here.device != self._device:
+            error = RuleError(f"a runtime cache of cuda:{self._device} is used while another GPU is current")
+            self._front.machine.blame(error)
+            raise error
+
     def deserialize(self, blob: Any) -> bool:
+        self._check()
         self._front.totals["cache read"] += 1
         self._kernels = bytes(blob)
         return bytes(blob).startswith(b"kernels")
 
     def serialize(self) -> bytes:
+        self._check()
         self._front.totals["cache written"] += 1
         return self._kernels or b"kernels"
 

@@ -35,12 +35,17 @@ class TorchFront:
 
     # For tensors.
 
-    def put(self, action: Action) -> None:
-        with as_torch():
-            self.machine.launch(current_stream().inner, action)
+    def put(self, action: Action, index: int) -> None:
+        """Work on tensors of a GPU, whichever is current, on the current stream of that one."""
+        before = self._exchange(index)
+        try:
+            with as_torch():
+                self.machine.launch(current_stream(index).inner, action)
+        finally:
+            self.machine.here.device = before
 
-    def synchronize_current(self) -> None:
-        current_stream().synchronize()
+    def synchronize_current(self, index: int) -> None:
+        current_stream(index).synchronize()
 
     def empty_strided(self, size: Any, stride: Any, dtype: torch.dtype, index: int) -> CudaTensor:
         """An uninitialised tensor of the caching allocator's, for the current stream."""
@@ -140,7 +145,7 @@ class TorchFront:
             "get_device_name": lambda device=None: "Simulated GPU", "get_device_capability": lambda device=None: (8, 9),
             "mem_get_info": self._mem_get_info, "empty_cache": self._empty_cache, "memory_allocated": lambda device=None: self.memory.allocated,
             "is_current_stream_capturing": lambda: current_stream().inner.capture is not None,
-            "_sleep": lambda cycles: self.put(Action("torch.cuda._sleep", (), kernel=True)),
+            "_sleep": lambda cycles: self.put(Action("torch.cuda._sleep", (), kernel=True), machine.here.device),
         }  # fmt: skip
         for name, value in names.items():
             patch.setattr(torch.cuda, name, value)

@@ -98,16 +98,16 @@ def _kernel(front: TorchFront, func: Any, args: Any, kwargs: Any) -> Any:
     written = [args[i] for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write and i < len(args)]
     if written:
         writes = [(x.inside, True) for x in written]
-        front.put(Action(str(func), _uses(*reads, *writes), lambda: func(*inner_args, **inner_kwargs), kernel=True))
+        front.put(Action(str(func), _uses(*reads, *writes), lambda: func(*inner_args, **inner_kwargs), kernel=True), index)
         return written[0]
     if not any(isinstance(r.type, torch.TensorType) for r in func._schema.returns):
-        front.put(Action(str(func), _uses(*reads), kernel=True))
-        front.synchronize_current()
+        front.put(Action(str(func), _uses(*reads), kernel=True), index)
+        front.synchronize_current(index)
         return func(*inner_args, **inner_kwargs)
-    meta = func(
-        *tree_map(_meta, args), **{**tree_map(_meta, kwargs), **({"device": torch.device("meta")} if "device" in kwargs else {})}
+    shown = func(
+        *tree_map(_zeros, args), **{**tree_map(_zeros, kwargs), **{k: v for k, v in inner_kwargs.items() if k == "device"}}
     )
-    shapes, _ = tree_flatten(meta)
+    shapes, _ = tree_flatten(shown)
     results = [front.empty_strided(x.shape, x.stride(), x.dtype, index) for x in shapes]
 
     def run() -> None:
@@ -119,36 +119,34 @@ def _kernel(front: TorchFront, func: Any, args: Any, kwargs: Any) -> Any:
         for result, value in zip(results, found, strict=True):
             result.inside.copy_(value)
 
-    front.put(Action(str(func), _uses(*reads, *((r.inside, True) for r in results)), run, kernel=True))
-    return results[0] if isinstance(meta, torch.Tensor) else tuple(results)
+    front.put(Action(str(func), _uses(*reads, *((r.inside, True) for r in results)), run, kernel=True), index)
+    return results[0] if isinstance(shown, torch.Tensor) else tuple(results)
 
 
-def _meta(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+def _zeros(x: Any) -> Any:
+    """A tensor to learn from what the shape of a result is: what is in the real one is not known yet."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).zero_() if isinstance(x, torch.Tensor) else x
 
 
 def _copy(front: TorchFront, to: torch.Tensor, source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
     """`Tensor.copy_` between host and device: with pinned memory and `non_blocking` it returns before the copy is done."""
     target, origin = _inside(to), _inside(source)
+    index = (to if isinstance(to, CudaTensor) else source).device.index
     if isinstance(to, CudaTensor) and isinstance(source, CudaTensor):
-        front.put(Action("copy on the device", _uses((origin, False), (target, True)), lambda: target.copy_(origin)))
+        front.put(Action("copy on the device", _uses((origin, False), (target, True)), lambda: target.copy_(origin)), index)
         return to
-    host = origin if isinstance(to, CudaTensor) else target
-    pinned = front.pinned_owner(host)
+    pinned = front.pinned_owner(origin if isinstance(to, CudaTensor) else target)
     if isinstance(to, CudaTensor):
         if pinned is None:
-            staged = origin.clone()  # the driver copies pageable memory before it returns
-            front.put(Action("copy to the device", _uses((target, True)), lambda: target.copy_(staged)))
-        else:
-            front.put(Action("copy to the device", _uses((origin, False), (target, True)), lambda: target.copy_(origin)))
+            origin = origin.clone()  # the driver copies pageable memory before it returns
+        uses = _uses((target, True)) if pinned is None else _uses((origin, False), (target, True))
+        front.put(Action("copy to the device", uses, lambda: target.copy_(origin)), index)
     else:
         uses = _uses((origin, False)) if pinned is None else _uses((origin, False), (target, True))
-        front.put(Action("copy to the host", uses, lambda: target.copy_(origin)))
+        front.put(Action("copy to the host", uses, lambda: target.copy_(origin)), index)
         non_blocking = non_blocking and pinned is not None
     if not non_blocking:
-        front.synchronize_current()
+        front.synchronize_current(index)
     return to
 
 
