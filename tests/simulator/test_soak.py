@@ -136,6 +136,7 @@ class Sessions(RuleBasedStateMachine):
         found, x, index = result
         with torch.cuda.stream(self.streams[index]):
             self.check({name: y.cpu() for name, y in found.items()}, x)
+        found.clear()  # the arguments of the last step are kept
 
     @rule(result=consumes(results), session=sessions)
     def feed_back(self, result: Any, session: Any) -> None:
@@ -147,6 +148,7 @@ class Sessions(RuleBasedStateMachine):
             for y in found.values():
                 y.record_stream(other)
             self.check({name: y.cpu() for name, y in session.run({"x": found["y"]}).items()}, 2 * x)
+        found.clear()
 
     @rule(session=sessions, count=rows, seed=seeds, index=streams)
     def out(self, session: Any, count: int, seed: int, index: int) -> None:
@@ -257,10 +259,13 @@ class Sessions(RuleBasedStateMachine):
         with pytest.raises(SessionClosedError):
             next(outputs)
 
-    @rule(session=consumes(sessions))
-    def forget(self, session: Any) -> None:
+    @rule(graphs=st.booleans(), count=rows)
+    def forget(self, graphs: bool, count: int) -> None:
         """Nobody closes it."""
+        forgotten = self.load(graphs, 1, False)
         self.open -= 1
+        x = batch(count, 0)
+        self.check(forgotten.run({"x": x}), x)
 
     @invariant()
     def no_rule_is_broken(self) -> None:
