@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from deploy.artifact.tensors import TensorSpec
+from deploy.artifact.tensors import TensorSpec, batch_dim
 from deploy.errors import ExportError
 from deploy.intake.adaptive_pools import AdaptivePools
-from deploy.intake.call import bound
+from deploy.intake.call import bind, bound
 from deploy.intake.recurrent import RecurrentLayers
 
 
@@ -50,7 +50,7 @@ def explain(
         remedy = "use torch.where or torch.cond in its place"
     elif "specialized" in text or "Constraints violated" in text:
         where = fixed or where
-        reason, remedy = fixed_reason(_fixed_dims(text, module, inputs))
+        reason, remedy = fixed_reason(_fixed_dims(text, module, inputs), static=_exports_static(module, inputs, arguments))
     elif "No ONNX function found" in text:
         operator = re.search(r"op='([^']+)'", text)
         reason = f"the operator {operator[1] if operator else ''} has no ONNX counterpart"
@@ -63,13 +63,34 @@ def explain(
     return f"{type(module).__name__} cannot be exported{f': {where}' if where else ''}: {reason}\n{remedy}"
 
 
-def fixed_reason(dims: Sequence[str]) -> tuple[str, str]:
-    """The reason and the remedy in the error for a module that works with only one size of `dims`."""
+def fixed_reason(dims: Sequence[str], *, static: bool) -> tuple[str, str]:
+    """The reason and the remedy in the error for a module that works with only one size of `dims`; `static`: and that it does."""
     noun, names = ("dimension", "dimensions")[len(dims) > 1], ", ".join(repr(dim) for dim in dims)
     return (
         f"the module's code fixes the {noun} {names} that should stay dynamic",
-        "compute with x.shape as it is (no int(), loop or fixed number), or export with `static_batch` and numbers in `inputs`",
+        "compute with x.shape as it is (no int(), loop or fixed number)"
+        + (", or export with `static_batch` and numbers in `inputs`" if static else ""),
     )
+
+
+def _exports_static(
+    module: torch.nn.Module, inputs: Sequence[TensorSpec], arguments: tuple[tuple[Any, ...], dict[str, Any]]
+) -> bool:
+    """Whether `module` can be exported with one row, where nothing is dynamic."""
+    batch = batch_dim(inputs)
+    specs = tree_leaves(bind(module, {spec.name: spec for spec in inputs}))
+    leaves, structure = tree_flatten(arguments)
+    rows = [
+        leaf.narrow(spec.shape.index(batch), 0, 1) if batch in spec.shape else leaf
+        for spec, leaf in zip(specs, leaves, strict=True)
+    ]
+    args, kwargs = tree_unflatten(rows, structure)
+    try:
+        with AdaptivePools(), RecurrentLayers():
+            torch.export.export(module, args, kwargs, strict=False)
+    except Exception:  # as many kinds as that which is being explained
+        return False
+    return True
 
 
 def _unregistered(module: torch.nn.Module) -> str | None:

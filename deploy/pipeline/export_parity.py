@@ -41,14 +41,14 @@ def run_eager(
         raise
     except Exception as error:  # the user's own code: any error may come
         shapes = _shapes(feed)
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        reason = repr(error) if isinstance(error, KeyError) else next(iter(str(error).strip().splitlines()), repr(error))
         line = line_of(error, user_files)
         name, where = type(module).__name__, f": {line}" if line else ""
         batch = batch_dim(specs)
         if ran is not None and batch is not None and _shapes(ran) != shapes:
             rows = repeated(specs, ran, size_of_batch(specs, dict(feed)))
             if not runs(module, specs, rows):
-                fixed, remedy = fixed_reason([batch])
+                fixed, remedy = fixed_reason([batch], static=True)
                 raise ExportError(
                     f"{name} cannot be exported{where}: {fixed}: it runs {_shapes(ran)}, and not {shapes}: {reason}\n{remedy}"
                 ) from error

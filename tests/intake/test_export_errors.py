@@ -151,8 +151,22 @@ def test_only_the_dimension_that_is_fixed_is_named(user_module: ModuleType) -> N
 
 def test_a_dimension_that_no_file_of_the_users_fixes_is_named_without_a_line() -> None:
     module = nn.Unflatten(0, (2, 1))
-    with pytest.raises(ExportError, match=r"Unflatten cannot be exported: the module's code fixes the dimension 'batch'"):
+    with pytest.raises(
+        ExportError, match=r"Unflatten cannot be exported: the module's code fixes the dimension 'batch'"
+    ) as caught:
         export_graph(module, [spec("batch", 3)], {"x": torch.randn(2, 3)}, ["y"])
+    assert "static_batch" not in str(caught.value)  # of one row, it makes no two
+
+
+def test_numpy_in_forward_is_called_that() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy((x * 2).numpy())
+
+    with pytest.raises(
+        ExportError, match=r"it computes in numpy, which torch\.export cannot follow .*\nuse torch's own functions"
+    ):
+        export_graph(Net(), [spec("batch", 3)], {"x": torch.randn(2, 3)}, ["y"])
 
 
 def test_a_branch_on_a_size_that_leaves_others_open_is_a_warning(

@@ -73,6 +73,16 @@ def test_the_advice_is_what_was_tried(module: nn.Module, spec: TensorSpec, shape
     assert bool(said) == bool(expected)
 
 
+def test_a_key_that_is_missing_is_called_that() -> None:
+    class Keyed(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["y"]
+
+    spec = TensorSpec(name="batch.x", dtype="float32", shape=("batch", 4))
+    with pytest.raises(ExportError, match=r"cannot run batch\.x \(1, 4\): KeyError\('y'\)$"):
+        run_eager(Keyed(), [spec], {"batch.x": np.zeros((1, 4), np.float32)}, [])
+
+
 @pytest.mark.parametrize(
     ("module", "values", "message"),
     [

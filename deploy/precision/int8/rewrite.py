@@ -166,7 +166,10 @@ class ToInt8(PrecisionPass):
 
 
 class _Rewrite:
-    """Inserts pairs into a graph and its branches, in place: each where the tensor is made, and constants in the main graph."""
+    """Inserts pairs into a graph and its branches, in place: each with its constants where the tensor is made or the weight is used.
+
+    ONNX Runtime refuses some pairs in a branch whose constants are outside (MatMul, seen with 1.32).
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -175,7 +178,7 @@ class _Rewrite:
         made = (value for node in graph.all_nodes() for value in node.outputs)
         self.values = {value.name: value for value in (*graph.inputs, *made)}
         self.taken = set(self.nodes) | set(self.values) | set(graph.initializers)
-        self.zeros: dict[tuple[int, ...], ir.Value] = {}
+        self.zeros: dict[tuple[ir.Graph, tuple[int, ...]], ir.Value] = {}
 
     def insert_pairs(
         self, placement: Placement, scales: Mapping[str, float], joint: Mapping[str, float], shifts: Mapping[str, float]
@@ -209,24 +212,25 @@ class _Rewrite:
     def _insert_pair(self, tensor: str, scale: float, *, dequantize: bool, shift: float = 0.0) -> tuple[ir.Value, ir.Value]:
         """Insert QuantizeLinear, and DequantizeLinear if asked for, after the producer of `tensor`; returns codes and result."""
         value = self.values[tensor]
+        producer = value.producer()
+        graph = _graph_of(producer) if producer is not None else self.graph
         pair = []
         source = value
         if shift:
-            constant = self._initializer(f"{tensor}_shift", np.array(shift, dtype=np.float32))
+            constant = self._initializer(graph, f"{tensor}_shift", np.array(shift, dtype=np.float32))
             shifted = self._value(f"{tensor}_shifted", value, ir.DataType.FLOAT)
             pair.append(self._node("Sub", [value, constant], tensor, shifted))
             source = shifted
-        operands = [source, self._scale(tensor, scale), self._zero(())]
+        operands = [source, self._scale(graph, tensor, scale), self._zero(graph, ())]
         quantize = self._node("QuantizeLinear", operands, tensor, self._value(f"{tensor}_quantized", value, ir.DataType.INT8))
         pair.append(quantize)
         if dequantize:
             result = self._value(f"{tensor}_dequantized", value, ir.DataType.FLOAT)
             pair.append(self._node("DequantizeLinear", [quantize.outputs[0], *operands[1:]], tensor, result))
-        producer = value.producer()
         if producer is None:
-            self.graph.insert_before(self.first, pair)
+            graph.insert_before(self.first, pair)
         else:
-            _graph_of(producer).insert_after(producer, pair)
+            graph.insert_after(producer, pair)
         return quantize.outputs[0], pair[-1].outputs[0]
 
     def _dequantize_output(self, node: ir.Node, scale: float) -> ir.Value:
@@ -235,8 +239,9 @@ class _Rewrite:
         tensor = codes.name or ""
         result = self._take_over(codes, f"{tensor}_quantized")
         codes.type = ir.TensorType(ir.DataType.INT8)
-        operands = [codes, self._scale(tensor, scale), self._zero(())]
-        _graph_of(node).insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
+        graph = _graph_of(node)
+        operands = [codes, self._scale(graph, tensor, scale), self._zero(graph, ())]
+        graph.insert_after(node, self._node("DequantizeLinear", operands, tensor, result))
         return codes
 
     def store_weights(
@@ -262,9 +267,9 @@ class _Rewrite:
             except PrecisionError as error:
                 raise PrecisionError(f"{initializer!r} of {nodes[0].name!r}: {error}") from error
             operands = [
-                self._initializer(f"{initializer}_int8", codes),
-                self._initializer(f"{initializer}_scale", scale),
-                self._zero(scale.shape),
+                self._initializer(graph, f"{initializer}_int8", codes),
+                self._initializer(graph, f"{initializer}_scale", scale),
+                self._zero(graph, scale.shape),
             ]
             attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
             result = self._value(f"{initializer}_dequantized", value, ir.DataType.FLOAT)
@@ -295,13 +300,15 @@ class _Rewrite:
             return
         else:
             correction = old.const_value.numpy() + correction
-        holder.replace_input_with(index, self._initializer(f"{name}/corrected_bias", correction))
+        holder.replace_input_with(index, self._initializer(_graph_of(holder), f"{name}/corrected_bias", correction))
         if old is not None and not old.uses() and not old.is_graph_output():
-            del self.graph.initializers[old.name or ""]
+            owner = old.graph
+            assert isinstance(owner, ir.Graph)
+            del owner.initializers[old.name or ""]
 
     def _add_to_bias(self, node: ir.Node, bias: ir.Value, correction: np.ndarray) -> None:
         """Add `correction` to the computed `bias` of `node`."""
-        operands = [bias, self._initializer(f"{node.name}/correction", correction)]
+        operands = [bias, self._initializer(_graph_of(node), f"{node.name}/correction", correction)]
         result = self._value(f"{node.name}/corrected_bias", bias, ir.DataType.FLOAT)
         label = self._claim(f"{node.name}/bias_correction")
         _graph_of(node).insert_before(node, ir.Node("", "Add", operands, outputs=[result], name=label))
@@ -311,7 +318,7 @@ class _Rewrite:
         """Add `correction` to the output of `node`; the sum takes over the name of the output."""
         before = node.outputs[0]
         after = self._take_over(before, f"{before.name}_uncorrected")
-        operands = [before, self._initializer(f"{node.name}/correction", correction)]
+        operands = [before, self._initializer(_graph_of(node), f"{node.name}/correction", correction)]
         label = self._claim(f"{node.name}/bias_correction")
         _graph_of(node).insert_after(node, ir.Node("", "Add", operands, outputs=[after], name=label))
 
@@ -331,20 +338,20 @@ class _Rewrite:
         self.values[name] = taker
         return taker
 
-    def _scale(self, tensor: str, scale: float) -> ir.Value:
-        return self._initializer(f"{tensor}_scale", np.array(scale, dtype=np.float32))
+    def _scale(self, graph: ir.Graph, tensor: str, scale: float) -> ir.Value:
+        return self._initializer(graph, f"{tensor}_scale", np.array(scale, dtype=np.float32))
 
-    def _zero(self, shape: tuple[int, ...]) -> ir.Value:
-        if shape not in self.zeros:
+    def _zero(self, graph: ir.Graph, shape: tuple[int, ...]) -> ir.Value:
+        if (graph, shape) not in self.zeros:
             name = "_".join(["int8_zero_point", *map(str, shape)])
-            self.zeros[shape] = self._initializer(name, np.zeros(shape, dtype=np.int8))
-        return self.zeros[shape]
+            self.zeros[graph, shape] = self._initializer(graph, name, np.zeros(shape, dtype=np.int8))
+        return self.zeros[graph, shape]
 
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+    def _initializer(self, graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         name = self._claim(name)
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
+        graph.register_initializer(value)
         return value
 
     def _value(self, name: str, like: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -88,6 +88,39 @@ def test_calibration_from_the_cache_leaves_the_same_branch_alone(tmp_path):
     assert ir.to_proto(again.model) == ir.to_proto(first.model)
 
 
+MATRICES = """g (float[N, 8] x, bool c, bool d, int64 n) => (float[N, 8] z) {
+    y = If(c) <then_branch = g1 () => (float[N, 8] a) { p = MatMul(x, w) q = Gelu(p) r = MatMul(q, v) a = Add(r, b) },
+               else_branch = g2 () => (float[N, 8] e) {
+        e = If(d) <then_branch = g3 () => (float[N, 8] u) { k = MatMul(x, v) u = Add(k, b) },
+                   else_branch = g4 () => (float[N, 8] t) {
+            yes = Constant<value = bool {1}>()
+            t = Loop(n, yes, x) <body = g5 (int64 i, bool ci, float[N, 8] h) => (bool co, float[N, 8] o)
+                                 { co = Identity(ci) [body] o = MatMul(h, w) }> }> }>
+    z = MatMul(y, w)
+}"""
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "auto"}, {"fp16": True}, {"per_tensor": True}], ids=str)
+def test_matrices_of_the_main_graph_are_int8_in_nested_branches_and_not_in_a_loop(tmp_path, parse, options):
+    model = parse(MATRICES)
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (8, 8), "v": (8, 8), "b": (8,)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array((rng.normal(size=shape) / 3).astype(np.float32), name))
+    onnx.save(model, tmp_path / "net.onnx")
+    artifact = deploy.open_artifact(tmp_path / "net.onnx")
+    feeds = [
+        {"x": rng.normal(size=(4, 8)).astype(np.float32), "c": np.array(i % 3 == 0), "d": np.array(i % 3 == 1), "n": np.array(2)}
+        for i in range(9)
+    ]
+    result = quantize_onnx(artifact, calibration_set(artifact, feeds), QuantizeOptions(**options))
+    result.save(tmp_path / "int8.onnx")
+    assert len(result.calibration.layers) == 4
+    assert {exclusion.node: exclusion.reason for exclusion in result.exclusions}["body"] == "it is in the body of a loop"
+    exact, rounded = CpuGraph.read(tmp_path / "net.onnx"), CpuGraph.read(tmp_path / "int8.onnx")
+    for given in feeds[:3]:
+        assert difference(rounded(given)["z"], exact(given)["z"]).sqnr_db > 30
+
+
 def test_values_of_branches_get_names_of_their_own_and_weights_move_to_the_main_graph():
     model = prepared(branched())
     before = CpuGraph(model)(feed(False, 1))["z"]
