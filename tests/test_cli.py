@@ -11,7 +11,9 @@ import pytest
 Run = Callable[..., Any]
 
 
-@pytest.mark.parametrize("command", ["doctor", "export", "convert", "build-trt", "inspect", "eval", "predict", "bench"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "export", "convert", "build-aoti", "build-trt", "inspect", "eval", "predict", "bench"]
+)
 def test_every_command_has_help_that_loads_nothing_heavy(command: str) -> None:
     code = (
         f"import sys; sys.argv = ['deploy', {command!r}, '--help']\n"

@@ -40,7 +40,9 @@ from deploy.runtime.profiling import LayerTime
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
-CLI = ("doctor", "export", "convert", "quantize", "build-trt", "inspect", "eval", "predict", "serve", "export-triton", "bench")
+CLI = (
+    "doctor", "export", "convert", "quantize", "build-aoti", "build-trt", "inspect", "eval", "predict", "serve", "export-triton", "bench",
+)  # fmt: skip
 STAGES = ("export", "convert", "quantize", "build-trt")
 FASTER = {
     "--arch": ("--input", "input=1x3x32x32"),

@@ -116,6 +116,7 @@ def test_the_commands_of_a_service_host_work(lean: Lean, host: Path) -> None:
         (("export", "--arch", "mlp"), "torch", "export"),
         (("convert", "net", "--fp16"), "onnx", "export"),
         (("quantize", "net", "--calib", "digits"), "onnx", "export"),
+        (("build-aoti", "net"), "torch", "export"),
         (("build-trt", "net"), "tensorrt-rtx", "cpu"),
         (("bench", "net"), "onnx", "export"),
         (("predict", "net/model.onnx", "digits/3/0.png"), "onnx", "export"),

@@ -82,7 +82,7 @@ def _compile(program: torch.export.ExportedProgram, path: Path, *, on_gpu: bool,
     }
     if max_autotune:
         settings |= list_mode_options("max-autotune-no-cudagraphs")
-    with tempfile.TemporaryDirectory(prefix="deploy-aoti-") as folder:
+    with tempfile.TemporaryDirectory(prefix="deploy-aoti-", ignore_cleanup_errors=True) as folder:
         with fresh_cache(dir=folder):  # the compiler leaves copies of the weights behind
             made = aoti_compile_and_package(program, package_path=str(Path(folder) / "model.pt2"), inductor_configs=settings)
         shutil.move(made, path)

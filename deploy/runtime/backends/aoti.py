@@ -183,6 +183,8 @@ class AotiSession(Session):
         return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
 
     def _release(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._home)  # what runs there reads the weights
         with self._lock:
             self._launch = self._loader = None
         if self._holds_tf32:
