@@ -50,16 +50,16 @@ class Candidate:
             return [f"aoti/{model}/{self.precision}{'/autotune' if self.max_autotune else ''}"]
         if self.kind in FLAVOURS:
             return [f"{self.kind}/{model}/{self.precision}"]
-        return []
+        return [f"fp16/{model}"] if self.kind == "onnxruntime" and self.precision == "fp16" else []
 
     def open(self, setting: Setting, model: str) -> Session:
         return opened(setting, self.artifact(setting, model), self.backend)
 
     def artifact(self, setting: Setting, model: str) -> Artifact:
-        if self.kind in ("eager", "compile"):
+        if self.kind == "onnxruntime":
+            return source(setting, model, self.precision)
+        if self.kind in ("eager", "compile") or setting.dry:
             return source(setting, model)
-        if self.kind == "onnxruntime" or setting.dry:
-            return source(setting, model, "fp32" if self.precision == "fp32" or self.kind == "aoti" else "fp16")
         if self.kind == "aoti":
             return deploy.open_artifact(aoti_folder(setting, model, self.precision, max_autotune=self.max_autotune))
         return deploy.open_artifact(engine_folder(setting, self.kind, model, self.precision))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_candidates import COMPILE, FLAVOURS, Candidate, candidates
-from gpu_setting import Setting, make_aoti, make_engine, make_source
+from gpu_setting import Setting, make_aoti, make_engine, make_half, make_source
 
 from deploy.artifact.tensors import random_feed
 from deploy.host.cpu import usable_cores
@@ -57,6 +57,8 @@ def do_job(setting: Setting, name: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if kind == "export":
         make_source(setting, model)
+    elif kind == "fp16":
+        make_half(setting, model)
     elif kind in ("compile", "autotune"):
         for candidate in COMPILE:
             if (kind == "autotune") == ("max-autotune" in candidate.backend):

@@ -88,13 +88,19 @@ def _bare(setting: Setting, candidate: Candidate, model: str, session: Session, 
         engine = _engine(artifact, feed, session)
         return engine.replay if "CUDA graph" in candidate.label else engine.run
     if candidate.kind == "aoti":
-        module: Any = torch._inductor.aoti_load_package(str(artifact.payload))
+        runner: Any = torch._inductor.aoti_load_package(str(artifact.payload)).loader
+
+        def call() -> object:
+            return runner.boxed_run(list(inputs))
     else:
         module = session._plain  # type: ignore[attr-defined]
 
+        def call() -> object:
+            with torch.inference_mode():
+                return module(*inputs)
+
     def run() -> None:
-        with torch.inference_mode():
-            module(*inputs)
+        call()
         setting.wait()
 
     return run

@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace, setting: Setting, names: Sequence[str], un
     absent = lacking(setting)
     kinds = [kind for kind in KINDS if kind not in absent]
     wanted = ["lenet5"] if setting.dry else [model for model in MODELS if model in names or needs_model(model, names)]
-    jobs = [job for job in jobs_for(setting, wanted, kinds) if not setting.dry or job.name.startswith("export")]
+    jobs = [job for job in jobs_for(setting, wanted, kinds) if not setting.dry or job.name.startswith(("export/", "fp16/"))]
     jobs = [job for job in jobs if "seconds" not in (outcome(setting, job.name) or {})]
 
     def start(job: Job) -> Child:

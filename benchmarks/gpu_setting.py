@@ -56,15 +56,17 @@ class Setting:
             torch.cuda.current_stream().synchronize()
 
 
-def make_source(setting: Setting, model: str) -> Artifact:
-    """The ONNX artifact of an architecture with random weights, and its FP16 conversion beside it."""
-    out = setting.work / model
+def make_source(setting: Setting, model: str) -> None:
+    """Export an architecture with random weights."""
     if model == "vit_b_16":
-        source = deploy.export(out, arch="torchvision:vit_b_16", weights=_vit_weights(setting.work))
+        deploy.export(setting.work / model, arch="torchvision:vit_b_16", weights=_vit_weights(setting.work))
     else:
-        source = deploy.export(out, arch=model)
-    deploy.convert(source, setting.work / f"{model}-fp16", precision="fp16")
-    return source
+        deploy.export(setting.work / model, arch=model)
+
+
+def make_half(setting: Setting, model: str) -> None:
+    """Convert what `make_source` made to FP16."""
+    deploy.convert(source(setting, model), setting.work / f"{model}-fp16", precision="fp16")
 
 
 def _vit_weights(work: Path) -> Path:
@@ -80,7 +82,7 @@ def _vit_weights(work: Path) -> Path:
 
 
 def source(setting: Setting, model: str, precision: str = "fp32") -> Artifact:
-    """What `make_source` made: in FP32, which eager and torch.compile run in any precision, or in FP16."""
+    """What `make_source` made, in FP32, which eager and torch.compile run in any precision; or `make_half`, in FP16."""
     return deploy.open_artifact(setting.work / (model if precision == "fp32" else f"{model}-{precision}"))
 
 
