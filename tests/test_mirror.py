@@ -13,7 +13,8 @@ ROOT = TESTS.parent
 
 ACROSS = {
     "test_docs", "test_examples", "test_install", "test_layers", "test_mirror", "benchmarks/test_bench_harness", "benchmarks/test_gpu_report",
-    "benchmarks/test_scripts", "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_baselines", "gpu/test_cuda",
+    "benchmarks/test_scripts", "cli/test_bad_input", "cli/test_commands", "engine/test_tensorrt_names", "gpu/test_baselines", "gpu/test_builds",
+    "gpu/test_cuda", "gpu/test_devices",
     "gpu/test_engines", "gpu/test_rules", "runtime/test_threads", "serving/test_clients", "serving/test_malformed",
     "simulator/test_faults", "simulator/test_rules", "simulator/test_signatures", "simulator/test_sessions", "simulator/test_soak",
 }  # fmt: skip
@@ -27,8 +28,8 @@ COVERED = {
     "engine/bindings": "engine/test_tensorrt_names",
     "engine/context": "runtime/backends/test_tensorrt_graphs",
     "engine/cuda/capturing": "gpu/test_baselines",
-    "engine/cuda/cuda_python": "gpu/test_engines",
-    "engine/cuda/pycuda_device": "gpu/test_engines",
+    "engine/cuda/cuda_python": "gpu/test_devices",
+    "engine/cuda/pycuda_device": "gpu/test_devices",
     "engine/buffers": "runtime/backends/test_tensorrt",
     "engine/loaded": "runtime/backends/test_tensorrt",
     "intake/options": "intake/test_fit",

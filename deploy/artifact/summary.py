@@ -28,6 +28,8 @@ def summary(artifact: Artifact) -> str:
     if manifest.target:
         built_for = manifest.target.gpu or f"compute capability {', '.join(manifest.target.targets)}"
         lines.append(_row("built for", built_for))
+        if manifest.target.stripped:
+            lines.append(_row("weights", "none in the engine file: loading it puts in those of the ONNX file beside it"))
     if manifest.parity:
         if manifest.target:
             lines.append(_row("typed ONNX", parity_text(manifest.parity)))

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -30,8 +30,6 @@ Place = Callable[[int, Shape], tuple[int, Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NOTHING = nullcontext()
-
 
 class _Tensor(NamedTuple):
     """An input or output. dtype: None for bfloat16, which numpy lacks. itemsize: bytes."""
@@ -49,10 +47,13 @@ def _guarded(
     def decorated(method: Callable[Concatenate["EngineContext", P], T]) -> Callable[Concatenate["EngineContext", P], T]:
         def call(self: "EngineContext", /, *args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                with self._device.active(), self._annotate(label):
-                    return method(self, *args, **kwargs)
+                with self._device.active():
+                    if self._annotate is None:
+                        return method(self, *args, **kwargs)
+                    with self._annotate(label):
+                        return method(self, *args, **kwargs)
             except BaseException as error:
-                self._fail(error)
+                self.recover(error)
                 raise
 
         call.__doc__ = method.__doc__
@@ -98,7 +99,7 @@ class EngineContext:
         self._captures = graphs == "own"
         self._make_allocator = allocator
         self._reason = reason
-        self._annotate = annotate or (lambda label: _NOTHING)
+        self._annotate = annotate
         with device.active():
             self.stream: Stream = device.stream()
             self._ready: Event = device.event()
@@ -129,8 +130,8 @@ class EngineContext:
         if None in self._shapes:
             self.stream.synchronize()
         self._pending = []
-        for tensor, known in zip(self._outputs, self._shapes, strict=True):
-            memory, shape = self._result(tensor.name, known)
+        for index, tensor in enumerate(self._outputs):
+            memory, shape = self._result(index)
             assert tensor.dtype is not None
             host = self._buffers.host(tensor.name, _nbytes(shape, tensor))
             if host.size:
@@ -185,7 +186,6 @@ class EngineContext:
         callers: Sequence[Stream],
         place: Place,
         values: Mapping[str, np.ndarray],
-        *,
         wait: bool,
     ) -> list[Any]:
         """Queue a run on inputs at device addresses, after what the `callers` were given before; the arrays of the outputs.
@@ -197,6 +197,7 @@ class EngineContext:
         self._bind(profile, shapes, values)
         places = [None if shape is None else place(index, shape) for index, shape in enumerate(self._shapes)]
         self._wait_for(callers)
+        addresses = self._addresses
         for tensor, pointer, shape in zip(self._inputs, inputs, shapes, strict=True):
             if tensor.name in values:
                 continue
@@ -205,30 +206,22 @@ class EngineContext:
                 memory = self._buffers.memory(tensor.name, nbytes)
                 self._copy(memory.pointer, pointer, nbytes)
                 pointer = memory.pointer
-            if self._addresses.get(tensor.name) != pointer:
+            if addresses.get(tensor.name) != pointer:
                 self._set_address(tensor.name, pointer)
         staged = []
-        for index, (tensor, placed) in enumerate(zip(self._outputs, places, strict=True)):
+        for index, placed in enumerate(places):
             if placed is None:
                 staged.append(index)
                 continue
-            pointer = placed[0]
+            tensor, pointer = self._outputs[index], placed[0]
             if self._fixed or not pointer or pointer % ALIGNMENT:
                 pointer = self._buffers.memory(tensor.name, _nbytes(cast(Shape, self._shapes[index]), tensor)).pointer
                 staged.append(index)
-            if self._addresses.get(tensor.name) != pointer:
+            if addresses.get(tensor.name) != pointer:
                 self._set_address(tensor.name, pointer)
         self._execute()
-        if None in places:  # their shapes are known now
-            self.stream.synchronize()
-            shown = [self._result(tensor.name, shape)[1] for tensor, shape in zip(self._outputs, self._shapes, strict=True)]
-            places = [placed or place(index, shown[index]) for index, placed in enumerate(places)]
-            self._wait_for(callers)
-        for index in staged:
-            tensor, placed = self._outputs[index], places[index]
-            memory, shape = self._result(tensor.name, self._shapes[index])
-            assert placed is not None
-            self._copy(placed[0], memory.pointer, _nbytes(shape, tensor))
+        if staged:
+            places = self._copy_out(staged, places, callers, place)
         if wait:
             self.stream.synchronize()
         else:
@@ -236,6 +229,23 @@ class EngineContext:
             for caller in callers:
                 self._done.hold(caller)
         return [placed[1] for placed in places if placed is not None]
+
+    def _copy_out(
+        self, staged: Sequence[int], places: Sequence[tuple[int, Any] | None], callers: Sequence[Stream], place: Place
+    ) -> list[tuple[int, Any] | None]:
+        """Copy outputs out of buffers and allocators; the places of all, also of those whose shapes are known only now."""
+        places = list(places)
+        if None in places:
+            self.stream.synchronize()
+            for index, placed in enumerate(places):
+                places[index] = placed or place(index, self._result(index)[1])
+            self._wait_for(callers)
+        for index in staged:
+            memory, shape = self._result(index)
+            placed = places[index]
+            assert placed is not None
+            self._copy(placed[0], memory.pointer, _nbytes(shape, self._outputs[index]))
+        return places
 
     def _wait_for(self, callers: Sequence[Stream]) -> None:
         for caller in callers:
@@ -297,16 +307,17 @@ class EngineContext:
                 if self._captures:
                     logger.warning("no CUDA graph: the shape of %r depends on data; it runs without", tensor.name)
 
-    def _result(self, name: str, shape: Shape | None) -> tuple[Memory, Shape]:
+    def _result(self, index: int) -> tuple[Memory, Shape]:
         """The memory of an output in a buffer or of an allocator, and its shape; for the latter once the run is done."""
+        name, shape = self._outputs[index].name, self._shapes[index]
         if shape is None:
             allocator = self._allocators[name]
             return allocator.memory, allocator.shape
         return self._buffers.memory(name), shape
 
     def _execute(self) -> None:
-        if None in self._shapes:
-            self._launch()  # which waits for the shapes
+        if not self._captures or None in self._shapes:  # whose shapes are waited for
+            self._launch()
         else:
             self._replay.run(self._launch, self._bound, self._shown)
 
@@ -315,7 +326,8 @@ class EngineContext:
         return "; ".join(format_shape(shape) for shape in self._bound[1])
 
     def _launch(self) -> None:
-        if not bool(self._trt_context().execute_async_v3(self.stream.handle)):
+        assert self._context is not None
+        if not bool(self._context.execute_async_v3(self.stream.handle)):
             for allocator in self._allocators.values():
                 error, allocator.error = allocator.error, None
                 if error is not None:
@@ -334,7 +346,7 @@ class EngineContext:
 
     # The end.
 
-    def _fail(self, error: BaseException) -> None:
+    def recover(self, error: BaseException) -> None:
         """After a failure: wait until nothing is under way. If CUDA fails even then, raise DeviceLostError.
 
         What CUDA answers to every later call it says of itself: "This leaves the process in an inconsistent state and any further

@@ -1,6 +1,7 @@
 """The layers of a built engine, as TensorRT's inspector describes them: which nodes each computes, and in which precision.
 
-The forms are those of descriptions that NVIDIA publishes with trt-engine-explorer (TensorRT 8 and 10), and of its documentation.
+The forms are those of descriptions that NVIDIA published with trt-engine-explorer, and of its documentation and tools for TensorRT 11
+("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
 """
 
 import json
@@ -87,7 +88,7 @@ _INDEX = re.compile(r"\b(?:int32|int64|bool|uint8)\b", re.IGNORECASE)
 _DATATYPE = re.compile(r"\b(int8|half|fp16|bfloat16|bf16|float|fp32)\b", re.IGNORECASE)
 _DATATYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "float": "fp32", "fp32": "fp32"}
 
-_COMPUTES = re.compile(r"conv|gemm|matmul|matrixmultiply|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
+_COMPUTES = re.compile(r"conv|gemm|matmul|matrix_?multiply|mha|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
 _FUSED_PRODUCT = re.compile(r"_gemm|__myl_\w*Fc")
 """The beginning of the name of generated code that holds a matrix product."""
 _FUSED = ("kgen", "fusion", "foreignnode", "myelin")
@@ -98,11 +99,10 @@ def _layer(described: Mapping[str, Any] | str) -> EngineLayer:
         raise TypeError("layers are names alone: the engine was built without detailed verbosity")
     name, kind, tactic = (str(described.get(key) or "") for key in ("Name", "LayerType", "TacticName"))
     precision, sums = _tactic_precision(tactic)
-    precision = precision or _input_precision(described.get("Inputs") or [])
+    precision = precision or _tensor_precision(described.get("Inputs") or [])
     by_weights = precision is None
     if by_weights:
-        weights = described.get("Weights")
-        precision = _datatype(str(weights.get("Type"))) if isinstance(weights, dict) else None
+        precision = _weights_precision(described)
     return EngineLayer(
         name=described["Name"],
         kind=kind,
@@ -134,9 +134,18 @@ def _tactic_precision(tactic: str) -> tuple[str | None, str | None]:
     return ("tf32", None) if "tf32" in tactic else (None, None)
 
 
-def _input_precision(inputs: list[Mapping[str, Any]]) -> str | None:
-    texts = (str(each.get("Format/Datatype") or each.get("Datatype") or "") for each in inputs)
+def _tensor_precision(tensors: Sequence[Mapping[str, Any]]) -> str | None:
+    """The type of the first tensor that is no index or mask: `Format/Datatype` in TensorRT 10; in 11, `Datatype` beside `Format`."""
+    texts = (str(value) for each in tensors for key, value in each.items() if key.lower().endswith("datatype"))
     return _datatype(next((text for text in texts if not _INDEX.search(text)), ""))
+
+
+def _weights_precision(described: Mapping[str, Any]) -> str | None:
+    """The type of the weights, of a convolution, or of the constants of generated code."""
+    weights = described.get("Weights")
+    if isinstance(weights, dict):
+        return _datatype(str(weights.get("Type")))
+    return _tensor_precision(described.get("Constants") or [])
 
 
 def _datatype(text: str) -> str | None:

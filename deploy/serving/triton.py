@@ -185,6 +185,11 @@ def _check_runnable(artifact: Artifact, options: TritonOptions) -> None:
             f"{artifact.shown} is a {target.flavour} engine, which Triton cannot run: its TensorRT backend loads plans of TensorRT itself;"
             " build one with `deploy build-trt --flavour tensorrt`, or export the ONNX artifact"
         )
+    if target.stripped:
+        raise BackendError(
+            f"{artifact.shown} has no weights in its engine file, and Triton puts none in: build one without `strip`, or export the"
+            " ONNX artifact"
+        )
     if options.cpu:
         raise UsageError(f"{artifact.shown} is an engine, which runs on a GPU: leave out `cpu`")
 

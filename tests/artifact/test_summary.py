@@ -26,6 +26,14 @@ def test_the_parity_of_an_engine_is_said_to_be_that_of_its_file(shared_lenet5: A
     assert not any(row.startswith(("  parity", "  graph")) for row in rows)
 
 
+@pytest.mark.parametrize("stripped", [True, False])
+def test_an_engine_without_weights_is_said_to_be_one(engine: Artifact, stripped: bool) -> None:
+    assert engine.manifest.target is not None
+    target = msgspec.structs.replace(engine.manifest.target, stripped=stripped)
+    shown = summary(dataclasses.replace(engine, manifest=msgspec.structs.replace(engine.manifest, target=target)))
+    assert ("  weights    none in the engine file" in shown) == stripped
+
+
 @pytest.mark.parametrize(
     ("shares", "text"),
     [

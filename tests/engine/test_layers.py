@@ -66,8 +66,13 @@ def test_indices_and_masks_are_no_operands_and_hidden_formats_leave_the_weights(
     gathered = layer("a", "gemm", "", "a", inputs="Int32")
     gathered["Inputs"] += [{"Name": "mask", "Format/Datatype": "Bool"}, {"Name": "w", "Datatype": "BFloat16"}]
     assert read(gathered).precision == "bf16"
+    gathered["Inputs"] = [{"Name": "x", "Format": "Row major linear FP32 format (kLINEAR)", "Datatype": "Half"}]
+    assert read(gathered).precision == "fp16"  # as TensorRT 11 has it
     hidden = read(layer("a", "CaskConvolution", "", "a", weights="Half"))
     assert (hidden.precision, hidden.by_weights) == ("fp16", True)
+    constant = layer("a", "gemm", "", "a")
+    constant["Constants"] = [{"Name": "axes", "Datatype": "Int64"}, {"Name": "w", "Datatype": "BFloat16", "Dimensions": [3, 4]}]
+    assert (read(constant).precision, read(constant).by_weights) == ("bf16", True)
     shown = read(layer("a", "CaskConvolution", "", "a", inputs="Half", weights="Int8"))
     assert (shown.precision, shown.by_weights) == ("fp16", False)  # weights in INT8 alone
 
@@ -78,6 +83,7 @@ def test_indices_and_masks_are_no_operands_and_hidden_formats_leave_the_weights(
         ("CaskConvolution", "", "a", "computes"),
         ("CudaDepthwiseConvolution", "", "a", "computes"),
         ("gemm", "", "a", "computes"),
+        ("matrix_multiply", "", "a", "computes"),
         ("fusion", "sm80_xmma_gemm_i8i8_i8i32_f32_tn", "__myl_FcCastAddErf", "computes"),
         ("kgen", "_gemm_mha_v2_tactic", "_gemm_mha_v2_myl0_4", "computes"),
         ("kgen", "", "__myl_FcNegExpAddDivMulMul_myl2_7", "computes"),

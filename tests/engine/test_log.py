@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,19 @@ def test_what_cannot_start_is_an_error_with_tensorrts_reason() -> None:
     assert start(tensorrt_rtx.Builder, log, "tensorrt-rtx") is not None
     with pytest.raises(BackendError, match=r"^tensorrt-rtx 1\.7 cannot start: CUDA initialization failure with error: 35$"):
         start(refuse, log, "tensorrt-rtx 1.7")
+
+
+def test_each_thread_is_told_its_own_error_once() -> None:
+    trt: Any = SimpleNamespace(ILogger=ILogger)
+    log = make_logger(trt)
+    log.log(ILogger.ERROR, "of the main thread")
+    with ThreadPoolExecutor(1) as other:
+        other.submit(log.log, ILogger.ERROR, "of the other").result()
+        assert log.last() == "of the main thread"
+        assert log.last() == "no reason was given"  # nothing new
+        assert other.submit(log.last).result() == "of the other"
+        other.submit(log.log, ILogger.ERROR, "of the other").result()
+        assert log.last() == "of the other"  # better than nothing: TensorRT has threads of its own
 
 
 def test_the_build_of_an_int8_engine_prints_our_lines_and_no_others(shared_lenet5: Artifact, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_a_gpu_is_watched_while_it_works(fake: Fake) -> None:
     }  # fmt: skip
 
 
+def test_all_reasons_are_told_together_and_numbers_that_are_none_are_left_out() -> None:
+    states = [
+        {"throttling": mask, "sm_mhz": "[N/A]", "celsius": "60", "watts": "[N/A]"} for mask in ("0x4", "0x1", "0x20", "[N/A]")
+    ]
+    assert summed_up(states) == {"looks": 4, "throttled": 2, "throttling": "0x24", "celsius_most": 60}
+
+
 def until(done: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not done():

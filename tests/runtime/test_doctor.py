@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -35,6 +36,16 @@ def test_with_a_gpu_the_providers_of_the_wheel_are_available(monkeypatch: pytest
     monkeypatch.setattr(doctor, "list_gpus", lambda: ([gpu], None))
     for name in ("onnxruntime:cuda", "onnxruntime:tensorrt"):
         assert backends()[name] == {"name": name, "available": True, "version": onnxruntime.__version__}
+
+
+@pytest.mark.usefixtures("gpu_wheel")
+def test_a_provider_that_was_linked_with_another_tensorrt_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "provider.so").write_bytes(b"\0libnvinfer.so.10\0")
+    monkeypatch.setattr("deploy.runtime.backends.onnxruntime._TENSORRT_PROVIDER", tmp_path / "provider.so")
+    found = backends()
+    reason = str(found["onnxruntime:tensorrt"]["reason"])
+    assert reason.startswith("onnxruntime:tensorrt needs libnvinfer.so.10, of TensorRT 10, and ")
+    assert "libnvinfer" not in str(found["onnxruntime:cuda"])
 
 
 @pytest.mark.parametrize(("capabilities", "refused"), [(["9.0"], True), (["8.9"], False), (["9.0", "12.0"], False)])

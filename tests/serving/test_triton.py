@@ -29,7 +29,7 @@ def config(repository: Path, name: str = "digits") -> Any:
     return text_format.Parse((repository / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
-def engine(parent: Artifact, folder: Path, flavour: str) -> Artifact:
+def engine(parent: Artifact, folder: Path, flavour: str, *, stripped: bool = False) -> Artifact:
     """An artifact that says it is an engine, of two profiles; its plan is no real one."""
     manifest = parent.manifest
     with ArtifactWriter(folder) as writer:
@@ -42,7 +42,7 @@ def engine(parent: Artifact, folder: Path, flavour: str) -> Artifact:
             msgspec.structs.replace(
                 manifest, kind="engine", name=folder.name, files={}, parent=Parent(path=str(parent.path), digest=manifest.digest),
                 profiles=[{"input": side} for side in sides],
-                target=Target(flavour=flavour, version="10.13", gpu="H100", compute_capability="9.0", targets=[]),
+                target=Target(flavour=flavour, version="10.13", gpu="H100", compute_capability="9.0", targets=[], stripped=stripped),
             )
         )  # fmt: skip
 
@@ -102,6 +102,9 @@ def test_an_engine_becomes_a_plan_and_one_of_tensorrt_rtx_is_refused_with_the_re
     rtx = engine(shared_lenet5, tmp_path / "rtx", "tensorrt-rtx")
     with pytest.raises(BackendError, match="is a tensorrt-rtx engine, which Triton cannot run"):
         export_triton([source(shared_lenet5, "other"), source(rtx)], tmp_path / "repo")
+    stripped = engine(shared_lenet5, tmp_path / "stripped", "tensorrt", stripped=True)
+    with pytest.raises(BackendError, match="has no weights in its engine file, and Triton puts none in"):
+        export_triton([source(stripped)], tmp_path / "repo")
     assert not (tmp_path / "repo/other").exists()  # nothing of the rest either
     with pytest.raises(UsageError, match="leave out `cpu`"):
         export_triton([source(plan, "third")], tmp_path / "repo", TritonOptions(cpu=True))

@@ -7,7 +7,7 @@ whichever thread that happens in.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -157,13 +157,13 @@ class PycudaDevice(Device):
 
 
 def _drop(device: PycudaDevice, held: list[Any]) -> None:
-    """Drop the last reference to an object of pycuda."""
-    with device.active():
+    """Drop the last reference to an object of pycuda. A GPU that has failed for good frees all with the process."""
+    with suppress(BackendError), device.active():
         held.clear()
 
 
 def _free(device: PycudaDevice, allocation: Any) -> None:
-    with device.active():
+    with suppress(BackendError), device.active():
         cuda.Context.synchronize()
         allocation.free()
 

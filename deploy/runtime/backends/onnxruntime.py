@@ -27,6 +27,7 @@ from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
+from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
@@ -53,6 +54,8 @@ SHAPE_OPERATORS = {
 logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
+
+_TENSORRT_PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
 
 _KERNEL_TIME = "_kernel_time"
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
@@ -234,10 +237,11 @@ def run_bound(
 
 
 def provider_missing(variant: str) -> str | None:
-    """Why the installed ONNX Runtime has no execution provider for a variant of `PROVIDERS`; None if it has one."""
+    """Why the installed ONNX Runtime has no execution provider for a variant of `PROVIDERS`, or not what it needs; else None."""
     name = PROVIDERS[variant]
     if name in onnxruntime.get_available_providers():
-        return None
+        reason = nvinfer_missing(_TENSORRT_PROVIDER) if variant == "tensorrt" else None
+        return f"onnxruntime:{variant} {reason}" if reason else None
     return (
         f"onnxruntime:{variant} needs {name}, which the installed onnxruntime {onnxruntime.__version__} lacks: install"
         " onnxruntime-gpu in its place (pip uninstall onnxruntime, then pip install 'deploy[gpu]')"

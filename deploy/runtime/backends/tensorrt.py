@@ -27,7 +27,7 @@ from deploy.engine.rebuild import engine_plan
 from deploy.errors import BackendError
 from deploy.runtime.arrays import Sort, write
 from deploy.runtime.catalog import refuse_engine
-from deploy.runtime.device_calls import ArrayCalls, Call, TorchCalls
+from deploy.runtime.device_calls import ArrayCalls, TorchCalls
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
@@ -111,29 +111,26 @@ class TensorRTSession(Session):
     # Arrays on the GPU.
 
     def _run_torch(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> Sequence[Any]:
-        try:
-            if self._host_inputs:
-                torch = sys.modules["torch"]
-                feed = {name: torch.as_tensor(x, device="cpu") if name in self._host_inputs else x for name, x in feed.items()}
-            calls = self._torch_calls or self._make_torch_calls()
-            if feed[self._first_input].is_cuda:
-                return self._run_call(calls.call(feed, out), feed)
-            for name, x in feed.items():
-                if x.device.type != "cpu":
-                    raise calls.elsewhere(name, x)
-            if self._bfloat16:
-                there = {name: x if name in self._host_inputs else x.to(self.device) for name, x in feed.items()}
-                return [y.cpu() for y in self._run_call(calls.call(there, None), feed)]
+        if self._host_inputs:
+            torch = sys.modules["torch"]
+            feed = {name: torch.as_tensor(x, device="cpu") if name in self._host_inputs else x for name, x in feed.items()}
+        calls = self._torch_calls or self._make_torch_calls()
+        if feed[self._first_input].is_cuda:
+            return self._run_call(calls, feed, out)
+        for name, x in feed.items():
+            if x.device.type != "cpu":
+                raise calls.elsewhere(name, x)
+        if not self._bfloat16:
             return super()._run_torch(feed)
-        except RuntimeError as error:  # torch's
-            raise BackendError(f"torch failed on {self.device}: {first_line(error)}") from error
+        there = {name: x if name in self._host_inputs else x.to(self.device) for name, x in feed.items()}
+        return [y.cpu() for y in self._run_call(calls, there, None)]
 
     def _make_torch_calls(self) -> TorchCalls:
         self._torch_calls = TorchCalls(self._gpu, self.inputs, self.outputs, self._host_inputs)
         return self._torch_calls
 
     def _run_device(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> Sequence[Any]:
-        return self._run_call(self._array_calls.call(feed, out), feed, wait=True)
+        return self._run_call(self._array_calls, feed, out, wait=True)
 
     def _run_into(self, feed: Mapping[str, Any], sort: Sort, out: Mapping[str, Any]) -> dict[str, Any]:
         """Run on arrays on the GPU; those of `out` are written to by the engine itself."""
@@ -147,12 +144,26 @@ class TensorRTSession(Session):
             return write(dict(zip(self._output_names, self._run_torch(feed), strict=True)), out)
         return {**dict(zip(self._output_names, results, strict=True)), **out}
 
-    def _run_call(self, call: Call, feed: Mapping[str, Any], *, wait: bool = False) -> list[Any]:
-        profile = self._choice.index(call.shapes)
-        values = {name: np.asarray(feed[name], order="C") for name in self._host_inputs}
+    def _run_call(
+        self,
+        calls: TorchCalls | ArrayCalls,
+        feed: Mapping[str, Any],
+        out: Mapping[str, Any] | None,
+        *,
+        wait: bool = False,
+    ) -> list[Any]:
         context = self._contexts.borrow()
         try:
-            return context.run(call.inputs, call.shapes, profile, call.callers, call.place, values, wait=wait)
+            call = calls.call(feed, out)
+            profile = self._choice.index(call.shapes)
+            values = {name: np.asarray(feed[name], order="C") for name in self._host_inputs}
+            return context.run(call.inputs, call.shapes, profile, call.callers, call.place, values, wait)
+        except RuntimeError as error:  # torch's
+            context.recover(error)
+            raise BackendError(f"torch failed on {self.device}: {first_line(error)}") from error
+        except BackendError as error:
+            context.recover(error)
+            raise
         finally:
             self._contexts.give_back(context)
 

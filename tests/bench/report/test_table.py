@@ -67,6 +67,14 @@ def test_what_was_not_run_is_listed_with_the_reason(result: BenchResult) -> None
     assert "Failed: build/net on openvino: died" in shown
 
 
+@pytest.mark.parametrize(("throttled", "said"), [(3, True), (0, False)])
+def test_a_gpu_that_was_held_back_during_the_rounds_is_said(result: BenchResult, throttled: int, said: bool) -> None:
+    during = {"looks": 20, "throttled": throttled, "throttling": "0x24", "sm_mhz_least": 1500.0}
+    shown = text(BenchResult(conditions={**result.conditions, "gpu_during": during}, results=result.results, skipped=()))
+    assert ("held the GPU's clocks back in 3 of 20 looks during the rounds (0x24)" in " ".join(shown.split())) == said
+    assert "clocks" not in text(result)  # no GPU, nothing watched
+
+
 def test_a_long_backend_is_folded_and_not_cut(result: BenchResult) -> None:
     backend = "compile:max-autotune-no-cudagraphs,fp16,channels_last"
     shown = text(BenchResult(conditions=result.conditions, results=(row("a/net", backend, 1, 1.0),), skipped=()))
