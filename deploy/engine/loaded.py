@@ -1,5 +1,6 @@
 """An engine in the memory of a GPU, from which execution contexts are made."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,8 @@ from deploy.host.cache import keep
 
 if TYPE_CHECKING:
     import tensorrt
+
+logger = logging.getLogger("deploy.runtime")
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 """By the name of a `DataType` of TensorRT, that of the manifest, where it is not the same in small letters."""
@@ -153,21 +156,22 @@ class LoadedEngine:
         """Keep what tensorrt-rtx compiled for the next time, unless another process has kept more. Nothing for other flavours."""
         if self._cache is None:
             return
-        with self._gpu.active():
-            compiled = bytes(self._cache.serialize())
-            if self._cache_file.is_file():
-                kept = self._cache_file.read_bytes()
+        try:
+            with self._gpu.active():
+                compiled = bytes(self._cache.serialize())
+                kept = self._cache_file.read_bytes() if self._cache_file.is_file() else b""
                 if len(kept) > len(compiled) and self._config.create_runtime_cache().deserialize(kept):
                     return
+        except BackendError as error:  # as where the GPU is lost
+            logger.warning("what tensorrt-rtx compiled cannot be kept: %s", str(error))
+            return
         keep(self._cache_file, compiled, "what tensorrt-rtx compiled")
 
     def close(self) -> None:
         """Let go of the engine, after its contexts."""
-        try:
-            self.save()
-        finally:
-            self._config = self._cache = None
-            del self._engine, self._runtime
+        self.save()
+        self._config = self._cache = None
+        del self._engine, self._runtime
 
 
 def _allocators(trt: Any) -> Callable[..., Any]:

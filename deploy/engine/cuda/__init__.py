@@ -8,6 +8,7 @@ Everything is asynchronous except for functions that are documented to wait, and
 
 import importlib
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -162,6 +163,11 @@ class Device(ABC):
     @abstractmethod
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         """Record, without running it, the work that `work` queues on `stream`. Raises BackendError if it cannot be captured."""
+
+
+def when_dropped(owner: object, function: Callable[..., object], *arguments: Any) -> None:
+    """Call a function once nothing refers to `owner`; but not at the end of the process, when sessions need what they hold."""
+    weakref.finalize(owner, function, *arguments).atexit = False
 
 
 def open_device(index: int = 0) -> Device:

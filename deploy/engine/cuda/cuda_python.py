@@ -1,7 +1,6 @@
 """CUDA through cuda-python (package cuda-bindings, which torch's CUDA wheels bring along)."""
 
 import ctypes
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,7 +9,18 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
-from deploy.engine.cuda import LEGACY, Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache
+from deploy.engine.cuda import (
+    LEGACY,
+    Device,
+    DeviceMemoryError,
+    Event,
+    Gpu,
+    Graph,
+    Memory,
+    Stream,
+    release_torch_cache,
+    when_dropped,
+)
 from deploy.engine.cuda.capturing import capturing
 from deploy.engine.cuda.driver import driver_version
 from deploy.errors import BackendError
@@ -33,7 +43,7 @@ class RuntimeEvent(Event):
     def __init__(self, *, timed: bool) -> None:
         flags = cudart.cudaEventDefault if timed else cudart.cudaEventDisableTiming
         (self._event,) = _call(cudart.cudaEventCreateWithFlags(flags))
-        weakref.finalize(self, cudart.cudaEventDestroy, self._event)
+        when_dropped(self, cudart.cudaEventDestroy, self._event)
 
     def record(self, stream: Stream) -> None:
         _call(cudart.cudaEventRecord(self._event, stream.handle))
@@ -58,7 +68,7 @@ class _Pool:
         place.id = index
         properties.location = place
         (self.handle,) = _call(cudart.cudaMemPoolCreate(properties))
-        weakref.finalize(self, cudart.cudaMemPoolDestroy, self.handle)
+        when_dropped(self, cudart.cudaMemPoolDestroy, self.handle)
         threshold = cudart.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         _call(cudart.cudaMemPoolSetAttribute(self.handle, threshold, driver.cuuint64_t(2**64 - 1)))
 
@@ -67,7 +77,7 @@ class RuntimeMemory(Memory):
     def __init__(self, pointer: int, nbytes: int, stream: Stream, pool: _Pool) -> None:
         self.pointer = pointer
         self.nbytes = nbytes
-        weakref.finalize(self, _free, pointer, stream, pool)
+        when_dropped(self, _free, pointer, stream, pool)
 
     def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
         to = self.pointer + offset
@@ -88,7 +98,7 @@ class RuntimeGraph(Graph):
             (self._executable,) = _call(cudart.cudaGraphInstantiate(graph, 0))
         finally:
             cudart.cudaGraphDestroy(graph)
-        weakref.finalize(self, cudart.cudaGraphExecDestroy, self._executable)
+        when_dropped(self, cudart.cudaGraphExecDestroy, self._executable)
 
     def launch(self, stream: Stream) -> None:
         _call(cudart.cudaGraphLaunch(self._executable, stream.handle))
@@ -150,14 +160,14 @@ class RuntimeDevice(Device):
     def pinned(self, nbytes: int) -> np.ndarray:
         (pointer,) = _call(cudart.cudaHostAlloc(max(nbytes, 1), cudart.cudaHostAllocDefault))
         buffer = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(pointer))
-        weakref.finalize(buffer, cudart.cudaFreeHost, int(pointer))
+        when_dropped(buffer, cudart.cudaFreeHost, int(pointer))
         array: np.ndarray = np.ctypeslib.as_array(buffer)
         return array[:nbytes]
 
     def stream(self) -> Stream:
         (handle,) = _call(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         stream = RuntimeStream(int(handle))
-        weakref.finalize(stream, cudart.cudaStreamDestroy, int(handle))
+        when_dropped(stream, cudart.cudaStreamDestroy, int(handle))
         return stream
 
     def external(self, handle: int) -> Stream:

@@ -5,7 +5,6 @@ second are refused. Its objects give back what they hold only while their contex
 whichever thread that happens in.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pycuda.driver as cuda
 
-from deploy.engine.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache
+from deploy.engine.cuda import Device, DeviceMemoryError, Event, Gpu, Graph, Memory, Stream, release_torch_cache, when_dropped
 from deploy.engine.cuda.driver import driver_version
 from deploy.errors import BackendError
 
@@ -28,7 +27,7 @@ class PycudaStream(Stream):
     def __init__(self, device: "PycudaDevice") -> None:
         self._held = [cuda.Stream(_NON_BLOCKING)]
         self.handle = self._held[0].handle
-        weakref.finalize(self, _drop, device, self._held)
+        when_dropped(self, _drop, device, self._held)
 
     @property
     def stream(self) -> Any:
@@ -51,7 +50,7 @@ class _ExternalStream(Stream):
 class PycudaEvent(Event):
     def __init__(self, device: "PycudaDevice", *, timed: bool) -> None:
         self._held = [cuda.Event(cuda.event_flags.DEFAULT if timed else cuda.event_flags.DISABLE_TIMING)]
-        weakref.finalize(self, _drop, device, self._held)
+        when_dropped(self, _drop, device, self._held)
 
     def record(self, stream: Stream) -> None:
         if isinstance(stream, PycudaStream):
@@ -78,7 +77,7 @@ class PycudaMemory(Memory):
         memory = cuda.mem_alloc(nbytes)
         self.pointer = int(memory)
         self.nbytes = nbytes
-        weakref.finalize(self, _free, device, memory)
+        when_dropped(self, _free, device, memory)
 
     def write(self, host: np.ndarray, stream: Stream, offset: int = 0) -> None:
         cuda.memcpy_htod_async(self.pointer + offset, host, _stream(stream))
@@ -140,7 +139,7 @@ class PycudaDevice(Device):
 
     def pinned(self, nbytes: int) -> np.ndarray:
         array: np.ndarray = cuda.pagelocked_empty(max(nbytes, 1), np.uint8)
-        weakref.finalize(array, _free, self, array.base)
+        when_dropped(array, _free, self, array.base)
         return array[:nbytes]
 
     def stream(self) -> Stream:

@@ -73,6 +73,18 @@ def test_a_session_that_has_lost_its_gpu_says_so_every_time_and_closes(simulated
         session(batch(2))
 
 
+def test_a_lost_gpu_does_not_keep_rtx_from_closing(
+    monkeypatch: pytest.MonkeyPatch, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = Simulated(monkeypatch, library="cuda-python").machine
+    session = deploy.load(make(flavour="tensorrt-rtx"))
+    machine.sticky = "cudaErrorIllegalAddress"
+    with pytest.raises(DeviceLostError):
+        session(batch(2))
+    session.close()
+    assert "what tensorrt-rtx compiled cannot be kept: CUDA failed" in caplog.text
+
+
 def test_closing_releases_everything_although_the_gpu_fails_then(simulated: Simulated, make: Make) -> None:
     session = deploy.load(make())
     session(batch(2))
@@ -163,6 +175,17 @@ def test_a_session_that_nobody_closes_is_released_without_a_garbage_collection(p
     finally:
         gc.enable()
     assert not python_only.held()
+
+
+def test_at_the_end_of_the_process_a_session_is_released_before_what_it_holds(simulated: Simulated, make: Make) -> None:
+    """Finalizers run in the reverse order of their making, and a context's stream is made after its session."""
+    before = set(weakref.finalize._registry)  # type: ignore[attr-defined]
+    with deploy.load(make()) as session:
+        kept = [session(batch(2)), session(simulated.array(batch(2)))]
+        made = {each: info for each, info in weakref.finalize._registry.items() if each not in before}  # type: ignore[attr-defined]
+        assert len(made) > 5
+        assert [info.func.__name__ for info in made.values() if info.atexit] == ["_abandon"]
+        del kept, made
 
 
 @pytest.mark.parametrize("feed", ["numpy", "torch", "foreign"])
