@@ -50,7 +50,6 @@ def model(outputs: Sequence[str] = ("y",), width: int = 4, dtype: str = "float32
 
 def make_engine(
     folder: Path,
-    like: Manifest = MANIFEST,
     *,
     profiles: Sequence[tuple[int, int]] = ((1, 8),),
     outputs: Sequence[str] = ("y",),
@@ -74,12 +73,7 @@ def make_engine(
         (writer.path / ONNX).write_bytes(typed)
         dims: dict[str, tuple[str | int, ...]] = {"y": ("batch", width), "positive": ("found",)}
         changed = msgspec.structs.replace(
-            like,
-            kind="engine",
-            name="engine",
-            files={},
-            preprocess=None,
-            classes=None,
+            MANIFEST,
             inputs=[TensorSpec(name="x", dtype=dtype, shape=("batch", width))],
             outputs=[TensorSpec(name=name, dtype=dtype, shape=dims[name]) for name in outputs],
             profiles=shapes,

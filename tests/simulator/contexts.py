@@ -149,6 +149,8 @@ class ExecutionContext:
         machine = self._machine
         if machine.here.device != self._engine.device:
             raise RuleError(f"an engine of cuda:{self._engine.device} runs while the thread is on cuda:{machine.here.device}")
+        if not self._plan.ready:
+            raise RuleError("an engine without weights runs")
         if missing := self.infer_shapes():
             return self._refuse(f"the shapes of {', '.join(missing)} are not set")
         stream = machine.stream(handle)

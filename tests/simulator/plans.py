@@ -27,13 +27,15 @@ def make_plan(
     workspace: int = 1 << 12,
     host: Sequence[str] = (),
     host_code: bool = False,
+    stripped: bool = False,
     flavour: str = "tensorrt",
 ) -> bytes:
     """An engine file. model: a serialised ONNX file. workspace: bytes of each context. host: inputs in host memory.
 
-    host_code: it is version-compatible, so that the runtime must allow host code.
+    host_code: it is version-compatible, so that the runtime must allow host code. stripped: it computes once it has been refitted.
     """
-    about = {"profiles": profiles, "workspace": workspace, "host": list(host), "host_code": host_code, "flavour": flavour}
+    about = {"profiles": profiles, "workspace": workspace, "host": list(host), "host_code": host_code}
+    about |= {"stripped": stripped, "flavour": flavour}
     head = json.dumps(about).encode()
     return _MAGIC + len(head).to_bytes(4, "little") + head + model
 
@@ -66,11 +68,16 @@ class Plan:
         self.workspace: int = about["workspace"]
         self.host: list[str] = about["host"]
         self.host_code: bool = about["host_code"]
+        self.stripped: bool = about["stripped"]
+        self.ready = not self.stripped
         self.flavour: str = about["flavour"]
         self.profiles: list[dict[str, list[Shape]]] = [
             {name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()} for profile in about["profiles"]
         ]
         self.tensors, self.nodes = _read(self.model)
+
+    def refit(self, model: bytes) -> None:
+        self.model, self.ready = model, True
 
     def tensor(self, name: str) -> Tensor | None:
         return next((tensor for tensor in self.tensors if tensor.name == name), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -190,10 +191,9 @@ class Held:
 
             def drop() -> None:
                 context.push()
-                try:
+                with suppress(Error):  # pycuda's destructors say so and go on
                     front.call("free", release)
-                finally:
-                    context.pop()
+                context.pop()
 
             self._front.machine.dropped.append(drop)
         else:

@@ -67,7 +67,8 @@ class Simulated:
         patch.setattr("deploy.engine.cuda.cuda_python.cudart", self.runtime)
         for module in ("engine.flavour", "runtime.backends.tensorrt"):
             patch.setattr(f"deploy.{module}.has_gpu", lambda: True)
-        patch.setattr("deploy.engine.cuda.driver.driver_version", lambda: "580.95.05")
+        for module in ("driver", "cuda_python"):
+            patch.setattr(f"deploy.engine.cuda.{module}.driver_version", lambda: "580.95.05")
         if library is not None:
             patch.setattr(cuda, "LIBRARIES", {library: cuda.LIBRARIES[library]})
 

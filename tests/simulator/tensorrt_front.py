@@ -38,6 +38,17 @@ class TensorRTFront:
             raise AttributeError(f"module 'tensorrt' has no attribute {name!r}")
         return getattr(tensorrt_rtx, name)
 
+    def Refitter(self, engine: Engine, logger: Any) -> Any:
+        from tests.simulator.refitters import Refitter
+
+        return Refitter(engine, logger)
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        from tests.simulator.refitters import OnnxParserRefitter
+
+        self.totals["refitted"] += 1
+        return OnnxParserRefitter(refitter, logger)
+
     def Runtime(self, logger: Any) -> Runtime:
         if not isinstance(logger, tensorrt_rtx.ILogger):
             raise TypeError("__init__(): incompatible constructor arguments: logger")

@@ -10,7 +10,7 @@ import tensorrt_rtx
 import torch
 from cuda.bindings import runtime
 
-from tests.simulator import tensorrt_front, torch_streams
+from tests.simulator import refitters, tensorrt_front, torch_streams
 from tests.simulator.contexts import ExecutionContext
 from tests.simulator.runtime_front import RuntimeFront
 from tests.simulator.simulated import Simulated
@@ -24,6 +24,8 @@ CLASSES = [
     (tensorrt_front.Inspector, tensorrt_rtx.EngineInspector),
     (tensorrt_front.RuntimeConfig, tensorrt_rtx.IRuntimeConfig),
     (tensorrt_front.RuntimeCache, tensorrt_rtx.IRuntimeCache),
+    (refitters.Refitter, tensorrt_rtx.Refitter),
+    (refitters.OnnxParserRefitter, tensorrt_rtx.OnnxParserRefitter),
     (torch_streams.Stream, torch.cuda.Stream),
     (torch_streams.Event, torch.cuda.Event),
     (torch_streams.CUDAGraph, torch.cuda.CUDAGraph),

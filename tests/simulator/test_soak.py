@@ -276,9 +276,10 @@ class Sessions(RuleBasedStateMachine):
         try:
             for name in list(self.names_to_values):
                 value = self.names_to_values.pop(name)
-                if hasattr(value, "close") and hasattr(value, "run"):
+                if isinstance(value, tuple):
+                    value[0].clear()  # the result of the last step is kept
+                else:
                     value.close()
-                del value
             self.bundles.clear()
             self.simulated.finish()
             assert self.simulated.held() == []

@@ -1,4 +1,4 @@
-"""Engines on a fake GPU: what goes in and out, profiles, and what is refused."""
+"""Engines on the simulated GPU: what goes in and out, profiles, and what is refused."""
 
 import gc
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, Target
 from deploy.errors import ArtifactError, BackendError, InputError
+from tests.simulator.simulated import Simulated
 
 Make = Callable[..., Artifact]
 
@@ -21,7 +22,7 @@ def batch(rows: int, seed: int = 0, width: int = 4) -> np.ndarray:
 
 
 @pytest.fixture
-def session(trt: Any, make: Make) -> Any:
+def session(simulated: Simulated, make: Make) -> Any:
     with deploy.load(make()) as session:
         yield session
 
@@ -37,7 +38,7 @@ def test_numpy_goes_in_and_out(session: Any, rows: int) -> None:
     np.testing.assert_array_equal(session(np.asfortranarray(x)), 2 * x)
 
 
-def test_an_input_larger_than_one_piece_is_staged_whole(trt: Any, make: Make) -> None:
+def test_an_input_larger_than_one_piece_is_staged_whole(simulated: Simulated, make: Make) -> None:
     x = batch(8, width=100_000)
     with deploy.load(make(width=100_000)) as session:
         np.testing.assert_array_equal(session(x), 2 * x)
@@ -62,12 +63,13 @@ def test_torch_tensors_on_the_cpu_go_in_and_out(session: Any) -> None:
     assert torch.equal(session(x), 2 * x)
 
 
-def test_arrays_of_other_libraries_go_in_and_out_without_a_copy(session: Any, gpu: Any) -> None:
+def test_arrays_of_other_libraries_go_in_and_out_without_a_copy(session: Any, simulated: Simulated) -> None:
     x = batch(4)
-    given = gpu.array(x)
-    before = len(gpu.blocks)
+    given = simulated.array(x)
+    before = simulated.held()
     result = session(given)
-    assert len(gpu.blocks) == before + 1  # the output
+    (added,) = set(simulated.held()) - set(before)
+    assert added.startswith("cudaMallocAsync")  # the output
     np.testing.assert_array_equal(result.numpy(), 2 * x)
     described = result.__cuda_array_interface__
     assert (described["shape"], described["typestr"]) == ((4, 4), "<f4")
@@ -77,23 +79,25 @@ def test_arrays_of_other_libraries_go_in_and_out_without_a_copy(session: Any, gp
     np.testing.assert_array_equal(again.numpy(), 4 * x)
 
 
-def test_the_stream_that_an_array_is_made_on_is_waited_for(session: Any, gpu: Any) -> None:
-    given = gpu.array(batch(1), stream=77)
-    given.memory.content[:] = 0
-    gpu.external(77).give(lambda: given.memory.content.__setitem__(slice(None), batch(1, seed=1).reshape(-1).view(np.uint8)))
-    np.testing.assert_array_equal(session(given).numpy(), 2 * batch(1, seed=1))
+def test_the_stream_that_an_array_is_made_on_is_waited_for(session: Any, simulated: Simulated) -> None:
+    front = simulated.runtime
+    stream = int(front.cudaStreamCreateWithFlags(front.cudaStreamNonBlocking)[1])
+    given = simulated.array(batch(1), stream=stream)
+    front.cudaMemsetAsync(given.pointer, 0, given.nbytes, stream)
+    np.testing.assert_array_equal(session(given).numpy(), np.zeros((1, 4)))
+    front.cudaStreamDestroy(stream)
 
 
-def test_an_array_at_an_odd_address_is_copied_first(session: Any, gpu: Any) -> None:
+def test_an_array_at_an_odd_address_is_copied_first(session: Any, simulated: Simulated) -> None:
     x = batch(2)
-    np.testing.assert_array_equal(session(gpu.array(x, offset=16)).numpy(), 2 * x)
+    np.testing.assert_array_equal(session(simulated.array(x, offset=16)).numpy(), 2 * x)
 
 
-def test_strides_of_a_contiguous_array_do_not_matter_and_others_are_refused(session: Any, gpu: Any) -> None:
+def test_strides_of_a_contiguous_array_do_not_matter_and_others_are_refused(session: Any, simulated: Simulated) -> None:
     x = batch(1)
-    np.testing.assert_array_equal(session(gpu.array(x, strides=(999, 4))).numpy(), 2 * x)
+    np.testing.assert_array_equal(session(simulated.array(x, strides=(999, 4))).numpy(), 2 * x)
     with pytest.raises(InputError, match="'x' is not contiguous in device memory; make it so first"):
-        session(gpu.array(batch(2), strides=(4, 8)))
+        session(simulated.array(batch(2), strides=(4, 8)))
 
 
 def test_mixed_feeds_and_other_objects_are_refused(session: Any) -> None:
@@ -123,11 +127,11 @@ def test_wrong_feeds_are_refused_and_the_session_goes_on(session: Any, x: np.nda
     np.testing.assert_array_equal(session(batch(2)), 2 * batch(2))
 
 
-def test_of_several_profiles_the_nearest_that_holds_the_shapes_is_used(trt: Any, make: Make) -> None:
+def test_of_several_profiles_the_nearest_that_holds_the_shapes_is_used(simulated: Simulated, make: Make) -> None:
     with deploy.load(make(profiles=((1, 4), (4, 64)))) as session:
         for rows, profile in ((1, 0), (64, 1), (4, 0), (20, 1), (2, 0)):
             np.testing.assert_array_equal(session(batch(rows)), 2 * batch(rows))
-            assert session._contexts.made[0]._context.profile == profile
+            assert session._contexts.made[0]._context.active_optimization_profile == profile
         with pytest.raises(InputError, match="expected x=1x4:2x4:4x4 or x=4x4:34x4:64x4"):
             session(batch(65))
 
@@ -136,33 +140,35 @@ def test_of_several_profiles_the_nearest_that_holds_the_shapes_is_used(trt: Any,
     ("change", "message"),
     [
         ({"version": "10.16.0"}, "built with tensorrt 10.16.0, and 11.4.0 is installed"),
-        ({"gpu": "NVIDIA L4"}, r"built on NVIDIA L4 \(compute capability 8.9\), and this is Fake GPU \(8.9\)"),
+        ({"gpu": "NVIDIA L4"}, r"built on NVIDIA L4 \(compute capability 8.9\), and this is Simulated GPU \(8.9\)"),
         ({"driver": "610.1"}, "built with driver 610.1, and the older 580.95.05 is installed"),
     ],
 )
-def test_an_engine_for_another_machine_is_refused_with_both_sides(trt: Any, make: Make, change: Any, message: str) -> None:
-    target = {"flavour": "tensorrt", "version": "11.4.0", "gpu": "Fake GPU", "compute_capability": "8.9", "targets": ["8.9"]}
+def test_an_engine_for_another_machine_is_refused_with_both_sides(
+    simulated: Simulated, make: Make, change: Any, message: str
+) -> None:
+    target = {"flavour": "tensorrt", "version": "11.4.0", "gpu": "Simulated GPU", "compute_capability": "8.9", "targets": ["8.9"]}
     with pytest.raises(BackendError, match=f"does not fit this machine: {message}; build it here, or open it with rebuild=True"):
         deploy.load(make(target=Target(**{**target, **change})))
-    assert not trt.engines
+    assert not simulated.trt.engines
 
 
 @pytest.mark.parametrize("damage", [lambda plan: plan[:-1], lambda plan: plan[:5] + bytes([plan[5] ^ 1]) + plan[6:]])
-def test_a_truncated_plan_and_a_flipped_byte_are_found_before_it_is_loaded(trt: Any, make: Make, damage: Any) -> None:
+def test_a_truncated_plan_and_a_flipped_byte_are_found_before_it_is_loaded(simulated: Simulated, make: Make, damage: Any) -> None:
     artifact = make()
     file = artifact.path / ENGINE
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ArtifactError, match=r"engine.plan .*(bytes; the manifest says|is damaged)"):
         deploy.load(artifact)
-    assert not trt.engines
+    assert not simulated.trt.engines
 
 
-def test_a_plan_that_the_library_refuses_is_an_error_with_its_reason(trt: Any, make: Make) -> None:
-    with pytest.raises(BackendError, match=r"tensorrt 11.4.0 cannot load .*engine: the plan is no plan of the fake"):
+def test_a_plan_that_the_library_refuses_is_an_error_with_its_reason(simulated: Simulated, make: Make) -> None:
+    with pytest.raises(BackendError, match=r"tensorrt 11.4.0 cannot load .*engine: .*the plan is no simulated engine"):
         deploy.load(make(plan=b"no json"))
 
 
-def test_only_engines_of_the_flavour_are_opened(trt: Any, make: Make, shared_lenet5: Artifact) -> None:
+def test_only_engines_of_the_flavour_are_opened(simulated: Simulated, make: Make, shared_lenet5: Artifact) -> None:
     with pytest.raises(BackendError, match=r"is no engine; build one with `deploy build-trt .*lenet5 --flavour tensorrt`"):
         deploy.load(shared_lenet5, backend="tensorrt")
     with pytest.raises(BackendError, match="is a tensorrt engine: open it with the backend tensorrt"):
@@ -171,6 +177,5 @@ def test_only_engines_of_the_flavour_are_opened(trt: Any, make: Make, shared_len
         deploy.load(make(), device="cpu")
 
 
-def test_nothing_in_these_tests_passes_for_a_real_gpu(gpu: Any) -> None:
-    assert gpu.library == "fake"
-    assert "Fake" in gpu.gpu().name
+def test_nothing_in_these_tests_passes_for_a_real_gpu(session: Any) -> None:
+    assert session._gpu.gpu().name == "Simulated GPU"

@@ -21,7 +21,6 @@ from deploy.engine import cuda
 from deploy.engine.cuda import Memory, Stream
 from deploy.engine.cuda.arrays import DeviceArray, view
 from deploy.errors import BackendError, InputError
-from tests.simulator.artifacts import make_engine
 from tests.simulator.plans import make_plan
 from tests.simulator.simulated import Simulated
 
@@ -33,11 +32,6 @@ def simulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     found = Simulated(monkeypatch, library=request.param)
     yield found
     found.finish()
-
-
-@pytest.fixture
-def make(tmp_path: Path, shared_lenet5: Artifact) -> Make:
-    return lambda **options: make_engine(tmp_path / "engine", shared_lenet5.manifest, **options)
 
 
 Ranges = dict[str, tuple[tuple[int, ...], ...]]
@@ -262,8 +256,6 @@ def test_arrays_on_another_gpu_and_of_another_dtype_are_refused(simulated: Simul
 
 
 def test_a_session_on_the_second_gpu_leaves_the_threads_gpu_as_it_was(simulated: Simulated, make: Make) -> None:
-    if "pycuda" in cuda.LIBRARIES:
-        pytest.skip("the simulated TensorRT does not see which context pycuda made current")
     with deploy.load(make(), device="cuda:1") as session:
         assert simulated.machine.here.device == 0
         np.testing.assert_array_equal(session(batch(2)), 2 * batch(2))

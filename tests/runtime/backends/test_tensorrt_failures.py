@@ -5,7 +5,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from deploy.artifact.manifest import RUNTIME_CACHE
 from deploy.engine import cuda
 from deploy.engine.cuda import DeviceLostError, DeviceMemoryError
 from deploy.errors import BackendError, SessionClosedError
-from tests.simulator.artifacts import make_engine
 from tests.simulator.contexts import ExecutionContext
 from tests.simulator.simulated import Simulated
 
@@ -39,11 +37,6 @@ def python_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     found = Simulated(monkeypatch, library="cuda-python")
     yield found
     found.finish()
-
-
-@pytest.fixture
-def make(tmp_path: Path, shared_lenet5: Artifact) -> Make:
-    return lambda **options: make_engine(tmp_path / "engine", shared_lenet5.manifest, **options)
 
 
 def batch(rows: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Engines on a fake GPU, from many threads: contexts, streams, and the end of a session."""
+"""Engines on the simulated GPU, from many threads: contexts, streams, and the end of a session."""
 
 import contextlib
 import gc
@@ -15,6 +15,7 @@ import pytest
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.errors import InputError, SessionClosedError
+from tests.simulator.simulated import Simulated
 
 Make = Callable[..., Artifact]
 
@@ -23,25 +24,31 @@ def batch(rows: int, seed: int = 0, width: int = 4) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
 
 
+def contexts_of(simulated: Simulated) -> int:
+    """How many contexts were made of the one engine."""
+    (engine,) = simulated.trt.engines
+    return engine.contexts
+
+
 @pytest.fixture
-def session(trt: Any, make: Make) -> Any:
+def session(simulated: Simulated, make: Make) -> Any:
     with deploy.load(make()) as session:
         yield session
 
 
-def test_threads_get_a_context_each_and_no_more_than_were_allowed(trt: Any, make: Make) -> None:
+def test_threads_get_a_context_each_and_no_more_than_were_allowed(simulated: Simulated, make: Make) -> None:
     artifact = make()
     with deploy.load(artifact, contexts=3) as session, ThreadPoolExecutor(8) as pool:
         feeds = [batch(1 + index % 8, seed=index) for index in range(200)]
         for x, y in zip(feeds, pool.map(session, feeds), strict=True):
             np.testing.assert_array_equal(y, 2 * x)
-        assert 1 <= trt.engines[0].contexts <= 3
+        assert 1 <= contexts_of(simulated) <= 3
 
 
-def test_one_context_serves_one_thread(session: Any, trt: Any) -> None:
+def test_one_context_serves_one_thread(session: Any, simulated: Simulated) -> None:
     for index in range(5):
         session(batch(1, seed=index))
-    assert trt.engines[0].contexts == 1
+    assert contexts_of(simulated) == 1
 
 
 def test_run_async_returns_futures(session: Any) -> None:
@@ -54,7 +61,9 @@ def test_run_async_returns_futures(session: Any) -> None:
 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3])
-def test_a_stream_gives_all_outputs_in_order_with_several_feeds_under_way(trt: Any, make: Make, contexts: int) -> None:
+def test_a_stream_gives_all_outputs_in_order_with_several_feeds_under_way(
+    simulated: Simulated, make: Make, contexts: int
+) -> None:
     feeds = [batch(1 + index % 8, seed=index) for index in range(9)]
     taken = 0
 
@@ -70,7 +79,7 @@ def test_a_stream_gives_all_outputs_in_order_with_several_feeds_under_way(trt: A
             np.testing.assert_array_equal(result["y"], 2 * x)
             ahead.append(taken)
         assert ahead[0] == contexts + 1  # the next is at hand when there is room
-        assert trt.engines[0].contexts == contexts
+        assert contexts_of(simulated) == contexts
         np.testing.assert_array_equal(session(batch(2)), 2 * batch(2))  # all contexts came back
 
 
@@ -86,19 +95,19 @@ def test_a_stream_that_is_left_or_fails_gives_its_contexts_back(session: Any) ->
         assert len(list(pool.map(session, [batch(1)] * 4))) == 4
 
 
-def test_a_closed_session_refuses_and_lets_go_of_everything(trt: Any, gpu: Any, make: Make) -> None:
+def test_a_closed_session_refuses_and_lets_go_of_everything(simulated: Simulated, make: Make) -> None:
     session = deploy.load(make())
     session(batch(2))
     session.close()
     session.close()
     gc.collect()
-    assert not gpu.blocks
+    assert simulated.held() == []
     for call in (lambda: session(batch(2)), lambda: session.run_async({"x": batch(2)}), lambda: next(session.stream([{}]))):
         with pytest.raises(SessionClosedError, match="the session on 'engine' is closed"):
             call()
 
 
-def test_runs_under_way_finish_when_the_session_is_closed(trt: Any, gpu: Any, make: Make) -> None:
+def test_runs_under_way_finish_when_the_session_is_closed(simulated: Simulated, make: Make) -> None:
     session = deploy.load(make(), contexts=2)
     begun, results, errors, finished = threading.Barrier(5), [], [], []
 
@@ -129,7 +138,7 @@ def test_runs_under_way_finish_when_the_session_is_closed(trt: Any, gpu: Any, ma
     assert len(errors) + len(finished) == 4
 
 
-def test_runs_that_meet_a_close_end_with_a_result_or_a_closed_session(trt: Any, make: Make) -> None:
+def test_runs_that_meet_a_close_end_with_a_result_or_a_closed_session(simulated: Simulated, make: Make) -> None:
     artifact = make()
     for _ in range(20):
         session = deploy.load(artifact, contexts=2)
@@ -176,25 +185,25 @@ def close_elsewhere(session: Any) -> None:
 @pytest.mark.parametrize("contexts", [1, 2, 3])
 @pytest.mark.parametrize("read", [0, 1, 2])
 def test_an_iterator_that_is_half_read_keeps_no_session_open(
-    trt: Any, gpu: Any, make: Make, read: int, contexts: int, close: Callable[[Any], None]
+    simulated: Simulated, make: Make, read: int, contexts: int, close: Callable[[Any], None]
 ) -> None:
     session = deploy.load(make(), contexts=contexts)
     outputs = session.stream({"x": batch(2, seed=index)} for index in range(6))
     for index in range(read):
         np.testing.assert_array_equal(next(outputs)["y"], 2 * batch(2, seed=index))
     close(session)
-    assert all(not stream.work for stream in gpu.streams.values())
+    assert all(stream.last is None or stream.last.reached() for stream in simulated.machine.everything())
     with pytest.raises(SessionClosedError, match="the session on 'engine' is closed"):
         next(outputs)
     assert list(outputs) == []
     gc.collect()
-    assert not gpu.blocks
+    assert simulated.held() == []
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("contexts", [1, 2])
 def test_close_returns_while_a_stream_waits_for_its_next_feed_and_a_run_for_a_context(
-    trt: Any, make: Make, contexts: int
+    simulated: Simulated, make: Make, contexts: int
 ) -> None:
     session = deploy.load(make(), contexts=contexts)
     taken, go_on = threading.Event(), threading.Event()
@@ -229,7 +238,7 @@ def test_close_returns_while_a_stream_waits_for_its_next_feed_and_a_run_for_a_co
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("contexts", [1, 2, 3])
-def test_an_iterator_that_is_read_while_the_session_is_closed_ends(trt: Any, make: Make, contexts: int) -> None:
+def test_an_iterator_that_is_read_while_the_session_is_closed_ends(simulated: Simulated, make: Make, contexts: int) -> None:
     artifact = make()
     for attempt in range(8):
         session = deploy.load(artifact, contexts=contexts)
