@@ -1,0 +1,70 @@
+"""The form of an INT8 graph that ONNX Runtime's kernels for the CPU are made for: codes from one layer to the next.
+
+It holds the weights, scales and corrections of the signed graph, and further pairs behind layers, sums and products.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from deploy.artifact.tensors import Feed
+from deploy.calibration.histogram import Histogram
+from deploy.calibration.thresholds import threshold
+from deploy.precision.int8.cache import Calibrated, CpuRanges
+from deploy.precision.int8.cpu_placement import MeansToPools, widened
+from deploy.precision.int8.histograms import Activations, scale_of
+from deploy.precision.int8.placement import Placement
+from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.unsigned import ToUnsigned
+
+
+def cpu_ranges(
+    model: ir.Model,
+    placement: Placement,
+    histograms: Mapping[str, Histogram],
+    scales: Mapping[str, float],
+    feeds: Sequence[Feed],
+) -> CpuRanges:
+    """Measure, on `feeds`, the tensors that have a pair in the CPU form alone, and take their least squared error for a range.
+
+    model: prepared, FP32, unchanged. placement, histograms, scales: of the signed graph. Raises PrecisionError.
+    """
+    model, wide = _widened(model, placement)
+    further = {tensor: Histogram() for tensor in wide.edges if tensor not in placement.edges}
+    if further:
+        activations = Activations(model, list(further))
+        for feed in feeds:
+            tensors, _ = activations(feed)
+            for name, histogram in further.items():
+                histogram.add(tensors[name])
+    found = {name: scale_of(threshold(each, "mse")) for name, each in further.items()}
+    lows = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in {**histograms, **further}.items()}
+    for group in wide.groups:  # numbers that only move between them
+        known = [scales[name] for name in group if name in scales] or [found[name] for name in group]
+        found |= dict.fromkeys((name for name in group if name in further), max(known))
+        lows |= dict.fromkeys(group, min(lows[name] for name in group))
+    return CpuRanges(scales=found, lows={name: lows[name] for name in wide.edges})
+
+
+def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> ir.Model:
+    """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError."""
+    model, wide = _widened(model, placement)
+    shifts = {name: shift for name, shift in known.shifts.items() if name in wide.edges}
+    to_int8 = ToInt8(
+        wide,
+        {**known.cpu.scales, **known.scales},
+        joint=known.joint,
+        shifts=shifts,
+        bias={name: correction for name, correction in known.bias.items() if name in wide.nodes},
+        per_tensor=per_tensor,
+    )
+    to_int8(model)
+    ToUnsigned(known.cpu.lows)(model)
+    return model
+
+
+def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:
+    model = model.clone()
+    MeansToPools()(model)
+    return model, widened(model, placement)
