@@ -7,7 +7,19 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.artifact.manifest import ENGINE, FORMAT, MANIFEST, ONNX, WEIGHTS, Manifest, Parent, Stage, content_digest, file_digest
+from deploy.artifact.manifest import (
+    CPU_ONNX,
+    ENGINE,
+    FORMAT,
+    MANIFEST,
+    ONNX,
+    WEIGHTS,
+    Manifest,
+    Parent,
+    Stage,
+    content_digest,
+    file_digest,
+)
 from deploy.artifact.preprocess import Preprocess
 from deploy.errors import ArtifactError, UsageError
 from deploy.words import is_utf8
@@ -59,6 +71,11 @@ class Artifact:
         return self.path / (self.bare or ONNX)
 
     @property
+    def cpu_path(self) -> Path | None:
+        """The form of the graph for ONNX Runtime on processors with VNNI; None where there is none."""
+        return self.path / CPU_ONNX if CPU_ONNX in self.manifest.files and self.bare is None else None
+
+    @property
     def payload(self) -> Path:
         return self.path / ENGINE if self.manifest.kind == "engine" else self.onnx_path
 
@@ -85,8 +102,10 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """The size in bytes of the engine, or of the ONNX file with its external data; without the weights for rebuilding."""
+        """The size in bytes of the engine, or of the ONNX file with its external data; without the weights for rebuilding and the
+        CPU form."""
         others = {WEIGHTS, *(function.file for function in self.manifest.functions)}
+        others |= {name for name in self.manifest.files if name.startswith(CPU_ONNX) and self.bare is None}
         names = [ENGINE] if self.manifest.kind == "engine" else [name for name in self.manifest.files if name not in others]
         return sum(self.manifest.files[name].bytes for name in names)
 

@@ -16,7 +16,7 @@ from deploy.pipeline.build_trt import preflight as check
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
 from deploy.precision.int8.options import QuantizeOptions
 
-_ENGINE_ONLY = ("allow_slower", "cache", "eval_folder", "max_drop", *option_names(BuildOptions), *option_names(ToleranceOptions))
+_ENGINE_ONLY = ("allow_slower", "cache", *option_names(GateOptions), *option_names(BuildOptions), *option_names(ToleranceOptions))
 """Options that say nothing to the parser."""
 
 

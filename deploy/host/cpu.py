@@ -1,5 +1,6 @@
 """The processor: its name, how much of it this process may use, and what must not run on it."""
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -8,6 +9,8 @@ CRASHES_ON_HALF = "MatmulTransposeFusion"
 """The optimizer of ONNX Runtime that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are
 FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
 need it."""
+
+_VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 
 
 def cpu_model() -> str:
@@ -18,6 +21,20 @@ def cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor multiplies unsigned by signed bytes and adds up in 32 bits (VNNI of x86), as the kernel reports it.
+
+    Without, such products are added in 16 bits first, where they overflow.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not _VNNI.isdisjoint(flags)
 
 
 def usable_cores() -> int:

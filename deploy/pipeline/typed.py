@@ -77,7 +77,7 @@ def typed_graph(
     progress: Progress,
 ) -> Typed:
     """Quantize `source` or convert it, on `data`, where it is in FP32 and that is asked for; else take it as it is."""
-    manifest = msgspec.structs.replace(source.manifest, files={})
+    manifest = msgspec.structs.replace(source.manifest, files={}, cpu_form=None)
     if quantize is not None and manifest.precision == "fp32":
         assert data is not None
         quantized = quantize_onnx(source, data, quantize, progress)
@@ -86,6 +86,7 @@ def typed_graph(
             precision="int8",
             parity=None,
             accuracy=None,
+            accuracies=[],
             calibration=quantized.calibration,
             exclusions=quantized.exclusions,
         )
@@ -107,6 +108,7 @@ def typed_graph(
             outputs=converted.outputs,
             parity=None,
             accuracy=None,
+            accuracies=[],
             exclusions=converted.exclusions,
         )
         feeds = parity_feeds(source, data, convert.profile)

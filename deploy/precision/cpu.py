@@ -64,11 +64,17 @@ class CpuGraph:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
-    def read(cls, path: Path) -> "CpuGraph":
-        """The graph of an ONNX file as it is written, which may compute in half precision."""
+    def read(cls, path: Path, *, wide: bool = False) -> "CpuGraph":
+        """The graph of an ONNX file as it is written, which may compute in half precision.
+
+        wide: products of unsigned and signed bytes are added in 32 bits on every processor, which is slower on some.
+        """
         graph = cls.__new__(cls)
         graph._weights = {}
-        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path), half=True)
+        options = _session_options(1)
+        if wide:
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        graph._session = _open(str(path), options, lambda: ir.load(path), half=not wide)
         graph._outputs = [output.name for output in graph._session.get_outputs()]
         return graph
 

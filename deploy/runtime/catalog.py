@@ -6,11 +6,13 @@ A new backend is a file in `deploy/runtime/backends` and a line in `BACKENDS`.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import FLAVOURS
 from deploy.errors import BackendError, UsageError
+from deploy.host.cpu import has_vnni
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Backend:
 _EAGER = (("fp16", "bf16"), ("channels_last",), ("cuda_graph",), ("tf32",))
 _COMPILE = (("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), ("fp16", "bf16"), ("channels_last",))
 _ONNXRUNTIME = ("cuda", "tensorrt")
+CPU_FORMS = "onnxruntime"
+"""The backend that the CPU form of an INT8 graph is for."""
 
 BACKENDS = {
     backend.name: backend
@@ -57,7 +61,7 @@ BACKENDS = {
 """Every backend by name, in the order in which they are listed and benchmarked."""
 
 AUTO = tuple(backend.name for backend in BACKENDS.values() if backend.auto)
-"""The names that `auto` tries, in this order."""
+"""The names that `auto` tries, in this order unless `auto_order` has another."""
 
 LIBRARIES = (
     "deploy",
@@ -91,6 +95,25 @@ def check_variant(backend: Backend, variant: Sequence[str]) -> None:
             raise UsageError(f"{backend.name}:{','.join(variant)}: {' and '.join(chosen)} exclude one another; name one of them")
 
 
+def auto_order(artifact: Artifact) -> tuple[str, ...]:
+    """The backends that `auto` tries for an ONNX artifact, the one that is fast on it first.
+
+    INT8: OpenVINO, which computes the Q/DQ graph as it is on codes; ONNX Runtime before it where it runs the CPU form, and else
+    behind it, because it is slower on a Q/DQ graph with signed activations than on the FP32 graph (docs/int8.md). Everything else:
+    the order of the catalog.
+    """
+    if artifact.manifest.precision != "int8" or onnx_file(artifact, CPU_FORMS) != artifact.onnx_path:
+        return AUTO
+    return tuple(sorted(AUTO, key=lambda name: name == CPU_FORMS))
+
+
+def onnx_file(artifact: Artifact, backend: str, variant: Sequence[str] = ()) -> Path:
+    """The ONNX file of `artifact` that a backend runs here: `artifact.cpu_path` on ONNX Runtime where the processor has VNNI."""
+    form = artifact.cpu_path
+    runs_form = form is not None and backend == CPU_FORMS and not BACKENDS[backend].needs_gpu(variant) and has_vnni()
+    return form if form is not None and runs_form else artifact.onnx_path
+
+
 def refuse_engine(artifact: Artifact) -> None:
     """Raise BackendError if `artifact` is an engine."""
     manifest = artifact.manifest
@@ -106,5 +129,7 @@ def refuse_engine(artifact: Artifact) -> None:
 def refuse_wrong(artifact: Artifact, backend: str) -> None:
     """Raise BackendError if the file of `artifact` was found to be wrong on `backend` when it was made."""
     parity = artifact.manifest.parity
+    if onnx_file(artifact, backend) != artifact.onnx_path:
+        return  # that file is there only where it is right
     if parity is not None and artifact.manifest.kind == "onnx" and (wrong := parity.wrong_on(backend)):
         raise BackendError(f"{artifact.location} must not run on {backend}: compared with what it was made from, {wrong}")

@@ -71,20 +71,18 @@ class _Widening:
         )
 
     def _widen(self, node: ir.Node) -> None:
-        if node.domain not in STANDARD:
-            return
-        operands = [value for value in node.inputs if value is not None]
-        if node.op_type == "Conv" and node.name in self._nodes:
-            self._quantize(self._behind(node.outputs[0]))
-        elif node.op_type in _POOLS and (self._has_codes(operands[0]) or self._quantize(operands[0])):
-            self._quantize(self._behind(node.outputs[0]))
-        elif node.op_type in _UNARY and self._has_codes(operands[0]):
-            self._quantize(node.outputs[0])
-        elif node.op_type in ("Add", "Mul") and any(map(self._has_codes, operands)) and all(map(self._may_have, operands)):
-            if self._quantize(self._behind(node.outputs[0])):
-                for value in operands:
-                    if not self._has_codes(value):
-                        self._quantize(value)
+        """Give the output of `node` codes, and what it reads where that has none, if there is a kernel on codes for it."""
+        both = _is(node, ("Add", "Mul"))
+        operands = [value for value in node.inputs[: 2 if both else 1] if value is not None]
+        if both:
+            fused = any(map(self._has_codes, operands)) and all(map(self._may_have, operands))
+        else:
+            fused = _is(node, _POOLS) or (_is(node, ("Conv",)) and node.name in self._nodes)
+            fused |= _is(node, _UNARY) and self._has_codes(operands[0])
+        if fused and self._quantize(self._behind(node.outputs[0])):
+            for value in operands:
+                if not self._has_codes(value):
+                    self._quantize(value)
 
     def _behind(self, value: ir.Value) -> ir.Value:
         """What is rounded in place of `value`: the output of the activation behind it."""
@@ -144,7 +142,7 @@ def _over_places(node: ir.Node) -> bool:
     if value is None or value.shape is None or axes is None or axes.const_value is None:
         return False
     rank = len(value.shape)
-    return rank > 2 and sorted(axis % rank for axis in axes.const_value.numpy().tolist()) == list(range(2, rank))  # noqa: PLR2004
+    return rank > 2 and sorted(axis % rank for axis in axes.const_value.numpy().tolist()) == list(range(2, rank))
 
 
 def _pool(graph: ir.Graph, node: ir.Node) -> None:

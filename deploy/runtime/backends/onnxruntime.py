@@ -27,6 +27,7 @@ from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
+from deploy.runtime.catalog import onnx_file
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
 
@@ -65,6 +66,7 @@ class OnnxRuntimeSession(Session):
         super().__init__(artifact, options, device=device)
         self._artifact = artifact
         self._options = options
+        self.onnx_file = onnx_file(artifact, self.backend, options.variant)
         self._session: Any = self._open(onnxruntime.SessionOptions())
 
     def _open(self, settings: Any) -> Any:
@@ -78,17 +80,24 @@ class OnnxRuntimeSession(Session):
         try:
             # Without enable_fallback=0, the CPU replaces a provider that fails, with only a line on standard output.
             return onnxruntime.InferenceSession(
-                str(artifact.onnx_path),
+                str(self.onnx_file),
                 settings,
                 providers=providers,
                 enable_fallback=0,
-                disabled_optimizers=[CRASHES_ON_HALF] if _may_hold_half(artifact.manifest) else [],
+                disabled_optimizers=[CRASHES_ON_HALF] if self._may_hold_half(artifact.manifest) else [],
             )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
             if artifact.manifest.precision == "bf16" and self.device == "cpu":
                 hint = "; its CPU kernels do not compute in bfloat16: use the openvino backend, or an fp16 or fp32 artifact"
             raise BackendError(f"{_label(options)} cannot open {artifact.location}: {_reason(error)}{hint}") from error
+
+    def _may_hold_half(self, manifest: Manifest) -> bool:
+        """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
+        if manifest.precision == "int8":
+            signed = self.onnx_file == self._artifact.onnx_path
+            return signed and (manifest.calibration is None or manifest.calibration.floats != "fp32")
+        return manifest.precision in ("fp16", "bf16")
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
         """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""
@@ -288,13 +297,6 @@ def _reason(error: Exception) -> str:
     """The message of an error, without its number and code."""
     line = first_line(error)
     return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
-
-
-def _may_hold_half(manifest: Manifest) -> bool:
-    """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
-    if manifest.precision == "int8":
-        return manifest.calibration is None or manifest.calibration.floats != "fp32"
-    return manifest.precision in ("fp16", "bf16")
 
 
 def version(variant: Sequence[str]) -> str:
