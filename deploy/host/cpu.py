@@ -10,6 +10,10 @@ CRASHES_ON_HALF = "MatmulTransposeFusion"
 FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
 need it."""
 
+QUANTIZES_WEIGHTS = "WeightBiasQuantization"
+"""The optimizer of ONNX Runtime that quantizes the weight of a layer between a DequantizeLinear and a QuantizeLinear: those that were
+left in floating point on purpose too."""
+
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 
 

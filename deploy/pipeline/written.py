@@ -141,7 +141,7 @@ def prove_cpu_form(written: Artifact, cases: Sequence[Case], tolerance: Toleranc
             found = _judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=CPU_FORMS)
     else:
         by = f"onnxruntime {ONNXRUNTIME_VERSION} without VNNI, in 32 bits"
-        found = _judged(CpuGraph.read(written.cpu_path, wide=True), by, written.manifest.inputs, cases, tolerance)
+        found = _judged(CpuGraph.read(written.cpu_path, cpu_form=True), by, written.manifest.inputs, cases, tolerance)
     release(written.size)
     if found.wrong is not None:
         raise ParityError(f"on {by}: {found.wrong}")

@@ -50,16 +50,8 @@ def cpu_ranges(
 def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> ir.Model:
     """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError."""
     model, wide = _widened(model, placement)
-    shifts = {name: shift for name, shift in known.shifts.items() if name in wide.edges}
-    to_int8 = ToInt8(
-        wide,
-        {**known.cpu.scales, **known.scales},
-        joint=known.joint,
-        shifts=shifts,
-        bias={name: correction for name, correction in known.bias.items() if name in wide.nodes},
-        per_tensor=per_tensor,
-    )
-    to_int8(model)
+    scales = {**known.cpu.scales, **known.scales}
+    ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)(model)
     ToUnsigned(known.cpu.lows)(model)
     return model
 

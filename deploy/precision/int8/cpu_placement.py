@@ -26,12 +26,9 @@ _UNARY = ("LeakyRelu", "Sigmoid")
 _GATES = ("HardSigmoid", "Sigmoid")
 """Operators whose outputs lie between 0 and 1, and are multiplied with others."""
 
-_NO_KERNEL = "ConvTranspose"
-"""ONNX Runtime has no kernel on codes for it: it is left in floating point."""
-
 
 def widened(model: ir.Model, placement: Placement) -> Placement:
-    """`placement` with the pairs behind layers, sums and products, and without those of layers that ONNX Runtime cannot fuse.
+    """`placement` with the pairs behind layers, sums and products.
 
     model: prepared, FP32. The outputs of the graph stay as they are, and so do those of Gemm and MatMul, which have kernels from
     codes to floating point.
@@ -44,10 +41,7 @@ class _Widening:
         self._graph = graph
         self._placement = placement
         self._outputs = set(graph.outputs)
-        floats = {node.name or "" for node in graph if _is(node, (_NO_KERNEL,))}
-        self._nodes = tuple(name for name in placement.nodes if name not in floats)
-        kept = {tensor: tuple(use for use in uses if use[0] not in floats) for tensor, uses in placement.edges.items()}
-        self._edges = {tensor: uses for tensor, uses in kept.items() if uses}
+        self._edges = dict(placement.edges)
         self._joined = set(placement.joints.values())
 
     def result(self) -> Placement:
@@ -64,10 +58,8 @@ class _Widening:
         names = [value.name or "" for value in order]
         return replace(
             self._placement,
-            nodes=self._nodes,
             edges={name: self._edges[name] for name in names if name in self._edges},
             groups=_merged(groups),
-            weights={name: weight for name, weight in self._placement.weights.items() if name in self._nodes},
         )
 
     def _widen(self, node: ir.Node) -> None:
@@ -77,7 +69,7 @@ class _Widening:
         if both:
             fused = any(map(self._has_codes, operands)) and all(map(self._may_have, operands))
         else:
-            fused = _is(node, _POOLS) or (_is(node, ("Conv",)) and node.name in self._nodes)
+            fused = _is(node, _POOLS) or (_is(node, ("Conv",)) and node.name in self._placement.nodes)
             fused |= _is(node, _UNARY) and self._has_codes(operands[0])
         if fused and self._quantize(self._behind(node.outputs[0])):
             for value in operands:

@@ -65,10 +65,10 @@ def finest(scale: float, low: float | None, floor: float = 0.0) -> tuple[float, 
 
     floor: the smallest scale there may be; it is at most `scale`.
     """
-    high = np.float32(scale) * np.float32(LARGEST)
-    low = min(max(-np.inf if low is None else low, -high), 0.0)
-    finer = max(float(np.float32((high - low) / _CODES)), floor)
-    zero = round(-low / finer)
+    high = float(np.float32(scale) * np.float32(LARGEST))
+    least = -high if low is None else min(max(low, -high), 0.0)
+    finer = max(float(np.float32((high - least) / _CODES)), floor)
+    zero = round(-least / finer)
     return (finer, zero) if zero < MIDDLE - 1 else (scale, MIDDLE)
 
 

@@ -26,7 +26,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
 from deploy.runtime.catalog import onnx_file
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
@@ -84,7 +84,7 @@ class OnnxRuntimeSession(Session):
                 settings,
                 providers=providers,
                 enable_fallback=0,
-                disabled_optimizers=[CRASHES_ON_HALF] if self._may_hold_half(artifact.manifest) else [],
+                disabled_optimizers=self._disabled(),
             )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
@@ -92,12 +92,11 @@ class OnnxRuntimeSession(Session):
                 hint = "; its CPU kernels do not compute in bfloat16: use the openvino backend, or an fp16 or fp32 artifact"
             raise BackendError(f"{_label(options)} cannot open {artifact.location}: {_reason(error)}{hint}") from error
 
-    def _may_hold_half(self, manifest: Manifest) -> bool:
-        """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
-        if manifest.precision == "int8":
-            signed = self.onnx_file == self._artifact.onnx_path
-            return signed and (manifest.calibration is None or manifest.calibration.floats != "fp32")
-        return manifest.precision in ("fp16", "bf16")
+    def _disabled(self) -> list[str]:
+        """The optimizers that must not see the file."""
+        if self.onnx_file == self._artifact.cpu_path:
+            return [QUANTIZES_WEIGHTS]
+        return [CRASHES_ON_HALF] if _may_hold_half(self._artifact.manifest) else []
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
         """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""
@@ -297,6 +296,13 @@ def _reason(error: Exception) -> str:
     """The message of an error, without its number and code."""
     line = first_line(error)
     return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+
+
+def _may_hold_half(manifest: Manifest) -> bool:
+    """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
+    if manifest.precision == "int8":
+        return manifest.calibration is None or manifest.calibration.floats != "fp32"
+    return manifest.precision in ("fp16", "bf16")
 
 
 def version(variant: Sequence[str]) -> str:
