@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes import PassResult
@@ -205,3 +206,22 @@ def test_a_backend_alone_may_judge_the_accuracy(convnet, images, tmp_path):
 def test_a_backend_that_cannot_judge_is_refused_before_any_work(convnet, images, tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         deploy.quantize(convnet, tmp_path / "int8", calib=images, **options)
+
+
+@vnni
+def test_an_excluded_layer_between_others_stays_in_floating_point(tmp_path):
+    """ONNX Runtime would quantize its weight, for a DequantizeLinear stands before it and a QuantizeLinear behind."""
+    rng = np.random.default_rng(0)
+    graph = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {'
+        " [first] a = Conv(x, w1) [r1] b = Relu(a) [middle] c = Conv(b, w2) [r2] d = Relu(c) [last] e = Conv(d, w3) [t] y = Tanh(e) }"
+    )
+    for name in ("w1", "w2", "w3"):
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=(4, 4, 1, 1)).astype(np.float32), name))
+    onnx.save(graph, tmp_path / "net.onnx")
+    feed = {"x": rng.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+    made = deploy.quantize(tmp_path / "net.onnx", tmp_path / "int8", calib=[feed], exclude=["middle"])
+    with deploy.load(made, "onnxruntime") as session:
+        operators = [layer.operator for layer in session.layer_times(feed, runs=1)]
+    assert operators.count("QLinearConv") == 2
+    assert sum(name in ("Conv", "FusedConv") for name in operators) == 1
