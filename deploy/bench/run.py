@@ -130,7 +130,7 @@ def _row(
     samples_ms = [value * 1e3 for value in chain.from_iterable(series)]
     times = latency(samples_ms)
     speed = paired_ratio(baseline, series)
-    accuracy = candidate.artifact.manifest.accuracy
+    accuracy = recorded_accuracy(candidate.artifact, candidate.backend)
     return BenchRow(
         **candidate.named,
         batch=batch,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import FLAVOURS
+from deploy.artifact.manifest import FLAVOURS, ONNX, Accuracy
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import has_vnni
 
@@ -112,6 +112,14 @@ def onnx_file(artifact: Artifact, backend: str, variant: Sequence[str] = ()) -> 
     form = artifact.cpu_path
     runs_form = form is not None and backend == CPU_FORMS and not BACKENDS[backend].needs_gpu(variant) and has_vnni()
     return form if form is not None and runs_form else artifact.onnx_path
+
+
+def recorded_accuracy(artifact: Artifact, backend: str) -> Accuracy | None:
+    """The accuracy in the manifest that was measured on a backend, variants and all, with the file that it runs here; else the worst."""
+    name, _, variant = backend.partition(":")
+    file = onnx_file(artifact, name, variant.split(",")).name
+    ran = (each for each in artifact.manifest.accuracies if each.backend == backend and (each.file or ONNX) == file)
+    return next(ran, artifact.manifest.accuracy)
 
 
 def refuse_engine(artifact: Artifact) -> None:
