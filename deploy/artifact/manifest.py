@@ -161,7 +161,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layers: list[LayerNoise]
 
 
-class CpuForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CpuEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The evidence about `CPU_ONNX`: its parity with the FP32 artifact, or why the file is not there."""
 
     parity: Parity | None = None
@@ -228,7 +228,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     image: str | None = None
     other_images: dict[str, Preprocess] = {}
     accuracies: list[Accuracy] = []
-    cpu_form: CpuForm | None = None
+    cpu_form: CpuEvidence | None = None
     digest: str = ""
 
     @property

@@ -13,6 +13,7 @@ from deploy.bench.rows import BenchRow, verdict_of
 from deploy.bench.workers import Workers
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency, paired_ratio
+from deploy.runtime.catalog import recorded_accuracy
 from deploy.runtime.profiling import DeviceTimes
 
 ROUNDS = 15

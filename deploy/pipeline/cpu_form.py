@@ -4,16 +4,15 @@ import logging
 from collections.abc import Sequence
 
 import msgspec
-import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import CPU_ONNX, DATA, CpuForm, Manifest
-from deploy.artifact.onnxfile import save_model
+from deploy.artifact.manifest import CPU_ONNX, DATA, CpuEvidence, Manifest
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import AccuracyError, ParityError
 from deploy.evaluation.gate import Reference, worst_first
 from deploy.evidence.parity import Tolerance
-from deploy.pipeline.written import Case, prove_cpu_form
+from deploy.pipeline.written import Case, check_cpu_form, prove_cpu_form
+from deploy.precision.int8.cpu_form import CpuForm
 from deploy.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 def with_cpu_form(
     writer: ArtifactWriter,
     manifest: Manifest,
-    form: ir.Model,
+    form: CpuForm,
     cases: Sequence[Case],
     tolerance: Tolerance,
     source: Artifact,
@@ -34,10 +33,11 @@ def with_cpu_form(
     cases, tolerance: as for the signed graph. reference: what accuracy is compared with, if it is.
     """
     path = writer.path / CPU_ONNX
-    save_model(form, path)
     try:
+        form.save(path)
+        check_cpu_form(form.unrounded(path), manifest, cases, progress)
         parity = prove_cpu_form(writer.describe(manifest), cases, tolerance, against=source.manifest.digest, progress=progress)
-        manifest = msgspec.structs.replace(manifest, cpu_form=CpuForm(parity=parity))
+        manifest = msgspec.structs.replace(manifest, cpu_form=CpuEvidence(parity=parity))
         if reference is None:
             return manifest
         accuracies = worst_first([*manifest.accuracies, reference.check_cpu_form(writer.describe(manifest))])
@@ -47,4 +47,4 @@ def with_cpu_form(
         path.with_name(path.name + DATA).unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         logger.warning("%s is left out: %s", CPU_ONNX, reason)
-        return msgspec.structs.replace(manifest, cpu_form=CpuForm(left_out=reason))
+        return msgspec.structs.replace(manifest, cpu_form=CpuEvidence(left_out=reason))

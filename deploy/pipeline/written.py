@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
 from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count
 from deploy.data.evidence_feeds import NamedFeed
@@ -165,6 +166,17 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
         raise ParityError(
             f"{written.manifest.name} computes something else than its source, INT8 aside: {found.wrong}; nothing was written"
         )
+
+
+def check_cpu_form(unrounded: ir.Model, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> None:
+    """Compare the CPU form, with what it rounds undone but for its biases, with the source.
+
+    Raises ParityError beyond the tolerance of FP16: steps of a bias are far below those of activations.
+    """
+    progress("comparing the CPU form without its rounding")
+    found = _judged(CpuGraph(unrounded), "", manifest.inputs, cases, TOLERANCES["fp16"])
+    if found.wrong is not None:
+        raise ParityError(f"it computes something else than its source, INT8 aside: {found.wrong}")
 
 
 def copied(feed: Feed) -> Feed:

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import CPU_ONNX
+from deploy.artifact.manifest import CPU_ONNX, Accuracy
 from deploy.errors import BackendError, UsageError
 from deploy.evidence.parity import BackendParity
-from deploy.runtime.catalog import AUTO, BACKENDS, auto_order, onnx_file, refuse_wrong, split_backend
+from deploy.runtime.catalog import AUTO, BACKENDS, auto_order, onnx_file, recorded_accuracy, refuse_wrong, split_backend
 from deploy.runtime.load import open_session
 
 
@@ -111,3 +111,21 @@ def test_a_file_that_is_wrong_on_a_backend_does_not_keep_the_cpu_form_from_runni
         artifact = Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, parity=wrong))
         with pytest.raises(BackendError, match="it is off") if refused else nullcontext():
             refuse_wrong(artifact, "onnxruntime")
+
+
+def test_the_recorded_accuracy_is_that_of_the_backend_and_the_file_it_runs(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(backend: str, file: str | None, top1: float) -> Accuracy:
+        return Accuracy(images=1, top1=top1, top5=100, backend=backend, file=file)
+
+    signed, form, other = measured("onnxruntime", None, 90), measured("onnxruntime", CPU_ONNX, 91), measured("openvino", None, 89)
+    artifact = int8(shared_lenet5, form=True)
+    manifest = msgspec.structs.replace(artifact.manifest, accuracy=other, accuracies=[other, signed, form])
+    artifact = Artifact(artifact.path, manifest)
+    for vnni, expected in ((True, form), (False, signed)):
+        monkeypatch.setattr("deploy.runtime.catalog.has_vnni", lambda vnni=vnni: vnni)
+        assert recorded_accuracy(artifact, "onnxruntime") == expected
+        assert recorded_accuracy(artifact, "openvino") == other
+        assert recorded_accuracy(artifact, "eager") == other  # the worst, for it was not judged
+    assert recorded_accuracy(shared_lenet5, "onnxruntime") is None

@@ -5,18 +5,23 @@ It holds the weights, scales and corrections of the signed graph, and further pa
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import onnx_ir as ir
 
+from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import threshold
+from deploy.errors import ParityError
 from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.cpu_placement import MeansToPools, widened
 from deploy.precision.int8.histograms import Activations, scale_of
 from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rewrite import ToInt8
-from deploy.precision.int8.unsigned import ToUnsigned
+from deploy.precision.int8.stored import Stored
+from deploy.precision.int8.unsigned import ToUnsigned, range_problem, restore_biases
 
 
 def cpu_ranges(
@@ -47,13 +52,44 @@ def cpu_ranges(
     return CpuRanges(scales=found, lows={name: lows[name] for name in wide.edges})
 
 
-def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> ir.Model:
+@dataclass(frozen=True)
+class CpuForm:
+    """The model, and what its file must hold: `stored` but for zero points and scales, which follow from `lows` (see `ToUnsigned`)."""
+
+    model: ir.Model
+    stored: Stored
+    lows: Mapping[str, float]
+
+    def save(self, path: Path) -> None:
+        """Write the ONNX file, with large weights beside it. Raises OSError, and ParityError if it does not hold what it must."""
+        save_model(self.model, path)
+        nodes = {node.name or "": node for node in load_model(path).graph}
+        self.stored.check_weights(nodes)
+        for tensor, uses in self.stored.edges.items():
+            for name, index in uses:
+                joined = name in self.stored.joints
+                scale = self.stored.joint.get(tensor, self.stored.scales[tensor]) if joined else self.stored.scales[tensor]
+                low = None if tensor in self.stored.shifts else self.lows[tensor]
+                if wrong := range_problem(nodes[name].inputs[index], scale, low):
+                    raise ParityError(f"the codes of {tensor!r} in the written file, where {name!r} reads them, {wrong}")
+
+    def unrounded(self, path: Path) -> ir.Model:
+        """The model of the file without what INT8 rounds, biases aside; it computes what the source does."""
+        model = load_model(path)
+        restore_biases(model)
+        self.stored.unround(model)
+        return model
+
+
+def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> CpuForm:
     """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError."""
     model, wide = _widened(model, placement)
     scales = {**known.cpu.scales, **known.scales}
-    ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)(model)
+    stored = Stored.of(model, wide, scales, known.joint, known.shifts)
+    to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)
+    to_int8(model)
     ToUnsigned(known.cpu.lows)(model)
-    return model
+    return CpuForm(model, replace(stored, bias=to_int8.added), known.cpu.lows)
 
 
 def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:

@@ -24,7 +24,7 @@ from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.cache import Calibrated
 from deploy.precision.int8.choose import best_ranges
-from deploy.precision.int8.cpu_form import cpu_form, cpu_ranges
+from deploy.precision.int8.cpu_form import CpuForm, cpu_form, cpu_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
@@ -55,7 +55,7 @@ class Quantized:
     """
 
     model: ir.Model
-    cpu: ir.Model | None
+    cpu: CpuForm | None
     exclusions: list[Exclusion]
     calibration: Calibration
     feeds: list[Feed]

@@ -14,6 +14,12 @@ MIDDLE = 128
 """What turns a signed code into an unsigned one, and the zero point of the result."""
 
 _CODES = 255
+_ENDS = 1.01
+"""How many steps a range may end earlier or later than asked for."""
+
+_FINER = 1.001
+"""A step is at most that of the signed codes, but for the rounding of numbers."""
+
 _BIASED = ("Conv", "Gemm")
 _BIAS = 2
 
@@ -72,6 +78,34 @@ def finest(scale: float, low: float | None, floor: float = 0.0) -> tuple[float, 
     return (finer, zero) if zero < MIDDLE - 1 else (scale, MIDDLE)
 
 
+def range_problem(value: ir.Value | None, scale: float, low: float | None) -> str:
+    """What is wrong with the unsigned codes that `value` is made of, or is; "" where they hold what `finest` has them hold.
+
+    scale: of INT8. A range may end a step earlier or later, for the zero point is rounded.
+    """
+    maker = value.producer() if value is not None else None
+    if maker is None or maker.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        return "are not there"
+    step, zero = float(_constant(maker, 1)), int(_constant(maker, 2))
+    high = scale * LARGEST
+    least = -high if low is None else min(max(low, -high), 0.0)
+    if abs((_CODES - zero) * step - high) <= _ENDS * step and -zero * step <= least + _ENDS * step and step <= scale * _FINER:
+        return ""
+    return f"reach from {-zero * step:.4g} to {(_CODES - zero) * step:.4g}; calibration gave {least:.4g} to {high:.4g}"
+
+
+def restore_biases(model: ir.Model) -> None:
+    """Turn INT32 biases into constants in floating point again, in place."""
+    for node in list(model.graph):
+        codes = node.inputs[0].const_value if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
+        if codes is not None and codes.dtype == ir.DataType.INT32:
+            name = f"{node.outputs[0].name}_restored"
+            bias = (codes.numpy() * _constant(node, 1).astype(np.float64)).astype(np.float32)
+            value = _registered(model.graph, name, bias)
+            for reader, index in list(node.outputs[0].uses()):
+                reader.replace_input_with(index, value)
+
+
 class _Rewrite:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -118,16 +152,20 @@ class _Rewrite:
                 del self._graph.initializers[name]
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self._claim(name)
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
+        return _registered(self._graph, self._claim(name), array)
 
     def _claim(self, name: str) -> str:
         name = unused(name, self._taken)
         self._taken.add(name)
         return name
+
+
+def _registered(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _bias(node: ir.Node) -> np.ndarray | None:

@@ -63,7 +63,7 @@ def noise(model: ir.Model, exact: onnx.ModelProto, feeds: list[dict[str, np.ndar
 def test_all_layers_sums_products_and_pools_have_kernels_on_codes(build, feeds, tmp_path):
     model = build(RESIDUAL)
     made = quantized(model, feeds, tmp_path)
-    found = kernels(made.cpu, tmp_path)
+    found = kernels(made.cpu.model, tmp_path)
     assert {name: found[name] for name in ("QLinearConv", "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QGemm")} == {
         "QLinearConv": 4, "QLinearAdd": 1, "QLinearMul": 2, "QLinearSigmoid": 2, "QGemm": 1,
     }  # fmt: skip
@@ -71,8 +71,8 @@ def test_all_layers_sums_products_and_pools_have_kernels_on_codes(build, feeds, 
     assert found["QuantizeLinear"] == 1
     assert not {"DequantizeLinear", "Conv", "FusedConv", "Add", "Mul", "Sigmoid", "Relu", "GlobalAveragePool"} & set(found)
     assert kernels(made.model, tmp_path)["QLinearConv"] < 4  # the signed graph is not computed so
-    assert noise(made.cpu, model, feeds) < 2 * noise(made.model, model, feeds)
-    assert noise(made.cpu, model, feeds) < 1e-2
+    assert noise(made.cpu.model, model, feeds) < 2 * noise(made.model, model, feeds)
+    assert noise(made.cpu.model, model, feeds) < 1e-2
 
 
 def test_joined_codes_and_layers_without_a_kernel_are_right_too(build_with, parse, feeds, tmp_path):
@@ -82,19 +82,19 @@ def test_joined_codes_and_layers_without_a_kernel_are_right_too(build_with, pars
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     model = build_with(text, **weights, zero=np.float32(0), six=np.float32(6))
     made = quantized(model, feeds, tmp_path)
-    found = kernels(made.cpu, tmp_path)
+    found = kernels(made.cpu.model, tmp_path)
     assert (found["QLinearConv"], found["Clip"], found["ConvTranspose"]) == (3, 0, 1)
-    assert noise(made.cpu, model, feeds) < 1e-2
+    assert noise(made.cpu.model, model, feeds) < 1e-2
 
 
 def test_the_floats_of_the_form_are_fp32_where_those_of_the_signed_graph_are_fp16(build, feeds, tmp_path):
     made = quantized(build(RESIDUAL), feeds, tmp_path, fp16=True)
-    dtypes = [{value.dtype for value in model.graph.initializers.values()} for model in (made.model, made.cpu)]
+    dtypes = [{value.dtype for value in model.graph.initializers.values()} for model in (made.model, made.cpu.model)]
     assert (ir.DataType.FLOAT16 in dtypes[0], ir.DataType.FLOAT16 in dtypes[1]) == (True, False)
-    assert kernels(made.cpu, tmp_path)["QLinearConv"] == 4
+    assert kernels(made.cpu.model, tmp_path)["QLinearConv"] == 4
 
 
 def test_the_same_calibration_gives_the_same_form(build, feeds, tmp_path):
     model = build(RESIDUAL)
-    first, second = (quantized(model, feeds, tmp_path).cpu for _ in range(2))
+    first, second = (quantized(model, feeds, tmp_path).cpu.model for _ in range(2))
     assert ir.to_proto(first).SerializeToString(deterministic=True) == ir.to_proto(second).SerializeToString(deterministic=True)
