@@ -8,7 +8,7 @@ import msgspec
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, DATA, CpuEvidence, Manifest
 from deploy.artifact.writer import ArtifactWriter
-from deploy.errors import AccuracyError, ParityError
+from deploy.errors import AccuracyError, BackendError, ParityError, PrecisionError
 from deploy.evaluation.gate import Reference, worst_first
 from deploy.evidence.parity import Tolerance
 from deploy.pipeline.written import Case, check_cpu_form, prove_cpu_form
@@ -42,7 +42,7 @@ def with_cpu_form(
             return manifest
         accuracies = worst_first([*manifest.accuracies, reference.check_cpu_form(writer.describe(manifest))])
         return msgspec.structs.replace(manifest, accuracy=accuracies[0], accuracies=accuracies)
-    except (AccuracyError, ParityError) as error:
+    except (AccuracyError, BackendError, ParityError, PrecisionError) as error:  # it is too far off, or does not run
         path.unlink()
         path.with_name(path.name + DATA).unlink(missing_ok=True)
         reason = str(error).splitlines()[0]

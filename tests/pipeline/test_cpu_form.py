@@ -184,8 +184,7 @@ def test_one_that_is_too_far_off_is_not_written_and_the_summary_says_why(convnet
     ("ending", "factor", "message"),
     [
         ("_int32", -1, "it computes something else than its source, INT8 aside"),
-        ("_quantized_scale", 0.5, "the codes of 'input' in the written file, where 'features.0/Conv' reads them, reach from"),
-        ("_quantized_scale", 1.1, "the codes of 'input' in the written file"),
+        ("_quantized_scale", 1.1, "scale and zero point of 'input' in the written file, where 'features.0/Conv' reads it, are"),
         ("weight_int8", 0.9, "the INT8 weight of 'features.0/Conv' in the written file is not its FP32 weight"),
     ],
 )
@@ -229,6 +228,8 @@ def test_large_weights_lie_beside_it(convnet, images, tmp_path, monkeypatch):
 def test_an_engine_or_another_descendant_says_nothing_of_it(made, tmp_path):
     found = deploy.build_trt(made, tmp_path / "engine", flavour="tensorrt-rtx")
     assert (found.manifest.cpu_form, found.cpu_path) == (None, None)
+    assert {each.file for each in found.manifest.accuracies} == {None}
+    assert found.manifest.accuracy == found.manifest.accuracies[0]
     assert {node.op_type for node in load_model(found.onnx_path).graph} & {"QuantizeLinear"}
 
 

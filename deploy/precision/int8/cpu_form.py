@@ -21,7 +21,7 @@ from deploy.precision.int8.histograms import Activations, scale_of
 from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.stored import Stored
-from deploy.precision.int8.unsigned import ToUnsigned, range_problem, restore_biases
+from deploy.precision.int8.unsigned import ToUnsigned, parameters_of, restore_biases
 
 
 def cpu_ranges(
@@ -54,11 +54,11 @@ def cpu_ranges(
 
 @dataclass(frozen=True)
 class CpuForm:
-    """The model, and what its file must hold: `stored` but for zero points and scales, which follow from `lows` (see `ToUnsigned`)."""
+    """The model, and what its file must hold: what is `stored`, but with `chosen` scales and zero points (see `ToUnsigned`)."""
 
     model: ir.Model
     stored: Stored
-    lows: Mapping[str, float]
+    chosen: Mapping[str, tuple[float, int]]
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with large weights beside it. Raises OSError, and ParityError if it does not hold what it must."""
@@ -67,11 +67,12 @@ class CpuForm:
         self.stored.check_weights(nodes)
         for tensor, uses in self.stored.edges.items():
             for name, index in uses:
-                joined = name in self.stored.joints
-                scale = self.stored.joint.get(tensor, self.stored.scales[tensor]) if joined else self.stored.scales[tensor]
-                low = None if tensor in self.stored.shifts else self.lows[tensor]
-                if wrong := range_problem(nodes[name].inputs[index], scale, low):
-                    raise ParityError(f"the codes of {tensor!r} in the written file, where {name!r} reads them, {wrong}")
+                codes, *found = parameters_of(nodes[name].inputs[index])
+                if tuple(found) != self.chosen.get(codes):
+                    raise ParityError(
+                        f"scale and zero point of {tensor!r} in the written file, where {name!r} reads it, are {found}; calibration"
+                        f" gave {self.chosen.get(codes)}"
+                    )
 
     def unrounded(self, path: Path) -> ir.Model:
         """The model of the file without what INT8 rounds, biases aside; it computes what the source does."""
@@ -88,8 +89,9 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
     stored = Stored.of(model, wide, scales, known.joint, known.shifts)
     to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)
     to_int8(model)
-    ToUnsigned(known.cpu.lows)(model)
-    return CpuForm(model, replace(stored, bias=to_int8.added), known.cpu.lows)
+    to_unsigned = ToUnsigned(known.cpu.lows)
+    to_unsigned(model)
+    return CpuForm(model, replace(stored, bias=to_int8.added), to_unsigned.chosen)
 
 
 def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:

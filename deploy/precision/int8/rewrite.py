@@ -25,8 +25,9 @@ _MATRIX = 2
 _DEAD = 2.0**-14
 """The scale of a channel of zeros. Any scale would do; this one is a normal number in FP16 too."""
 
-BIAS_CODES = 2.0**30
-"""ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight. Without a lower bound on the
+_BIAS_CODES = 2.0**29
+"""ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight; unsigned activations may have steps of half
+the size, and the sum of products comes on top. Without a lower bound on the
 weight's scale, the bias of a channel with tiny weights does not fit, and the channel is silently lost (seen with ONNX
 Runtime 1.32)."""
 
@@ -363,7 +364,7 @@ def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None or bias.const_value is None:
         return np.zeros(())
-    floor = np.abs(bias.const_value.numpy().astype(np.float64)) / (np.float64(np.float32(scale)) * BIAS_CODES)
+    floor = np.abs(bias.const_value.numpy().astype(np.float64)) / (np.float64(np.float32(scale)) * _BIAS_CODES)
     if axis is None or not floor.ndim or floor.shape[-1] == 1:
         return np.asarray(floor.max(initial=0.0))
     return np.asarray(floor.reshape(-1, floor.shape[-1]).max(axis=0))  # a Gemm may have a bias for each row

@@ -1,25 +1,19 @@
 """The pass that makes the INT8 activations of a quantized graph unsigned and its biases INT32, as ONNX Runtime's kernels take them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from deploy.precision.graph import unused
-from deploy.precision.int8.rewrite import BIAS_CODES, CONSTANT_SCALES, LARGEST
+from deploy.precision.int8.rewrite import CONSTANT_SCALES, LARGEST
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
 MIDDLE = 128
 """What turns a signed code into an unsigned one, and the zero point of the result."""
 
 _CODES = 255
-_ENDS = 1.01
-"""How many steps a range may end earlier or later than asked for."""
-
-_FINER = 1.001
-"""A step is at most that of the signed codes, but for the rounding of numbers."""
-
 _BIASED = ("Conv", "Gemm")
 _BIAS = 2
 
@@ -32,7 +26,9 @@ class ToUnsigned(PrecisionPass):
         one whose numbers lie as far below zero as above, keeps its scale, and its codes are those of before and 128: the same
         numbers.
 
-    A scale is not made so fine that a bias would not fit into 30 bits at the product of the scales of input and weight.
+    chosen: after the call, scale and zero point by the name of the codes.
+
+    Biases fit into 32 bits because `ToInt8` gives the scales of weights a lower bound.
     """
 
     needs = (*PREPARED, CONSTANT_SCALES)
@@ -40,6 +36,7 @@ class ToUnsigned(PrecisionPass):
 
     def __init__(self, lows: Mapping[str, float]) -> None:
         self.lows = lows
+        self.chosen: dict[str, tuple[float, int]] = {}
 
     def call(self, model: ir.Model) -> PassResult:
         rewrite = _Rewrite(model.graph)
@@ -51,47 +48,35 @@ class ToUnsigned(PrecisionPass):
                 pair = codes.producer()
                 assert pair is not None
                 chosen[codes] = float(_constant(pair, 1)), MIDDLE
-        parameters = {codes: rewrite.constants(codes, *each) for codes, each in chosen.items()}
-        for join in joins:
-            parameters[join.outputs[0]] = parameters[_joined(join.outputs[0])[0]]
-        for codes, each in parameters.items():
-            rewrite.set_parameters(codes, *each)
+        chosen |= {join.outputs[0]: chosen[_joined(join.outputs[0])[0]] for join in joins}
+        for codes, (scale, zero) in chosen.items():
+            rewrite.set_parameters(codes, scale, zero)
+        self.chosen = {_name(codes): each for codes, each in chosen.items()}
         for node in list(model.graph):
             rewrite.store_bias(node)
         rewrite.clean()
         return PassResult(model, bool(pairs))
 
     def _finest(self, pair: ir.Node) -> tuple[float, int]:
-        floor = max(map(_floor, _readers(pair.outputs[0])), default=0.0)
-        return finest(float(_constant(pair, 1)), self.lows.get(_name(pair.inputs[0])), floor)
+        return finest(float(_constant(pair, 1)), self.lows.get(_name(pair.inputs[0])))
 
 
-def finest(scale: float, low: float | None, floor: float = 0.0) -> tuple[float, int]:
-    """Scale and zero point of unsigned codes for the numbers from `low` to what a symmetric INT8 `scale` holds.
-
-    floor: the smallest scale there may be; it is at most `scale`.
-    """
+def finest(scale: float, low: float | None) -> tuple[float, int]:
+    """Scale and zero point of unsigned codes for the numbers from `low` to what a symmetric INT8 `scale` holds."""
     high = float(np.float32(scale) * np.float32(LARGEST))
     least = -high if low is None else min(max(low, -high), 0.0)
-    finer = max(float(np.float32((high - least) / _CODES)), floor)
+    finer = float(np.float32((high - least) / _CODES))
     zero = round(-least / finer)
     return (finer, zero) if zero < MIDDLE - 1 else (scale, MIDDLE)
 
 
-def range_problem(value: ir.Value | None, scale: float, low: float | None) -> str:
-    """What is wrong with the unsigned codes that `value` is made of, or is; "" where they hold what `finest` has them hold.
-
-    scale: of INT8. A range may end a step earlier or later, for the zero point is rounded.
-    """
+def parameters_of(value: ir.Value | None) -> tuple[str, float, int]:
+    """The name, the scale and the zero point of the codes that `value` is, or is made of; "", 0, 0 where it is neither."""
     maker = value.producer() if value is not None else None
     if maker is None or maker.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-        return "are not there"
-    step, zero = float(_constant(maker, 1)), int(_constant(maker, 2))
-    high = scale * LARGEST
-    least = -high if low is None else min(max(low, -high), 0.0)
-    if abs((_CODES - zero) * step - high) <= _ENDS * step and -zero * step <= least + _ENDS * step and step <= scale * _FINER:
-        return ""
-    return f"reach from {-zero * step:.4g} to {(_CODES - zero) * step:.4g}; calibration gave {least:.4g} to {high:.4g}"
+        return "", 0.0, 0
+    codes = maker.outputs[0] if maker.op_type == "QuantizeLinear" else maker.inputs[0]
+    return _name(codes), float(_constant(maker, 1)), int(_constant(maker, 2))
 
 
 def restore_biases(model: ir.Model) -> None:
@@ -113,18 +98,15 @@ class _Rewrite:
         self._taken = {*values, *graph.initializers, *(value.name for value in graph.inputs), *(node.name for node in graph)}
         self._zeros: dict[int, ir.Value] = {}
 
-    def constants(self, codes: ir.Value, scale: float, zero: int) -> tuple[ir.Value, ir.Value]:
-        """The scale and the zero point as initializers."""
+    def set_parameters(self, codes: ir.Value, scale: float, zero: int) -> None:
         if zero not in self._zeros:
             self._zeros[zero] = self._initializer(f"uint8_zero_point_{zero}", np.array(zero, dtype=np.uint8))
-        return self._initializer(f"{codes.name}_scale", np.array(scale, dtype=np.float32)), self._zeros[zero]
-
-    def set_parameters(self, codes: ir.Value, scale: ir.Value, zero: ir.Value) -> None:
+        step = self._initializer(f"{codes.name}_scale", np.array(scale, dtype=np.float32))
         codes.type = ir.TensorType(ir.DataType.UINT8)
         for node in (codes.producer(), *(reader for reader, _ in codes.uses())):
             if node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                node.replace_input_with(1, scale)
-                node.replace_input_with(2, zero)
+                node.replace_input_with(1, step)
+                node.replace_input_with(2, self._zeros[zero])
 
     def store_bias(self, node: ir.Node) -> None:
         """Store the bias of a quantized layer in steps of the product of the scales of its input and its weight."""
@@ -134,7 +116,9 @@ class _Rewrite:
             return
         of_input, of_weight = (_constant(each, 1) for each in pairs if each is not None)
         scale = np.asarray(of_input * of_weight, dtype=np.float32)
-        codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+        steps = np.rint(bias.astype(np.float64) / scale)
+        assert np.abs(steps).max(initial=0.0) <= np.iinfo(np.int32).max, "the scales of weights have a lower bound"
+        codes = steps.astype(np.int32)
         old = node.inputs[_BIAS]
         name = _name(old)
         operands = [self._initializer(f"{name}_int32", codes), self._initializer(f"{name}_scale", scale)]
@@ -175,24 +159,6 @@ def _bias(node: ir.Node) -> np.ndarray | None:
         return None
     bias = value.const_value.numpy()
     return bias.reshape(-1) if bias.ndim and bias.size == bias.shape[-1] else None
-
-
-def _floor(layer: ir.Node) -> float:
-    """The smallest scale of the input of a layer at which its bias fits."""
-    bias = _bias(layer)
-    weight = layer.inputs[1].producer() if bias is not None and layer.inputs[1] is not None else None
-    if bias is None or weight is None or weight.op_type != "DequantizeLinear":
-        return 0.0
-    return float((np.abs(bias.astype(np.float64)) / (_constant(weight, 1).astype(np.float64) * BIAS_CODES)).max(initial=0.0))
-
-
-def _readers(codes: ir.Value) -> Iterable[ir.Node]:
-    """The nodes that read what is made of `codes`."""
-    for node, _ in codes.uses():
-        if node.op_type == "Concat":
-            yield from _readers(node.outputs[0])
-        else:
-            yield from (reader for value in node.outputs for reader, _ in value.uses())
 
 
 def _joined(codes: ir.Value) -> list[ir.Value]:
