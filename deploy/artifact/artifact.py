@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.artifact.manifest import (
+    CPU_ONNX,
     ENGINE,
     FORMAT,
     MANIFEST,
@@ -71,6 +72,11 @@ class Artifact:
         return self.path / (self.bare or ONNX)
 
     @property
+    def cpu_path(self) -> Path | None:
+        """The form of the graph for ONNX Runtime on processors with VNNI; None where there is none."""
+        return self.path / CPU_ONNX if CPU_ONNX in self.manifest.files and self.bare is None else None
+
+    @property
     def payload(self) -> Path:
         compiled = {"engine": ENGINE, "package": PACKAGE}.get(self.manifest.kind)
         return self.path / compiled if compiled else self.onnx_path
@@ -98,8 +104,10 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """The size in bytes of the engine or package, or of the ONNX file with its external data; without the weights for rebuilding."""
+        """The size in bytes of the engine or package, or of the ONNX file with its external data; without the weights for rebuilding and
+        the CPU form."""
         others = {WEIGHTS, *(function.file for function in self.manifest.functions)}
+        others |= {name for name in self.manifest.files if name.startswith(CPU_ONNX) and self.bare is None}
         compiled = self.manifest.kind != "onnx"
         names = [self.payload.name] if compiled else [name for name in self.manifest.files if name not in others]
         return sum(self.manifest.files[name].bytes for name in names)

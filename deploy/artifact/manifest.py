@@ -20,6 +20,8 @@ from deploy.evidence.parity import Parity
 FORMAT = 1
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
+CPU_ONNX = "model.cpu.onnx"
+"""The form of an INT8 graph that ONNX Runtime runs on processors with VNNI; in artifacts made by `quantize` alone."""
 DATA = ".data"
 """What is added to the name of an ONNX file for the file beside it with its large weights."""
 WEIGHTS = "weights.safetensors"
@@ -187,9 +189,17 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layers: list[LayerNoise]
 
 
+class CpuEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The evidence about `CPU_ONNX`: its parity with the FP32 artifact, or why the file is not there."""
+
+    parity: Parity | None = None
+    left_out: str | None = None
+
+
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Accuracy in per cent on labelled images, and that of the FP32 artifact it was made from on the same ones.
 
+    backend, file: what was measured: the backend, and the ONNX file that it ran where an artifact has several.
     top1_low, top1_high: the 95 % interval of top-1: see `evaluation.gate.wilson`.
     expected_top1: of an export, what training reported, where that was given.
     parent_..., top1_drop: None for an export, which has no parent.
@@ -200,6 +210,7 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top1: float
     top5: float
     backend: str
+    file: str | None = None
     top1_low: float | None = None
     top1_high: float | None = None
     expected_top1: float | None = None
@@ -216,6 +227,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     preprocess: how an image becomes the input `image`, which is None where there is one input alone.
     other_images: how images become further inputs, by name.
     parity: of the ONNX file with the parent's, or of a package with the eager module. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
+    accuracy: the worst where several backends were judged; all are in `accuracies` then.
+    cpu_form: of an INT8 artifact for which it was asked.
     """
 
     format: int
@@ -243,6 +256,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     engine_parity: Parity | None = None
     image: str | None = None
     other_images: dict[str, Preprocess] = {}
+    accuracies: list[Accuracy] = []
+    cpu_form: CpuEvidence | None = None
     digest: str = ""
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import COMPUTE_PRECISIONS, Accuracy, Calibration, Manifest, PackageTarget, PrecisionShare
+from deploy.artifact.manifest import COMPUTE_PRECISIONS, CPU_ONNX, Accuracy, Calibration, Manifest, PackageTarget, PrecisionShare
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
@@ -39,6 +39,7 @@ def summary(artifact: Artifact) -> str:
         else:
             lines.append(_row("parity", parity_text(manifest.parity)))
             lines += [_row("", text) for text in backends_text(manifest.parity)]
+            lines += [_row("CPU form", text) for text in cpu_form_text(manifest)]
     elif manifest.parent is None and manifest.source.factory is None:
         lines.append(_row("parity", "none: the bare ONNX file as it was"))
     if manifest.precision == "fp16" and manifest.parent and manifest.parity and _made_up(manifest.parity):
@@ -47,8 +48,7 @@ def summary(artifact: Artifact) -> str:
         lines.append(_row("engine", parity_text(manifest.engine_parity, "the typed ONNX file")))
     if manifest.calibration:
         lines += calibration_text(manifest.calibration)
-    if manifest.accuracy:
-        lines.append(_row("accuracy", accuracy_text(manifest.accuracy)))
+    lines += [_row("accuracy" * (not index), text) for index, text in enumerate(accuracies_text(manifest))]
     if manifest.precision_share is not None:
         lines.append(_row("computes", share_text(manifest.precision_share)))
         for kind, shares in (("layers", manifest.precision_share.layers), ("GPU time", manifest.precision_share.time)):
@@ -79,12 +79,12 @@ def evidence(manifest: Manifest) -> list[str]:
     if manifest.parity:
         lines.append(f"parity: {parity_text(manifest.parity)}")
         lines += [f"parity: {text}" for text in backends_text(manifest.parity)]
+    lines += [f"CPU form: {text}" for text in cpu_form_text(manifest)]
     if manifest.engine_parity:
         lines.append(f"engine: {parity_text(manifest.engine_parity, 'the typed ONNX file')}")
     if manifest.calibration:
         lines.append(" ".join(calibration_text(manifest.calibration)[0].split()))
-    if manifest.accuracy:
-        lines.append(f"accuracy: {accuracy_text(manifest.accuracy)}")
+    lines += [f"accuracy: {text}" for text in accuracies_text(manifest)]
     if manifest.precision_share:
         lines.append(f"computes: {share_text(manifest.precision_share)}")
     if manifest.exclusions:
@@ -130,6 +130,21 @@ def backends_text(parity: Parity) -> list[str]:
         names = ", ".join(parity.constant)
         lines.append(f"proves nothing of {names}: the same number everywhere, in what it was made from too")
     return lines
+
+
+def cpu_form_text(manifest: Manifest) -> list[str]:
+    """The parity of the file that ONNX Runtime runs on processors with VNNI, or why there is none; no line where none was asked for."""
+    form = manifest.cpu_form
+    if form is None:
+        return []
+    if form.parity is None:
+        return [f"{CPU_ONNX} left out: {form.left_out}"]
+    return [f"{CPU_ONNX}: {parity_text(form.parity)}; ONNX Runtime runs it where the processor has VNNI"]
+
+
+def accuracies_text(manifest: Manifest) -> list[str]:
+    """The accuracy on every backend that was judged, the worst first."""
+    return [accuracy_text(each) for each in manifest.accuracies or filter(None, [manifest.accuracy])]
 
 
 def share_text(share: PrecisionShare) -> str:
@@ -184,14 +199,15 @@ def preprocess_text(preprocess: Preprocess) -> str:
 
 def accuracy_text(accuracy: Accuracy) -> str:
     """Accuracy, and what is known beside it: that of FP32 with the interval of the difference, or what training reported."""
+    where = accuracy.backend + (f", {accuracy.file}" if accuracy.file else "")
     text = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {count_of(accuracy.images, 'image')}"
     if accuracy.top1_drop is not None:
         return (
             f"{text}; FP32 {accuracy.parent_top1:.2f} %, {accuracy.parent_top5:.2f} %: {drop_text(accuracy.top1_drop)} (95 % interval"
-            f" of the loss {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {accuracy.backend})"
+            f" of the loss {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {where})"
         )
     reported = "" if accuracy.expected_top1 is None else f"; training reported {accuracy.expected_top1:.2f} %"
-    return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {accuracy.backend})"
+    return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {where})"
 
 
 def drop_text(points: float) -> str:

@@ -14,6 +14,7 @@ from deploy.bench.workers import Workers
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency, paired_ratio
 from deploy.host.nvidia_smi import gpu_watched
+from deploy.runtime.catalog import recorded_accuracy
 from deploy.runtime.profiling import DeviceTimes
 
 ROUNDS = 15
@@ -137,7 +138,7 @@ def _row(
     samples_ms = [value * 1e3 for value in chain.from_iterable(series)]
     times = latency(samples_ms)
     speed = paired_ratio(baseline, series)
-    accuracy = candidate.artifact.manifest.accuracy
+    accuracy = recorded_accuracy(candidate.artifact, candidate.backend)
     return BenchRow(
         **candidate.named,
         batch=batch,

@@ -20,9 +20,8 @@ from deploy.precision.int8.options import QuantizeOptions
 _ENGINE_ONLY = (
     "allow_slower",
     "cache",
-    "eval_folder",
-    "max_drop",
     "refit_from",
+    *option_names(GateOptions),
     *option_names(BuildOptions),
     *option_names(ToleranceOptions),
 )

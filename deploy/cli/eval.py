@@ -52,8 +52,9 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
     if as_json:
         click.echo(json.dumps({**result.to_json(), "failed": failures.to_json()}, indent=2, ensure_ascii=False))
     else:
+        where = f"{result.backend} ({result.file})" if artifact.cpu_path else result.backend
         click.echo(
-            f"{artifact.shown} on {result.backend}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, {count_of(result.images, 'image')},"
+            f"{artifact.shown} on {where}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, {count_of(result.images, 'image')},"
             f" {result.images_per_s:.0f} images/s with decoding"
         )
     failures.end()

@@ -10,19 +10,19 @@ from deploy.cli.common import debug_option, fp32, open_or_newest, output_option,
 from deploy.cli.options import options
 from deploy.errors import UsageError
 from deploy.evidence.options import ToleranceOptions
-from deploy.pipeline.quantize import CalibrationOptions, GateOptions, quantize
+from deploy.pipeline.quantize import CalibrationOptions, CpuFormOptions, GateOptions, quantize
 from deploy.precision.int8.options import QuantizeOptions
 
 
 @click.command("quantize")
 @click.argument("artifact", required=False)
-@options(CalibrationOptions, QuantizeOptions, GateOptions, ToleranceOptions)
+@options(CalibrationOptions, QuantizeOptions, CpuFormOptions, GateOptions, ToleranceOptions)
 @output_option("build/<name>-int8")
 @debug_option
 def command(artifact: str | None, calib: Path | None, out: Path | None, **given: Any) -> None:
     """Turn an FP32 ONNX artifact (the newest under build/ by default) into INT8 with Q/DQ pairs.
 
-    The same file runs on TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO.
+    The same file runs on TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO; a second one is for ONNX Runtime on processors with VNNI.
     """
     if calib is None:
         raise UsageError("say which images to calibrate on: --calib IMAGEFOLDER")

@@ -34,6 +34,7 @@ class Evaluation:
     k: 5, or the number of classes if there are fewer, which makes `top5` 100 by definition.
     images_per_s: of the whole pipeline from the files (reading, decoding, preprocessing) to the logits, after one batch of
         warm-up. `deploy bench` measures the model alone.
+    file: the name of the file that was run.
     ranks: (images,) the number of classes before the right one for every image, in the order of the folder.
     """
 
@@ -43,6 +44,7 @@ class Evaluation:
     images: int
     images_per_s: float
     backend: str
+    file: str
     ranks: np.ndarray = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -129,6 +131,7 @@ def _measure(
             images=done,
             images_per_s=done / seconds,
             backend=session.backend,
+            file=session.onnx_file.name if artifact.manifest.kind == "onnx" else artifact.payload.name,
             ranks=rank,
         )
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
-from deploy.errors import AccuracyError, UsageError
+from deploy.errors import AccuracyError, BackendError, UsageError
 from deploy.evaluation.evaluate import Evaluation, check_evaluation, evaluate
 from deploy.evaluation.labelled import files_request
 from deploy.progress import Progress
+from deploy.runtime.catalog import AUTO, CPU_FORMS, onnx_file
 from deploy.words import count_of
 
 logger = logging.getLogger(__name__)
@@ -27,10 +29,12 @@ class Gate:
     """The images and the limit of an accuracy gate.
 
     folder: an ImageFolder to evaluate on. max_drop: how many points of top-1 accuracy may be lost on it.
+    backend: where it is judged; None: on every backend of the CPU that is installed, and the worst counts.
     """
 
     folder: Path
     max_drop: float = 1.0
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
@@ -41,8 +45,8 @@ class Gate:
         check_evaluation(artifact, self.folder)
 
     def request(self, artifact: Artifact) -> dict[str, Any]:
-        """All that the verdict on `artifact` depends on: the path, size and modification time of the files, and the limit."""
-        return {"images": files_request(artifact, self.folder), "max_drop": self.max_drop}
+        """All that the verdict on `artifact` depends on: the path, size and modification time of the files, the limit, and where."""
+        return {"images": files_request(artifact, self.folder), "max_drop": self.max_drop, "backend": self.backend}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,25 +110,73 @@ def _accuracy(found: Evaluation, **others: Any) -> Accuracy:
     )
 
 
-def check_accuracy(before: Artifact, after: Artifact, gate: Gate, hint: str, progress: Progress) -> Accuracy:
-    """Evaluate both artifacts on the same images. Raises AccuracyError, which ends with `hint`, if too much is lost."""
-    first = evaluate(before, gate.folder, progress=progress)
-    second = evaluate(after, gate.folder, progress=progress)
-    drop, low, high = paired_drop(first.ranks == 0, second.ranks == 0)
-    accuracy = _accuracy(
-        second,
-        parent_top1=first.top1,
-        parent_top5=first.top5,
-        top1_drop=drop,
-        top1_drop_low=low,
-        top1_drop_high=high,
-    )
-    if drop > gate.max_drop:
-        raise AccuracyError(
-            f"{before.shown} loses {drop:.2f} points of top-1 accuracy on {gate.folder} ({first.top1:.2f} % to {second.top1:.2f} %,"
-            f" 95 % interval {low:.2f} to {high:.2f}); at most {gate.max_drop:g} are allowed. Nothing was written;\n{hint}"
+class Reference:
+    """The accuracy of the artifact that others are made from, on the images of a gate; measured once."""
+
+    def __init__(self, artifact: Artifact, gate: Gate, progress: Progress) -> None:
+        self._artifact = artifact
+        self._gate = gate
+        self._progress = progress
+        self._found = evaluate(artifact, gate.folder, backend=gate.backend or "auto", progress=progress)
+
+    def check(self, after: Artifact, hint: str) -> list[Accuracy]:
+        """The accuracy of `after` on the backend of the gate, or on every backend of the CPU that can run it, the worst first.
+
+        Raises AccuracyError, which ends with `hint`, if too much is lost on one, and BackendError if none runs it.
+        """
+        found = worst_first(self._on_backends(after))
+        if lost := self._too_much(found[0]):
+            raise AccuracyError(f"{self._artifact.shown} {lost}. Nothing was written;\n{hint}")
+        return found
+
+    def check_cpu_form(self, after: Artifact) -> Accuracy:
+        """The accuracy of the CPU form of `after`. Raises AccuracyError if too much is lost, or no backend runs it here."""
+        if onnx_file(after, CPU_FORMS) != after.cpu_path:
+            raise AccuracyError("its accuracy cannot be judged here: this processor has no VNNI")
+        found = self._compared(after, CPU_FORMS)
+        if lost := self._too_much(found):
+            raise AccuracyError(f"it {lost}")
+        return found
+
+    def _too_much(self, found: Accuracy) -> str:
+        assert found.top1_drop is not None
+        if found.top1_drop <= self._gate.max_drop:
+            return ""
+        return (
+            f"loses {found.top1_drop:.2f} points of top-1 accuracy on {self._gate.folder} ({found.parent_top1:.2f} % to"
+            f" {found.top1:.2f} % on {found.backend}, 95 % interval {found.top1_drop_low:.2f} to {found.top1_drop_high:.2f}); at"
+            f" most {self._gate.max_drop:g} are allowed"
         )
-    return accuracy
+
+    def _on_backends(self, after: Artifact) -> list[Accuracy]:
+        if self._gate.backend is not None:
+            return [self._compared(after, self._gate.backend)]
+        found, reasons = [], []
+        for name in AUTO:
+            try:
+                found.append(self._compared(after, name))
+            except BackendError as error:  # not installed, or it does not run this file
+                reasons.append(f"{name}: {error}")
+        if not found:
+            raise BackendError(f"no backend can run {after.manifest.name} here: {'; '.join(reasons)}")
+        return found
+
+    def _compared(self, after: Artifact, backend: str) -> Accuracy:
+        first, second = self._found, evaluate(after, self._gate.folder, backend=backend, progress=self._progress)
+        drop, low, high = paired_drop(first.ranks == 0, second.ranks == 0)
+        return _accuracy(
+            second,
+            file=second.file if after.cpu_path is not None else None,
+            parent_top1=first.top1,
+            parent_top5=first.top5,
+            top1_drop=drop,
+            top1_drop_low=low,
+            top1_drop_high=high,
+        )
+
+
+def worst_first(accuracies: Iterable[Accuracy]) -> list[Accuracy]:
+    return sorted(accuracies, key=lambda each: -(each.top1_drop or 0.0))
 
 
 def paired_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:

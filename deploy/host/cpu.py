@@ -1,5 +1,6 @@
 """The processor: its name, how much of it this process may use, and what must not run on it."""
 
+import functools
 import os
 import platform
 import re
@@ -9,6 +10,12 @@ CRASHES_ON_HALF = "MatmulTransposeFusion"
 """The optimizer of ONNX Runtime that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are
 FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
 need it."""
+
+QUANTIZES_WEIGHTS = "WeightBiasQuantization"
+"""The optimizer of ONNX Runtime that quantizes the weight of a layer between a DequantizeLinear and a QuantizeLinear: those that were
+left in floating point on purpose too."""
+
+_VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 
 
 def cpu_model() -> str:
@@ -36,6 +43,20 @@ def instruction_sets() -> list[str]:
         return []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return sorted({flag for flag in flags if _COMPILED.match(flag)})
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor multiplies unsigned by signed bytes and adds up in 32 bits (VNNI of x86), as the kernel reports it.
+
+    Without, such products are added in 16 bits first, where they overflow.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not _VNNI.isdisjoint(flags)
 
 
 def usable_cores() -> int:

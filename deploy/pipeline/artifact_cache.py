@@ -107,9 +107,13 @@ def _key(source: Artifact, request: Mapping[str, Any]) -> str:
 def _addressed(kept: Manifest, source: Artifact, out: Path, stage: Stage) -> Manifest:
     """The manifest of a kept artifact as that of one made now from `source`, whose ONNX file is the same."""
     own = source.manifest
-    parity, accuracy = own.parity, own.accuracy
+    parity, form = own.parity, own.cpu_form
+    accuracy, accuracies = own.accuracy, own.accuracies
     if kept.parity is not None and kept.parent is not None and kept.parity.against == kept.parent.digest:  # it was converted
-        parity, accuracy = dataclasses.replace(kept.parity, against=own.digest), kept.accuracy
+        parity, form = dataclasses.replace(kept.parity, against=own.digest), kept.cpu_form
+        accuracy, accuracies = kept.accuracy, kept.accuracies
+        if form is not None and form.parity is not None:
+            form = msgspec.structs.replace(form, parity=dataclasses.replace(form.parity, against=own.digest))
     return msgspec.structs.replace(
         kept,
         name=out.resolve().name,
@@ -118,5 +122,7 @@ def _addressed(kept: Manifest, source: Artifact, out: Path, stage: Stage) -> Man
         classes=own.classes,
         parity=parity,
         accuracy=accuracy,
+        accuracies=accuracies,
+        cpu_form=form,
         stage=stage,
     )

@@ -23,7 +23,7 @@ from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import Flavour, load_flavour
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, UsageError
-from deploy.evaluation.gate import Gate, check_accuracy
+from deploy.evaluation.gate import Gate, Reference
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
@@ -107,6 +107,7 @@ def build_trt(
     images: int | None = None,
     eval_folder: PathLike | None = None,
     max_drop: float | None = None,
+    backend: str | None = None,
     quantization: QuantizeOptions | None = None,
     flavour: str = "auto",
     shapes: Sequence[str] = (),
@@ -130,14 +131,14 @@ def build_trt(
 ) -> Artifact:
     """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
 
-    `int8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop` and the
-    options in `quantization`. What the others mean: `BuildTrtOptions` and `deploy.engine.options.BuildOptions`. Raises a
+    `int8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop`,
+    `backend` and the options in `quantization`. What the others mean: `BuildTrtOptions` and `deploy.engine.options.BuildOptions`. Raises a
     DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     source = open_source(artifact)
-    if not int8 and (eval_folder is not None or max_drop is not None):
-        raise UsageError("`eval_folder` and `max_drop` need `int8`")
+    if not int8 and (eval_folder is not None or max_drop is not None or backend is not None):
+        raise UsageError("`eval_folder`, `max_drop` and `backend` need `int8`")
     options = _options(given)
     calibration = _calibration(source, int8, calib, images)
     suffixes = ["int8"] * int8 + ([precision] if precision else []) + ["trt"]
@@ -297,8 +298,8 @@ class _BuildTrt:
         if self._gate is not None:
             assert self._reference is not None
             described = writer.describe(made)
-            accuracy = check_accuracy(self._reference, described, self._gate, hint(made.calibration), progress)
-            made = msgspec.structs.replace(made, accuracy=accuracy)
+            accuracies = Reference(self._reference, self._gate, progress).check(described, hint(made.calibration))
+            made = msgspec.structs.replace(made, accuracy=accuracies[0], accuracies=accuracies)
         if self._stripped is not None:
             built = refitted(self._stripped, path, self._flavour, self._source.shown)
         else:

@@ -14,7 +14,7 @@ from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import calibration_feeds
 from deploy.errors import UsageError
-from deploy.evaluation.gate import Gate, check_accuracy
+from deploy.evaluation.gate import Gate, Reference
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import collect, option
@@ -22,6 +22,7 @@ from deploy.pipeline.artifact_cache import INT8_CACHE
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
 from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
+from deploy.runtime.catalog import split_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,13 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuFormOptions:
+    """Whether to write the form of the graph that ONNX Runtime runs on processors with VNNI."""
+
+    cpu_form: bool = option(True, "Leave out model.cpu.onnx, which ONNX Runtime runs on processors with VNNI.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateOptions:
     """The accuracy gate: top-1 accuracy before and after, on labelled images."""
 
@@ -42,15 +50,27 @@ class GateOptions:
     max_drop: float | None = option(
         None, "Points of top-1 accuracy that may be lost on the images of --eval.", metavar="POINTS", default="1"
     )
+    backend: str | None = option(
+        None,
+        "Where accuracy is judged.",
+        metavar="B",
+        default="every backend of the CPU that is installed, and the worst counts",
+    )
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and self.eval_folder is None:
-            raise UsageError("`max_drop` needs `eval_folder`, the images that accuracy is measured on")
+        for name, value in (("max_drop", self.max_drop), ("backend", self.backend)):
+            if value is not None and self.eval_folder is None:
+                raise UsageError(f"`{name}` needs `eval_folder`, the images that accuracy is measured on")
+        if self.backend is not None:
+            named, _ = split_backend(self.backend)
+            if named.runs != "onnx" or not named.computes:
+                raise UsageError(f"accuracy cannot be judged on {self.backend}: name a backend that runs ONNX files")
 
     def gate(self) -> Gate | None:
         if self.eval_folder is None:
             return None
-        return Gate(folder=self.eval_folder, max_drop=1.0 if self.max_drop is None else self.max_drop)
+        drop = 1.0 if self.max_drop is None else self.max_drop
+        return Gate(folder=self.eval_folder, max_drop=drop, backend=self.backend)
 
 
 def quantize(
@@ -68,8 +88,10 @@ def quantize(
     bias_correction: bool = True,
     equalize: bool | None = None,
     fp16: bool = False,
+    cpu_form: bool = True,
     eval_folder: PathLike | None = None,
     max_drop: float | None = None,
+    backend: str | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     min_cosine: float | None = None,
@@ -80,9 +102,10 @@ def quantize(
     """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
 
     `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
-    (`build/<name>-int8-fp16`). What the other options mean: `QuantizeOptions`. With `eval_folder`, an ImageFolder, accuracy
-    is compared before and after, and more than `max_drop` points (default 1) of top-1 lost is an AccuracyError. The limits of
-    parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost then.
+    (`build/<name>-int8-fp16`). `cpu_form`: also write `model.cpu.onnx`, which ONNX Runtime runs on processors with VNNI; where it
+    is too far off it is left out, and the manifest says why. What the other options mean: `QuantizeOptions`. With `eval_folder`,
+    an ImageFolder, accuracy is compared before and after on `backend`, or on every backend of the CPU that is installed, and more
+    than `max_drop` points (default 1) of top-1 lost is an AccuracyError. The limits of parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     tolerance = collect(ToleranceOptions, given).tolerance("int8")
@@ -92,7 +115,8 @@ def quantize(
     check_fp32(source)
     data = calibration_set(source, calib, images)
     suffixes = ["int8", "fp16"] if fp16 else ["int8"]
-    return quantize_artifact(source, default_out(out, source, *suffixes), data, options, gate, tolerance, progress)
+    target = default_out(out, source, *suffixes)
+    return quantize_artifact(source, target, data, options, gate, tolerance, progress, cpu_form=cpu_form)
 
 
 def quantize_artifact(
@@ -103,6 +127,8 @@ def quantize_artifact(
     gate: Gate | None = None,
     tolerance: Tolerance = TOLERANCES["int8"],
     progress: Progress = silent,
+    *,
+    cpu_form: bool = True,
 ) -> Artifact:
     """Write `artifact` in INT8 to `out`, unless it is there already.
 
@@ -111,7 +137,7 @@ def quantize_artifact(
     PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, AccuracyError
     (nothing is written), DataError, BackendError (ONNX Runtime is not installed) and OutputError.
     """
-    return run_stage(_Quantize(artifact, data, options, tolerance, gate, progress), out, artifact)
+    return run_stage(_Quantize(artifact, data, options, tolerance, gate, progress, cpu_form=cpu_form), out, artifact)
 
 
 class _Quantize:
@@ -125,6 +151,8 @@ class _Quantize:
         tolerance: Tolerance,
         gate: Gate | None,
         progress: Progress,
+        *,
+        cpu_form: bool,
     ) -> None:
         self._source = source
         self._data = data
@@ -132,6 +160,7 @@ class _Quantize:
         self._tolerance = tolerance
         self._gate = gate
         self._progress = progress
+        self._cpu_form = cpu_form
         self._request: dict[str, Any] | None = None
 
     def request(self) -> dict[str, Any] | None:
@@ -143,7 +172,8 @@ class _Quantize:
         if request is None:
             return None
         tolerance = msgspec.to_builtins(self._tolerance)
-        whole = {**request, "tolerance": tolerance, "gate": self._gate.request(self._source) if self._gate else None}
+        gate = self._gate.request(self._source) if self._gate else None
+        whole = {**request, "tolerance": tolerance, "gate": gate, "cpu_form": self._cpu_form}
         self._request = {name: value for name, value in whole.items() if name != "parent"}  # known by its content instead
         return whole
 
@@ -157,11 +187,12 @@ class _Quantize:
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.pipeline.written import check_unrounded, prove, source_cases  # these load onnx and ONNX Runtime
+        from deploy.pipeline.cpu_form import with_cpu_form  # these load onnx and ONNX Runtime
+        from deploy.pipeline.written import check_unrounded, prove, source_cases
         from deploy.precision.int8.quantize import hint, quantize_onnx
 
         source, progress = self._source, self._progress
-        quantized = quantize_onnx(source, self._data, self._options, progress)
+        quantized = quantize_onnx(source, self._data, self._options, progress, cpu=self._cpu_form)
         quantized.save(writer.path / ONNX)
         manifest = descendant(
             source,
@@ -173,22 +204,27 @@ class _Quantize:
             exclusions=quantized.exclusions,
         )
         feeds = calibration_feeds(source, self._data, quantized.feeds, quantized.expected)
-        stored = quantized.stored
+        stored, form = quantized.stored, quantized.cpu
         del quantized  # its weights are as large as the file
         written, cases = writer.describe(manifest), source_cases(source, feeds)
         check_unrounded(written, stored, cases, progress)
         del stored
+        remedy = hint(manifest.calibration)
         parity = prove(
             written,
             cases,
             self._tolerance,
             against=source.manifest.digest,
             emulated=self._options.fp16,
-            remedy=hint(manifest.calibration),
+            remedy=remedy,
             progress=progress,
         )
         manifest = msgspec.structs.replace(manifest, parity=parity)
-        if self._gate is None:
-            return manifest
-        accuracy = check_accuracy(source, writer.describe(manifest), self._gate, hint(manifest.calibration), progress)
-        return msgspec.structs.replace(manifest, accuracy=accuracy)
+        reference = None
+        if self._gate is not None:
+            reference = Reference(source, self._gate, progress)
+            accuracies = reference.check(writer.describe(manifest), remedy)
+            manifest = msgspec.structs.replace(manifest, accuracy=accuracies[0], accuracies=accuracies)
+        if form is not None:
+            manifest = with_cpu_form(writer, manifest, form, cases, self._tolerance, source, reference, progress)
+        return manifest

@@ -62,6 +62,8 @@ def descendant(source: Artifact, out: Path, stage: Stage, **changes: Any) -> Man
         "parent": parent_record(source, out),
         "files": {},
         "accuracy": None,
+        "accuracies": [],
+        "cpu_form": None,
         "tools": tool_versions(),
         "stage": stage,
     }

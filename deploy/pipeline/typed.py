@@ -77,7 +77,7 @@ def typed_graph(
     progress: Progress,
 ) -> Typed:
     """Quantize `source` or convert it, on `data`, where it is in FP32 and that is asked for; else take it as it is."""
-    manifest = msgspec.structs.replace(source.manifest, files={})
+    manifest = _of_signed(source.manifest)
     if quantize is not None and manifest.precision == "fp32":
         assert data is not None
         quantized = quantize_onnx(source, data, quantize, progress)
@@ -86,6 +86,7 @@ def typed_graph(
             precision="int8",
             parity=None,
             accuracy=None,
+            accuracies=[],
             calibration=quantized.calibration,
             exclusions=quantized.exclusions,
         )
@@ -107,8 +108,17 @@ def typed_graph(
             outputs=converted.outputs,
             parity=None,
             accuracy=None,
+            accuracies=[],
             exclusions=converted.exclusions,
         )
         feeds = parity_feeds(source, data, convert.profile)
         return Typed(source=source, made=converted, manifest=changed, feeds=feeds, emulated=True, remedy=converted.remedy)
     return Typed(source=source, made=None, manifest=manifest, feeds=[])
+
+
+def _of_signed(manifest: Manifest) -> Manifest:
+    """The manifest without files, and without what it says of the CPU form."""
+    signed = [each for each in manifest.accuracies if each.file is None]
+    return msgspec.structs.replace(
+        manifest, files={}, cpu_form=None, accuracies=signed, accuracy=signed[0] if signed else manifest.accuracy
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Manifest
 from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count, size_of_batch
 from deploy.data.evidence_feeds import NamedFeed
@@ -19,7 +20,7 @@ from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.int8.stored import Stored
 from deploy.progress import Progress
-from deploy.runtime.catalog import AUTO, BACKENDS
+from deploy.runtime.catalog import AUTO, BACKENDS, CPU_FORMS, onnx_file
 from deploy.runtime.load import import_backend, open_session
 from deploy.runtime.session import SessionOptions
 
@@ -128,6 +129,27 @@ def prove(
     )
 
 
+def prove_cpu_form(written: Artifact, cases: Sequence[Case], tolerance: Tolerance, *, against: str, progress: Progress) -> Parity:
+    """The parity of the CPU form of `written` on ONNX Runtime, in a session of the backend where that takes the file here.
+
+    Raises ParityError where it is beyond the tolerance.
+    """
+    progress("comparing the CPU form")
+    assert written.cpu_path is not None
+    if onnx_file(written, CPU_FORMS) == written.cpu_path:
+        with open_session(written, CPU_FORMS, SessionOptions(device="cpu")) as session:
+            by = f"onnxruntime {ONNXRUNTIME_VERSION}"
+            found = judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=CPU_FORMS)
+    else:
+        by = f"onnxruntime {ONNXRUNTIME_VERSION} without VNNI, in 32 bits"
+        found = judged(CpuGraph.read(written.cpu_path, cpu_form=True), by, written.manifest.inputs, cases, tolerance)
+    release(written.size)
+    if found.wrong is not None:
+        raise ParityError(f"on {by}: {found.wrong}")
+    constant = constant_outputs([case.expected for case in cases])
+    return Parity(against=against, by=by, tolerance=tolerance, cases=found.cases, constant=constant)
+
+
 def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], progress: Progress) -> None:
     """Compare the written INT8 file, with what it rounds undone, with its source.
 
@@ -146,13 +168,24 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
         )
 
 
+def check_cpu_form(unrounded: ir.Model, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> None:
+    """Compare the CPU form, with what it rounds undone but for its biases, with the source.
+
+    Raises ParityError beyond the tolerance of FP16: steps of a bias are far below those of activations.
+    """
+    progress("comparing the CPU form without its rounding")
+    found = judged(CpuGraph(unrounded), "", manifest.inputs, cases, TOLERANCES["fp16"])
+    if found.wrong is not None:
+        raise ParityError(f"it computes something else than its source, INT8 aside: {found.wrong}")
+
+
 def copied(feed: Feed) -> Feed:
     """The same numbers in memory of their own: what runs on a feed may write to it."""
     return {name: array.copy() for name, array in feed.items()}
 
 
 def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance, progress: Progress) -> list[BackendParity]:
-    """Each backend that `auto` may take and that can open the file, the default one first."""
+    """Each backend that `auto` may take and that can open the file, ONNX Runtime first."""
     found: list[BackendParity] = []
     for name in AUTO:
         progress(f"comparing on {name}")

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
 from deploy.errors import PrecisionError
-from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
 from deploy.host.extras import missing
 from deploy.precision.graph import first_line, unknown_nodes
 
@@ -60,15 +60,22 @@ class CpuGraph:
         proto, self._weights = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        self._session = _open(proto.SerializeToString(), options, lambda: model, half=_holds_half(model))
+        disabled = [CRASHES_ON_HALF] if _holds_half(model) else []
+        self._session = _open(proto.SerializeToString(), options, lambda: model, disabled)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
-    def read(cls, path: Path) -> "CpuGraph":
-        """The graph of an ONNX file as it is written, which may compute in half precision."""
+    def read(cls, path: Path, *, cpu_form: bool = False) -> "CpuGraph":
+        """The graph of an ONNX file as it is written, which may compute in half precision.
+
+        cpu_form: of an INT8 graph; products of unsigned and signed bytes are added in 32 bits on a processor without VNNI too.
+        """
         graph = cls.__new__(cls)
         graph._weights = {}
-        graph._session = _open(str(path), _session_options(1), lambda: ir.load(path), half=True)
+        options = _session_options(1)
+        if cpu_form:
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        graph._session = _open(str(path), options, lambda: ir.load(path), [QUANTIZES_WEIGHTS if cpu_form else CRASHES_ON_HALF])
         graph._outputs = [output.name for output in graph._session.get_outputs()]
         return graph
 
@@ -99,12 +106,10 @@ def _holds_half(model: ir.Model) -> bool:
     return any(value.dtype in _HALVES for value in (*values, *made)) or any(to in _HALVES for to in casts)
 
 
-def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model], *, half: bool) -> Any:
+def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model], disabled: Sequence[str]) -> Any:
     """A session on serialized bytes or a file; `model` is looked into for what an error is about."""
     try:
-        return onnxruntime.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES_ON_HALF] if half else []
-        )
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's errors have no common base
         for node in unknown_nodes(model()):
             if f"{node.domain}:{node.op_type}(" in str(error):

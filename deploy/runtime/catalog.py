@@ -6,11 +6,13 @@ A new backend is a file in `deploy/runtime/backends` and a line in `BACKENDS`.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import FLAVOURS
+from deploy.artifact.manifest import FLAVOURS, ONNX, Accuracy
 from deploy.errors import BackendError, UsageError
+from deploy.host.cpu import has_vnni
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ _COMPILE = (("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), (
 _ONNXRUNTIME = ("cuda", "tensorrt")
 _ENGINE = (("cuda_graph",), ("nvtx",))
 _ENGINES = {"tensorrt": _ENGINE, "tensorrt-rtx": (*_ENGINE, ("eager_kernels", "general_kernels"))}
+CPU_FORMS = "onnxruntime"
+"""The backend that the CPU form of an INT8 graph is for."""
 
 BACKENDS = {
     backend.name: backend
@@ -60,7 +64,7 @@ BACKENDS = {
 """Every backend by name, in the order in which they are listed and benchmarked."""
 
 AUTO = tuple(backend.name for backend in BACKENDS.values() if backend.auto)
-"""The names that `auto` tries, in this order."""
+"""The names that `auto` tries, in this order unless `auto_order` has another."""
 
 LIBRARIES = (
     "deploy",
@@ -94,6 +98,33 @@ def check_variant(backend: Backend, variant: Sequence[str]) -> None:
             raise UsageError(f"{backend.name}:{','.join(variant)}: {' and '.join(chosen)} exclude one another; name one of them")
 
 
+def auto_order(artifact: Artifact) -> tuple[str, ...]:
+    """The backends that `auto` tries for an ONNX artifact, the one that is fast on it first.
+
+    INT8: OpenVINO, which computes the Q/DQ graph as it is on codes; ONNX Runtime before it where it runs the CPU form, and else
+    behind it, because it is slower on a Q/DQ graph with signed activations than on the FP32 graph (docs/int8.md). Everything else:
+    the order of the catalog.
+    """
+    if artifact.manifest.precision != "int8" or onnx_file(artifact, CPU_FORMS) != artifact.onnx_path:
+        return AUTO
+    return tuple(sorted(AUTO, key=lambda name: name == CPU_FORMS))
+
+
+def onnx_file(artifact: Artifact, backend: str, variant: Sequence[str] = ()) -> Path:
+    """The ONNX file of `artifact` that a backend runs here: `artifact.cpu_path` on ONNX Runtime where the processor has VNNI."""
+    form = artifact.cpu_path
+    runs_form = form is not None and backend == CPU_FORMS and not BACKENDS[backend].needs_gpu(variant) and has_vnni()
+    return form if form is not None and runs_form else artifact.onnx_path
+
+
+def recorded_accuracy(artifact: Artifact, backend: str) -> Accuracy | None:
+    """The accuracy in the manifest that was measured on a backend, variants and all, with the file that it runs here; else the worst."""
+    name, _, variant = backend.partition(":")
+    file = onnx_file(artifact, name, variant.split(",")).name
+    ran = (each for each in artifact.manifest.accuracies if each.backend == backend and (each.file or ONNX) == file)
+    return next(ran, artifact.manifest.accuracy)
+
+
 def own_backend(artifact: Artifact) -> str | None:
     """The one backend that runs an engine or a package; None for an ONNX artifact, which several run."""
     manifest = artifact.manifest
@@ -119,5 +150,7 @@ def refuse_compiled(artifact: Artifact) -> None:
 def refuse_wrong(artifact: Artifact, backend: str) -> None:
     """Raise BackendError if the file of `artifact` was found to be wrong on `backend` when it was made."""
     parity = artifact.manifest.parity
+    if onnx_file(artifact, backend) != artifact.onnx_path:
+        return  # that file is there only where it is right
     if parity is not None and artifact.manifest.kind == "onnx" and (wrong := parity.wrong_on(backend)):
         raise BackendError(f"{artifact.location} must not run on {backend}: compared with what it was made from, {wrong}")

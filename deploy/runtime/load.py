@@ -10,7 +10,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError
 from deploy.host.extras import extra_of, missing
-from deploy.runtime.catalog import AUTO, BACKENDS, Backend, own_backend, refuse_wrong, split_backend
+from deploy.runtime.catalog import BACKENDS, Backend, auto_order, own_backend, refuse_wrong, split_backend
 from deploy.runtime.fastest import fastest_backend
 from deploy.runtime.session import Session, SessionOptions
 
@@ -37,7 +37,7 @@ def load(
     """Open an artifact or an `.onnx` file.
 
     backend: a name from `deploy.runtime.catalog.BACKENDS`, with a variant if you like (`onnxruntime:cuda`). `auto` is the
-        flavour of an engine, `aoti` for a package, and for anything else the first backend of `AUTO` that can run the artifact. `fastest` times
+        flavour of an engine, `aoti` for a package, and for anything else the first backend of `auto_order` that can run the artifact. `fastest` times
         those once, in processes of their own at the optimal shape of the first profile, and remembers the choice by artifact
         and machine in `fastest_file()`.
     device, threads, compute, contexts, rebuild: see `SessionOptions`.
@@ -54,7 +54,7 @@ def load(
 def open_session(artifact: Artifact, backend: str = "auto", options: SessionOptions | None = None) -> Session:
     """Open `artifact` with a backend of `BACKENDS`, with a variant after a colon if you like.
 
-    `auto` is the flavour of an engine, `aoti` for a package, and for any other artifact the first of `AUTO` that can run it here. Raises UsageError
+    `auto` is the flavour of an engine, `aoti` for a package, and for any other artifact the first of `auto_order` that can run it here. Raises UsageError
     for an unknown backend, BackendError if it is not installed, cannot run the artifact, or is known to compute something else
     than what the artifact was made from, ArtifactError if a file of the artifact is damaged.
     """
@@ -67,7 +67,7 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
             refuse_wrong(artifact, chosen.name)
         return import_backend(chosen).open_session(artifact, dataclasses.replace(options, variant=variant))
     reasons = []
-    for name in AUTO:
+    for name in auto_order(artifact):
         try:
             refuse_wrong(artifact, name)
             return import_backend(BACKENDS[name]).open_session(artifact, options)

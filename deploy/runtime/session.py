@@ -88,6 +88,8 @@ class Session(ABC):
         self._check_request(artifact, options)
         self.name = artifact.manifest.name
         self.device = device
+        self.onnx_file = artifact.onnx_path
+        """The ONNX file that is run, or from which what is run was made."""
         self.concurrency = 1
         """The number of runs at a time that make good use of the backend."""
         self._closed = False

@@ -20,7 +20,7 @@ from deploy.options import described_fields, option
 from deploy.pipeline.build_aoti import BuildAotiOptions
 from deploy.pipeline.build_trt import BuildTrtOptions
 from deploy.pipeline.export_options import ExportOptions
-from deploy.pipeline.quantize import CalibrationOptions, GateOptions
+from deploy.pipeline.quantize import CalibrationOptions, CpuFormOptions, GateOptions
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.int8.options import QuantizeOptions
 
@@ -99,7 +99,7 @@ def test_messages_get_the_flags_of_the_command() -> None:
 FUNCTIONS: list[tuple[Callable[..., Any], tuple[type, ...], set[str]]] = [
     (deploy.export, (ExportOptions, ToleranceOptions), set()),
     (deploy.convert, (ConvertOptions, ToleranceOptions), set()),
-    (deploy.quantize, (CalibrationOptions, QuantizeOptions, GateOptions, ToleranceOptions), set()),
+    (deploy.quantize, (CalibrationOptions, QuantizeOptions, CpuFormOptions, GateOptions, ToleranceOptions), set()),
     (deploy.build_aoti, (BuildAotiOptions, ToleranceOptions), set()),
     (deploy.build_trt, (BuildTrtOptions, BuildOptions, CalibrationOptions, GateOptions, ToleranceOptions), {"quantization"}),
 ]

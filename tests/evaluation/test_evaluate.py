@@ -136,7 +136,7 @@ def test_a_batch_size_must_be_positive(model, tmp_path, batch_size, make_folder)
 def test_an_evaluation_is_written_as_json(model, tmp_path, make_folder):
     found = evaluate(model, make_folder(tmp_path, ant=[0]))
     assert json.loads(json.dumps(found.to_json())) == {
-        "schema": 1, "top1": 100.0, "top5": 100.0, "k": 5, "images": 1, "images_per_s": found.images_per_s, "backend": "onnxruntime",
+        "schema": 1, "top1": 100.0, "top5": 100.0, "k": 5, "images": 1, "images_per_s": found.images_per_s, "backend": "onnxruntime", "file": "model.onnx",
     }  # fmt: skip
 
 

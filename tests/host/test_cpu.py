@@ -27,3 +27,18 @@ def test_the_limit_of_a_control_group_counts(text: str, expected: int, monkeypat
 
 def test_the_processor_has_a_name() -> None:
     assert cpu_model()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 avx512_vnni avx512_bitalg\n", True),
+        ("flags : fpu avx_vnni\n", True),
+        ("flags : fpu avx2 avx512f\nvmx flags : avx512_vnni\n", False),
+        ("Features : fp asimd asimddp\n", False),  # ARM
+        ("", False),
+    ],
+)
+def test_vnni_is_read_from_the_flags_of_the_processor(text: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **kw: text)
+    assert cpu.has_vnni.__wrapped__() is expected

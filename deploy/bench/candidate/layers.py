@@ -6,6 +6,7 @@ was fused into the layer that computes its inputs.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 
@@ -16,8 +17,8 @@ _MARKS = ("fused ",)
 """Prefixes that ONNX Runtime puts before a name."""
 
 
-def named_layers(artifact: Artifact, layers: Sequence[LayerTime]) -> list[LayerTime]:
-    """The layers of a run of `artifact`, or of the module that it descends from, with their nodes and modules.
+def named_layers(artifact: Artifact, onnx_file: Path, layers: Sequence[LayerTime]) -> list[LayerTime]:
+    """The layers of a run of `onnx_file` of `artifact`, or of the module that it descends from, with their nodes and modules.
 
     Torch modules are known if `deploy export` made the ONNX file from a module: it names every node `MODULE/OPERATOR`.
     """
@@ -27,7 +28,7 @@ def named_layers(artifact: Artifact, layers: Sequence[LayerTime]) -> list[LayerT
     if any(layer.modules for layer in layers):
         by_module = [tuple(node.name for node in exported.node if module_of(node.name) in layer.modules) for layer in layers]
         return [replace(layer, nodes=part) for layer, part in zip(layers, by_module, strict=True)]
-    nodes = _nodes(onnx.load(artifact.onnx_path, load_external_data=False).graph, layers)
+    nodes = _nodes(onnx.load(onnx_file, load_external_data=False).graph, layers)
     return [replace(layer, nodes=part, modules=_modules(part, modules)) for layer, part in zip(layers, nodes, strict=True)]
 
 

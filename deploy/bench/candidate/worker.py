@@ -25,7 +25,7 @@ class CandidateWorker(child.Worker):
         if request["do"] == "judge":
             return self._judge(session, request)
         if request["do"] == "layers":
-            layers = named_layers(artifact, session.layer_times(next(self._feeds)))
+            layers = named_layers(artifact, session.onnx_file, session.layer_times(next(self._feeds)))
             return {"layers": [asdict(layer) for layer in layers]}
         if request["do"] == "device_times":
             times = session.device_times(next(self._feeds))

@@ -13,12 +13,24 @@ from deploy.host.cache import cache_folder, keep
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuRanges:
+    """What the CPU form needs beside the calibration of the signed graph.
+
+    scales: of the tensors that have a pair in the CPU form alone. lows: the smallest number of every tensor with a pair.
+    """
+
+    scales: dict[str, float]
+    lows: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibrated:
     """The result of a calibration.
 
     scales: by activation tensor. joint, shifts: see `deploy.precision.int8.rewrite.ToInt8`.
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
     keep: nodes whose tensors FP16 cannot represent, with the reason.
+    cpu: what the CPU form needs beside these.
     record: the evidence for the manifest.
     """
 
@@ -27,6 +39,7 @@ class Calibrated:
     shifts: dict[str, float]
     bias: dict[str, np.ndarray]
     keep: dict[str, str]
+    cpu: CpuRanges
     record: Calibration
 
 
@@ -36,6 +49,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     shifts: dict[str, float]
     bias: dict[str, list[float]]
     keep: dict[str, str]
+    cpu: CpuRanges
     record: Calibration
 
 
@@ -51,7 +65,9 @@ def read(request: dict[str, Any]) -> Calibrated | None:
     except (OSError, ValueError):  # msgspec's errors, JSON's and Unicode's are ValueErrors
         return None
     bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
-    return Calibrated(scales=kept.scales, joint=kept.joint, shifts=kept.shifts, bias=bias, keep=kept.keep, record=kept.record)
+    return Calibrated(
+        scales=kept.scales, joint=kept.joint, shifts=kept.shifts, bias=bias, keep=kept.keep, cpu=kept.cpu, record=kept.record
+    )
 
 
 def write(request: dict[str, Any], calibrated: Calibrated) -> None:
@@ -62,6 +78,7 @@ def write(request: dict[str, Any], calibrated: Calibrated) -> None:
         shifts=calibrated.shifts,
         bias={name: values.tolist() for name, values in calibrated.bias.items()},
         keep=calibrated.keep,
+        cpu=calibrated.cpu,
         record=calibrated.record,
     )
     # Not msgspec's own writer, which refuses the paths of skipped images that are not UTF-8.

@@ -26,6 +26,7 @@ from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.cache import Calibrated
 from deploy.precision.int8.choose import best_ranges
+from deploy.precision.int8.cpu_form import CpuForm, cpu_form, cpu_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
@@ -52,9 +53,11 @@ class Quantized:
 
     feeds: rows of the calibration data to compare it on, `PARITY_ROWS` or a little more.
     expected: what the file of the source makes of `feeds`; none where it was not run. stored: what the file must hold.
+    cpu: the same network in the form for ONNX Runtime on the CPU; None where it was not asked for.
     """
 
     model: ir.Model
+    cpu: CpuForm | None
     exclusions: list[Exclusion]
     calibration: Calibration
     feeds: list[Feed]
@@ -67,8 +70,12 @@ class Quantized:
         self.stored.check(path)
 
 
-def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent) -> Quantized:
+def quantize_onnx(
+    artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent, *, cpu: bool = False
+) -> Quantized:
     """Quantize the FP32 graph of `artifact` in memory; scales and corrections come from the cache if it has them.
+
+    cpu: make the form for ONNX Runtime on the CPU too.
 
     Raises PrecisionError for a graph that cannot be quantized, that makes numbers that are not finite, or that would compute
     something else after the preparation; DataError, and BackendError (ONNX Runtime is not installed).
@@ -91,12 +98,12 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
-        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [])
+        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [], cpu=cpu)
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     expected = check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
-    return _quantized(model, selection, known, options, [feed for feed, _ in references], expected)
+    return _quantized(model, selection, known, options, [feed for feed, _ in references], expected, cpu=cpu)
 
 
 def hint(calibration: Calibration | None) -> str:
@@ -165,6 +172,7 @@ def _calibrate(
         joint=scales.joint,
         shifts=scales.shifts,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
+        cpu=cpu_ranges(model, placement, histograms, scales.own, feeds),
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
@@ -205,11 +213,14 @@ def _quantized(
     options: QuantizeOptions,
     feeds: list[Feed],
     expected: list[Feed],
+    *,
+    cpu: bool,
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
     placement = place(model, selection)
     unseen = _never_run(placement, known.scales)
     placement = place(model, selection, stay=unseen) if unseen else placement
+    form = cpu_form(model, placement, known, per_tensor=options.per_tensor) if cpu else None
     half = options.floats == "fp16"
     if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
@@ -232,4 +243,6 @@ def _quantized(
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
-    return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
+    return Quantized(
+        model=model, cpu=form, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored
+    )

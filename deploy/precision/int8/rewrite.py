@@ -25,8 +25,9 @@ _MATRIX = 2
 _DEAD = 2.0**-14
 """The scale of a channel of zeros. Any scale would do; this one is a normal number in FP16 too."""
 
-_BIAS_CODES = 2.0**30
-"""ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight. Without a lower bound on the
+_BIAS_CODES = 2.0**29
+"""ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight; unsigned activations may have steps of half
+the size, and the sum of products comes on top. Without a lower bound on the
 weight's scale, the bias of a channel with tiny weights does not fit, and the channel is silently lost (seen with ONNX
 Runtime 1.32)."""
 

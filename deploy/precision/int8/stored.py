@@ -72,9 +72,7 @@ class Stored:
                 zero = _constant(pair, _ZERO_POINT)
                 if zero is not None and zero.any():
                     raise ParityError(f"the zero point of {pair.name!r} in the written file is not 0")
-        for node, weight in self.weights.items():
-            if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy()):
-                raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")
+        self.check_weights(nodes)
         for tensor, uses in self.edges.items():
             for node, index in uses:
                 scale = self.joint.get(tensor, self.scales[tensor]) if node in self.joints else self.scales[tensor]
@@ -84,6 +82,12 @@ class Stored:
                             f"the scale of {tensor!r} in the written file is {found}, where {node!r} reads it; calibration gave"
                             f" {scale:.6g}"
                         )
+
+    def check_weights(self, nodes: Mapping[str, ir.Node]) -> None:
+        """Raise ParityError naming the layer if one of the `nodes` of a file, by name, has another weight."""
+        for node, weight in self.weights.items():
+            if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy()):
+                raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")
 
     def unround(self, model: ir.Model) -> None:
         """Undo in place what INT8 rounds in the model of the file: weights are in floating point again, and pairs do nothing.
@@ -108,7 +112,7 @@ class Stored:
                 node.resize_inputs(1)
                 node.attributes.clear()
                 result.type = value.type
-            elif result.dtype == ir.DataType.INT8:  # it joins codes
+            elif result.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # it joins codes
                 result.type = value.type
         RemoveUnusedNodesPass()(model)  # ONNX Runtime would compute the weights of INT8 beside these
 

@@ -26,7 +26,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import CRASHES_ON_HALF, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
+from deploy.runtime.catalog import onnx_file
 from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
@@ -68,6 +69,7 @@ class OnnxRuntimeSession(Session):
         super().__init__(artifact, options, device=device)
         self._artifact = artifact
         self._options = options
+        self.onnx_file = onnx_file(artifact, self.backend, options.variant)
         self._session: Any = self._open(onnxruntime.SessionOptions())
 
     def _open(self, settings: Any) -> Any:
@@ -81,17 +83,23 @@ class OnnxRuntimeSession(Session):
         try:
             # Without enable_fallback=0, the CPU replaces a provider that fails, with only a line on standard output.
             return onnxruntime.InferenceSession(
-                str(artifact.onnx_path),
+                str(self.onnx_file),
                 settings,
                 providers=providers,
                 enable_fallback=0,
-                disabled_optimizers=[CRASHES_ON_HALF] if _may_hold_half(artifact.manifest) else [],
+                disabled_optimizers=self._disabled(),
             )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""
             if artifact.manifest.precision == "bf16" and self.device == "cpu":
                 hint = "; its CPU kernels do not compute in bfloat16: use the openvino backend, or an fp16 or fp32 artifact"
             raise BackendError(f"{_label(options)} cannot open {artifact.location}: {_reason(error)}{hint}") from error
+
+    def _disabled(self) -> list[str]:
+        """The optimizers that must not see the file."""
+        if self.onnx_file == self._artifact.cpu_path:
+            return [QUANTIZES_WEIGHTS]
+        return [CRASHES_ON_HALF] if _may_hold_half(self._artifact.manifest) else []
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
         """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""

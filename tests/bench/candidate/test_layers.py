@@ -23,7 +23,7 @@ def resnet(reference: Callable[[str], Artifact]) -> Artifact:
 def layers(artifact: Artifact, backend: str, shape: tuple[int, ...], runs: int = 3) -> list[LayerTime]:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     with open_session(artifact, backend) as session:
-        return named_layers(artifact, session.layer_times({"input": x}, runs=runs))
+        return named_layers(artifact, session.onnx_file, session.layer_times({"input": x}, runs=runs))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -88,7 +88,9 @@ def told(*names: str, operator: str = "Conv", **more: Any) -> list[LayerTime]:
 
 def test_nodes_that_the_backend_names_itself_are_taken_as_they_are(shared_lenet5: Artifact) -> None:
     nodes = [node.name for node in onnx.load(shared_lenet5.onnx_path).graph.node]
-    found = named_layers(shared_lenet5, [*told("myelin", nodes=tuple(nodes[:3])), *told(*nodes[3:], operator="")])
+    found = named_layers(
+        shared_lenet5, shared_lenet5.onnx_path, [*told("myelin", nodes=tuple(nodes[:3])), *told(*nodes[3:], operator="")]
+    )
     assert found[0].nodes == tuple(nodes[:3])
     assert [layer.nodes for layer in found[1:]] == [(node,) for node in nodes[3:]]
 
@@ -96,7 +98,7 @@ def test_nodes_that_the_backend_names_itself_are_taken_as_they_are(shared_lenet5
 def test_of_a_bare_onnx_file_there_are_nodes_and_no_modules(tiny_onnx: Any, tmp_path: Any) -> None:
     artifact = deploy.export(tmp_path / "tiny", onnx=tiny_onnx)
     node = onnx.load(artifact.onnx_path).graph.node[0]
-    (found,) = named_layers(artifact, told(node.name or node.output[0], operator=node.op_type))
+    (found,) = named_layers(artifact, artifact.onnx_path, told(node.name or node.output[0], operator=node.op_type))
     assert found.modules == ()
 
 

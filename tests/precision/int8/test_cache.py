@@ -7,7 +7,7 @@ import pytest
 
 from deploy.artifact.manifest import Calibration
 from deploy.precision.int8 import cache
-from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.cache import Calibrated, CpuRanges
 
 REQUEST = {"parent": "a", "options": {"method": "max"}}
 RECORD = Calibration(
@@ -20,6 +20,7 @@ CALIBRATED = Calibrated(
     scales={"x": 0.1, "y": float(np.float32(1 / 3))},
     bias={"conv": np.array([0.1, -2.5e-8], dtype=np.float32)},
     keep={"big": "reaches 1e6"},
+    cpu=CpuRanges(scales={"z": 0.3}, lows={"x": -0.1, "z": 0.0}),
     record=RECORD,
 )
 
@@ -34,7 +35,7 @@ def test_a_calibration_comes_back_to_the_last_bit():
     cache.write(REQUEST, CALIBRATED)
     known = cache.read(REQUEST)
     assert known is not None
-    assert (known.scales, known.keep, known.record) == (CALIBRATED.scales, CALIBRATED.keep, RECORD)
+    assert (known.scales, known.keep, known.cpu, known.record) == (CALIBRATED.scales, CALIBRATED.keep, CALIBRATED.cpu, RECORD)
     assert known.bias["conv"].dtype == np.float32
     assert known.bias["conv"].tobytes() == CALIBRATED.bias["conv"].tobytes()
 

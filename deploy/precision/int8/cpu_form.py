@@ -1,0 +1,100 @@
+"""The form of an INT8 graph that ONNX Runtime's kernels for the CPU are made for: codes from one layer to the next.
+
+It holds the weights, scales and corrections of the signed graph, and further pairs behind layers, sums and products.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from deploy.artifact.onnxfile import load_model, save_model
+from deploy.artifact.tensors import Feed
+from deploy.calibration.histogram import Histogram
+from deploy.calibration.thresholds import threshold
+from deploy.errors import ParityError
+from deploy.precision.int8.cache import Calibrated, CpuRanges
+from deploy.precision.int8.cpu_placement import MeansToPools, widened
+from deploy.precision.int8.histograms import Activations, scale_of
+from deploy.precision.int8.placement import Placement
+from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.stored import Stored
+from deploy.precision.int8.unsigned import ToUnsigned, parameters_of, restore_biases
+
+
+def cpu_ranges(
+    model: ir.Model,
+    placement: Placement,
+    histograms: Mapping[str, Histogram],
+    scales: Mapping[str, float],
+    feeds: Sequence[Feed],
+) -> CpuRanges:
+    """Measure, on `feeds`, the tensors that have a pair in the CPU form alone, and take their least squared error for a range.
+
+    model: prepared, FP32, unchanged. placement, histograms, scales: of the signed graph. Raises PrecisionError.
+    """
+    model, wide = _widened(model, placement)
+    further = {tensor: Histogram() for tensor in wide.edges if tensor not in placement.edges}
+    if further:
+        activations = Activations(model, list(further))
+        for feed in feeds:
+            tensors, _ = activations(feed)
+            for name, histogram in further.items():
+                histogram.add(tensors[name])
+    found = {name: scale_of(threshold(each, "mse")) for name, each in further.items()}
+    lows = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in {**histograms, **further}.items()}
+    for group in wide.groups:  # numbers that only move between them
+        known = [scales[name] for name in group if name in scales] or [found[name] for name in group]
+        found |= dict.fromkeys((name for name in group if name in further), max(known))
+        lows |= dict.fromkeys(group, min(lows[name] for name in group))
+    return CpuRanges(scales=found, lows={name: lows[name] for name in wide.edges})
+
+
+@dataclass(frozen=True)
+class CpuForm:
+    """The model, and what its file must hold: what is `stored`, but with `chosen` scales and zero points (see `ToUnsigned`)."""
+
+    model: ir.Model
+    stored: Stored
+    chosen: Mapping[str, tuple[float, int]]
+
+    def save(self, path: Path) -> None:
+        """Write the ONNX file, with large weights beside it. Raises OSError, and ParityError if it does not hold what it must."""
+        save_model(self.model, path)
+        nodes = {node.name or "": node for node in load_model(path).graph}
+        self.stored.check_weights(nodes)
+        for tensor, uses in self.stored.edges.items():
+            for name, index in uses:
+                codes, *found = parameters_of(nodes[name].inputs[index])
+                if tuple(found) != self.chosen.get(codes):
+                    raise ParityError(
+                        f"scale and zero point of {tensor!r} in the written file, where {name!r} reads it, are {found}; calibration"
+                        f" gave {self.chosen.get(codes)}"
+                    )
+
+    def unrounded(self, path: Path) -> ir.Model:
+        """The model of the file without what INT8 rounds, biases aside; it computes what the source does."""
+        model = load_model(path)
+        restore_biases(model)
+        self.stored.unround(model)
+        return model
+
+
+def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> CpuForm:
+    """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError."""
+    model, wide = _widened(model, placement)
+    scales = {**known.cpu.scales, **known.scales}
+    stored = Stored.of(model, wide, scales, known.joint, known.shifts)
+    to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)
+    to_int8(model)
+    to_unsigned = ToUnsigned(known.cpu.lows)
+    to_unsigned(model)
+    return CpuForm(model, replace(stored, bias=to_int8.added), to_unsigned.chosen)
+
+
+def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:
+    model = model.clone()
+    MeansToPools()(model)
+    return model, widened(model, placement)
