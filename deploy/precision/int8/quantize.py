@@ -13,6 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import Feed, row_count
+from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
@@ -140,11 +141,7 @@ def _calibrate(
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
-    histograms = {name: histogram for name, histogram in histograms.items() if histogram.total}
-    if unseen := _never_run(placement, histograms):
-        layers = sum(name in unseen for name in placement.nodes)
-        logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", layers)
-        placement = place(model, selection, stay=unseen)
+    placement, histograms = _of_what_ran(model, selection, placement, histograms)
     if options.method == AUTO:
         progress("comparing ranges at the layers that read them")
         amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
@@ -188,6 +185,18 @@ def _calibrate(
         ),
     )
     return known, references
+
+
+def _of_what_ran(
+    model: ir.Model, selection: Selection, placement: Placement, histograms: dict[str, Histogram]
+) -> tuple[Placement, dict[str, Histogram]]:
+    """The placement without the layers in branches that no feed ran, with a warning, and the histograms of the tensors in it."""
+    seen = {name: histogram for name, histogram in histograms.items() if histogram.total}
+    if not (unseen := _never_run(placement, seen)):
+        return placement, seen
+    layers = sum(name in unseen for name in placement.nodes)
+    logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", layers)
+    return place(model, selection, stay=unseen), seen
 
 
 def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOptions) -> None:
