@@ -30,7 +30,7 @@ from gpu_candidates import KINDS, lacking
 from gpu_jobs import Child, Job, compile_threads, do_job, environment, jobs_for, keep_outcome, outcome, run_jobs
 from gpu_measure import measure
 from gpu_overhead import contexts, overhead
-from gpu_setting import Setting
+from gpu_setting import BATCHES, Setting
 from gpu_tables import report as tables
 
 from deploy.engine.cuda.driver import driver_version
@@ -92,7 +92,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=max(1, usable_cores() - 1), help="at a time (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=BUILD / "parts", help="where parts are kept (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=BUILD / "work", help="where artifacts are built (default: %(default)s)")
-    parser.add_argument("--batches", default=None, metavar="1,8", help="other batch sizes than 1, 8 and 32")
+    parser.add_argument(
+        "--batches", default=",".join(map(str, BATCHES)), metavar="SIZE,...", help="batch sizes (default: %(default)s)"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -104,8 +106,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
         sys.exit(f"--only: unknown {', '.join(sorted(unknown))}; expected {', '.join(KINDS)}")
     if args.dry_run:
         return Setting(work=args.work, kinds=kinds, dry=True, batches=(1, 2), rounds=2, slice_s=0.001, throughput_s=0.01)
-    batches = {"batches": tuple(int(size) for size in args.batches.split(","))} if args.batches else {}
-    return Setting(work=args.work, kinds=kinds, **batches)
+    return Setting(work=args.work, kinds=kinds, batches=tuple(int(size) for size in args.batches.split(",")))
 
 
 def run(args: argparse.Namespace, setting: Setting, names: Sequence[str]) -> None:
