@@ -66,11 +66,10 @@ def kind_text(manifest: Manifest) -> str:
 
 
 def package_text(target: PackageTarget) -> str:
-    """What a package runs on; of the instruction sets those after AVX, which every x86 processor of a server has."""
+    """What a package runs on; the instruction sets themselves are in the manifest."""
     if target.gpu:
         return f"{target.gpu} (compute capability {target.compute_capability})"
-    newer = [name for name in target.instruction_sets if not name.startswith(("sse", "ssse"))]
-    return f"the CPU, {target.machine} with {', '.join(newer) or 'no more than it always has'}"
+    return f"the CPU, {target.machine} with the {count_of(len(target.instruction_sets), 'instruction set')} of the manifest"
 
 
 def evidence(manifest: Manifest) -> list[str]:

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Accuracy, PrecisionShare, Target
-from deploy.artifact.summary import drop_text, megabytes, share_text, summary
+from deploy.artifact.manifest import Accuracy, PackageTarget, PrecisionShare, Target
+from deploy.artifact.summary import drop_text, kind_text, megabytes, package_text, share_text, summary
 
 
 @pytest.fixture
@@ -135,3 +135,15 @@ def test_the_accuracy_of_an_export_has_its_interval_and_what_training_reported(
     assert text in summary(
         dataclasses.replace(shared_lenet5, manifest=msgspec.structs.replace(shared_lenet5.manifest, accuracy=accuracy))
     )
+
+
+def test_a_package_is_said_to_be_of_its_torch_and_for_its_machine(shared_lenet5: Artifact) -> None:
+    assert kind_text(shared_lenet5.manifest) == "ONNX"
+    here = PackageTarget(torch="2.14.1", device="cpu", machine="x86_64", instruction_sets=["avx", "avx2"])
+    there = PackageTarget(
+        torch="2.11.0", device="cuda", machine="x86_64", instruction_sets=["avx"], gpu="NVIDIA H200", compute_capability="9.0"
+    )
+    package = msgspec.structs.replace(shared_lenet5.manifest, kind="package", package=here)
+    assert kind_text(package) == "AOTInductor package of torch 2.14.1"
+    assert package_text(here) == "the CPU, x86_64 with the 2 instruction sets of the manifest"
+    assert package_text(there) == "NVIDIA H200 (compute capability 9.0)"

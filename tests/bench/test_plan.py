@@ -193,3 +193,27 @@ def test_found_are_all_that_share_the_weights_of_the_newest(
 def test_nothing_to_find_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no artifacts under .*build: name one, or make one with `deploy export`"):
         find_artifacts(tmp_path / "build")
+
+
+def test_a_package_runs_on_aoti_alone_and_on_the_device_that_it_was_built_for(
+    shared_lenet5: Artifact, package: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candidates(artifact: Artifact, *backends: str) -> list[tuple[str, str, str]]:
+        plan = make_plan([artifact], BenchOptions(backends=backends), named=True)
+        assert plan.baseline.artifact.path == package.root().path
+        return [(each.artifact.path.name, each.backend, each.device) for each in plan.candidates]
+
+    assert candidates(package) == [("lenet5", "aoti", "cpu")]
+    assert candidates(package, "aoti", "compile") == [("lenet5", "aoti", "cpu"), ("lenet5", "compile", "cpu")]
+    assert package.manifest.package is not None
+    target = msgspec.structs.replace(package.manifest.package, device="cuda", gpu="a GPU", compute_capability="9.0")
+    on_gpu = Artifact(package.path, msgspec.structs.replace(package.manifest, package=target))
+    monkeypatch.setattr("deploy.bench.plan.has_gpu", lambda: True)
+    assert candidates(on_gpu, "aoti:cuda_graph", "eager:fp16") == [
+        ("lenet5", "aoti:cuda_graph", "cuda"),
+        ("lenet5", "eager:fp16", "cuda"),
+    ]
+    with pytest.raises(BackendError, match="is an AOTInductor package: it runs with the backend aoti"):
+        candidates(package, "onnxruntime")
+    with pytest.raises(BackendError, match=r"aoti runs AOTInductor packages, and no artifact here is one .*`deploy build-aoti`"):
+        make_plan([shared_lenet5], BenchOptions(backends=("aoti",)), named=True)

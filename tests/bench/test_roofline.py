@@ -15,6 +15,10 @@ def test_work_is_counted_from_the_graph(shared_lenet5: Artifact) -> None:
     assert one.nbytes - ends >= weights
 
 
+def test_the_work_of_a_package_is_that_of_its_export(package: Artifact) -> None:
+    assert count_work(package, {"batch": 3}) == count_work(package.root(), {"batch": 3}) is not None
+
+
 def _weights(artifact: Artifact) -> list[object]:
     import onnx
 

@@ -16,7 +16,7 @@ def test_the_newest_artifact_is_compiled_and_then_run_by_the_other_commands(run:
     assert done.status == 0, done.err
     assert "using build/mlp\n" in done.err
     assert done.out.startswith("build/mlp-aoti: AOTInductor package of torch 2.")
-    assert "\n  shapes     input 1x100:2x100:4x100\n  built for  the CPU, x86_64 with " in done.out
+    assert "\n  shapes     input 1x100:2x100:4x100\n  built for  the CPU, x86_64 with the " in done.out
     assert "against eager on random batches 1, 2" in done.out
     assert json.loads(run("inspect", "build/mlp-aoti", "--json").out)["package"]["device"] == "cpu"
     document = folder / "bench.json"

@@ -131,3 +131,9 @@ def test_the_manifest_of_kserve(shared_lenet5: Artifact, tmp_path: Path) -> None
     model = manifest["spec"]["predictor"]["model"]
     assert (model["modelFormat"]["name"], model["protocolVersion"], model["storageUri"]) == ("triton", "v2", "s3://bucket/a: b")
     assert model["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_a_package_is_refused_with_the_reason(package: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"is an AOTInductor package, .* the very torch that compiled it, .* `deploy serve`"):
+        export_triton([source(package)], tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
