@@ -187,7 +187,8 @@ class Held:
             return
         stack = self._front.stack()
         if (stack and stack[-1].device == self._context.device) or threading.get_ident() == self._context.thread:
-            context, front, release = self._context, self._front, self._release
+            context, front = self._context, self._front
+            release: Callable[[], None] = self._release
 
             def drop() -> None:
                 context.push()

@@ -222,6 +222,7 @@ class Sessions(RuleBasedStateMachine):
             self.check({name: y.cpu() if sort == 1 else y.numpy() if sort == 2 else y for name, y in found.items()}, x)
         self.check(session.run({"x": x}), x)
 
+    @precondition(lambda self: self.library != "pycuda")  # which waits for the whole GPU
     @rule(session=sessions, count=rows, seed=seeds)
     def captured_elsewhere(self, session: Any, count: int, seed: int) -> None:
         """A capture of the program's own, in another thread, is not disturbed by a run here."""
@@ -298,3 +299,4 @@ def case(library: str) -> Callable[[], None]:
 
 
 test_sessions_through_cuda_python = case("cuda-python")
+test_sessions_through_pycuda = case("pycuda")

@@ -6,6 +6,7 @@ nothing but numpy and that library.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in probes:
         run(probes[name])
-        return
+        os._exit(0)  # a GPU that a probe has broken may end the process while it is taken down
     chosen = [probe for probe in probes.values() if name in (None, probe.library)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         held = sum(pool.map(report, chosen))
