@@ -63,7 +63,8 @@ class Simulated:
         patch.setitem(sys.modules, "tensorrt_rtx", self.rtx)
         patch.setitem(sys.modules, "pycuda", types.SimpleNamespace(driver=self.pycuda))
         patch.setitem(sys.modules, "pycuda.driver", self.pycuda)
-        patch.delitem(sys.modules, "deploy.engine.cuda.pycuda_device", raising=False)
+        patch.setitem(sys.modules, "deploy.engine.cuda.pycuda_device", types.ModuleType("forgotten when the test ends"))
+        del sys.modules["deploy.engine.cuda.pycuda_device"]
         patch.setattr("deploy.engine.cuda.cuda_python.cudart", self.runtime)
         for module in ("engine.flavour", "runtime.backends.tensorrt"):
             patch.setattr(f"deploy.{module}.has_gpu", lambda: True)
