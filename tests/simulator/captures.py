@@ -93,7 +93,6 @@ class Graph:
         self.entries: list[Entry] = [(node.action, node.owners) for node in nodes]
         self.last: Work | None = None
         self.clock: Clock = {}
-        self.destroyed = False
 
 
 def _conflict(a: Action, b: Action) -> bool:
@@ -138,8 +137,6 @@ def end(machine: Machine, stream: Stream) -> Graph:
 def launch(machine: Machine, graph: Graph, stream: Stream) -> None:
     """cudaGraphLaunch: after the work of the stream, and after the last launch of the same graph."""
     machine.check_alive(stream)
-    if graph.destroyed:
-        raise RuleError("a graph that was destroyed is launched")
     if stream.device != machine.here.device:
         raise RuleError(
             f"a graph is launched on {stream.name} of cuda:{stream.device}: the thread is on cuda:{machine.here.device}"

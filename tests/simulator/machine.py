@@ -129,7 +129,7 @@ class Machine:
     def stream_destroy(self, stream: Stream) -> None:
         """The work on it goes on; only the handle is gone."""
         if stream.capture is not None:
-            stream.capture.invalidate(f"{stream.name} was destroyed")
+            raise RuleError(f"{stream.name} is destroyed while it is captured")
         stream.destroyed = True
         self.streams.pop(stream.handle, None)
         self.others.append(stream)

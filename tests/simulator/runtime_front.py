@@ -245,16 +245,10 @@ class RuntimeFront:
     @call(0)
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> None:
         address = int(devPtr)
-        self.machine.launch(
-            self._stream(stream),
-            Action(
-                "cudaMemsetAsync",
-                (Use(address, count, True),),
-                lambda: self.machine.space.bytes(address, count).fill(value),
-                None,
-                True,
-            ),
+        action = Action(
+            "cudaMemsetAsync", (Use(address, count, True),), lambda: self.machine.space.bytes(address, count).fill(value)
         )
+        self.machine.launch(self._stream(stream), action)
 
     @call(0)
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> None:
@@ -332,7 +326,7 @@ def copy(machine: Machine, stream: Stream, to: int, source: int, count: int, kin
     }.get(kind)  # fmt: skip
     on_host = (target is not False, origin is not False)
     if expected is not None and on_host != expected:
-        raise CudaError("cudaErrorInvalidValue")
+        raise RuleError(f"cudaMemcpyAsync from {source:#x} to {to:#x} is said to be {kind.name}, which it is not")
     uses = []
     if origin is None:  # pageable
         content = np.frombuffer(ctypes.string_at(source, count), np.uint8)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from tests.simulator.errors import RuleError
-from tests.simulator.faults import FAULTS, Fixture
+from tests.simulator.faults import collect
+from tests.simulator.faults.fault import Fixture
 from tests.simulator.simulated import Simulated
+
+FAULTS = collect()
 
 
 @pytest.mark.parametrize("name", FAULTS)

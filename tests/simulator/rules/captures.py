@@ -288,6 +288,24 @@ def captures_are_not_merged(here: Here) -> None:
     here.ask("cudaStreamEndCapture", b)
 
 
+@probe("runtime", EVENTS)
+def the_legacy_stream_takes_no_part_in_a_capture(here: Here) -> None:
+    a, event = here.stream(), here.event()
+    here.begin(a)
+    here.do("cudaEventRecord", event, a)
+    assert here.ask("cudaStreamWaitEvent", 0, event, 0).name == "cudaErrorStreamCaptureImplicit"
+    here.ask("cudaStreamEndCapture", a)
+
+
+@probe("runtime", EVENTS)
+def an_event_of_a_capture_that_has_ended_is_not_waited_for(here: Here) -> None:
+    a, b, event = here.stream(), here.stream(), here.event()
+    here.begin(a)
+    here.do("cudaEventRecord", event, a)
+    here.end(a)
+    assert here.ask("cudaStreamWaitEvent", b, event, 0).name != "cudaSuccess"
+
+
 @probe("runtime", GRAPHS)
 def two_captures_of_two_streams_do_not_disturb_one_another(here: Here) -> None:
     first, second, a, b = here.memory(), here.memory(), here.stream(), here.stream()

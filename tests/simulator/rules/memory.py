@@ -80,6 +80,14 @@ def to_run_out_of_memory_harms_nothing_else(here: Here) -> None:
     assert here.read(pointer, a) == 5
 
 
+@probe("runtime", "cuda_runtime_api.h: cudaFree, cudaFreeHost")
+def memory_is_freed_as_it_was_allocated(here: Here) -> None:
+    pointer, host = here.memory(), here.pinned().ctypes.data
+    assert here.ask("cudaFree", pointer + 16).name == "cudaErrorInvalidValue"
+    assert here.ask("cudaFree", host).name == "cudaErrorInvalidValue"
+    assert here.ask("cudaFreeHost", pointer).name == "cudaErrorInvalidValue"
+
+
 @probe("runtime", "cuda_runtime_api.h: cudaPointerGetAttributes")
 def a_pointer_tells_whose_it_is(here: Here) -> None:
     kinds = here.cudart.cudaMemoryType

@@ -168,6 +168,30 @@ def times_are_told_between_timed_events_that_were_reached(here: Here) -> None:
     assert here.ask("cudaEventElapsedTime", first, plain).name == "cudaErrorInvalidResourceHandle"
 
 
+@probe("runtime", "cuda_runtime_api.h: cudaStreamQuery")
+def a_stream_is_not_ready_before_its_work_is_done(here: Here) -> None:
+    a = here.stream()
+    here.prepare()
+    assert here.ask("cudaStreamQuery", a).name == "cudaSuccess"
+    here.busy(a)
+    assert here.ask("cudaStreamQuery", a).name == "cudaErrorNotReady"
+    here.do("cudaStreamSynchronize", a)
+    assert here.ask("cudaStreamQuery", a).name == "cudaSuccess"
+
+
+@probe("runtime", "cuda_runtime_api.h: cudaSetDevice; CUDA C++ Programming Guide, Multi-Device System: Stream and Event Behavior")
+def events_are_recorded_on_streams_of_their_gpu(here: Here) -> None:
+    count = here.do("cudaGetDeviceCount")
+    assert here.ask("cudaSetDevice", count).name == "cudaErrorInvalidDevice"
+    if count < 2:
+        return
+    event = here.event()
+    here.do("cudaSetDevice", 1)
+    other = here.stream()
+    assert here.ask("cudaEventRecord", event, other).name == "cudaErrorInvalidResourceHandle"
+    here.do("cudaSetDevice", 0)
+
+
 @probe("runtime", "cuda_runtime_api.h: cudaStreamDestroy")
 def work_on_a_stream_that_is_destroyed_is_done_all_the_same(here: Here) -> None:
     pointer, a, b = here.memory(), here.stream(), here.stream()

@@ -182,6 +182,28 @@ def memory_for_a_shape_that_depends_on_data_is_asked_for_in_the_run(here: Here) 
     assert len(asked) == 2
 
 
+@probe("tensorrt", "NvInferRuntime.h: IOutputAllocator::notifyShape is called before enqueueV3 returns")
+def a_run_whose_output_depends_on_data_is_not_captured(here: Here) -> None:
+    made, a = _Engine(here, ("y", "positive")), here.stream()
+
+    class Allocator(here.trt.IOutputAllocator):  # type: ignore[misc,name-defined]
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+            return made_memory
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            pass
+
+    made_memory, allocator, context = here.memory(0, 1 << 12), Allocator(), made.context(2)
+    assert context.set_output_allocator("positive", allocator)
+    assert context.execute_async_v3(a)
+    here.do("cudaStreamSynchronize", a)
+    here.begin(a)
+    ran = context.execute_async_v3(a)
+    assert not (ran and here.ask("cudaStreamEndCapture", a).name == "cudaSuccess")
+    if not ran:
+        here.ask("cudaStreamEndCapture", a)
+
+
 @probe("tensorrt", "NvInferRuntime.h: IRuntime::deserializeCudaEngine")
 def what_is_no_plan_is_refused(here: Here) -> None:
     made = _Engine(here)
