@@ -121,12 +121,13 @@ def engines(flavour: str, precisions: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def candidates(model: str, kinds: Sequence[str]) -> list[Candidate]:
-    """The lines of a model's table. kinds: those of KINDS that are there."""
+def candidates(model: str, kinds: Sequence[str], *, autotune: bool) -> list[Candidate]:
+    """The lines of a model's table. kinds: those of KINDS that are there. autotune: with those that take minutes to tune."""
     exhaustive = model in EXHAUSTIVE
-    found = [*EAGER, *(each for each in COMPILE if exhaustive or "max-autotune" not in each.backend)]
+    tuned = exhaustive and autotune
+    found = [*EAGER, *(each for each in COMPILE if tuned or "max-autotune" not in each.backend)]
     if "aoti" in kinds:
-        found += [each for each in AOTI if exhaustive or not each.max_autotune]
+        found += [each for each in AOTI if tuned or not each.max_autotune]
     if "onnxruntime" in kinds:
         found += ONNXRUNTIME
     for flavour in FLAVOURS:

@@ -42,7 +42,7 @@ def jobs_for(setting: Setting, models: Sequence[str], kinds: Sequence[str]) -> l
     for model in models:
         export = f"export/{model}"
         found[export] = Job(name=export)
-        for candidate in candidates(model, kinds):
+        for candidate in candidates(model, kinds, autotune=setting.autotune):
             for batch in setting.batches:
                 for name in candidate.jobs(model, batch):
                     tunes = name.startswith(("autotune/", *FLAVOURS)) or candidate.max_autotune

@@ -33,7 +33,8 @@ Run = Callable[[], object]
 def measure(setting: Setting, model: str) -> Iterator[dict[str, Any]]:
     """The figures of a model: after each batch, all that there are so far."""
     missing = dict(lacking(setting))
-    found = candidates(model, [kind for kind in (*FLAVOURS, "aoti", "onnxruntime") if kind not in missing])
+    kinds = [kind for kind in (*FLAVOURS, "aoti", "onnxruntime") if kind not in missing]
+    found = candidates(model, kinds, autotune=setting.autotune)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack, setting.stream():
         sessions: dict[str, Session] = {}

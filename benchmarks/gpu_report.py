@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end after this time with what is there by then")
     parser.add_argument("--together", action="store_true", help="tune beside other processes: quicker, but tuning is disturbed")
     parser.add_argument("--only", metavar="KIND,...", help=f"beside PyTorch, only these of {', '.join(KINDS)} ('' for none)")
+    parser.add_argument("--no-autotune", action="store_true", help="without torch's max-autotune, which takes minutes")
     parser.add_argument("--jobs", type=int, default=max(1, usable_cores() - 1), help="at a time (default: %(default)s)")
     parser.add_argument("--parts", type=Path, default=BUILD / "parts", help="where parts are kept (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=BUILD / "work", help="where artifacts are built (default: %(default)s)")
@@ -106,7 +107,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
         sys.exit(f"--only: unknown {', '.join(sorted(unknown))}; expected {', '.join(KINDS)}")
     if args.dry_run:
         return Setting(work=args.work, kinds=kinds, dry=True, batches=(1, 2), rounds=2, slice_s=0.001, throughput_s=0.01)
-    return Setting(work=args.work, kinds=kinds, batches=tuple(int(size) for size in args.batches.split(",")))
+    batches = tuple(int(size) for size in args.batches.split(","))
+    return Setting(work=args.work, kinds=kinds, autotune=not args.no_autotune, batches=batches)
 
 
 def run(args: argparse.Namespace, setting: Setting, names: Sequence[str]) -> None:
@@ -173,7 +175,7 @@ def needs_model(model: str, names: Sequence[str]) -> bool:
 def command(args: argparse.Namespace, *more: str) -> list[str]:
     """This script with the same setting."""
     found = [sys.executable, str(Path(__file__).resolve()), "--work", str(args.work), "--parts", str(args.parts), *more]
-    found += ["--dry-run"] * args.dry_run + ["--together"] * args.together
+    found += ["--dry-run"] * args.dry_run + ["--together"] * args.together + ["--no-autotune"] * args.no_autotune
     for option, value in (("--only", args.only), ("--batches", args.batches)):
         found += [option, value] if value is not None else []
     return found

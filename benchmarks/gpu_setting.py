@@ -26,11 +26,12 @@ class Setting:
     """Where and how long to measure.
 
     work: the folder of artifacts and caches. kinds: the sorts of candidates to measure beside PyTorch, see `gpu_candidates`;
-    None for all. dry: in small, on the CPU, with eager and ONNX Runtime in the place of what needs a GPU: it tests the script.
+    None for all. autotune: with torch's max-autotune. dry: in small, on the CPU, with eager and ONNX Runtime in the place of what needs a GPU: it tests the script.
     """
 
     work: Path
     kinds: frozenset[str] | None = None
+    autotune: bool = True
     dry: bool = False
     batches: tuple[int, ...] = BATCHES
     rounds: int = 9
