@@ -38,7 +38,7 @@ class SessionOptions:
         `fp16`, which are faster and off by about 1e-2.
     contexts: the number of runs that may be under way at a time. For an engine, its execution contexts (None: 2; each takes
         memory). For OpenVINO, its streams (None: 1), which share the threads: more images a second under load, but a longer
-        time for each. Other backends ignore it.
+        time for each. For a package on a GPU, its streams for numpy feeds (None: 2). Other backends ignore it.
     rebuild: if an engine does not fit this machine, build one that does from the typed ONNX file beside it; if a package does not,
         from the module of the export that it descends from, whose factory's code then runs.
     variant: the variants of the backend: `("cuda",)` for `onnxruntime:cuda`.
