@@ -18,33 +18,53 @@ from deploy.progress import Progress
 logger = logging.getLogger(__name__)
 
 
-def with_cpu_form(
+_WRONG = (AccuracyError, BackendError, ParityError, PrecisionError)
+"""What says that the file is too far off, or does not run."""
+
+
+def save_cpu_form(
+    writer: ArtifactWriter, manifest: Manifest, form: CpuForm, cases: Sequence[Case], progress: Progress
+) -> Manifest:
+    """Write the file, and compare what it holds with what it must, and without its rounding with its source.
+
+    Returns the manifest as it is, or with the reason where the file is wrong; it is removed then.
+    """
+    path = writer.path / CPU_ONNX
+    try:
+        form.save(path)
+        check_cpu_form(form.unrounded(path), manifest, cases, progress)
+    except _WRONG as error:
+        return _left_out(writer, manifest, error)
+    return manifest
+
+
+def prove_and_judge(
     writer: ArtifactWriter,
     manifest: Manifest,
-    form: CpuForm,
     cases: Sequence[Case],
     tolerance: Tolerance,
     source: Artifact,
     reference: Reference | None,
     progress: Progress,
 ) -> Manifest:
-    """The manifest with the evidence about the file of `form`, which is written, unless it is too far off: then with the reason.
+    """The manifest with the evidence about the file that was saved, or with the reason why it is removed.
 
     cases, tolerance: as for the signed graph. reference: what accuracy is compared with, if it is.
     """
-    path = writer.path / CPU_ONNX
     try:
-        form.save(path)
-        check_cpu_form(form.unrounded(path), manifest, cases, progress)
         parity = prove_cpu_form(writer.describe(manifest), cases, tolerance, against=source.manifest.digest, progress=progress)
         manifest = msgspec.structs.replace(manifest, cpu_form=CpuEvidence(parity=parity))
         if reference is None:
             return manifest
         accuracies = worst_first([*manifest.accuracies, reference.check_cpu_form(writer.describe(manifest))])
         return msgspec.structs.replace(manifest, accuracy=accuracies[0], accuracies=accuracies)
-    except (AccuracyError, BackendError, ParityError, PrecisionError) as error:  # it is too far off, or does not run
-        path.unlink()
-        path.with_name(path.name + DATA).unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        logger.warning("%s is left out: %s", CPU_ONNX, reason)
-        return msgspec.structs.replace(manifest, cpu_form=CpuEvidence(left_out=reason))
+    except _WRONG as error:
+        return _left_out(writer, manifest, error)
+
+
+def _left_out(writer: ArtifactWriter, manifest: Manifest, error: Exception) -> Manifest:
+    for name in (CPU_ONNX, CPU_ONNX + DATA):
+        (writer.path / name).unlink(missing_ok=True)
+    reason = str(error).splitlines()[0]
+    logger.warning("%s is left out: %s", CPU_ONNX, reason)
+    return msgspec.structs.replace(manifest, cpu_form=CpuEvidence(left_out=reason))

@@ -187,7 +187,7 @@ class _Quantize:
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.pipeline.cpu_form import with_cpu_form  # these load onnx and ONNX Runtime
+        from deploy.pipeline.cpu_form import prove_and_judge, save_cpu_form  # these load onnx and ONNX Runtime
         from deploy.pipeline.written import check_unrounded, prove, source_cases
         from deploy.precision.int8.quantize import hint, quantize_onnx
 
@@ -208,7 +208,9 @@ class _Quantize:
         del quantized  # its weights are as large as the file
         written, cases = writer.describe(manifest), source_cases(source, feeds)
         check_unrounded(written, stored, cases, progress)
-        del stored
+        if form is not None:  # `written` does not list its file: what follows is about the signed one
+            manifest = save_cpu_form(writer, manifest, form, cases, progress)
+        del stored, form
         remedy = hint(manifest.calibration)
         parity = prove(
             written,
@@ -223,8 +225,9 @@ class _Quantize:
         reference = None
         if self._gate is not None:
             reference = Reference(source, self._gate, progress)
-            accuracies = reference.check(writer.describe(manifest), remedy)
+            proven = msgspec.structs.replace(manifest, files=written.manifest.files)
+            accuracies = reference.check(Artifact(written.path, proven), remedy)
             manifest = msgspec.structs.replace(manifest, accuracy=accuracies[0], accuracies=accuracies)
-        if form is not None:
-            manifest = with_cpu_form(writer, manifest, form, cases, self._tolerance, source, reference, progress)
+        if self._cpu_form and manifest.cpu_form is None:
+            manifest = prove_and_judge(writer, manifest, cases, self._tolerance, source, reference, progress)
         return manifest

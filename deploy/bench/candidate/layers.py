@@ -4,6 +4,7 @@ Backends fuse nodes, and name the fused layer after one of the nodes, or after a
 was fused into the layer that computes its inputs.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from deploy.runtime.profiling import LayerTime
 
 _MARKS = ("fused ",)
 """Prefixes that ONNX Runtime puts before a name."""
+
+_SERIAL = re.compile(r"_token_\d+$")
+"""What ONNX Runtime puts behind a name to make it unique."""
 
 
 def named_layers(artifact: Artifact, onnx_file: Path, layers: Sequence[LayerTime]) -> list[LayerTime]:
@@ -77,6 +81,7 @@ def _anchor(name: str, nodes: dict[str, onnx.NodeProto], producers: dict[str, on
     """The node that a layer is named after, and whether the name is exact: that of the node or its output, and not only a part of it."""
     for mark in _MARKS:
         name = name.removeprefix(mark)
+    name = _SERIAL.sub("", name)
     if name in nodes:
         return name, True
     if (base := name.removesuffix("_nchwc")) in producers:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from deploy.precision.graph import STANDARD, unused
+from deploy.precision.half.plan import is_float
 from deploy.precision.int8.placement import PASS_THROUGH, Placement
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
@@ -43,6 +44,7 @@ class _Widening:
         self._outputs = set(graph.outputs)
         self._edges = dict(placement.edges)
         self._joined = set(placement.joints.values())
+        self._excluded = {exclusion.node for exclusion in placement.excluded}
 
     def result(self) -> Placement:
         groups = [list(group) for group in self._placement.groups]
@@ -69,7 +71,8 @@ class _Widening:
         if both:
             fused = any(map(self._has_codes, operands)) and all(map(self._may_have, operands))
         else:
-            fused = _is(node, _POOLS) or (_is(node, ("Conv",)) and node.name in self._placement.nodes)
+            fused = _is(node, _POOLS) and node.name not in self._excluded
+            fused |= _is(node, ("Conv",)) and node.name in self._placement.nodes
             fused |= _is(node, _UNARY) and self._has_codes(operands[0])
         if fused and self._quantize(self._behind(node.outputs[0])):
             for value in operands:
@@ -131,7 +134,7 @@ class MeansToPools(PrecisionPass):
 
 def _over_places(node: ir.Node) -> bool:
     value, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
-    if value is None or value.shape is None or axes is None or axes.const_value is None:
+    if value is None or value.shape is None or not is_float(value) or axes is None or axes.const_value is None:
         return False
     rank = len(value.shape)
     return rank > 2 and sorted(axis % rank for axis in axes.const_value.numpy().tolist()) == list(range(2, rank))

@@ -1,6 +1,7 @@
 """Layers of real backends, and the ONNX nodes and torch modules that they are made of."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.bench.candidate.layers import named_layers, shares
 from deploy.errors import BackendError
+from deploy.host.cpu import has_vnni
 from deploy.runtime.load import open_session
 from deploy.runtime.profiling import LayerTime
 
@@ -41,6 +43,16 @@ def test_every_node_of_a_graph_is_in_one_layer_and_convolutions_lead_to_their_mo
     first = next(layer for layer in found if "conv1/Conv" in layer.nodes and layer.operator.startswith("Conv"))
     assert first.modules == ("conv1", "relu")
     assert all(layer.ms > 0 for layer in found if "Conv" in layer.operator)
+
+
+@pytest.mark.skipif(not has_vnni(), reason="the processor has no VNNI: ONNX Runtime runs the signed file here")
+def test_layers_of_the_cpu_form_of_int8_lead_to_their_modules(resnet: Artifact, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
+    made = deploy.quantize(resnet, tmp_path / "int8", calib=[{"input": x}])
+    found = {layer.modules: layer for layer in layers(made, "onnxruntime", x.shape) if layer.operator == "QLinearConv"}
+    assert ("conv1", "relu") in found
+    assert ("layer1.0.conv2",) in found
+    assert len(found) == sum(node.op_type == "Conv" for node in onnx.load(resnet.onnx_path).graph.node)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "eager"])
