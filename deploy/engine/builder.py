@@ -51,14 +51,11 @@ def build_engine(
     """Parse an ONNX file and build an engine with these optimization profiles. shown: the name of the file in errors.
 
     Ctrl-C stops the build at TensorRT's next step and is then raised. Raises EngineError for nodes that the parser refuses (each
-    by its ONNX name, with a remedy) and for a failed build, UsageError for options that the flavour does not have, and
-    BackendError for what it cannot do on this machine.
+    by its ONNX name, with a remedy) and for a failed build, and what `checked` raises.
     """
     trt = flavour.trt
     shown = shown or str(onnx_path)
-    _check_flavour(flavour, options)
-    if options.strip and flavour.name == "tensorrt-rtx":
-        options = dataclasses.replace(options, targets=_strip_targets(options.targets))
+    options = checked(flavour, options)
     progress("parsing", 0, 0)
     network = parse_network(flavour, onnx_path, shown=shown)
     config = network.builder.create_builder_config()
@@ -74,15 +71,20 @@ def build_engine(
     return BuiltEngine(plan=bytes(plan), network=network, target=_target(flavour, options))
 
 
-def _check_flavour(flavour: Flavour, options: BuildOptions) -> None:
+def checked(flavour: Flavour, options: BuildOptions) -> BuildOptions:
+    """The options as they hold for the flavour on this machine.
+
+    Raises UsageError for those that it does not have, BackendError for what it cannot do here.
+    """
     if flavour.name != "tensorrt-rtx":
         if options.targets:
             raise UsageError("`targets` is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")
-        return
+        return options
     if options.timing_cache is not None:
         raise UsageError("`timing_cache`: tensorrt-rtx times nothing while building; leave it out")
     if options.version_compatible or options.hardware_compatible:
         raise UsageError("`version_compatible` and `hardware_compatible` are for the flavour tensorrt; tensorrt-rtx has neither")
+    return dataclasses.replace(options, targets=_strip_targets(options.targets)) if options.strip else options
 
 
 def _strip_targets(targets: Sequence[str]) -> tuple[str]:

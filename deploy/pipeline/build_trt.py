@@ -17,6 +17,7 @@ from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import real_data
+from deploy.engine.builder import build_engine, checked
 from deploy.engine.cuda import open_device
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import Flavour, load_flavour
@@ -247,6 +248,7 @@ class _BuildTrt:
 
             self._stripped, self._flavour = open_stripped(self._options.refit_from)
             self._profiles = self._stripped.manifest.profiles
+        checked(self._flavour, self._options.build)
         self._gpu = gpu_identity()
         gate = self._gate.request(self._source) if self._gate else None
         self._circumstances = {
@@ -284,8 +286,7 @@ class _BuildTrt:
         return manifest
 
     def _build(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.engine.builder import build_engine  # these load onnx and ONNX Runtime
-        from deploy.pipeline.attest import attested
+        from deploy.pipeline.attest import attested  # these load onnx and ONNX Runtime
         from deploy.pipeline.refit import refitted
         from deploy.precision.int8.quantize import hint
 

@@ -26,7 +26,7 @@ OBJECTS = {
     "engine/network.py": {"builder", "definition", "parser", "checker", "error", "source"},
     "engine/refit.py": {"refitter", "parser"},
     "engine/timing_cache.py": {"config", "cache", "made", "others"},
-    "engine/context.py": {"context", "_trt_context"},
+    "engine/context.py": {"context", "_context", "_trt_context"},
     "engine/callbacks.py": set(),
     "engine/loaded.py": {"_engine", "_runtime", "engine", "config", "_config", "_cache", "inspector"},
 }

@@ -35,7 +35,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(shown or "")
         return build(*args, shown=shown, **options)
 
-    monkeypatch.setattr(builder, "build_engine", counting)
+    monkeypatch.setattr("deploy.pipeline.build_trt.build_engine", counting)
     return calls
 
 

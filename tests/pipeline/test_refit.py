@@ -13,6 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, Target
 from deploy.artifact.tensors import random_feed
 from deploy.artifact.writer import ArtifactWriter
+from deploy.engine.cuda.driver import has_gpu
 from deploy.errors import BackendError, EngineError, UsageError
 from deploy.pipeline.refit import network_difference
 
@@ -86,6 +87,16 @@ def test_engines_that_cannot_get_weights_are_refused(shared_lenet5: Artifact, tm
     for options in others:
         with pytest.raises(UsageError, match="`refit_from` takes the engine as it was built"):
             deploy.build_trt(source, tmp_path / "out", refit_from=old.path, **options)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_what_cannot_be_built_here_is_refused_before_the_calibration(
+    shared_lenet5: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.pipeline.typed.quantize_onnx", lambda *_: pytest.fail("the calibration began"))
+    calib = [random_feed(shared_lenet5.manifest.inputs, {"batch": 4})]
+    with pytest.raises(BackendError, match="`strip`: tensorrt-rtx leaves weights out only on a machine with a GPU"):
+        deploy.build_trt(shared_lenet5, tmp_path / "out", int8=True, calib=calib, flavour="tensorrt-rtx", strip=True)
 
 
 def test_a_network_differs_by_all_but_its_weights(tmp_path: Path) -> None:
