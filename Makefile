@@ -19,7 +19,7 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
 
 # Tests at full length. Of the server: 10,000 malformed requests, 100,000 while the model is swapped, 100,000 for its memory.
-# Of sessions on the simulated GPU: 10,000 random steps.
+# Of sessions on the simulated GPU: 10,000 random steps through each library.
 soak: $(INSTALLED)
 	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving tests/simulator/test_soak.py -o timeout=3600
 

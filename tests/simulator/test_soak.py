@@ -1,6 +1,7 @@
 """Sessions on the simulated GPU, used at random: threads, shapes, streams, foreign arrays, captures, failures, closes.
 
-Whatever is done in whatever order, results are right, no rule is broken, and at the end nothing is left. `make soak` takes 10,000 steps.
+Whatever is done in whatever order, results are right, no rule is broken, and at the end nothing is left. `make soak` takes 10,000 steps
+through each library.
 """
 
 import functools
