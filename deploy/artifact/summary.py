@@ -45,7 +45,7 @@ def summary(artifact: Artifact) -> str:
     if manifest.calibration:
         lines += calibration_text(manifest.calibration)
     if manifest.accuracy:
-        lines.append(_row("accuracy", accuracy_text(manifest.accuracy)))
+        lines.append(_row("accuracy", accuracy_text(manifest.accuracy) + int8_text(manifest.calibration)))
     if manifest.precision_share is not None:
         lines.append(_row("computes", share_text(manifest.precision_share)))
         for kind, shares in (("layers", manifest.precision_share.layers), ("GPU time", manifest.precision_share.time)):
@@ -66,7 +66,7 @@ def evidence(manifest: Manifest) -> list[str]:
     if manifest.calibration:
         lines.append(" ".join(calibration_text(manifest.calibration)[0].split()))
     if manifest.accuracy:
-        lines.append(f"accuracy: {accuracy_text(manifest.accuracy)}")
+        lines.append(f"accuracy: {accuracy_text(manifest.accuracy)}{int8_text(manifest.calibration)}")
     if manifest.precision_share:
         lines.append(f"computes: {share_text(manifest.precision_share)}")
     if manifest.exclusions:
@@ -133,13 +133,14 @@ def _parts(shares: Mapping[str, float]) -> str:
 
 def calibration_text(calibration: Calibration) -> list[str]:
     """The calibration data and method, and the noisiest layers."""
-    extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
+    extras = [f"{count_of(len(calibration.smoothed), 'activation')} smoothed"] * bool(calibration.smoothed)
+    extras += ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
     weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
     rows = count_of(calibration.rows, "image" if calibration.kind == "images" else "row")
     skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
     noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
     return [
-        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}"),
+        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}{int8_text(calibration)}"),
         _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
     ]
 
@@ -165,6 +166,13 @@ def accuracy_text(accuracy: Accuracy) -> str:
         )
     reported = "" if accuracy.expected_top1 is None else f"; training reported {accuracy.expected_top1:.2f} %"
     return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {accuracy.backend})"
+
+
+def int8_text(calibration: Calibration | None) -> str:
+    """What stands beside an accuracy in INT8: `; INT8: 97.3 % of ...`, or nothing."""
+    if calibration is None or calibration.int8_share is None:
+        return ""
+    return f"; INT8: {calibration.int8_share:.1%} of the multiply-accumulates of layers with weights"
 
 
 def drop_text(points: float) -> str:

@@ -1,11 +1,12 @@
 """Quantizing the graph of an artifact in memory: calibration, bias correction and audit."""
 
-import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
@@ -21,18 +22,21 @@ from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
-from deploy.precision.int8.audit import Audit
+from deploy.precision.int8.audit import Audit, LayerError
 from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.channels import ROWS, choose_channels
 from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
-from deploy.precision.int8.placement import Selection, place
+from deploy.precision.int8.placement import Selection, asked_of, place
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.int8.scales import scales_of
+from deploy.precision.int8.share import int8_share
+from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
@@ -83,10 +87,13 @@ def quantize_onnx(artifact: Artifact, data: CalibrationSet, options: QuantizeOpt
     equalized = bool(equalize.layers)
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
-    selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
+    selection = Selection(
+        exclude=options.exclude, include=options.include, float_first=options.float_first, float_last=options.float_last
+    )
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
+        Smooth(place(model, selection), known.channels)(model)
         return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [])
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     expected = check_prepared(artifact, references)
@@ -123,8 +130,9 @@ def _calibrate(
     equalized: bool,
 ) -> tuple[Calibrated, list[tuple[Feed, Feed]]]:
     """The calibration, and feeds of PARITY_ROWS rows in total with the outputs of the FP32 graph for them."""
-    placement = place(model, selection)
     rows = Rows(data, options.batch_size, progress)
+    channels = _smoothed(model, selection, rows, options, progress)
+    placement = place(model, selection)
     activations = Activations(model, list(placement.edges))
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
@@ -135,9 +143,9 @@ def _calibrate(
     else:
         method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
         amax = {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
-    scales = scales_of(model, placement, histograms, amax)
+    scales = scales_of(placement, amax)
     progress("measuring each layer")
-    audit = Audit(model, placement, scales.own, shifts=scales.shifts, per_tensor=options.per_tensor)
+    audit = Audit(model, placement, scales.own, joint=scales.joint, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
@@ -150,12 +158,13 @@ def _calibrate(
     errors = audit.finish()
     del audit
     corrected = options.bias_correction
-    layers = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
+    noisy, layers = _noise(errors, options)
     known = Calibrated(
         scales=scales.own,
         joint=scales.joint,
-        shifts=scales.shifts,
+        channels=channels,
         bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
+        noisy=noisy,
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
@@ -166,11 +175,37 @@ def _calibrate(
             per_tensor=options.per_tensor,
             bias_correction=corrected,
             equalized=equalized,
+            smoothed=sorted(channels),
             floats=options.floats,
-            layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers],
+            layers=layers,
         ),
     )
     return known, references
+
+
+def _noise(errors: Mapping[str, LayerError], options: QuantizeOptions) -> tuple[dict[str, str], list[LayerNoise]]:
+    """The nodes that lose too much, with the reason, and the noise of the others, the noisiest first."""
+    noise = {name: error.sqnr_db if options.bias_correction else error.sqnr_uncorrected_db for name, error in errors.items()}
+    noisy = {
+        name: f"its signal to quantization noise is {value:.0f} dB, below {options.keep_below:g} (`keep_below`)"
+        for name, value in noise.items()
+        if value < options.keep_below
+    }
+    layers = sorted((value, name) for name, value in noise.items() if name not in noisy)
+    return noisy, [LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers]
+
+
+def _smoothed(
+    model: ir.Model, selection: Selection, rows: Rows, options: QuantizeOptions, progress: Progress
+) -> dict[str, Channels]:
+    """Smooth `model` in place, by what the first rows say; returns by what."""
+    progress("evening out channels")
+    placement = place(model, selection)
+    channels = choose_channels(
+        model, placement, rows.head(ROWS), per_tensor=options.per_tensor, corrected=options.bias_correction
+    )
+    Smooth(placement, channels)(model)
+    return channels
 
 
 def _quantized(
@@ -182,27 +217,27 @@ def _quantized(
     expected: list[Feed],
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
-    placement = place(model, selection)
+    placement = place(model, selection, stay=known.noisy)
     half = options.floats == "fp16"
     if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
-        placement = place(model, selection, stay={**small, **known.keep})
-    shifts = {name: shift for name, shift in known.shifts.items() if name in placement.edges}
-    stored = Stored.of(model, placement, known.scales, known.joint, shifts)
+        placement = place(model, selection, stay={**small, **known.keep, **known.noisy})
+    share = int8_share(model, placement, feeds[0], asked=asked_of(model, selection), least=options.min_int8 / 100)
+    bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
+    stored = Stored.of(model, placement, known.scales, known.joint, bias)
     to_int8 = ToInt8(
         placement,
         known.scales,
         joint=known.joint,
-        shifts=shifts,
-        bias={name: correction for name, correction in known.bias.items() if name in placement.nodes},
+        bias=bias,
         per_tensor=options.per_tensor,
         smallest=SMALLEST_FP16 if half else 0.0,
     )
     to_int8(model)
-    stored = dataclasses.replace(stored, bias=to_int8.added)
     exclusions = list(placement.excluded)
     if half:
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
-    return Quantized(model=model, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored)
+    record = msgspec.structs.replace(known.record, int8_share=share)
+    return Quantized(model=model, exclusions=exclusions, calibration=record, feeds=feeds, expected=expected, stored=stored)

@@ -205,3 +205,45 @@ def test_every_opset_with_scales_in_fp16_is_quantized(opset: int, fp16: bool, tm
     feed = {"x": np.random.default_rng(1).standard_normal((7, 4)).astype(np.float32)}
     exact, quantized = quantized_of(text, feed, tmp_path, fp16=fp16)
     assert difference(quantized["y"], exact["y"]).sqnr_db > 25
+
+
+FAINT = """<ir_version: 10, opset_import: ["": 19]> g (float[N, 4] x) => (float[N, 8] y)
+    <float[4, 8] w, float[8, 8] v, float[8, 8] u> {
+    [first] h = MatMul(x, w) r = Relu(h) [faint] f = MatMul(r, v) k = Tanh(f) [last] y = MatMul(k, u) }"""
+
+
+def faint(folder: Path) -> tuple[Artifact, CalibrationSet]:
+    """A net whose layer `faint` reads with tiny weights what is large, and with large ones what is small."""
+    proto = onnx.parser.parse_model(FAINT)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape) for name, shape in (("w", (4, 8)), ("v", (8, 8)), ("u", (8, 8)))}
+    arrays["w"][:, 0] *= 2000
+    arrays["v"][0] = 0
+    for name, array in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    del proto.graph.value_info[:]
+    onnx.save(proto, folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    return artifact, calibration_set(artifact, [{"x": rng.standard_normal((64, 4)).astype(np.float32)}])
+
+
+def test_a_layer_that_loses_too_much_stays_in_floating_point_and_is_listed(tmp_path: Path) -> None:
+    artifact, data = faint(tmp_path)
+    for _ in ("calibrated", "from the cache"):
+        made = quantize_onnx(artifact, data, QuantizeOptions(min_int8=40))
+        (exclusion,) = made.exclusions
+        assert exclusion.node == "faint"
+        assert "below 10 (`keep_below`)" in exclusion.reason
+        assert [layer.node for layer in made.calibration.layers if layer.node == "faint"] == []
+        assert made.calibration.int8_share == pytest.approx(0.6)
+    everything = quantize_onnx(artifact, data, QuantizeOptions(keep_below=-100))
+    assert (everything.exclusions, everything.calibration.int8_share) == ([], 1.0)
+
+
+def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
+    artifact, data = faint(tmp_path)
+    with pytest.raises(
+        PrecisionError, match=r"INT8 would be 60% of .*; at least 90% .*: faint: its signal to quantization noise is"
+    ):
+        quantize_onnx(artifact, data, QuantizeOptions())
+    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.int8_share == pytest.approx(0.6)
