@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deploy.artifact.preprocess import Preprocess
+from deploy.intake.build import build_model
 from deploy.models import registry
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -32,7 +33,7 @@ CALIBRATION = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """A net and its training. side: height and width of the input in pixels. images: how many of the training set are used."""
+    """A net and its training. arch: as in `deploy export --arch`. side: height and width of the input in pixels. images: how many of the training set are used."""
 
     arch: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,12 @@ NETS = {
     "convnet": Net(arch="convnet", epochs=5),
     "mobilenet_v1": Net(arch="mobilenet_v1", args={"width": 0.25}, side=64, channels=3, epochs=4, rate=6e-3),
     "resnet18": Net(arch="resnet18", side=32, channels=3, epochs=3, images=40_000, rate=1e-3),
+    "vit": Net(
+        arch="timm:vit_tiny_patch16_224",
+        args={"img_size": 28, "in_chans": 1, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+        epochs=4,
+        images=40_000,
+    ),
 }
 
 
@@ -98,7 +105,10 @@ def train(name: str, net: Net, data: Path, seed: int = 0) -> tuple[nn.Module, fl
     torch.manual_seed(seed)
     pixels, labels = (part[: net.images] for part in read(data, "train"))
     images, targets = prepare(net, pixels), torch.from_numpy(labels.astype(np.int64))
-    model = registry.create(net.arch, num_classes=len(CLASSES), **net.args)
+    if net.arch in registry.ARCHITECTURES:
+        model = registry.create(net.arch, num_classes=len(CLASSES), **net.args)
+    else:
+        model = build_model(arch=net.arch, args=net.args, num_classes=len(CLASSES), seed=seed)[0].module
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     steps = len(images) // net.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, net.rate, total_steps=net.epochs * steps)

@@ -173,8 +173,10 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: the SHA-256 of the calibration data; None for feeds that can be read only once.
     rows: the number of images, or of rows of feeds. skipped: files that could not be read.
     equalized: the ranges were equalized across layers before.
+    smoothed: activations whose channels were evened out before, by name.
     floats: the precision of everything that is not INT8.
-    layers: the noise of every quantized node alone, the noisiest first.
+    layers: the noise of every node in INT8 alone, the noisiest first; what was too noisy is among the exclusions instead.
+    int8_share: of the multiply-accumulates of layers with weights, 0 to 1; None where they cannot be counted.
     """
 
     data: str | None
@@ -187,6 +189,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     equalized: bool
     floats: Literal["fp32", "fp16"]
     layers: list[LayerNoise]
+    smoothed: list[str] = []
+    int8_share: float | None = None
 
 
 class CpuEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

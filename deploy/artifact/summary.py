@@ -142,8 +142,10 @@ def cpu_form_text(manifest: Manifest) -> list[str]:
 
 
 def accuracies_text(manifest: Manifest) -> list[str]:
-    """The accuracy on every backend that was judged, the worst first."""
-    return [accuracy_text(each) for each in manifest.accuracies or filter(None, [manifest.accuracy])]
+    """The accuracy on every backend that was judged, the worst first, each with the share of INT8."""
+    return [
+        accuracy_text(each) + int8_text(manifest.calibration) for each in manifest.accuracies or filter(None, [manifest.accuracy])
+    ]
 
 
 def share_text(share: PrecisionShare) -> str:
@@ -174,13 +176,14 @@ def _parts(shares: Mapping[str, float]) -> str:
 
 def calibration_text(calibration: Calibration) -> list[str]:
     """The calibration data and method, and the noisiest layers."""
-    extras = ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
+    extras = [f"{count_of(len(calibration.smoothed), 'activation')} smoothed"] * bool(calibration.smoothed)
+    extras += ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
     weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
     rows = count_of(calibration.rows, "image" if calibration.kind == "images" else "row")
     skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
     noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
     return [
-        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}"),
+        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}{int8_text(calibration)}"),
         _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
     ]
 
@@ -207,6 +210,13 @@ def accuracy_text(accuracy: Accuracy) -> str:
         )
     reported = "" if accuracy.expected_top1 is None else f"; training reported {accuracy.expected_top1:.2f} %"
     return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {where})"
+
+
+def int8_text(calibration: Calibration | None) -> str:
+    """What stands beside an accuracy in INT8: `; INT8: 97.3 % of ...`, or nothing."""
+    if calibration is None or calibration.int8_share is None:
+        return ""
+    return f"; INT8: {calibration.int8_share:.1%} of the multiply-accumulates of layers with weights"
 
 
 def drop_text(points: float) -> str:

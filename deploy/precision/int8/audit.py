@@ -24,6 +24,7 @@ NOISE_ROWS = 4
 _CORRECTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators whose bias can be corrected; they are linear in their input. That of a MatMul is added behind it."""
 
+_SUM = "Add"
 _CHANNEL_AXIS = 1
 _BIAS = 2
 _MATRIX = 2
@@ -61,16 +62,16 @@ class Audit:
         placement: Placement,
         scales: Mapping[str, float],
         *,
-        shifts: Mapping[str, float] | None = None,
+        joint: Mapping[str, float] | None = None,
         per_tensor: bool,
     ) -> None:
         self._scales = scales
-        self._shifts = shifts or {}
-        taken: dict[str, dict[int, str]] = {name: {} for name in placement.nodes}
+        self._joint = dict(scales) | dict(joint or {})
+        self._joints = placement.joints
+        taken: dict[str, dict[int, str]] = {}
         for tensor, uses in placement.edges.items():
             for node, index in uses:
-                if node in taken:
-                    taken[node][index] = tensor
+                taken.setdefault(node, {})[index] = tensor
         weights = {
             name: dataclasses.replace(weight, axis=None) if per_tensor else weight for name, weight in placement.weights.items()
         }
@@ -91,7 +92,7 @@ class Audit:
         shapes = tuple((name, exact[name].shape[1:]) for name in averaged)  # images may have different sizes
         means = self._means.setdefault(shapes, {name: _Mean() for name in averaged})
         for name, mean in means.items():
-            mean.add(exact[name], self._rounded(name, exact[name]))
+            mean.add(exact[name], read_back(exact[name], self._scales[name]))
         there = frozenset(exact)
         if self._rows[there] < NOISE_ROWS:
             share = min(1.0, (NOISE_ROWS - self._rows[there]) / rows)  # a tensor may have several rows for one row of the feed
@@ -103,7 +104,7 @@ class Audit:
         return array if array.ndim == _MATRIX and name in self._matrices else array[: math.ceil(len(array) * share)]
 
     def finish(self) -> dict[str, LayerError]:
-        """The error of every quantized Conv, ConvTranspose, Gemm and MatMul that a feed ran, by name. Raises PrecisionError."""
+        """The error of every node that reads a quantized tensor and that a feed ran, by name. Raises PrecisionError."""
         ran = {probe.name: probe for probe in self._probes if any(probe.is_in(exact) for exact in self._noise)}
         with ThreadPoolExecutor(STREAMS, thread_name_prefix="audit") as pool:
             return dict(zip(ran, pool.map(self._error, ran.values()), strict=True))
@@ -117,13 +118,11 @@ class Audit:
             rows = means[probe.tensors[0]].rows
             pairs = [(means[name].exact, means[name].rounded) for name in probe.tensors]
             mean.add(run(constants | probe.feed(pairs)), rows)
+        scales = self._joint if probe.name in self._joints else self._scales
         for exact in runs:
-            pairs = [(exact[name], self._rounded(name, exact[name])) for name in probe.tensors]
+            pairs = [(exact[name], read_back(exact[name], scales[name])) for name in probe.tensors]
             noise.add(run(constants | probe.feed(pairs)))
         return _error(mean.totals, noise.totals)
-
-    def _rounded(self, name: str, exact: np.ndarray) -> np.ndarray:
-        return read_back(exact, self._scales[name], self._shifts.get(name, 0.0))
 
 
 class _Mean:
@@ -163,7 +162,8 @@ class _Probe:
     """A model of one quantized node alone, on its exact and its rounded input, with sums of the difference as outputs.
 
     The weights are inputs of the model: as initializers they would be copied and laid out anew for only two runs. A bias that is
-    computed, or differs between the rows of a Gemm, is left out: the difference does not depend on it.
+    computed, or differs between the rows of a Gemm, is left out: the difference does not depend on it. Of a residual sum, only what
+    it adds is judged: the other operand is exact.
 
     tensors: the activations that the node takes, in the order of its inputs. has_weight: it is linear in them, with a weight.
     """
@@ -178,7 +178,9 @@ class _Probe:
         self._stored = stored
         self.has_weight = stored is not None
         self._known: dict[int, ir.TensorProtocol] = {}
-        for index, value in enumerate(node.inputs):
+        self._places = self._taken if node.op_type == _SUM else list(range(len(node.inputs)))
+        for index in self._places:
+            value = node.inputs[index]
             if value is None or index in self._taken:
                 continue
             if index == _BIAS and (value.const_value is None or len(value.const_value.shape) > 1):
@@ -243,14 +245,12 @@ class _Probe:
 
     def _twin(self, sort: str, inputs: Mapping[str, ir.Value]) -> ir.Node:
         """A copy of the node that takes the inputs of the probe; the rounded one takes the INT8 weight."""
-        operands = [
-            inputs.get(f"{sort}{index}" if index in self._taken else f"constant{index}")
-            for index in range(len(self._node.inputs))
-        ]
+        operands = [inputs.get(f"{sort}{index}" if index in self._taken else f"constant{index}") for index in self._places]
         if sort == "rounded" and self._stored is not None:
             operands[1] = inputs["weight"]
         node = self._node
-        return ir.Node(node.domain, node.op_type, operands, node.attributes.values(), outputs=[_value(sort)], name=sort)
+        operator = "Identity" if node.op_type == _SUM else node.op_type
+        return ir.Node(node.domain, operator, operands, node.attributes.values(), outputs=[_value(sort)], name=sort)
 
 
 def _value(name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 
 from deploy.artifact.manifest import Calibration, request_digest
 from deploy.host.cache import cache_folder, keep
+from deploy.precision.int8.smooth import Channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,19 @@ class CpuRanges:
 class Calibrated:
     """The result of a calibration.
 
-    scales: by activation tensor. joint, shifts: see `deploy.precision.int8.rewrite.ToInt8`.
+    scales: by activation tensor. joint: see `deploy.precision.int8.rewrite.ToInt8`.
+    channels: what is smoothed, by activation tensor of the graph before it is.
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
-    keep: nodes whose tensors FP16 cannot represent, with the reason.
+    noisy: nodes that lose too much in INT8, with the reason. keep: nodes whose tensors FP16 cannot represent, with the reason.
     cpu: what the CPU form needs beside these.
     record: the evidence for the manifest.
     """
 
     scales: dict[str, float]
     joint: dict[str, float]
-    shifts: dict[str, float]
+    channels: dict[str, Channels]
     bias: dict[str, np.ndarray]
+    noisy: dict[str, str]
     keep: dict[str, str]
     cpu: CpuRanges
     record: Calibration
@@ -46,8 +49,9 @@ class Calibrated:
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scales: dict[str, float]
     joint: dict[str, float]
-    shifts: dict[str, float]
+    channels: dict[str, tuple[list[float], list[float]]]
     bias: dict[str, list[float]]
+    noisy: dict[str, str]
     keep: dict[str, str]
     cpu: CpuRanges
     record: Calibration
@@ -64,9 +68,17 @@ def read(request: dict[str, Any]) -> Calibrated | None:
         kept = msgspec.convert(json.loads(_path(request).read_bytes()), _File)
     except (OSError, ValueError):  # msgspec's errors, JSON's and Unicode's are ValueErrors
         return None
-    bias = {name: np.array(values, dtype=np.float32) for name, values in kept.bias.items()}
+    channels = {name: Channels(shift=_array(shift), scale=_array(scale)) for name, (shift, scale) in kept.channels.items()}
+    bias = {name: _array(values) for name, values in kept.bias.items()}
     return Calibrated(
-        scales=kept.scales, joint=kept.joint, shifts=kept.shifts, bias=bias, keep=kept.keep, cpu=kept.cpu, record=kept.record
+        scales=kept.scales,
+        joint=kept.joint,
+        channels=channels,
+        bias=bias,
+        noisy=kept.noisy,
+        keep=kept.keep,
+        cpu=kept.cpu,
+        record=kept.record,
     )
 
 
@@ -75,14 +87,19 @@ def write(request: dict[str, Any], calibrated: Calibrated) -> None:
     kept = _File(
         scales=calibrated.scales,
         joint=calibrated.joint,
-        shifts=calibrated.shifts,
+        channels={name: (each.shift.tolist(), each.scale.tolist()) for name, each in calibrated.channels.items()},
         bias={name: values.tolist() for name, values in calibrated.bias.items()},
+        noisy=calibrated.noisy,
         keep=calibrated.keep,
         cpu=calibrated.cpu,
         record=calibrated.record,
     )
     # Not msgspec's own writer, which refuses the paths of skipped images that are not UTF-8.
     keep(_path(request), json.dumps(msgspec.to_builtins(kept)).encode(), "the calibration")
+
+
+def _array(values: list[float]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
 
 
 def _path(request: dict[str, Any]) -> Path:

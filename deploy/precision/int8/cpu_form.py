@@ -41,15 +41,19 @@ def cpu_ranges(
         activations = Activations(model, list(further))
         for feed in feeds:
             tensors, _ = activations(feed)
-            for name, histogram in further.items():
-                histogram.add(tensors[name])
+            for name, array in tensors.items():
+                further[name].add(array)
+    further = {
+        name: histogram for name, histogram in further.items() if histogram.total
+    }  # others are in a branch that did not run
     found = {name: scale_of(threshold(each, "mse")) for name, each in further.items()}
     lows = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in {**histograms, **further}.items()}
-    for group in wide.groups:  # numbers that only move between them
+    groups = ([name for name in group if name in lows] for group in wide.groups)
+    for group in filter(None, groups):  # numbers that only move between them
         known = [scales[name] for name in group if name in scales] or [found[name] for name in group]
         found |= dict.fromkeys((name for name in group if name in further), max(known))
         lows |= dict.fromkeys(group, min(lows[name] for name in group))
-    return CpuRanges(scales=found, lows={name: lows[name] for name in wide.edges})
+    return CpuRanges(scales=found, lows={name: lows[name] for name in wide.edges if name in lows})
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class CpuForm:
     def save(self, path: Path) -> None:
         """Write the ONNX file, with large weights beside it. Raises OSError, and ParityError if it does not hold what it must."""
         save_model(self.model, path)
-        nodes = {node.name or "": node for node in load_model(path).graph}
+        nodes = {node.name or "": node for node in load_model(path).graph.all_nodes()}
         self.stored.check_weights(nodes)
         for tensor, uses in self.stored.edges.items():
             for name, index in uses:
@@ -83,15 +87,19 @@ class CpuForm:
 
 
 def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_tensor: bool) -> CpuForm:
-    """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError."""
+    """The CPU form of a prepared FP32 `model`, which is not changed, by the calibration of its signed graph. Raises PrecisionError.
+
+    model: smoothed, as it was calibrated. placement: of the signed graph.
+    """
     model, wide = _widened(model, placement)
     scales = {**known.cpu.scales, **known.scales}
-    stored = Stored.of(model, wide, scales, known.joint, known.shifts)
-    to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)
-    to_int8(model)
+    wide = replace(wide, edges={name: uses for name, uses in wide.edges.items() if name in scales})
+    bias = {name: correction for name, correction in known.bias.items() if name in wide.nodes}
+    stored = Stored.of(model, wide, scales, known.joint, bias)
+    ToInt8(wide, scales, joint=known.joint, bias=bias, per_tensor=per_tensor)(model)
     to_unsigned = ToUnsigned(known.cpu.lows)
     to_unsigned(model)
-    return CpuForm(model, replace(stored, bias=to_int8.added), to_unsigned.chosen)
+    return CpuForm(model, stored, to_unsigned.chosen)
 
 
 def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:

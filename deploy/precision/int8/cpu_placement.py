@@ -13,6 +13,8 @@ from onnx_ir.passes import PassResult
 
 from deploy.precision.graph import STANDARD, unused
 from deploy.precision.half.plan import is_float
+from deploy.precision.int8.branches import branched_nodes
+from deploy.precision.int8.edit import graph_of
 from deploy.precision.int8.placement import PASS_THROUGH, Placement
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
@@ -31,32 +33,33 @@ _GATES = ("HardSigmoid", "Sigmoid")
 def widened(model: ir.Model, placement: Placement) -> Placement:
     """`placement` with the pairs behind layers, sums and products.
 
-    model: prepared, FP32. The outputs of the graph stay as they are, and so do those of Gemm and MatMul, which have kernels from
-    codes to floating point.
+    model: prepared, FP32, of one scope (`deploy.precision.int8.branches`). The outputs of the graph and of its branches stay as they
+    are, and so do those of Gemm and MatMul, which have kernels from codes to floating point. What the placement has left in floating
+    point reads and makes no codes here either.
     """
     return _Widening(model.graph, placement).result()
 
 
 class _Widening:
     def __init__(self, graph: ir.Graph, placement: Placement) -> None:
-        self._graph = graph
+        self._inputs = graph.inputs
+        self._nodes = {node: node.name in placement.left for node in branched_nodes(graph)}
         self._placement = placement
-        self._outputs = set(graph.outputs)
         self._edges = dict(placement.edges)
         self._joined = set(placement.joints.values())
-        self._excluded = {exclusion.node for exclusion in placement.excluded}
 
     def result(self) -> Placement:
         groups = [list(group) for group in self._placement.groups]
-        for node in self._graph:
-            self._widen(node)
-        for node in reversed(self._graph):
+        for node, left in self._nodes.items():
+            if not left:
+                self._widen(node)
+        for node in reversed(self._nodes):
             source = node.inputs[0] if node.inputs else None
             if source is None or not _is(node, PASS_THROUGH) or not self._has_codes(node.outputs[0]):
                 continue
             if (self._has_codes(source) or self._quantize(source)) and source.name not in self._placement.edges:
                 groups.append([source.name or "", node.outputs[0].name or ""])
-        order = [*self._graph.inputs, *(value for node in self._graph for value in node.outputs)]
+        order = [*self._inputs, *(value for node in self._nodes for value in node.outputs)]
         names = [value.name or "" for value in order]
         return replace(
             self._placement,
@@ -71,7 +74,7 @@ class _Widening:
         if both:
             fused = any(map(self._has_codes, operands)) and all(map(self._may_have, operands))
         else:
-            fused = _is(node, _POOLS) and node.name not in self._excluded
+            fused = _is(node, _POOLS)
             fused |= _is(node, ("Conv",)) and node.name in self._placement.nodes
             fused |= _is(node, _UNARY) and self._has_codes(operands[0])
         if fused and self._quantize(self._behind(node.outputs[0])):
@@ -81,7 +84,7 @@ class _Widening:
 
     def _behind(self, value: ir.Value) -> ir.Value:
         """What is rounded in place of `value`: the output of the activation behind it."""
-        while len(uses := value.uses()) == 1 and value not in self._outputs:
+        while len(uses := value.uses()) == 1 and not value.is_graph_output():
             node = next(iter(uses))[0]
             if not _is(node, _ABSORBED):
                 break
@@ -93,13 +96,13 @@ class _Widening:
 
     def _may_have(self, value: ir.Value) -> bool:
         maker = value.producer()
-        return self._has_codes(value) or (maker is not None and _is(maker, _GATES) and value not in self._outputs)
+        return self._has_codes(value) or (maker is not None and _is(maker, _GATES) and not value.is_graph_output())
 
     def _quantize(self, value: ir.Value) -> bool:
-        """Give all that read `value` its codes; returns whether that can be."""
-        if value in self._outputs or value.name in self._joined:
+        """Give all that read `value` its codes, but for what is left in floating point; returns whether that can be."""
+        if value.is_graph_output() or value.name in self._joined:
             return False
-        uses = [(node.name or "", index) for node, index in value.uses() if node.graph is self._graph]
+        uses = [(node.name or "", index) for node, index in value.uses() if self._nodes.get(node) is False]
         if uses:
             self._edges[value.name or ""] = tuple(uses)
         return bool(uses)
@@ -126,7 +129,7 @@ class MeansToPools(PrecisionPass):
     leaves = (*PREPARED, VALID)
 
     def call(self, model: ir.Model) -> PassResult:
-        found = [node for node in model.graph if _is(node, ("ReduceMean",)) and _over_places(node)]
+        found = [node for node in branched_nodes(model.graph) if _is(node, ("ReduceMean",)) and _over_places(node)]
         for node in found:
             _pool(model.graph, node)
         return PassResult(model, bool(found))
@@ -156,4 +159,4 @@ def _pool(graph: ir.Graph, node: ir.Node) -> None:
         new = [pool, squeeze]
     last = new[-1].outputs[0]
     last.shape, last.type = result.shape, result.type
-    ir.convenience.replace_nodes_and_values(graph, node, [node], new, [result], [last])
+    ir.convenience.replace_nodes_and_values(graph_of(node), node, [node], new, [result], [last])

@@ -1,6 +1,7 @@
 """How to quantize. Imports none of the libraries that do it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ class QuantizeOptions:
     percentile: per cent of the magnitudes that the method `percentile` keeps.
     per_tensor: one scale for a weight, not one for each of its output channels.
     exclude: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
+    include: as exclude: layers to quantize that `deploy.precision.int8.rules` would leave in floating point.
+    keep_below: a node whose output has less signal to quantization noise than this many dB, by itself, stays in floating point.
+    min_int8: per cent of the multiply-accumulates of layers with weights that must be INT8, without those that `exclude` names.
     fp16: the scales are FP16 too, so that no Cast stands between layers.
     """
 
@@ -41,8 +45,15 @@ class QuantizeOptions:
     exclude: tuple[str, ...] = option(
         (), "Leave in floating point: a node, an operator or a pattern. May be repeated.", metavar="NODE"
     )
+    include: tuple[str, ...] = option(
+        (), "Quantize although INT8 is not for it: products of attention. May be repeated.", metavar="NODE"
+    )
     float_first: bool = option(False, "Leave the first layer in floating point.")
     float_last: bool = option(False, "Leave the last layer in floating point.")
+    keep_below: float = option(10.0, "Leave layers in floating point whose signal to noise is below it, in dB.", metavar="DB")
+    min_int8: float = option(
+        90.0, "Multiply-accumulates of layers with weights that must be INT8, without what --exclude names.", metavar="PERCENT"
+    )
     bias_correction: bool = option(True, "Keep the mean error of each layer, which is otherwise taken away with its bias.")
     equalize: bool | None = option(
         None, "Equalize ranges across layers first.", default="with --per-tensor, and where there are depthwise layers"
@@ -54,6 +65,10 @@ class QuantizeOptions:
             raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(_METHODS)}")
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"`percentile` must be 50 to 100, not {self.percentile:g}")
+        if not 0 <= self.min_int8 <= 100:
+            raise UsageError(f"`min_int8` must be 0 to 100 per cent, not {self.min_int8:g}")
+        if math.isnan(self.keep_below):
+            raise UsageError("`keep_below` must be a number of dB")
         if self.batch_size < 1:
             raise UsageError(f"`batch_size` must be 1 or more, not {self.batch_size}")
 

@@ -6,7 +6,7 @@ computes inside the layer that makes the other input. Layers that only move or s
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,6 +17,7 @@ from deploy.errors import PrecisionError
 from deploy.precision.graph import STANDARD
 from deploy.precision.half.plan import is_float
 from deploy.precision.int8.branches import branched_nodes, reads
+from deploy.precision.int8.rules import rule_for
 from deploy.words import did_you_mean
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -45,11 +46,13 @@ class Selection:
 
     exclude: names of nodes (`layer4.0.conv1/Conv`) or of their modules (`layer4.0.conv1`), operators (`MatMul`: all of
         them), or patterns of names (`layer4*`).
+    include: likewise, what `deploy.precision.int8.rules` would leave in floating point and is to be quantized.
     float_first: the layers with weights that have no other such layer before them.
     float_last: the layers with weights that have no other such layer after them.
     """
 
     exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     float_first: bool = False
     float_last: bool = False
 
@@ -72,6 +75,7 @@ class Placement:
     joints: every Concat that joins codes, and its output; its branches share the scale of that.
     weights: the INT8 weight by node; a MatMul of two activations has none.
     excluded: layers with an operator in QUANTIZED that are not quantized, with the reason.
+    left: names of all nodes that were to stay in floating point, whatever their operator.
     """
 
     nodes: tuple[str, ...]
@@ -80,6 +84,7 @@ class Placement:
     joints: dict[str, str]
     weights: dict[str, Weight]
     excluded: tuple[Exclusion, ...]
+    left: frozenset[str]
 
 
 def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:
@@ -88,7 +93,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     `stay`: further nodes to leave in floating point, by name, with the reason.
 
     Raises PrecisionError for a graph that is quantized already or has nothing to quantize, and for an entry of
-    `selection.exclude` that nothing matches.
+    `selection.exclude` or `selection.include` that nothing matches.
     """
     graph = model.graph
     _refuse_quantized(graph)
@@ -103,8 +108,12 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
                 left[node] = layer
             else:
                 layers[node] = layer
+    included = {node for entry in selection.include for node in _matched(graph, entry, "inclusion")}
+    for node in [node for node in layers if node not in included]:
+        if (rule := rule_for(node)) is not None:
+            left[node] = rule.reason
+            del layers[node]
     asked = _asked(graph, layers, selection, stay or {})
-    asked |= {node: stay[_name(node)] for node in graph.all_nodes() if stay and _name(node) in stay}
     for node in [node for node in layers if node in asked]:
         del layers[node]
     left |= asked
@@ -130,6 +139,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
         excluded=tuple(
             Exclusion(node=_name(node), reason=left[node]) for node in graph.all_nodes() if node in left and _is(node, QUANTIZED)
         ),
+        left=frozenset(map(_name, left)),
     )
 
 
@@ -309,24 +319,33 @@ def _asked(
 ) -> dict[ir.Node, str]:
     """The nodes that `selection` and `stay` keep in floating point, with the reason. Raises PrecisionError."""
     nodes = list(graph.all_nodes())
-    asked = {node: stay[_name(node)] for node in nodes if node.name in stay}
-    if unknown := set(stay) - {_name(node) for node in asked}:
+    asked: dict[ir.Node, str] = {}
+    staying = {node: stay[_name(node)] for node in nodes if node.name in stay}
+    if unknown := set(stay) - {_name(node) for node in staying}:
         raise PrecisionError(f"no node is named {', '.join(map(repr, sorted(unknown)))}: nothing to keep in floating point")
     if selection.float_first:
         asked |= dict.fromkeys(_outermost(graph, layers, first=True), "the first layer stays in floating point")
     if selection.float_last:
         asked |= dict.fromkeys(_outermost(graph, layers, first=False), "the last layer stays in floating point")
     for entry in selection.exclude:
-        matched = (
-            [node for node in nodes if node.name == entry]
-            or [node for node in nodes if node.op_type == entry]
-            or [node for node in nodes if _module(node) == entry]
-            or [node for node in nodes if fnmatchcase(_name(node), entry)]
-        )
-        if not matched:
-            raise PrecisionError(_unmatched(entry, nodes))
-        asked |= dict.fromkeys(matched, f"excluded by {entry!r}")
-    return asked
+        asked |= dict.fromkeys(_matched(graph, entry, "exclusion"), f"excluded by {entry!r}")
+    return asked | staying
+
+
+def _matched(graph: ir.Graph, entry: str, what: str) -> list[ir.Node]:
+    """The nodes that an entry of `selection` names. Raises PrecisionError if there are none."""
+    nodes = list(graph.all_nodes())
+    matched = (
+        [node for node in nodes if node.name == entry]
+        or [node for node in nodes if node.op_type == entry]
+        or [node for node in nodes if _module(node) == entry]
+        or [node for node in nodes if fnmatchcase(_name(node), entry)]
+    )
+    if not matched:
+        names = list(dict.fromkeys([*map(_name, nodes), *filter(None, map(_module, nodes)), *(node.op_type for node in nodes)]))
+        hint = did_you_mean(entry, names) or "; expected a node's name, an operator or a pattern of names"
+        raise PrecisionError(f"the {what} {entry!r} matches no node of the graph{hint}")
+    return matched
 
 
 def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool) -> list[ir.Node]:
@@ -343,12 +362,6 @@ def _outermost(graph: ir.Graph, layers: Mapping[ir.Node, _Layer], *, first: bool
         if weighted or inner:
             beyond.update(value for value in far if value is not None)
     return found
-
-
-def _unmatched(entry: str, nodes: Sequence[ir.Node]) -> str:
-    names = list(dict.fromkeys([*map(_name, nodes), *filter(None, map(_module, nodes)), *(node.op_type for node in nodes)]))
-    hint = did_you_mean(entry, names) or "; expected a node's name, an operator or a pattern of names"
-    return f"the exclusion {entry!r} matches no node of the graph{hint}"
 
 
 def _refuse_quantized(graph: ir.Graph) -> None:

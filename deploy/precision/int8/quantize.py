@@ -1,12 +1,13 @@
 """Quantizing the graph of an artifact in memory: calibration, bias correction and audit."""
 
-import dataclasses
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
@@ -23,9 +24,10 @@ from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
-from deploy.precision.int8.audit import Audit
+from deploy.precision.int8.audit import Audit, LayerError
 from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.channels import ROWS, choose_channels
 from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.cpu_form import CpuForm, cpu_form, cpu_ranges
 from deploy.precision.int8.equalize import Equalize
@@ -37,6 +39,8 @@ from deploy.precision.int8.placement import NothingToQuantizeError, Placement, S
 from deploy.precision.int8.rewrite import ToInt8
 from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.int8.scales import scales_of
+from deploy.precision.int8.share import asked_of, int8_share
+from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
 from deploy.precision.ranges import activation_ranges
@@ -94,11 +98,14 @@ def quantize_onnx(
     equalized = bool(equalize.layers)
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
-    selection = Selection(exclude=options.exclude, float_first=options.float_first, float_last=options.float_last)
+    selection = Selection(
+        exclude=options.exclude, include=options.include, float_first=options.float_first, float_last=options.float_last
+    )
     _check_layers(model, selection, options)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
+        Smooth(place(model, selection), known.channels)(model)
         return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [], cpu=cpu)
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     expected = check_prepared(artifact, references)
@@ -135,22 +142,25 @@ def _calibrate(
     equalized: bool,
 ) -> tuple[Calibrated, list[tuple[Feed, Feed]]]:
     """The calibration, and feeds of PARITY_ROWS rows in total with the outputs of the FP32 graph for them."""
-    placement = place(model, selection)
     rows = Rows(data, options.batch_size, progress)
-    activations = Activations(model, list(placement.edges))
+    channels = _smoothed(model, selection, rows, options, progress)
+    every = place(model, selection)
+    activations = Activations(model, list(every.edges))
     histograms = collect(activations, rows, rows.seen)
     if not rows.count:
         raise UsageError("there is no calibration data: at least one feed is needed")
-    placement, histograms = _of_what_ran(model, selection, placement, histograms)
+    histograms = {name: histogram for name, histogram in histograms.items() if histogram.total}
+    placement = _placed(model, selection, {}, histograms)
+    if left := len(every.nodes) - len(placement.nodes):
+        logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", left)
     if options.method == AUTO:
         progress("comparing ranges at the layers that read them")
         amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
     else:
-        method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions
-        amax = {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
-    scales = scales_of(model, placement, histograms, amax)
+        amax = _thresholds(histograms, options)
+    scales = scales_of(placement, amax)
     progress("measuring each layer")
-    audit = Audit(model, placement, scales.own, shifts=scales.shifts, per_tensor=options.per_tensor)
+    audit = Audit(model, placement, scales.own, joint=scales.joint, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
@@ -162,14 +172,14 @@ def _calibrate(
     del activations
     errors = audit.finish()
     del audit
-    corrected = options.bias_correction
-    noise = sorted((error.sqnr_db if corrected else error.sqnr_uncorrected_db, name) for name, error in errors.items())
+    noisy, layers = _noise(errors, options)
     known = Calibrated(
         scales=scales.own,
         joint=scales.joint,
-        shifts=scales.shifts,
-        bias={name: error.mean for name, error in errors.items() if error.mean is not None} if corrected else {},
-        cpu=cpu_ranges(model, placement, histograms, scales.own, feeds),
+        channels=channels,
+        bias=_biases(errors, options),
+        noisy=noisy,
+        cpu=cpu_ranges(model, _placed(model, selection, noisy, scales.own), histograms, scales.own, feeds),
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
@@ -178,25 +188,25 @@ def _calibrate(
             skipped=list(data.skipped),
             method=options.method,
             per_tensor=options.per_tensor,
-            bias_correction=corrected,
+            bias_correction=options.bias_correction,
             equalized=equalized,
+            smoothed=sorted(channels),
             floats=options.floats,
-            layers=[LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in noise],
+            layers=layers,
         ),
     )
     return known, references
 
 
-def _of_what_ran(
-    model: ir.Model, selection: Selection, placement: Placement, histograms: dict[str, Histogram]
-) -> tuple[Placement, dict[str, Histogram]]:
-    """The placement without the layers in branches that no feed ran, with a warning, and the histograms of the tensors in it."""
-    seen = {name: histogram for name, histogram in histograms.items() if histogram.total}
-    if not (unseen := _never_run(placement, seen)):
-        return placement, seen
-    layers = sum(name in unseen for name in placement.nodes)
-    logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", layers)
-    return place(model, selection, stay=unseen), seen
+def _thresholds(histograms: Mapping[str, Histogram], options: QuantizeOptions) -> dict[str, float]:
+    method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions, and not `auto`
+    return {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
+
+
+def _biases(errors: Mapping[str, LayerError], options: QuantizeOptions) -> dict[str, np.ndarray]:
+    """What is added to biases: the mean errors, unless that is switched off."""
+    means = {name: error.mean for name, error in errors.items() if error.mean is not None}
+    return means if options.bias_correction else {}
 
 
 def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOptions) -> None:
@@ -209,8 +219,45 @@ def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOption
         raise
 
 
+def _smoothed(
+    model: ir.Model, selection: Selection, rows: Rows, options: QuantizeOptions, progress: Progress
+) -> dict[str, Channels]:
+    """Smooth `model` in place, by what the first rows say; returns by what."""
+    progress("evening out channels")
+    placement = place(model, selection)
+    channels = choose_channels(
+        model, placement, rows.head(ROWS), per_tensor=options.per_tensor, corrected=options.bias_correction
+    )
+    Smooth(placement, channels)(model)
+    return channels
+
+
+def _noise(errors: Mapping[str, LayerError], options: QuantizeOptions) -> tuple[dict[str, str], list[LayerNoise]]:
+    """The nodes that lose too much, with the reason, and the noise of the others, the noisiest first."""
+    noise = {name: error.sqnr_db if options.bias_correction else error.sqnr_uncorrected_db for name, error in errors.items()}
+    noisy = {
+        name: f"its signal to quantization noise is {value:.0f} dB, below {options.keep_below:g} (`keep_below`)"
+        for name, value in noise.items()
+        if value < options.keep_below
+    }
+    layers = sorted((value, name) for name, value in noise.items() if name not in noisy)
+    return noisy, [LayerNoise(node=name, sqnr_db=round(value, 2) if math.isfinite(value) else None) for value, name in layers]
+
+
+def _placed(model: ir.Model, selection: Selection, stay: Mapping[str, str], measured: Collection[str]) -> Placement:
+    """Where pairs go if the nodes of `stay` are in floating point, and those that would read a tensor which is not `measured`.
+
+    Such a tensor is in a branch that no feed ran, or it would be the skip of a sum only because the layer of `stay` is not.
+    """
+    placement = place(model, selection, stay=stay)
+    while unseen := _never_run(placement, measured):
+        stay = {**unseen, **stay}
+        placement = place(model, selection, stay=stay)
+    return placement
+
+
 def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str]:
-    """The nodes that read a tensor which is not among the measured ones, with the reason: it is in a branch that no feed ran."""
+    """The nodes that read a tensor which is not among the measured ones, with the reason."""
     reason = "no calibration data runs the branch of If that it is in"
     return {node: reason for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
@@ -226,32 +273,30 @@ def _quantized(
     cpu: bool,
 ) -> Quantized:
     """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
-    placement = place(model, selection)
-    unseen = _never_run(placement, known.scales)
-    placement = place(model, selection, stay=unseen) if unseen else placement
+    placement = _placed(model, selection, known.noisy, known.scales)
     form = cpu_form(model, placement, known, per_tensor=options.per_tensor) if cpu else None
     half = options.floats == "fp16"
     if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
-        placement = place(model, selection, stay={**unseen, **small, **known.keep})
-    shifts = {name: shift for name, shift in known.shifts.items() if name in placement.edges}
-    stored = Stored.of(model, placement, known.scales, known.joint, shifts)
+        placement = _placed(model, selection, {**small, **known.keep, **known.noisy}, known.scales)
+    share = int8_share(model, placement, feeds[0], asked=asked_of(model, selection), least=options.min_int8 / 100)
+    bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
+    stored = Stored.of(model, placement, known.scales, known.joint, bias)
     to_int8 = ToInt8(
         placement,
         known.scales,
         joint=known.joint,
-        shifts=shifts,
-        bias={name: correction for name, correction in known.bias.items() if name in placement.nodes},
+        bias=bias,
         per_tensor=options.per_tensor,
         smallest=SMALLEST_FP16 if half else 0.0,
     )
     to_int8(model)
-    stored = dataclasses.replace(stored, bias=to_int8.added)
     exclusions = list(placement.excluded)
     if half:
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
+    record = msgspec.structs.replace(known.record, int8_share=share)
     return Quantized(
-        model=model, cpu=form, exclusions=exclusions, calibration=known.record, feeds=feeds, expected=expected, stored=stored
+        model=model, cpu=form, exclusions=exclusions, calibration=record, feeds=feeds, expected=expected, stored=stored
     )

@@ -1,5 +1,6 @@
 """The rows of a calibration set, which are counted, and the first of which are kept for the audit."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from threading import Lock
 
@@ -28,21 +29,32 @@ class Rows:
         self.count = 0
         self.kept: list[tuple[Feed, tuple[Feed, Feed] | None]] = []
         self._data = data
-        self._batch_size = batch_size
         self._progress = progress
         self._wanted = min(max(AUDIT_LEAST, (data.count or AUDIT_MOST) // AUDIT_SHARE), AUDIT_MOST)
         self._room = KEPT_BYTES
         self._lock = Lock()
+        self._feeds = data.feeds(batch_size)
+        self._read: deque[Feed] = deque()
 
     def __iter__(self) -> Iterator[Feed]:
         symbolic = batched(self._data.specs)
-        for feed in self._data.feeds(self._batch_size):
+        while (feed := self._read.popleft() if self._read else next(self._feeds, None)) is not None:
             self._progress("calibrating", self.count, self._data.count or 0)
             missing = self._wanted - self.count
             if missing > 0:
                 self.kept.append((slice_rows(feed, 0, missing) if symbolic and missing < row_count(feed) else feed, None))
             yield feed
             self.count += row_count(feed)
+
+    def head(self, wanted: int) -> Iterator[Feed]:
+        """The first `wanted` rows, one at a time, or a little more where they cannot be divided; they come again when iterated over."""
+        symbolic = batched(self._data.specs)
+        while wanted > 0 and (feed := next(self._feeds, None)) is not None:
+            self._read.append(feed)
+            count = row_count(feed)
+            for index in range(min(count, wanted) if symbolic else 1):
+                yield slice_rows(feed, index, index + 1) if symbolic else feed
+            wanted -= count
 
     def seen(self, feed: Mapping[str, np.ndarray], tensors: Feed, outputs: Feed) -> None:
         """Keep the tensors and outputs of a feed if the whole feed is kept. Safe to call from several threads."""

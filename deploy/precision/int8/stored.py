@@ -13,8 +13,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.artifact.onnxfile import load_model
 from deploy.errors import ParityError
+from deploy.precision.int8.edit import bias_place
 from deploy.precision.int8.placement import Placement
-from deploy.precision.int8.rewrite import bias_place
 
 _ZERO_POINT = 2
 
@@ -31,7 +31,7 @@ class Stored:
     """What an INT8 file must hold.
 
     weights: the FP32 weight of every layer with an INT8 weight. edges: by quantized tensor, the inputs (node, index) that read it.
-    scales: by quantized tensor. shifts: what is taken off a tensor before. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
+    scales: by quantized tensor. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
     """
 
     weights: Mapping[str, ir.TensorProtocol]
@@ -39,7 +39,6 @@ class Stored:
     scales: Mapping[str, float]
     joint: Mapping[str, float]
     joints: Collection[str]
-    shifts: Mapping[str, float]
     bias: Mapping[str, np.ndarray]
 
     @classmethod
@@ -49,7 +48,7 @@ class Stored:
         placement: Placement,
         scales: Mapping[str, float],
         joint: Mapping[str, float],
-        shifts: Mapping[str, float],
+        bias: Mapping[str, np.ndarray],
     ) -> "Stored":
         """model: prepared, before it is quantized."""
         tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -60,8 +59,7 @@ class Stored:
             scales={tensor: scales[tensor] for tensor in placement.edges},
             joint=joint,
             joints=frozenset(placement.joints),
-            shifts=shifts,
-            bias={},
+            bias=bias,
         )
 
     def check(self, path: Path) -> None:
@@ -101,8 +99,6 @@ class Stored:
             node, index = bias_place(nodes[name]) or (nodes[f"{name}/bias_correction"], 1)
             if (old := _constant(node, index)) is not None:
                 _replace(model.graph, node, index, old.astype(np.float32) - shift)
-        for tensor in self.shifts:
-            _replace(model.graph, nodes[f"{tensor}/Sub"], 1, np.zeros((), np.float32))
         for node in nodes.values():
             value, result = node.inputs[0] if node.inputs else None, node.outputs[0]
             if value is None or (value.is_initializer() and node.op_type != "Concat"):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from deploy.precision.graph import unused
+from deploy.precision.int8.edit import GraphEdit, graph_of
 from deploy.precision.int8.rewrite import CONSTANT_SCALES, LARGEST
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
@@ -40,9 +40,10 @@ class ToUnsigned(PrecisionPass):
 
     def call(self, model: ir.Model) -> PassResult:
         rewrite = _Rewrite(model.graph)
-        pairs = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+        nodes = list(model.graph.all_nodes())
+        pairs = [node for node in nodes if node.op_type == "QuantizeLinear"]
         chosen = {node.outputs[0]: self._finest(node) for node in pairs}
-        joins = [node for node in model.graph if node.op_type == "Concat" and node.outputs[0].dtype == ir.DataType.INT8]
+        joins = [node for node in nodes if node.op_type == "Concat" and node.outputs[0].dtype == ir.DataType.INT8]
         while mixed := [join for join in joins if len({chosen[codes] for codes in _joined(join.outputs[0])}) > 1]:
             for codes in _joined(mixed[0].outputs[0]):  # what is joined has one scale
                 pair = codes.producer()
@@ -52,7 +53,7 @@ class ToUnsigned(PrecisionPass):
         for codes, (scale, zero) in chosen.items():
             rewrite.set_parameters(codes, scale, zero)
         self.chosen = {_name(codes): each for codes, each in chosen.items()}
-        for node in list(model.graph):
+        for node in nodes:
             rewrite.store_bias(node)
         rewrite.clean()
         return PassResult(model, bool(pairs))
@@ -81,32 +82,38 @@ def parameters_of(value: ir.Value | None) -> tuple[str, float, int]:
 
 def restore_biases(model: ir.Model) -> None:
     """Turn INT32 biases into constants in floating point again, in place."""
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         codes = node.inputs[0].const_value if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
         if codes is not None and codes.dtype == ir.DataType.INT32:
             name = f"{node.outputs[0].name}_restored"
             bias = (codes.numpy() * _constant(node, 1).astype(np.float64)).astype(np.float32)
-            value = _registered(model.graph, name, bias)
+            value = _registered(graph_of(node), name, bias)
             for reader, index in list(node.outputs[0].uses()):
                 reader.replace_input_with(index, value)
 
 
-class _Rewrite:
+class _Rewrite(GraphEdit):
+    """Changes pairs and biases in place, each with its constants in its own graph: see `deploy.precision.int8.rewrite`."""
+
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        values = (value.name for node in graph.all_nodes() for value in node.outputs)
-        self._taken = {*values, *graph.initializers, *(value.name for value in graph.inputs), *(node.name for node in graph)}
-        self._zeros: dict[int, ir.Value] = {}
+        super().__init__(graph)
+        self._zeros: dict[tuple[ir.Graph, int], ir.Value] = {}
 
     def set_parameters(self, codes: ir.Value, scale: float, zero: int) -> None:
-        if zero not in self._zeros:
-            self._zeros[zero] = self._initializer(f"uint8_zero_point_{zero}", np.array(zero, dtype=np.uint8))
-        step = self._initializer(f"{codes.name}_scale", np.array(scale, dtype=np.float32))
+        steps: dict[ir.Graph, ir.Value] = {}
         codes.type = ir.TensorType(ir.DataType.UINT8)
         for node in (codes.producer(), *(reader for reader, _ in codes.uses())):
             if node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                node.replace_input_with(1, step)
-                node.replace_input_with(2, self._zeros[zero])
+                graph = graph_of(node)
+                if graph not in steps:
+                    steps[graph] = self.initializer(f"{codes.name}_scale", np.array(scale, dtype=np.float32), graph)
+                node.replace_input_with(1, steps[graph])
+                node.replace_input_with(2, self._zero(graph, zero))
+
+    def _zero(self, graph: ir.Graph, zero: int) -> ir.Value:
+        if (graph, zero) not in self._zeros:
+            self._zeros[graph, zero] = self.initializer(f"uint8_zero_point_{zero}", np.array(zero, dtype=np.uint8), graph)
+        return self._zeros[graph, zero]
 
     def store_bias(self, node: ir.Node) -> None:
         """Store the bias of a quantized layer in steps of the product of the scales of its input and its weight."""
@@ -118,30 +125,19 @@ class _Rewrite:
         scale = np.asarray(of_input * of_weight, dtype=np.float32)
         steps = np.rint(bias.astype(np.float64) / scale)
         assert np.abs(steps).max(initial=0.0) <= np.iinfo(np.int32).max, "the scales of weights have a lower bound"
-        codes = steps.astype(np.int32)
-        old = node.inputs[_BIAS]
+        graph, old = graph_of(node), node.inputs[_BIAS]
         name = _name(old)
-        operands = [self._initializer(f"{name}_int32", codes), self._initializer(f"{name}_scale", scale)]
+        codes = self.initializer(f"{name}_int32", steps.astype(np.int32), graph)
+        operands = [codes, self.initializer(f"{name}_scale", scale, graph)]
         attributes = [ir.AttrInt64("axis", 0)] if scale.ndim else []
-        result = ir.Value(
-            name=self._claim(f"{name}_dequantized"), shape=ir.Shape(codes.shape), type=ir.TensorType(ir.DataType.FLOAT)
-        )
-        label = self._claim(f"{name}/DequantizeLinear")
-        self._graph.insert_before(node, ir.Node("", "DequantizeLinear", operands, attributes, outputs=[result], name=label))
+        result = self.value(f"{name}_dequantized", codes, ir.DataType.FLOAT)
+        graph.insert_before(node, self.node("DequantizeLinear", operands, name, result, attributes))
         node.replace_input_with(_BIAS, result)
 
     def clean(self) -> None:
-        for name, value in list(self._graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del self._graph.initializers[name]
-
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        return _registered(self._graph, self._claim(name), array)
-
-    def _claim(self, name: str) -> str:
-        name = unused(name, self._taken)
-        self._taken.add(name)
-        return name
+        for graph in (self.graph, *self.graph.subgraphs()):
+            for value in list(graph.initializers.values()):
+                self.drop(value)
 
 
 def _registered(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

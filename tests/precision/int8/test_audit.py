@@ -133,3 +133,27 @@ def test_names_of_the_users_weights_do_not_matter() -> None:
         exact=normal(2, 4, 3, 3), axes=normal(2),
     )  # fmt: skip
     assert run_audit(model, [{"x": normal(2, 4, 5, 5)}], {"x": 0.03})["conv"].sqnr_db > 20
+
+
+def test_residual_sums_pooling_and_joints_are_judged_too() -> None:
+    body = """[one] a = Conv(x, w) [sum] s = Add(a, x) [pool] p = GlobalAveragePool(s) t = Tanh(x) [join] j = Concat<axis = 1>(x, t)
+        [two] y = Conv(j, v)"""
+    outputs = "(float[N, 4, 5, 5] x) => (float[N, 4, 1, 1] p, float[N, 3, 5, 5] y)"
+    model = build(body, outputs, w=normal(4, 4, 1, 1), v=normal(3, 8, 1, 1))
+    placement = place(model, Selection())
+    scales = {"x": 0.03, "s": 0.2, "t": 0.01, "j": 0.05}
+    audit = Audit(model, placement, scales, joint={"x": 0.05, "t": 0.05}, per_tensor=False)
+    x = normal(2, 4, 5, 5)
+    tensors, _ = Activations(model, list(placement.edges))({"x": x})
+    audit.add(tensors, 2)
+    errors = audit.finish()
+    assert set(errors) == {"one", "two", "sum", "pool", "join"}
+
+    def sqnr(exact: np.ndarray, found: np.ndarray) -> float:
+        return float(10 * np.log10(np.square(exact).sum() / np.square(exact - found).sum()))
+
+    s, joined = tensors["s"], np.concatenate([x, np.tanh(x)], axis=1)
+    assert errors["sum"].sqnr_db == pytest.approx(sqnr(x, quantized(x, 0.03)), abs=0.01)
+    assert errors["pool"].sqnr_db == pytest.approx(sqnr(s.mean((2, 3)), quantized(s, 0.2).mean((2, 3))), abs=0.01)
+    assert errors["join"].sqnr_db == pytest.approx(sqnr(joined, quantized(joined, 0.05)), abs=0.01)
+    assert all(errors[name].mean is None for name in ("sum", "pool", "join"))

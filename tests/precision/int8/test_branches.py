@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 import deploy
@@ -64,7 +65,7 @@ def test_the_layers_of_both_branches_are_quantized_each_with_its_own_ranges(tmp_
     nodes = list(result.model.graph.all_nodes())
     assert sum(node.op_type == "Conv" and node.graph is not result.model.graph for node in nodes) == 6
     assert all(node.inputs[1].producer().op_type == "DequantizeLinear" for node in nodes if node.op_type == "Conv")
-    assert len(result.calibration.layers) == 6
+    assert sum("Conv" in layer.node for layer in result.calibration.layers) == 6
     assert not [exclusion for exclusion in result.exclusions if "Conv" in exclusion.node]
     for run in (True, False):
         given = feed(run, 99)
@@ -73,7 +74,7 @@ def test_the_layers_of_both_branches_are_quantized_each_with_its_own_ranges(tmp_
 
 def test_a_branch_that_no_feed_runs_stays_as_it_was_and_is_named(tmp_path, caplog):
     result, exact, rounded = quantized(tmp_path, [True])
-    assert len(result.calibration.layers) == 3
+    assert sum("Conv" in layer.node for layer in result.calibration.layers) == 3
     assert {exclusion.reason for exclusion in result.exclusions} == {"no calibration data runs the branch of If that it is in"}
     assert "3 layers stay in floating point" in caplog.text
     given = feed(False, 99)
@@ -153,3 +154,86 @@ def test_a_tensor_of_a_nested_branch_is_empty_where_it_was_not_computed(parse):
         results = run({"x": x, "c": np.array(outer), "d": np.array(inner)})
         assert [results[shown[name]].size for name in ("a", "s")] == sizes
     np.testing.assert_array_equal(run({"x": x, "c": np.array(True), "d": np.array(True)})[shown["a"]], np.maximum(x, 0))
+
+
+UNEVEN = """g (float[N, 8] x, bool c) => (float[N, 8] z) {
+    y = If(c) <then_branch = g1 () => (float[N, 8] p) {
+                   n = LayerNormalization(x, steep, zero) [left] m = MatMul(n, rising) p = Tanh(m) },
+               else_branch = g2 () => (float[N, 8] q) {
+                   h = HardSwish(x) k = Mul(h, steep) [right] q = MatMul(k, rising) }>
+    z = MatMul(y, plain)
+}"""
+
+
+def uneven(folder, parse, **options):
+    """Branches whose layers read channels of very different ranges; calibrated and written, in both forms."""
+    model = parse(UNEVEN)
+    rng = np.random.default_rng(0)
+    steep = np.array([1000, 1, 1, 1, 1, 1, 1, 1], np.float32)
+    rising = rng.standard_normal((8, 8)).astype(np.float32) / steep[:, None]
+    plain = rng.standard_normal((8, 8)).astype(np.float32)
+    for name, array in {"steep": steep, "zero": 0 * steep, "rising": rising, "plain": plain}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.save(model, folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    feeds = [{"x": rng.standard_normal((4, 8)).astype(np.float32), "c": np.array(i % 2 == 0)} for i in range(16)]
+    result = quantize_onnx(artifact, calibration_set(artifact, feeds), QuantizeOptions(**options), cpu=True)
+    result.save(folder / "int8.onnx")
+    result.cpu.save(folder / "cpu.onnx")
+    exact = CpuGraph.read(folder / "net.onnx")
+    runs = [CpuGraph.read(folder / name) for name in ("int8.onnx", "cpu.onnx")]
+    noise = [difference(run(given)["z"], exact(given)["z"]).sqnr_db for run in runs for given in feeds[:2]]
+    without_rounding = CpuGraph(result.cpu.unrounded(folder / "cpu.onnx"))
+    for given in feeds[:2]:
+        np.testing.assert_allclose(without_rounding(given)["z"], exact(given)["z"], rtol=1e-3, atol=1e-2)
+    return result, noise
+
+
+@pytest.mark.parametrize("options", [{}, {"fp16": True}, {"bias_correction": False}], ids=str)
+def test_channels_are_evened_out_in_each_branch(tmp_path, parse, options):
+    result, noise = uneven(tmp_path, parse, keep_below=-100.0, **options)
+    assert {"n", "k"} <= set(result.calibration.smoothed)
+    assert min(noise) > 25
+    again, _ = uneven(tmp_path, parse, keep_below=-100.0, **options)  # from the cache
+    assert ir.to_proto(again.model) == ir.to_proto(result.model)
+    assert ir.to_proto(again.cpu.model) == ir.to_proto(result.cpu.model)
+
+
+def test_a_layer_of_a_branch_that_loses_too_much_is_in_floating_point_in_both_forms(tmp_path, parse):
+    result, noise = uneven(tmp_path, parse, keep_below=39.0)
+    kept = {exclusion.node: exclusion.reason for exclusion in result.exclusions}
+    assert list(kept) == ["right"]
+    assert "38 dB, below 39 (`keep_below`)" in kept["right"]
+    for model in (result.model, result.cpu.model):
+        nodes = {node.name: node for node in model.graph.all_nodes()}
+        assert [nodes[name].inputs[1].is_initializer() for name in ("left", "right")] == [False, True]
+        assert nodes["right"].inputs[0].producer().op_type in ("Mul", "Sub")
+    assert min(noise) > 25
+
+
+def test_onnx_runtime_computes_on_codes_in_branches_too(tmp_path):
+    onnx.save(branched(), tmp_path / "net.onnx")
+    artifact = deploy.open_artifact(tmp_path / "net.onnx")
+    feeds = [feed(run, seed) for seed, run in enumerate([True, False] * 4)]
+    form = quantize_onnx(artifact, calibration_set(artifact, feeds), QuantizeOptions(), cpu=True).cpu
+    form.save(tmp_path / "cpu.onnx")
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "cpu.onnx"), settings, providers=["CPUExecutionProvider"])
+    made = [node.op_type for node in ir.from_proto(onnx.load(tmp_path / "optimized.onnx")).graph.all_nodes()]
+    assert made.count("QLinearConv") >= 4
+    exact, rounded = CpuGraph.read(tmp_path / "net.onnx"), CpuGraph.read(tmp_path / "cpu.onnx")
+    for run in (True, False):
+        assert difference(rounded(feed(run, 99))["z"], exact(feed(run, 99))["z"]).sqnr_db > 25
+
+
+def test_a_branch_that_only_later_feeds_run_is_right_in_the_cpu_form(tmp_path):
+    onnx.save(branched(), tmp_path / "net.onnx")
+    artifact = deploy.open_artifact(tmp_path / "net.onnx")
+    feeds = [feed(run, seed) for seed, run in enumerate([True] * 40 + [False] * 4)]
+    form = quantize_onnx(artifact, calibration_set(artifact, feeds), QuantizeOptions(), cpu=True).cpu
+    form.save(tmp_path / "cpu.onnx")
+    exact, rounded = CpuGraph.read(tmp_path / "net.onnx"), CpuGraph.read(tmp_path / "cpu.onnx")
+    for run in (True, False):
+        assert difference(rounded(feed(run, 99))["z"], exact(feed(run, 99))["z"]).sqnr_db > 25

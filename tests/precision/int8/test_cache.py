@@ -8,6 +8,7 @@ import pytest
 from deploy.artifact.manifest import Calibration
 from deploy.precision.int8 import cache
 from deploy.precision.int8.cache import Calibrated, CpuRanges
+from deploy.precision.int8.smooth import Channels
 
 REQUEST = {"parent": "a", "options": {"method": "max"}}
 RECORD = Calibration(
@@ -16,9 +17,10 @@ RECORD = Calibration(
 )  # fmt: skip
 CALIBRATED = Calibrated(
     joint={"a": 0.5},
-    shifts={"b": -0.25},
+    channels={"b": Channels(shift=np.array([0.1, -3], np.float32), scale=np.array([0.3, 8], np.float32))},
     scales={"x": 0.1, "y": float(np.float32(1 / 3))},
     bias={"conv": np.array([0.1, -2.5e-8], dtype=np.float32)},
+    noisy={"weak": "its signal is faint"},
     keep={"big": "reaches 1e6"},
     cpu=CpuRanges(scales={"z": 0.3}, lows={"x": -0.1, "z": 0.0}),
     record=RECORD,
@@ -35,7 +37,11 @@ def test_a_calibration_comes_back_to_the_last_bit():
     cache.write(REQUEST, CALIBRATED)
     known = cache.read(REQUEST)
     assert known is not None
-    assert (known.scales, known.keep, known.cpu, known.record) == (CALIBRATED.scales, CALIBRATED.keep, CALIBRATED.cpu, RECORD)
+    for part in ("scales", "joint", "noisy", "keep", "cpu", "record"):
+        assert getattr(known, part) == getattr(CALIBRATED, part)
+    for part in ("shift", "scale"):
+        read, kept = (getattr(each.channels["b"], part) for each in (known, CALIBRATED))
+        assert (read.dtype, read.tobytes()) == (np.float32, kept.tobytes())
     assert known.bias["conv"].dtype == np.float32
     assert known.bias["conv"].tobytes() == CALIBRATED.bias["conv"].tobytes()
 

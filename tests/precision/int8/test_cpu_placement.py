@@ -80,3 +80,13 @@ def test_means_over_all_places_become_pools_and_others_stay(build_with, keep, ax
     assert sum(node.op_type == "GlobalAveragePool" for node in pooled.graph.node) == operators
     feed = {"x": np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)}
     np.testing.assert_allclose(cpu_graph(pooled)(feed)["y"], cpu_graph(model)(feed)["y"], rtol=0, atol=1e-6)
+
+
+def test_a_sum_that_is_left_in_floating_point_reads_and_makes_no_codes(build):
+    model = build(
+        f"g ({MAP}) => (float[] y, float[] z) {WEIGHTS} {{"
+        " [c] a = Conv(x, w) [s] b = Add(a, x) [d] y = Conv(a, v) [t] z = Tanh(b) }"
+    )
+    assert further(model)[1].edges.keys() == {"x", "a", "b"}
+    _, wide = further(model, exclude=("s",))
+    assert (wide.edges.keys(), wide.edges["a"]) == ({"x", "a"}, (("d", 0),))

@@ -214,3 +214,65 @@ def test_where_there_is_nothing_to_quantize_fp16_alone_is_named_if_it_was_asked_
         quantize_onnx(artifact, data_for(artifact), QuantizeOptions(fp16=fp16))
     assert ("for FP16 alone, leave INT8 out: `deploy convert --fp16`" in str(caught.value)) == fp16
     deploy.convert(artifact, tmp_path / "half", precision="fp16")  # which holds
+
+
+FAINT = """<ir_version: 10, opset_import: ["": 19]> g (float[N, 4] x) => (float[N, 8] y)
+    <float[4, 8] w, float[8, 8] v, float[8, 8] u> {
+    [first] h = MatMul(x, w) r = Relu(h) [faint] f = MatMul(r, v) k = Tanh(f) [last] y = MatMul(k, u) }"""
+
+
+def faint(folder: Path) -> tuple[Artifact, CalibrationSet]:
+    """A net whose layer `faint` reads with tiny weights what is large, and with large ones what is small."""
+    proto = onnx.parser.parse_model(FAINT)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape) for name, shape in (("w", (4, 8)), ("v", (8, 8)), ("u", (8, 8)))}
+    arrays["w"][:, 0] *= 2000
+    arrays["v"][0] = 0
+    for name, array in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    del proto.graph.value_info[:]
+    onnx.save(proto, folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    return artifact, calibration_set(artifact, [{"x": rng.standard_normal((64, 4)).astype(np.float32)}])
+
+
+def test_a_layer_that_loses_too_much_stays_in_floating_point_and_is_listed(tmp_path: Path) -> None:
+    artifact, data = faint(tmp_path)
+    for _ in ("calibrated", "from the cache"):
+        made = quantize_onnx(artifact, data, QuantizeOptions(min_int8=40))
+        (exclusion,) = made.exclusions
+        assert exclusion.node == "faint"
+        assert "below 10 (`keep_below`)" in exclusion.reason
+        assert [layer.node for layer in made.calibration.layers if layer.node == "faint"] == []
+        assert made.calibration.int8_share == pytest.approx(0.6)
+    everything = quantize_onnx(artifact, data, QuantizeOptions(keep_below=-100))
+    assert (everything.exclusions, everything.calibration.int8_share) == ([], 1.0)
+
+
+def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
+    artifact, data = faint(tmp_path)
+    with pytest.raises(
+        PrecisionError, match=r"INT8 would be 60% of .*; at least 90% .*: faint: its signal to quantization noise is"
+    ):
+        quantize_onnx(artifact, data, QuantizeOptions())
+    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.int8_share == pytest.approx(0.6)
+
+
+def test_the_skip_of_a_sum_stays_as_it_is_where_the_layer_that_adds_is_too_noisy(tmp_path: Path) -> None:
+    """Without that layer, the sum would be computed in the other one, and the skip be a tensor that was not measured."""
+    text = """<ir_version: 10, opset_import: ["": 19]> g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {
+        [first] a = Conv(x, w) [faint] b = Conv(x, v) s = Add(a, b) y = Relu(s) }"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    w, v = (rng.standard_normal((4, 4, 1, 1)).astype(np.float32) for _ in range(2))
+    v[:, 0] = 0  # of what is large, all is lost
+    proto.graph.initializer.extend([onnx.numpy_helper.from_array(w, "w"), onnx.numpy_helper.from_array(v, "v")])
+    onnx.save(proto, tmp_path / "net.onnx")
+    artifact = deploy.open_artifact(tmp_path / "net.onnx")
+    x = rng.standard_normal((16, 4, 8, 8)).astype(np.float32)
+    x[:, 0] *= 5000
+    made = quantize_onnx(artifact, calibration_set(artifact, [{"x": x}]), QuantizeOptions(min_int8=40), cpu=True)
+    assert [exclusion.node for exclusion in made.exclusions] == ["faint"]
+    for model in (made.model, made.cpu.model):
+        (total,) = (node for node in model.graph if node.op_type == "Add")
+        assert [value.producer().op_type for value in total.inputs] == ["Conv", "Conv"]

@@ -58,3 +58,18 @@ def test_the_first_rows_of_a_feed_and_its_outputs(fixed, outputs, expected):
     feed, result = first_rows({"x": np.zeros((4, 3))}, {"y": np.zeros((outputs, 1))}, Data(4, fixed), 2)
     assert row_count(feed) == expected
     assert len(result["y"]) == min(expected, outputs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_the_first_rows_come_one_by_one_and_then_again_with_the_others(batch_size):
+    result = Rows(Data(10), batch_size, lambda *_: None)
+    head = list(result.head(4))
+    assert [row_count(feed) for feed in head] == [1, 1, 1, 1]
+    assert sum(map(row_count, result)) == result.count == 10
+    assert next(Rows(Data(2), batch_size, lambda *_: None).head(4))["x"].shape == (1, 3)
+
+
+def test_feeds_of_a_fixed_batch_are_not_divided():
+    result = Rows(Data(6, fixed=True), 2, lambda *_: None)
+    assert [row_count(feed) for feed in result.head(3)] == [2, 2]
+    assert sum(map(row_count, result)) == 6

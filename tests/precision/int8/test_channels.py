@@ -1,0 +1,134 @@
+"""What is smoothed, and that it pays."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import deploy
+from deploy.data.calibration_set import calibration_set
+from deploy.evidence.parity import difference
+from deploy.precision.cpu import CpuGraph
+from deploy.precision.int8 import quantize
+from deploy.precision.int8.channels import choose_channels
+from deploy.precision.int8.options import QuantizeOptions
+from deploy.precision.int8.placement import Selection, place
+from deploy.precision.int8.smooth import Channels
+from tests.precision.conftest import prepare
+
+SIZE = 32
+BODIES = {
+    "norm": "h = LayerNormalization(x, g, s) m = MatMul(h, w) y = Add(m, b)",
+    "norm that a sum reads too": "h = LayerNormalization(x, g, s) m = MatMul(h, w) y = Add(m, h)",
+    "activation": "k = Mul(x, g) h = Gelu(k) m = MatMul(h, w) y = Add(m, b)",
+    "input": "y = Gemm(x, u, b)",
+    "even": "y = MatMul(x, w)",
+    "convolved": "h = Conv(i, k) y = MatMul(h, n)",
+    "clipped": "k = Mul(x, g) h = Relu(k) y = MatMul(h, w)",
+    "read along another axis": "t = Transpose<perm = [1, 0]>(x) y = MatMul(x, t)",
+}
+
+
+def net(body: str) -> onnx.ModelProto:
+    """A net with matrices of SIZE x SIZE whose g and s make two channels of 32 fifty times as large as the others."""
+    wide = "float[1, 3, 4, 8] i" if "(i" in body else f"float[N, {SIZE}] x"
+    text = f'<ir_version: 10, opset_import: ["": 20]> g ({wide}) => (float[] y) {{ {body} }}'
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape) for name, shape in (("w", (SIZE, SIZE)), ("b", SIZE), ("s", SIZE), ("g", SIZE))}
+    arrays |= {"k": rng.standard_normal((3, 3, 1, 1)), "n": rng.standard_normal((8, 5))}
+    arrays["g"] = np.abs(arrays["g"]) + 0.5
+    arrays["u"] = arrays["w"] * np.where(np.arange(SIZE) == 3, 0.01, 1)[:, None]
+    arrays["s"][5] = arrays["g"][7] = 50
+    for name, array in arrays.items():
+        if any(name in node.input for node in model.graph.node) and not any(name in node.output for node in model.graph.node):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def rows(body: str, count: int = 32) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    if "(i" in body:
+        return [{"i": rng.standard_normal((1, 3, 4, 8)).astype(np.float32)} for _ in range(count)]
+    x = rng.standard_normal((count, SIZE)).astype(np.float32)
+    if body == BODIES["input"]:
+        x[:, 3] *= 100
+    return [{"x": x[index : index + 1]} for index in range(count)]
+
+
+def chosen(body: str, count: int = 32, **options: bool) -> dict[str, Channels]:
+    graph = ir.from_proto(prepare(net(body), opset=20))
+    placement = place(graph, Selection())
+    return choose_channels(graph, placement, iter(rows(body, count)), **{"per_tensor": False, "corrected": True, **options})
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", ["norm", "norm that a sum reads too", "activation", "input"])
+def test_channels_of_different_ranges_are_smoothed(name: str, per_tensor: bool, corrected: bool) -> None:
+    found = chosen(BODIES[name], per_tensor=per_tensor, corrected=corrected)
+    (channels,) = found.values()
+    assert channels.scale.max() > 5 * np.median(channels.scale)
+    assert (channels.scale > 0).all()
+
+
+@pytest.mark.parametrize("name", ["even", "convolved", "clipped", "read along another axis"])
+def test_what_gains_nothing_or_is_no_layer_with_channels_stays_as_it_is(name: str) -> None:
+    assert chosen(BODIES[name]) == {}
+
+
+@pytest.mark.parametrize(("count", "smoothed"), [(0, False), (1, False), (15, False), (64, True)])
+def test_too_few_vectors_say_nothing_of_the_ranges(count: int, smoothed: bool) -> None:
+    assert set(chosen(BODIES["norm"], count)) == ({"h"} if smoothed else set())
+
+
+def test_dead_channels_are_left_alone() -> None:
+    body = BODIES["norm"]
+    model = net(body)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("g", "s", "w"):
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array[:2] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    graph = ir.from_proto(prepare(model, opset=20))
+    channels = choose_channels(graph, place(graph, Selection()), rows(body), per_tensor=False, corrected=True)["h"]
+    assert channels.scale[:2].tolist() == [1, 1]
+    assert np.isfinite(channels.scale).all()
+
+
+def sqnr(body: str, folder: Path, *, fp16: bool, batch_size: int = 2) -> float:
+    onnx.save(net(body), folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    feed = {name: np.concatenate([row[name] for row in rows(body, 64)]) for name in rows(body, 1)[0]}
+    options = QuantizeOptions(method="max", fp16=fp16, batch_size=batch_size, keep_below=-100)
+    made = quantize.quantize_onnx(artifact, calibration_set(artifact, [feed]), options)
+    made.save(folder / "int8.onnx")
+    exact, found = (CpuGraph.read(folder / name)(feed)["y"] for name in ("net.onnx", "int8.onnx"))
+    result = difference(found, exact).sqnr_db
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("name", ["norm", "norm that a sum reads too", "activation", "input"])
+def test_the_file_gains_by_it(name: str, fp16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "with"))
+    smoothed = sqnr(BODIES[name], tmp_path, fp16=fp16)
+    monkeypatch.setattr(quantize, "choose_channels", lambda *_, **__: {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "without"))
+    assert smoothed > sqnr(BODIES[name], tmp_path, fp16=fp16) + 3
+
+
+def test_the_file_does_not_depend_on_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    for batch_size in (1, 7, 64):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(batch_size)))
+        sqnr(BODIES["norm"], tmp_path, fp16=False, batch_size=batch_size)
+        weights = onnx.load(tmp_path / "int8.onnx").graph.initializer
+        written.append(
+            {tensor.name: tensor.raw_data for tensor in weights if "smoothed" in tensor.name or tensor.name == "h_scale"}
+        )
+    assert written[0]
+    assert written[0] == written[1] == written[2]

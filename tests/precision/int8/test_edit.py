@@ -1,0 +1,50 @@
+"""Edits keep names apart, and nothing that is still read goes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from deploy.errors import PrecisionError
+from deploy.precision.int8.edit import GraphEdit, bias_place
+
+NET = """g (float[2, 4] x) => (float[] y) <float[4, 4] w, float[4] b, float[2, 4] rows> {
+    [first] m = MatMul(x, w) a = Add(m, b) [second] n = MatMul(a, w) c = Add(n, rows) [third] y = Gemm(c, w, b) }"""
+
+
+@pytest.fixture
+def edit(build: Callable[[str], onnx.ModelProto]) -> GraphEdit:
+    return GraphEdit(ir.from_proto(build(NET)).graph)
+
+
+def test_names_that_are_taken_get_a_number(edit: GraphEdit) -> None:
+    names = [edit.initializer(name, np.zeros(1, np.float32)).name for name in ("w", "first", "new", "new")]
+    assert names == ["w_2", "first_2", "new", "new_2"]
+
+
+def test_an_initializer_is_dropped_only_if_nothing_reads_it(edit: GraphEdit) -> None:
+    edit.drop(edit.graph.initializers["w"])
+    edit.drop(edit.initializer("idle", np.zeros(1, np.float32)))
+    assert set(edit.graph.initializers) == {"w", "b", "rows"}
+
+
+def test_nodes_without_a_maker_before_them_come_first(edit: GraphEdit) -> None:
+    for name, place in (("x", 0), ("m", 2)):
+        value = edit.values[name]
+        edit.insert_behind(value, [edit.node("Neg", [value], name, edit.value(f"{name}_negated", value, ir.DataType.FLOAT))])
+        assert edit.graph[place].name == f"{name}/Neg"
+
+
+def test_the_bias_of_a_product_is_the_vector_that_is_added_behind_it(edit: GraphEdit) -> None:
+    assert [bias_place(edit.nodes[name]) is not None for name in ("first", "second", "third")] == [True, False, True]
+
+
+def test_a_bias_that_two_layers_share_changes_for_one(edit: GraphEdit) -> None:
+    edit.add_bias("first", np.ones(4, np.float32))
+    assert edit.nodes["third"].inputs[2] is edit.graph.initializers["b"]
+    edit.add_bias("third", np.ones(4, np.float32))
+    assert "b" not in edit.graph.initializers
+    with pytest.raises(PrecisionError, match="no node is named 'fourth'"):
+        edit.add_bias("fourth", np.ones(4, np.float32))

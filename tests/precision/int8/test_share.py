@@ -1,0 +1,64 @@
+"""The share of INT8, and what is too little."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from deploy.errors import PrecisionError
+from deploy.precision.int8.placement import Selection, place
+from deploy.precision.int8.share import asked_of, int8_share
+
+NET = """g (float[N, 8] x) => (float[] y) <float[8, 8] u, float[8, 24] v, float[24, 8] w> {
+    [small] a = MatMul(x, u) [wide] b = MatMul(a, v) [back] y = MatMul(b, w) }"""
+FEED = {"x": np.zeros((3, 8), np.float32)}
+NOISY = "its signal is faint"
+
+
+def share(model: ir.Model, *noisy: str, exclude: tuple[str, ...] = (), least: float = 0.0) -> float | None:
+    selection = Selection(exclude=exclude)
+    placement = place(model, selection, stay=dict.fromkeys(noisy, NOISY))
+    return int8_share(model, placement, FEED, asked=asked_of(model, selection), least=least)
+
+
+@pytest.fixture
+def model(build: Callable[[str], onnx.ModelProto]) -> ir.Model:
+    return ir.from_proto(build(NET))
+
+
+@pytest.mark.parametrize(("noisy", "expected"), [((), 1.0), (("small",), 6 / 7), (("small", "wide"), 3 / 7)])
+def test_it_is_that_of_the_multiply_accumulates(model: ir.Model, noisy: tuple[str, ...], expected: float) -> None:
+    assert share(model, *noisy) == pytest.approx(expected)
+
+
+def test_too_little_is_an_error_that_names_the_layers(model: ir.Model) -> None:
+    assert share(model, "small", least=0.85) == pytest.approx(6 / 7)
+    with pytest.raises(PrecisionError, match=rf"would be 57% of .* at least 90% .*wide: {NOISY}") as error:
+        share(model, "wide", least=0.9)
+    assert "`min_int8`" in str(error.value)
+    assert "back" not in str(error.value)
+
+
+def test_what_was_asked_for_is_part_of_the_share_and_no_error(model: ir.Model) -> None:
+    assert share(model, exclude=("wide",), least=0.9) == pytest.approx(4 / 7)
+    with pytest.raises(PrecisionError, match="would be 25% of"):
+        share(model, "back", exclude=("wide",), least=0.9)
+
+
+def test_products_of_activations_and_what_cannot_be_counted_are_left_out(build: Callable[[str], onnx.ModelProto]) -> None:
+    model = ir.from_proto(
+        build(
+            """g (float[N, 8] x) => (float[] y) <float[8, 8] u> {
+                [layer] a = MatMul(x, u) t = Transpose<perm = [1, 0]>(a) [product] y = MatMul(a, t) }"""
+        )
+    )
+    assert share(model, "product", least=1.0) == 1.0
+    unknown = ir.from_proto(
+        build(
+            "g (float[N, M] x) => (float[] y) <float[8, 8] u> { k = NonZero(x) f = Cast<to = 1>(k) t = Transpose<perm = [1, 0]>(f) c = Concat<axis = 1>(t, t, t, t) y = MatMul(c, u) }"
+        )
+    )
+    placement = place(unknown, Selection())
+    assert int8_share(unknown, placement, {"x": np.ones((3, 8), np.float32)}, asked=(), least=0.9) is None
