@@ -45,8 +45,7 @@ def compile_package(
 
     Raises ExportError for a module that torch.export or AOTInductor cannot handle, BackendError where there is no compiler.
     """
-    with quiet():
-        _check_compiler(device)
+    check_compiler(device)
     half = HALVES.get(precision)
     on_gpu = device != "cpu"
     plain = _Plain(
@@ -123,9 +122,10 @@ def _example(inputs: Sequence[TensorSpec], profile: Mapping[str, Any] | None) ->
     ]
 
 
-def _check_compiler(device: str) -> None:
+def check_compiler(device: str) -> None:
     """Raise BackendError where there is no C++ compiler, or for a GPU no CUDA toolkit: torch's own errors fill a page."""
-    from torch.utils import cpp_extension  # logs a warning where there is a toolkit and no GPU
+    with quiet():
+        from torch.utils import cpp_extension  # warns where there is a toolkit and no GPU
 
     if cxx_compiler() is None:
         raise BackendError(f"AOTInductor {NO_COMPILER}")

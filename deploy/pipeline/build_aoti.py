@@ -136,10 +136,12 @@ class _BuildAoti:
         return profiles[0]
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
+        from deploy.intake.aoti import check_compiler
         from deploy.intake.build import rebuild
         from deploy.runtime.package import compile_here
 
         source, options, progress = self._source, self._options, self._progress
+        check_compiler(self._device)
         progress("running the eager module")
         module = rebuild(source)
         cases = self._cases(module)

@@ -102,6 +102,11 @@ def test_what_cannot_be_compiled_is_refused_before_any_work(
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no cuda here"):
             deploy.build_aoti(net, "out", device="cuda")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("deploy.pipeline.export_parity.run_eager", lambda *args, **options: pytest.fail("the module ran"))
+    with pytest.raises(BackendError, match=r"AOTInductor needs a C\+\+ compiler"):
+        deploy.build_aoti(net, "out", device="cpu")
+    assert deploy.build_aoti(package.root(), package.path, device="cpu").manifest == package.manifest  # which is there already
 
 
 @pytest.mark.parametrize("stage", [deploy.convert, deploy.quantize, deploy.build_trt])
