@@ -87,7 +87,8 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
     model, wide = _widened(model, placement)
     scales = {**known.cpu.scales, **known.scales}
     stored = Stored.of(model, wide, scales, known.joint, known.shifts)
-    to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=known.bias, per_tensor=per_tensor)
+    bias = {name: correction for name, correction in known.bias.items() if name in wide.nodes}
+    to_int8 = ToInt8(wide, scales, joint=known.joint, shifts=known.shifts, bias=bias, per_tensor=per_tensor)
     to_int8(model)
     to_unsigned = ToUnsigned(known.cpu.lows)
     to_unsigned(model)
