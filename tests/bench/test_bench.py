@@ -208,7 +208,7 @@ def test_another_baseline_and_what_is_no_difference(shared_lenet5: Artifact) -> 
     found = bench([shared_lenet5], BenchOptions(baseline="onnxruntime", backends=("null",), batches=(2,), seconds=0.3))
     assert found.baseline == "onnxruntime"
     assert [(row.backend, row.verdict) for row in found.results] == [("onnxruntime", "baseline"), ("null", "faster")]
-    with pytest.raises(UsageError, match="an engine cannot be the baseline"):
+    with pytest.raises(UsageError, match="an engine or a package cannot be the baseline"):
         BenchOptions(baseline="tensorrt")
 
 

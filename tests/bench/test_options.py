@@ -15,7 +15,7 @@ def test_a_comma_parts_backends_and_variants() -> None:
     [({"backends": ("tensorflow",)}, "unknown backend 'tensorflow'; expected auto or one of onnxruntime"),
      ({"backends": ("eager:int8",)}, "eager has no variant 'int8'"), ({"batches": (0,)}, "batch size"),
      ({"seconds": 0.0}, "`seconds` must be more than 0"), ({"load_seconds": -1.0}, "`load_seconds` must be more than 0"),
-     ({"threads": 0}, "`threads` must be 1 or more"), ({"baseline": "tensorrt-rtx"}, "an engine cannot be the baseline"),
+     ({"threads": 0}, "`threads` must be 1 or more"), ({"baseline": "tensorrt-rtx"}, "an engine or a package cannot be the baseline"),
      ({"shapes": ("x",)}, "cannot read `shapes` 'x'; expected NAME=SHAPE")],
 )  # fmt: skip
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:

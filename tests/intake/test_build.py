@@ -165,7 +165,7 @@ def test_old_parallel_mobilenet_goes_onto_the_feature_net_by_order(tmp_path: Pat
         (
             {"arch": "convnet", "args": {"dropout": object()}},
             UsageError,
-            "'dropout' is a object, which the manifest cannot record",
+            "'dropout' is an object, which the manifest cannot record",
         ),
         ({"model": "net.py:fixed", "num_classes": 3}, UsageError, r"net\.py:fixed takes no num_classes"),
         ({"arch": "keras:x"}, UsageError, "unknown architecture 'keras:x'; expected .* torchvision:NAME or timm:NAME"),

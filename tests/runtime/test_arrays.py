@@ -83,8 +83,8 @@ def test_the_sort_of_an_input_is_told_from_the_object() -> None:
     assert sort_of("x", torch.zeros(1), device_arrays=True) == "torch"
     assert sort_of("x", OnGpu(2), device_arrays=True) == "device"
     for x, device_arrays, expected in (
-        (OnGpu(2), False, "'x' is a OnGpu; expected a numpy array or a torch tensor$"),
-        (OnGpu(1), True, "'x' is a OnGpu; expected a numpy array or a torch tensor, or an array on the GPU"),
+        (OnGpu(2), False, "'x' is an OnGpu; expected a numpy array or a torch tensor$"),
+        (OnGpu(1), True, "'x' is an OnGpu; expected a numpy array or a torch tensor, or an array on the GPU"),
         ([0.0], False, "'x' is a list"),
     ):
         with pytest.raises(InputError, match=expected):

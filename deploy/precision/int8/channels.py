@@ -20,7 +20,7 @@ from deploy.precision.int8.placement import PASS_THROUGH, Placement
 from deploy.precision.int8.rewrite import quantize_weight, read_back
 from deploy.precision.int8.smooth import Channels, norm_of, reads_all
 
-ROWS = 32
+ROWS = 64
 """Rows of data that are looked at."""
 
 ALPHAS = (0.5, 0.65, 0.8, 0.9)
