@@ -107,6 +107,7 @@ def not_done(setting: Setting, candidate: Candidate, model: str, batch: int) -> 
 def environment(setting: Setting, threads: int) -> dict[str, str]:
     """The environment of a process that shares torch's caches. threads: those that compile kernels, and compute on the CPU."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(setting.work.resolve() / "inductor"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    caches["PYTHONFAULTHANDLER"] = "1"  # a process that crashes leaves the lines that it was at
     return {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
 
 
@@ -136,7 +137,9 @@ class Child:
         self.process.wait()
 
     def reason(self) -> str:
-        """The last line that it printed, or how it ended."""
+        """The last line that it printed, or how it ended; of a crash, the signal, and where its threads were is in the log."""
+        if self.process.returncode < 0:
+            return f"it crashed ({signal.Signals(-self.process.returncode).name}), see {self.log}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), f"exit status {self.process.returncode}")
 

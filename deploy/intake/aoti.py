@@ -79,6 +79,10 @@ def _compile(program: torch.export.ExportedProgram, path: Path, *, on_gpu: bool,
         # One build needs each header once: to precompile them takes longer, and 150 MB a file.
         "aot_inductor.precompile_headers": False,
     }
+    if on_gpu:
+        settings["cpp.vec_isa_ok"] = (
+            False  # the sets of the processor are not tried out, each with a compilation: no kernel runs there
+        )
     if max_autotune:
         settings |= list_mode_options("max-autotune-no-cudagraphs")
     with tempfile.TemporaryDirectory(prefix="deploy-aoti-", ignore_cleanup_errors=True) as folder:
