@@ -105,13 +105,14 @@ def measure(net: str, artifacts: list[Path]) -> list[Row]:
     results: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in json.loads(timings.read_text())["results"]:
         results.setdefault((result["artifact"], result["backend"]), {})[result["batch"]] = result
-    sizes = {artifact: payload_bytes(deploy_json("inspect", artifact)) for artifact in dict.fromkeys(name for name, _ in results)}
+    manifests = {artifact: deploy_json("inspect", artifact) for artifact in dict.fromkeys(name for name, _ in results)}
     rows = []
     for (artifact, backend), bench in results.items():
         accuracy = deploy_json("eval", artifact, DIGITS / "eval", "--backend", backend)
         print(f"top-1 {accuracy['top1']:.2f} %, top-{accuracy['k']} {accuracy['top5']:.2f} % of {accuracy['images']:,} images")
         precision = next(iter(bench.values()))["precision"]
-        rows.append(Row(net=net, runs_on=backend, precision=precision, top1=accuracy["top1"], size=sizes[artifact], bench=bench))
+        size = payload_bytes(manifests[artifact], accuracy["file"])
+        rows.append(Row(net=net, runs_on=backend, precision=precision, top1=accuracy["top1"], size=size, bench=bench))
     return rows
 
 
@@ -122,13 +123,12 @@ def engine_row(net: str, engine: Path) -> Row:
     parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "tf32", "fp32") if share[name] > 0]
     precision = f"{', '.join(parts)} ({share['from']})"
     flavour = manifest["target"]["flavour"]
-    return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=payload_bytes(manifest), bench={})
+    return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=payload_bytes(manifest, "engine.plan"), bench={})
 
 
-def payload_bytes(manifest: dict[str, Any]) -> int:
-    """Bytes of the engine, or of the ONNX file with its external data."""
-    files = {name: record["bytes"] for name, record in manifest["files"].items() if name != "weights.safetensors"}
-    return int(files.get("engine.plan") or sum(files.values()))
+def payload_bytes(manifest: dict[str, Any], file: str) -> int:
+    """Bytes of the file that was run, `engine.plan` for example, and of what lies beside an ONNX file for it."""
+    return sum(record["bytes"] for name, record in manifest["files"].items() if name in (file, f"{file}.data"))
 
 
 def failures(rows: list[Row]) -> list[str]:

@@ -277,3 +277,9 @@ def load_service(model: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL", str(model))
         return load("fastapi_service")
+
+
+@pytest.mark.parametrize(("file", "size"), [("model.onnx", 1100), ("model.cpu.onnx", 10), ("engine.plan", 7)])
+def test_the_size_is_that_of_the_file_that_was_run(demo, file, size):
+    names = {"model.onnx": 100, "model.onnx.data": 1000, "model.cpu.onnx": 10, "engine.plan": 7, "weights.safetensors": 5000}
+    assert demo.payload_bytes({"files": {name: {"bytes": count} for name, count in names.items()}}, file) == size

@@ -58,7 +58,7 @@ def expected(shared_lenet5: Artifact) -> Iterator[Any]:
 def test_the_engine_was_attested_and_compared_here(engine: Artifact) -> None:
     share, parity = engine.manifest.precision_share, engine.manifest.engine_parity
     assert share is not None
-    assert share.coverage is not None
+    assert share.origin == "engine", f"the inspector names {share.coverage:.0%} of the multiply-accumulates"
     assert share.fp32 == 1
     assert share.time is not None
     assert sum(share.time.values()) == pytest.approx(1)
@@ -255,5 +255,5 @@ def test_half_precision_and_int8_are_honoured(
     )
     share = made.manifest.precision_share
     assert share is not None
-    assert share.coverage is not None
+    assert share.origin == "engine", f"the inspector names {share.coverage:.0%} of the multiply-accumulates"
     assert getattr(share, "int8" if "int8" in options else "fp16") >= 0.9
