@@ -18,6 +18,7 @@ from deploy.intake.attribute_names import any_attribute_name
 from deploy.intake.call import dynamic_shapes
 from deploy.intake.export_errors import explain, fixed_at
 from deploy.intake.exporter import flatten_outputs, quiet
+from deploy.intake.packed_convolutions import pack_convolutions
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,6 +75,7 @@ def _compile(program: torch.export.ExportedProgram, path: Path, *, on_gpu: bool,
     settings: dict[str, Any] = {
         # Weights are folded and laid out for oneDNN in advance. On a GPU there is no such layout to gain from.
         "freezing": not on_gpu,
+        "post_grad_custom_pre_pass": None if on_gpu else pack_convolutions,
         # The number of threads is that of the process which runs the package, and not of this one.
         "cpp.dynamic_threads": True,
         # One build needs each header once: to precompile them takes longer, and 150 MB a file.
