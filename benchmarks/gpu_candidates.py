@@ -42,10 +42,15 @@ class Candidate:
     tf32: bool = False
     max_autotune: bool = False
 
+    @property
+    def tuned(self) -> bool:
+        """Whether torch tunes its kernels for minutes."""
+        return self.max_autotune or "max-autotune" in self.backend
+
     def jobs(self, model: str, batch: int) -> list[str]:
         """The names of the jobs (see `gpu_jobs`) that must have been done before it can be measured."""
         if self.kind == "compile":
-            return [f"{'autotune' if 'max-autotune' in self.backend else 'compile'}/{model}/{batch}"]
+            return [f"{'autotune' if self.tuned else 'compile'}/{model}/{batch}"]
         if self.kind == "aoti":
             return [f"aoti/{model}/{self.precision}{'/autotune' if self.max_autotune else ''}"]
         if self.kind in FLAVOURS:
@@ -95,9 +100,9 @@ COMPILE = (
 )
 
 AOTI = (
-    Candidate(label="aoti fp32", kind="aoti", backend="aoti"),
     Candidate(label="aoti fp16", kind="aoti", backend="aoti", precision="fp16"),
     Candidate(label="aoti fp16, CUDA graph", kind="aoti", backend="aoti:cuda_graph", precision="fp16"),
+    Candidate(label="aoti fp32", kind="aoti", backend="aoti"),
     Candidate(label="aoti fp16, max-autotune", kind="aoti", backend="aoti", precision="fp16", max_autotune=True),
     Candidate(
         label="aoti fp16, max-autotune, CUDA graph", kind="aoti", backend="aoti:cuda_graph", precision="fp16", max_autotune=True
@@ -122,17 +127,21 @@ def engines(flavour: str, precisions: Sequence[str]) -> list[Candidate]:
 
 
 def candidates(model: str, kinds: Sequence[str], *, autotune: bool) -> list[Candidate]:
-    """The lines of a model's table. kinds: those of KINDS that are there. autotune: with those that take minutes to tune."""
+    """The lines of a model's table, the most valuable first; those that take minutes to tune are the last.
+
+    kinds: those of KINDS that are there. autotune: with those that torch tunes for minutes.
+    """
     exhaustive = model in EXHAUSTIVE
-    tuned = exhaustive and autotune
-    found = [*EAGER, *(each for each in COMPILE if tuned or "max-autotune" not in each.backend)]
-    if "aoti" in kinds:
-        found += [each for each in AOTI if tuned or not each.max_autotune]
-    if "onnxruntime" in kinds:
-        found += ONNXRUNTIME
+    found = [*EAGER]
     for flavour in FLAVOURS:
         if flavour in kinds:
             found += engines(flavour, ("fp16", "int8", "fp32") if exhaustive else ("fp16", "int8"))
+    ours = AOTI if "aoti" in kinds else ()
+    found += [each for each in (*ours, *COMPILE) if not each.tuned]
+    if "onnxruntime" in kinds:
+        found += ONNXRUNTIME
+    if exhaustive and autotune:
+        found += [each for each in (*ours, *COMPILE) if each.tuned]
     return found
 
 

@@ -61,7 +61,7 @@ def do_job(setting: Setting, name: str) -> dict[str, Any]:
         make_half(setting, model)
     elif kind in ("compile", "autotune"):
         for candidate in COMPILE:
-            if (kind == "autotune") == ("max-autotune" in candidate.backend):
+            if (kind == "autotune") == candidate.tuned:
                 _compile(setting, candidate, model, int(rest[0]))
     elif kind == "aoti":
         make_aoti(setting, model, rest[0], max_autotune="autotune" in rest)
@@ -119,6 +119,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     tunes: bool = False
+    ended: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -135,6 +136,12 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.ended = True
+
+    @property
+    def crashed(self) -> bool:
+        """Whether a signal ended it that was not ours."""
+        return not self.ended and (self.process.returncode or 0) < 0
 
     def reason(self) -> str:
         """The last line that it printed, or how it ended; of a crash, the signal, and where its threads were is in the log."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from bench_harness import in_turns
 from gpu_candidates import FLAVOURS, Candidate, candidates, lacking
+from gpu_crashes import Crashes
 from gpu_jobs import not_done, outcome
 from gpu_setting import Setting, source
 
@@ -23,7 +24,6 @@ from deploy.evidence.timing import Rounds, latency, paired_ratio, sample
 from deploy.runtime.session import Session
 
 SAMPLES_A_ROUND = 2000
-MODES = ("tensors", "numpy")
 WARM_UP = 4
 """Runs of a candidate before it is timed: it compiles, records, tunes."""
 
@@ -34,22 +34,12 @@ def measure(setting: Setting, model: str) -> Iterator[dict[str, Any]]:
     """The figures of a model: after each batch, all that there are so far."""
     missing = dict(lacking(setting))
     kinds = [kind for kind in (*FLAVOURS, "aoti", "onnxruntime") if kind not in missing]
-    found = candidates(model, kinds, autotune=setting.autotune)
+    table = _Table(setting, model, candidates(model, kinds, autotune=setting.autotune), missing)
     rows: list[dict[str, Any]] = []
-    with ExitStack() as stack, setting.stream():
-        sessions: dict[str, Session] = {}
+    with table.stack, setting.stream():
         for batch in setting.batches:
-            ready: dict[str, Candidate] = {}
-            for candidate in found:
-                reason = not_done(setting, candidate, model, batch)
-                if reason is None and candidate.label not in sessions:
-                    reason = tried(lambda c=candidate: sessions.__setitem__(c.label, stack.enter_context(c.open(setting, model))))
-                if reason is None:
-                    ready[candidate.label] = candidate
-                else:
-                    missing[f"{candidate.label}, batch {batch}"] = reason
-            rows.append(_row(setting, model, batch, ready, sessions, missing))
-            yield {"model": model, "rows": rows, "engines": _engines(setting, model, found), "missing": missing}
+            rows.append(table.row(batch))
+            yield {"model": model, "rows": rows, "engines": _engines(setting, model, table.candidates), "missing": missing}
 
 
 def tried(work: Callable[[], object]) -> str | None:
@@ -61,66 +51,105 @@ def tried(work: Callable[[], object]) -> str | None:
     return None
 
 
-def _row(
-    setting: Setting,
-    model: str,
-    batch: int,
-    ready: Mapping[str, Candidate],
-    sessions: Mapping[str, Session],
-    missing: dict[str, str],
-) -> dict[str, Any]:
-    host = random_feed(source(setting, model).manifest.inputs, {"batch": batch})
-    feed = {name: torch.from_numpy(array).to(setting.device) for name, array in host.items()}
-    runs: dict[str, dict[str, Run]] = {mode: {} for mode in MODES}
-    outputs: dict[str, Mapping[str, np.ndarray]] = {}
-    for label, candidate in ready.items():
-        both = {"tensors": on_device(setting, sessions[label], feed), "numpy": lambda s=sessions[label]: s.run(host)}
+class _Table:
+    """The rows of one model. A candidate is opened when its turn has come, after the one before it has run.
 
-        def warm(label: str = label, candidate: Candidate = candidate, both: Mapping[str, Run] = both) -> None:
+    missing: takes the reasons of those that cannot be measured.
+    """
+
+    def __init__(self, setting: Setting, model: str, found: Sequence[Candidate], missing: dict[str, str]) -> None:
+        self.candidates = found
+        self.stack = ExitStack()
+        self._setting = setting
+        self._model = model
+        self._missing = missing
+        self._crashes = Crashes(setting.work, model)
+        self._sessions: dict[str, Session] = {}
+
+    def row(self, batch: int) -> dict[str, Any]:
+        """The figures of one batch. Raises BackendError if no eager session runs."""
+        setting = self._setting
+        host = random_feed(source(setting, self._model).manifest.inputs, {"batch": batch})
+        feed = {name: torch.from_numpy(array).to(setting.device) for name, array in host.items()}
+        ready: dict[str, Candidate] = {}
+        outputs: dict[str, Mapping[str, np.ndarray]] = {}
+        for candidate in self.candidates:
+            label = candidate.label
+            reason = self._crashes.known().get(label) or not_done(setting, candidate, self._model, batch)
+            reason = reason or tried(lambda c=candidate: outputs.__setitem__(c.label, self._warm(c, feed, host)))
+            if reason:
+                self._missing[f"{label}, batch {batch}"] = reason
+            else:
+                ready[label] = candidate
+        if not any(candidate.kind == "eager" for candidate in ready.values()):
+            raise BackendError(f"no eager session ran at batch {batch}: {'; '.join(self._missing.values())}")
+        sessions = {label: self._sessions[label] for label in ready}
+        from_tensors = {label: on_device(setting, session, feed) for label, session in sessions.items()}
+        from_numpy = {label: lambda s=session: s.run(host) for label, session in sessions.items()}
+        expected = outputs.get("eager fp32", {})
+        return {
+            "batch": batch,
+            "tensors": self._compared(from_tensors, ready),
+            "numpy": self._compared(from_numpy, ready),
+            "gpu_ms": {label: self._gpu_ms(ready[label], lambda s=sessions[label]: s.run(feed)) for label in ready},
+            "parity": {label: _parity(outputs[label], expected) for label in ready},
+        }
+
+    def _warm(self, candidate: Candidate, feed: Mapping[str, Any], host: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Open a candidate if it is not open, run it until it is warm, and return its outputs of `host`."""
+        setting = self._setting
+        with self._crashes.watched(candidate.label):
+            if candidate.label not in self._sessions:
+                self._sessions[candidate.label] = self.stack.enter_context(candidate.open(setting, self._model))
+            session = self._sessions[candidate.label]
             with candidate.around(setting):
                 for _ in range(WARM_UP):
-                    both["tensors"]()
-                    outputs[label] = both["numpy"]()  # type: ignore[assignment]
+                    on_device(setting, session, feed)()
+                    outputs = session.run(host)
+        return outputs
 
-        if reason := tried(warm):
-            missing[f"{label}, batch {batch}"] = reason
-            continue
-        for mode in MODES:
-            runs[mode][label] = both[mode]
-    if not any(ready[label].kind == "eager" for label in outputs):
-        raise BackendError(f"no eager session ran at batch {batch}: {'; '.join(missing.values())}")
-    figures = {mode: _compared(setting, runs[mode], ready) for mode in MODES}
-    gpu_ms = {label: _gpu_ms(setting, ready[label], lambda s=sessions[label]: s.run(feed)) for label in outputs}
-    expected = outputs.get("eager fp32", {})
-    return {
-        "batch": batch,
-        **figures,
-        "gpu_ms": gpu_ms,
-        "parity": {label: _parity(each, expected) for label, each in outputs.items()},
-    }
+    def _compared(self, runs: Mapping[str, Run], ready: Mapping[str, Candidate]) -> dict[str, Any]:
+        """Latencies of all candidates, and how many times as fast they are as the fastest of eager."""
+        setting = self._setting
 
+        def side(label: str) -> Callable[[], list[float]]:
+            def take() -> list[float]:
+                with self._crashes.watched(label), ready[label].around(setting):
+                    return sample(runs[label], setting.slice_s, SAMPLES_A_ROUND)
 
-def _compared(setting: Setting, runs: Mapping[str, Run], ready: Mapping[str, Candidate]) -> dict[str, Any]:
-    """Latencies of all candidates, and how many times as fast they are as the fastest of eager."""
+            return take
 
-    def side(label: str) -> Callable[[], list[float]]:
-        def take() -> list[float]:
-            with ready[label].around(setting):
-                return sample(runs[label], setting.slice_s, SAMPLES_A_ROUND)
+        rounds = in_turns({label: side(label) for label in runs}, setting.rounds, warm_up=1)
+        latencies = {label: latency_ms(samples) for label, samples in rounds.items()}
+        strongest = min((label for label in rounds if ready[label].kind == "eager"), key=lambda label: latencies[label]["p50"])
+        return {
+            "baseline": strongest,
+            "latency_ms": latencies,
+            "speedup": {label: ratio(rounds[strongest], samples) for label, samples in rounds.items() if label != strongest},
+            "samples_ms": {
+                label: [[round(value * 1e3, 5) for value in part] for part in samples] for label, samples in rounds.items()
+            },
+        }
 
-        return take
+    def _gpu_ms(self, candidate: Candidate, run: Run, runs: int = 30) -> float:
+        """Milliseconds of one run on the GPU, by events around many runs that are queued one after the other.
 
-    rounds = in_turns({label: side(label) for label in runs}, setting.rounds, warm_up=1)
-    latencies = {label: latency_ms(samples) for label, samples in rounds.items()}
-    strongest = min((label for label in rounds if ready[label].kind == "eager"), key=lambda label: latencies[label]["p50"])
-    return {
-        "baseline": strongest,
-        "latency_ms": latencies,
-        "speedup": {label: ratio(rounds[strongest], samples) for label, samples in rounds.items() if label != strongest},
-        "samples_ms": {
-            label: [[round(value * 1e3, 5) for value in part] for part in samples] for label, samples in rounds.items()
-        },
-    }
+        If the CPU queues them more slowly than the GPU runs them, it is the CPU's time.
+        """
+        setting = self._setting
+        with self._crashes.watched(candidate.label), candidate.around(setting):
+            if setting.dry:
+                start = time.perf_counter()
+                run()
+                return (time.perf_counter() - start) * 1e3
+            setting.wait()
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            for _ in range(runs):
+                run()
+            last.record()
+            last.synchronize()
+            return float(first.elapsed_time(last)) / runs
 
 
 def _parity(result: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float] | None:
@@ -172,23 +201,3 @@ def latency_ms(rounds: Rounds) -> dict[str, float]:
 def ratio(baseline: Rounds, candidate: Rounds) -> dict[str, float]:
     found = paired_ratio(baseline, candidate)
     return {"value": found.value, "low": found.low, "high": found.high}
-
-
-def _gpu_ms(setting: Setting, candidate: Candidate, run: Run, runs: int = 30) -> float:
-    """Milliseconds of one run on the GPU, by events around many runs that are queued one after the other.
-
-    If the CPU queues them more slowly than the GPU runs them, it is the CPU's time.
-    """
-    with candidate.around(setting):
-        if setting.dry:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
-        setting.wait()
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        for _ in range(runs):
-            run()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / runs

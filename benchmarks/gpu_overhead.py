@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from bench_harness import in_turns
 from gpu_candidates import AOTI, EAGER, FLAVOURS, Candidate, engines, lacking
+from gpu_crashes import Crashes
 from gpu_jobs import not_done
 from gpu_measure import SAMPLES_A_ROUND, WARM_UP, Run, latency_ms, on_device, ratio, tried
 from gpu_setting import Setting, opened
@@ -31,7 +32,7 @@ def overhead_candidates(kinds: Sequence[str]) -> list[Candidate]:
     found = [EAGER[0]]
     for kind in kinds:
         if kind == "aoti":
-            found.append(AOTI[0])
+            found += [each for each in AOTI if each.precision == "fp32"]
         elif kind in FLAVOURS:
             found += engines(kind, ("fp16",))
     return found
@@ -40,16 +41,20 @@ def overhead_candidates(kinds: Sequence[str]) -> list[Candidate]:
 def overhead(setting: Setting) -> Iterator[dict[str, Any]]:
     """What a session adds to the bare module, package or engine, on CUDA tensors and from numpy: so far, after each model."""
     missing = dict(lacking(setting))
+    crashes = Crashes(setting.work, "overhead")
     rows: list[dict[str, Any]] = []
     for model, batch in (SMALL,) if setting.dry else (SMALL, LARGE):
         for candidate in overhead_candidates([kind for kind in ("aoti", *FLAVOURS) if kind not in missing]):
-            reason = not_done(setting, candidate, model, batch) or tried(
-                lambda c=candidate, m=model, b=batch: rows.append(
-                    {"model": m, "batch": b, "label": c.label, **_added(setting, c, m, b)}
+            label = f"{candidate.label}, {model}"
+            reason = crashes.known().get(label) or not_done(setting, candidate, model, batch)
+            with crashes.watched(label):
+                reason = reason or tried(
+                    lambda c=candidate, m=model, b=batch: rows.append(
+                        {"model": m, "batch": b, "label": c.label, **_added(setting, c, m, b)}
+                    )
                 )
-            )
             if reason:
-                missing[f"{candidate.label}, {model}"] = reason
+                missing[label] = reason
         yield {"overhead": rows, "missing": missing}
 
 
@@ -170,19 +175,23 @@ def contexts(setting: Setting) -> Iterator[dict[str, Any]]:
     """Images a second of FP16 engines by the number of execution contexts; each has a thread and a stream of its own."""
     model = SMALL[0] if setting.dry else LARGE[0]
     missing = dict(lacking(setting))
+    crashes = Crashes(setting.work, "contexts")
     rows: list[dict[str, Any]] = []
     for flavour in FLAVOURS:
         if flavour in missing:
             continue
         candidate = engines(flavour, ("fp16",))[0]
         for batch in setting.batches:
-            reason = not_done(setting, candidate, model, batch) or tried(
-                lambda c=candidate, b=batch: rows.append(
-                    {"model": model, "label": c.label, "batch": b, "images_per_s": _rates(setting, c, model, b)}
+            label = f"{candidate.label}, batch {batch}"
+            reason = crashes.known().get(label) or not_done(setting, candidate, model, batch)
+            with crashes.watched(label):
+                reason = reason or tried(
+                    lambda c=candidate, b=batch: rows.append(
+                        {"model": model, "label": c.label, "batch": b, "images_per_s": _rates(setting, c, model, b)}
+                    )
                 )
-            )
             if reason:
-                missing[f"{candidate.label}, batch {batch}"] = reason
+                missing[label] = reason
     yield {"contexts": rows, "missing": missing}
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from bench_harness import conditions_here, encode, make_parser, save
 from gpu_candidates import KINDS, lacking
+from gpu_crashes import Crashes
 from gpu_jobs import Child, Job, compile_threads, do_job, environment, jobs_for, keep_outcome, outcome, run_jobs
 from gpu_measure import measure
 from gpu_overhead import contexts, overhead
@@ -130,19 +131,34 @@ def run(args: argparse.Namespace, setting: Setting, names: Sequence[str]) -> Non
 
 
 def measure_part(args: argparse.Namespace, setting: Setting, name: str, until: float | None) -> str | None:
-    """Measure a part in a process of its own, and write the report; what went wrong, or None."""
-    left = until - time.monotonic() if until else PART_S
-    if left < LEAST_S:
-        return "the budget was spent"
-    print(f"{name} ...", flush=True)
+    """Measure a part in a process of its own, and write the report; what went wrong, or None.
+
+    A candidate that ends the process is left out, and the rest is measured again.
+    """
+    crashes = Crashes(setting.work, name)
+    crashes.clear()
     part_file(args, name).unlink(missing_ok=True)
     log = setting.work / "logs" / f"measure-{name}.txt"
-    child = Child.start(name, command(args, "--measure", name), log, environment(setting, 2))
-    reason = child.wait(min(PART_S, left))
-    print(f"{name}: {time.monotonic() - child.started:.0f} s{f', {reason}' if reason else ''}", flush=True)
+    while True:
+        left = until - time.monotonic() if until else PART_S
+        if left < LEAST_S:
+            return "the budget was spent"
+        print(f"{name} ...", flush=True)
+        child = Child.start(name, command(args, "--measure", name), log, environment(setting, 2))
+        reason = child.wait(min(PART_S, left))
+        print(f"{name}: {time.monotonic() - child.started:.0f} s{f', {reason}' if reason else ''}", flush=True)
+        if not child.crashed or (label := crashes.blame(kept_log(child, log, crashes))) is None:
+            break
+        print(f"{name}: once more, without {label}", flush=True)
     if part_file(args, name).is_file():
         publish(args, {name: reason} if reason else {})
     return reason
+
+
+def kept_log(child: Child, log: Path, crashes: Crashes) -> str:
+    """Why a process crashed; its log is kept beside the one of the next try."""
+    kept = log.replace(log.with_stem(f"{log.stem}-crash{len(crashes.known()) + 1}"))
+    return child.reason().replace(str(log), str(kept))
 
 
 def prepare(args: argparse.Namespace, setting: Setting, names: Sequence[str], until: float | None) -> None:

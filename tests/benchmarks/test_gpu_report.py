@@ -147,7 +147,8 @@ def test_parts_of_two_gpus_are_not_mixed(report: ModuleType, tmp_path: Path) -> 
 def test_what_a_candidate_needs_is_made_first_and_what_tunes_is_marked(report: ModuleType, tmp_path: Path) -> None:
     setting = report.Setting(work=tmp_path, batches=(1, 8))
     jobs = {job.name: job for job in report.jobs_for(setting, ["resnet50", "lenet5"], ["aoti", "tensorrt"])}
-    assert list(jobs)[:3] == ["export/resnet50", "compile/resnet50/1", "compile/resnet50/8"]
+    assert list(jobs)[:4] == ["export/resnet50", "tensorrt/resnet50/fp16", "tensorrt/resnet50/int8", "tensorrt/resnet50/fp32"]
+    assert list(jobs)[4:8] == ["aoti/resnet50/fp16", "aoti/resnet50/fp32", "compile/resnet50/1", "compile/resnet50/8"]
     assert {name for name, job in jobs.items() if job.tunes} == {
         "autotune/resnet50/1", "autotune/resnet50/8", "aoti/resnet50/fp16/autotune", "tensorrt/resnet50/fp16", "tensorrt/resnet50/int8",
         "tensorrt/resnet50/fp32", "tensorrt/lenet5/fp16", "tensorrt/lenet5/int8",
@@ -260,15 +261,59 @@ def test_without_a_gpu_nothing_is_measured_and_that_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_goes_all_the_way_and_says_that_it_is_dry(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--dry-run", "--part", "lenet5", "--only", "tensorrt-rtx"]
+PLANTED = """
+import os, signal, sys
+sys.path.insert(0, BENCHMARKS)
+import gpu_candidates, gpu_report
+
+opened, command = gpu_candidates.Candidate.open, gpu_report.command
+
+def crashes(self, *where):
+    if self.label == "eager fp16":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return opened(self, *where)
+
+gpu_candidates.Candidate.open = crashes
+gpu_report.command = lambda *of: [sys.executable, __file__, *command(*of)[2:]]
+gpu_report.main()
+"""
+
+
+def test_a_dry_run_goes_all_the_way_says_that_it_is_dry_and_a_crash_costs_one_candidate(tmp_path: Path) -> None:
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.replace("BENCHMARKS", repr(str(SCRIPT.parent))))
+    command = [sys.executable, script, "--dry-run", "--part", "lenet5", "--only", "tensorrt-rtx"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "None of these figures is of a GPU" in done.stdout
     assert "# PyTorch and what deploy makes of it on no GPU (dry run)" in done.stdout
+    assert "lenet5: once more, without eager fp16\n" in done.stdout
+    assert "| eager fp16, CUDA graph" in done.stdout
+    assert "| eager fp16  " not in done.stdout
+    assert re.search(
+        r"^- eager fp16, batch 1; eager fp16, batch 2: it crashed \(SIGSEGV\), see .*-crash1\.txt$", done.stdout, re.M
+    )
     assert "| tensorrt-rtx fp16, CUDA graph" in done.stdout
     assert "- resnet50 was not measured: not run\n" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [script]
+
+
+def test_a_crash_outside_every_candidate_is_not_tried_again(script: Script, tmp_path: Path) -> None:
+    crashes = script("gpu_crashes").Crashes(tmp_path, "lenet5")
+    assert crashes.blame("it crashed") is None
+    with crashes.watched("a"):
+        pass
+    with contextlib.suppress(ValueError), crashes.watched("b"):
+        raise ValueError
+    assert crashes.blame("it crashed") is None
+    assert crashes.known() == {}
+
+
+def test_candidates_come_by_value_and_those_that_tune_come_last(script: Script) -> None:
+    labels = [each.label for each in script("gpu_candidates").candidates("resnet50", KINDS, autotune=True)]
+    kinds = [label.split()[0].partition(":")[0] for label in labels if "max-autotune" not in label]
+    assert list(dict.fromkeys(kinds)) == ["eager", "tensorrt", "tensorrt-rtx", "aoti", "compile", "onnxruntime"]
+    assert ["max-autotune" in label for label in labels] == [False] * len(kinds) + [True] * (len(labels) - len(kinds))
 
 
 def test_what_the_budget_has_no_time_for_is_said(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Convolutions of a package with a dynamic batch, of every kind that the layout of weights could break."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
