@@ -12,7 +12,6 @@ few rounds: it tests this script. The weights are random: they do not change the
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,7 +128,10 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     model, build_s, opened = document["model"], document["build_s"], document["open_s"][len(document["open_s"]) // 2]
     found = [Goal(text=f"{model} was built in {build_s:.0f} s (at most {BUILD_S:g})", met=build_s <= BUILD_S)] if build_s else []
     found += [
-        Goal(text=f"{model}, batch {row['batch']}: {row['speedup']:.2f} times eager (at least {SPEED})", met=row["speedup"] >= SPEED)
+        Goal(
+            text=f"{model}, batch {row['batch']}: {row['speedup']:.2f} times eager (at least {SPEED})",
+            met=row["speedup"] >= SPEED,
+        )
         for row in document["speed"]
     ]
     off, own = document["parity"], document["own_us"]

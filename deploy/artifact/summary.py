@@ -128,6 +128,8 @@ def backends_text(parity: Parity) -> list[str]:
     if parity.constant:
         names = ", ".join(parity.constant)
         lines.append(f"proves nothing of {names}: the same number everywhere, in what it was made from too")
+    if parity.tiny:
+        lines.append(f"proves nothing of {', '.join(parity.tiny)}: nowhere above `atol`, {parity.tolerance.atol:g}")
     return lines
 
 

@@ -118,6 +118,7 @@ class Parity:
     by: what computed the outputs (a backend and its version, or `emulation` of half precision).
     backends: the written file on each backend of the CPU that is installed.
     constant: outputs whose reference is one number everywhere: no comparison of them can fail.
+    tiny: outputs that are within the tolerance for its `atol` alone, which is larger than all their numbers: zeros would be too.
     """
 
     against: str
@@ -126,6 +127,7 @@ class Parity:
     cases: list[ParityCase]
     backends: list[BackendParity] = field(default_factory=list)
     constant: list[str] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
 
     @property
     def worst(self) -> Difference:
@@ -260,6 +262,23 @@ def constant_outputs(references: Sequence[Mapping[str, np.ndarray]]) -> list[str
     """The outputs that are one finite number in all elements of all `references`: no comparison of them can fail."""
     names = list(references[0]) if references else []
     return [name for name in names if _constant([reference[name] for reference in references])]
+
+
+def tiny_outputs(references: Sequence[Mapping[str, np.ndarray]], cases: Sequence[ParityCase], tolerance: Tolerance) -> list[str]:
+    """The outputs of floats that agree for `atol` alone: in all `references` below it, and in one of `cases` off by more than `rtol`.
+
+    An output that must reach a cosine or a signal to noise is not among them, unless it is too small for these too.
+    """
+    by_whole = tolerance.min_cosine is not None or tolerance.min_sqnr is not None
+    most = min(tolerance.atol, _NOISE) if by_whole else tolerance.atol
+    names = list(references[0]) if references else []
+    return [
+        name
+        for name in names
+        if references[0][name].dtype.kind == "f"
+        and 0 < max(float(np.abs(reference[name]).max(initial=0.0)) for reference in references) <= most
+        and max(case.outputs[name].max_rel for case in cases) > tolerance.rtol
+    ]
 
 
 def _constant(arrays: Sequence[np.ndarray]) -> bool:

@@ -22,7 +22,7 @@ from deploy.engine.flavour import Flavour
 from deploy.engine.layers import engine_layers
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, EngineError
-from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare
+from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare, constant_outputs, tiny_outputs
 from deploy.evidence.timing import Ratio, paired_ratio, sample
 from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
@@ -102,10 +102,11 @@ def engine_parity(session: Session, engine: Artifact, gpu: str, tolerance: Toler
     reference = CpuGraph(model)
     dims = session.dims()
     batch = batch_dim(session.inputs)
-    cases = []
+    cases, references = [], []
     for seed, size in enumerate(_batches(session, batch), start=1):
         feed = random_feed(session.inputs, {**dims, batch: size} if batch else dims, seed=seed)
         expected = reference({name: _as_fp32(array) for name, array in feed.items()})
+        references.append(expected)
         cases.append(
             compare(session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.shown}")
         )
@@ -114,6 +115,8 @@ def engine_parity(session: Session, engine: Artifact, gpu: str, tolerance: Toler
         by=f"{manifest.target.flavour} {manifest.target.version} on {gpu}",
         tolerance=tolerance,
         cases=cases,
+        constant=constant_outputs(references),
+        tiny=tiny_outputs(references, cases, tolerance),
     )
 
 

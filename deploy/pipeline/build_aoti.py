@@ -16,7 +16,7 @@ from deploy.data.evidence_feeds import NamedFeed, made_up_dims, parity_feeds, re
 from deploy.engine.profile_choice import holds
 from deploy.errors import DataError, ExportError, ParityError, UsageError
 from deploy.evidence.options import ToleranceOptions
-from deploy.evidence.parity import Parity, constant_outputs
+from deploy.evidence.parity import Parity, constant_outputs, tiny_outputs
 from deploy.host.versions import tool_versions
 from deploy.options import collect, option
 from deploy.pipeline.profiles import make_profiles
@@ -210,7 +210,8 @@ class _BuildAoti:
                 " `rtol` and `atol`"
             )
         expected = [case.expected for case in cases]
-        return Parity(against="eager", by=by, tolerance=tolerance, cases=found.cases, constant=constant_outputs(expected))
+        constant, tiny = constant_outputs(expected), tiny_outputs(expected, found.cases, tolerance)
+        return Parity(against="eager", by=by, tolerance=tolerance, cases=found.cases, constant=constant, tiny=tiny)
 
 
 def _shapes(feed: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

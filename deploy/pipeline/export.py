@@ -201,6 +201,13 @@ class _Export:
                 "output %s is the same number everywhere: that the file agrees with eager proves nothing of it",
                 parity.constant[0],
             )
+        if parity.tiny:
+            logger.warning(
+                "output %s is nowhere above `atol`, %g, and off by more than `rtol`: that the file agrees with eager proves nothing"
+                " of it; a smaller `atol` asks for more",
+                parity.tiny[0],
+                parity.tolerance.atol,
+            )
         source = msgspec.structs.replace(written.manifest.source, state_dict=written.manifest.files[WEIGHTS].sha256)
         accuracy = None if self._expected is None else check_expected(written, self._expected, progress)
         return msgspec.structs.replace(written.manifest, source=source, parity=parity, accuracy=accuracy)

@@ -14,7 +14,7 @@ from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Feed, TensorSpec, dynamic_sizes, format_shape, row_count, size_of_batch
 from deploy.data.evidence_feeds import NamedFeed
 from deploy.errors import BackendError, DeployError, ParityError, PrecisionError
-from deploy.evidence.parity import TOLERANCES, BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge
+from deploy.evidence.parity import TOLERANCES, BackendParity, Parity, ParityCase, Tolerance, constant_outputs, judge, tiny_outputs
 from deploy.host.memory import release
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.half.emulate import Emulate
@@ -119,13 +119,15 @@ def prove(
     for each in failed:
         if each.wrong is not None:
             raise ParityError(f"{what} on {each.by}: {each.wrong}; nothing was written: {remedy}")
+    expected = [case.expected for case in cases]
     return Parity(
         against=against,
         by=first.by,
         tolerance=tolerance,
         cases=first.cases,
         backends=backends,
-        constant=constant_outputs([case.expected for case in cases]),
+        constant=constant_outputs(expected),
+        tiny=tiny_outputs(expected, first.cases, tolerance),
     )
 
 
@@ -146,8 +148,9 @@ def prove_cpu_form(written: Artifact, cases: Sequence[Case], tolerance: Toleranc
     release(written.size)
     if found.wrong is not None:
         raise ParityError(f"on {by}: {found.wrong}")
-    constant = constant_outputs([case.expected for case in cases])
-    return Parity(against=against, by=by, tolerance=tolerance, cases=found.cases, constant=constant)
+    expected = [case.expected for case in cases]
+    constant, tiny = constant_outputs(expected), tiny_outputs(expected, found.cases, tolerance)
+    return Parity(against=against, by=by, tolerance=tolerance, cases=found.cases, constant=constant, tiny=tiny)
 
 
 def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], progress: Progress) -> None:

@@ -17,6 +17,7 @@ from deploy.evidence.parity import (
     constant_outputs,
     difference,
     judge,
+    tiny_outputs,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -163,3 +164,21 @@ def test_outputs_that_no_comparison_can_fail_are_found():
     assert constant_outputs([{"a": varied, "b": same}, {"a": varied, "b": same}]) == ["b"]
     assert constant_outputs([{"a": same}, {"a": same + 1}]) == []
     assert constant_outputs([{"a": np.ones(1)}]) == []  # one number may be the same by chance
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "actual", "tiny"),
+    [
+        ("fp32", 1e-13, 0.0, True),  # zeros agree as well
+        ("fp32", 1e-6, 0.9, True),
+        ("fp32", 1e-13, 1.00001, False),  # it agrees by `rtol` too
+        ("fp32", 1.0, 1.00001, False),
+        ("fp16", 1e-9, 0.0, True),
+        ("fp16", 1e-5, 1.01, False),  # it has a cosine and a signal to noise
+    ],
+)
+def test_outputs_that_agree_for_atol_alone_are_found(precision: str, scale: float, actual: float, tiny: bool) -> None:
+    expected = {"y": np.array([[1.0, -0.5]]) * scale, "n": np.arange(2)}
+    case, wrong = judge({**expected, "y": expected["y"] * actual}, expected, TOLERANCES[precision], data="random", batch=1)
+    assert wrong == ""
+    assert tiny_outputs([expected], [case], TOLERANCES[precision]) == ["y"] * tiny

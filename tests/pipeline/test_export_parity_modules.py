@@ -137,6 +137,18 @@ def test_an_output_that_proves_nothing_is_said_to(tmp_path: Path, caplog: pytest
     assert "the same number everywhere" in caplog.text
 
 
+def test_an_output_far_below_atol_is_not_called_verified_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    body = "def forward(self, x):\n    return (x * 1e-13 if torch.compiler.is_exporting() else x * 2e-13), x * 3e-13"
+    artifact = exported(tmp_path, body, "x=1x8")
+    assert artifact.manifest.parity is not None
+    wrong, _ = (spec.name for spec in artifact.manifest.outputs)
+    assert artifact.manifest.parity.tiny == [wrong]
+    assert f"output {wrong} is nowhere above `atol`, 1e-05, and off by more than `rtol`" in caplog.text
+    assert f"proves nothing of {wrong}: nowhere above `atol`" in summary(artifact)
+    with pytest.raises(deploy.DeployError, match=f"output '{wrong}' is off by"):
+        exported(tmp_path, body, "x=1x8", atol=1e-16)
+
+
 TOKENS = (
     "def __init__(self):\n    super().__init__()\n    self.word = nn.Embedding(100, 8)\n    self.kind = nn.Embedding(2, 8)\n"
     "def forward(self, ids, kinds):\n    return (self.word({}) + self.kind({})).mean(1)"
