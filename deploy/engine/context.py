@@ -113,6 +113,11 @@ class EngineContext:
         self._replay = Replay(device, self.stream, wanted=graphs == "own")
         self._pending: list[tuple[np.ndarray, Shape, np.dtype[Any]]] = []
 
+    @property
+    def shapes(self) -> tuple[Shape, ...] | None:
+        """Those of the inputs of the last run; None before the first, and after a failure."""
+        return None if self._bound is None else self._bound[1]
+
     # Arrays in host memory: begin, finish.
 
     @_guarded("deploy: stage and enqueue")

@@ -3,8 +3,9 @@
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from deploy.engine.context import EngineContext
+from deploy.engine.context import EngineContext, Shape
 from deploy.engine.cuda import DeviceLostError, DeviceMemoryError
 from deploy.errors import BackendError
 
@@ -34,15 +35,19 @@ class ContextPool:
         self._stopped = False
         self._lost: DeviceLostError | None = None
 
-    def borrow(self) -> EngineContext:
-        """A free context; waits for one if `most` are in use."""
-        context = self._borrow(wait=True)
+    def borrow(self, shapes: tuple[Shape, ...] | None = None) -> EngineContext:
+        """A free context; waits for one if `most` are in use.
+
+        shapes: of a run that replays a graph. The context that ran them last has it still; or it is the one unused for longest, so
+        that the graphs of the others live.
+        """
+        context = self._borrow(shapes, wait=True)
         assert context is not None
         return context
 
     def borrow_free(self) -> EngineContext | None:
         """A free context; None if `most` are in use."""
-        return self._borrow(wait=False)
+        return self._borrow(None, wait=False)
 
     def fill(self) -> None:
         """Make all contexts now. Raises DeviceMemoryError if there is no room for them."""
@@ -55,12 +60,12 @@ class ContextPool:
                 self._making += 1
             self.give_back(self._made())
 
-    def _borrow(self, *, wait: bool) -> EngineContext | None:
+    def _borrow(self, shapes: tuple[Shape, ...] | None, *, wait: bool) -> EngineContext | None:
         while True:
             if self._lost is not None:
                 raise DeviceLostError(self._lost.reason)
             try:
-                return self._idle.pop()  # atomic, and usually all that is needed
+                return self._idle.pop() if shapes is None else self._pop(shapes)  # atomic, and usually all that is needed
             except IndexError:
                 pass
             with self._free:
@@ -87,6 +92,14 @@ class ContextPool:
                         raise
                     self._most = len(self.made)
                 logger.warning("no room for one more execution context: %s; %d will be shared", error, len(self.made))
+
+    def _pop(self, shapes: tuple[Shape, ...]) -> EngineContext:
+        for context in reversed(tuple(self._idle)):
+            if context.shapes == shapes:
+                with suppress(ValueError):  # another thread was quicker
+                    self._idle.remove(context)
+                    return context
+        return self._idle.pop(0)
 
     def _made(self) -> EngineContext:
         """One more, made outside the lock: it takes long, and may fail while another is given back. `_making` counts it already."""

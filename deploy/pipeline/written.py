@@ -188,15 +188,19 @@ def copied(feed: Feed) -> Feed:
 
 
 def _on_backends(written: Artifact, cases: Sequence[Case], tolerance: Tolerance, progress: Progress) -> list[BackendParity]:
-    """Each backend that `auto` may take and that can open the file, ONNX Runtime first."""
+    """Each backend that `auto` may take and that can open the file, ONNX Runtime first. One that cannot is said to."""
     found: list[BackendParity] = []
     for name in AUTO:
-        progress(f"comparing on {name}")
         try:
             by = f"{name} {import_backend(BACKENDS[name]).version(())}"
-            session = open_session(written, name, SessionOptions(device="cpu"))
         except BackendError:
-            continue  # not installed, or opening the file there is an error by itself
+            continue  # not installed
+        progress(f"comparing on {name}")
+        try:
+            session = open_session(written, name, SessionOptions(device="cpu"))
+        except BackendError as error:
+            logger.warning("%s cannot open the file, and is left out: %s", by, error)
+            continue
         with session:
             found.append(judged(session.run, by, written.manifest.inputs, cases, tolerance, backend=name, first=not found))
         del session

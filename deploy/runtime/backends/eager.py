@@ -74,7 +74,7 @@ class EagerSession(Session):
         module = self._module
         if module is None:
             raise closed_error(self.name)
-        given = [feed[name] for name in self._input_names]
+        given = [x.detach() if x.requires_grad else x for x in map(feed.__getitem__, self._input_names)]
         try:
             with torch.inference_mode():
                 inputs = [self._adapt(x) for x in given]

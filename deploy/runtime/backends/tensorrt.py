@@ -59,6 +59,7 @@ class TensorRTSession(Session):
         plan = engine_plan(artifact, flavour, self._gpu.gpu(), rebuild=options.rebuild)
         self._engine = LoadedEngine(artifact, plan, flavour, self._gpu, _execution(options.variant))
         self._host_inputs = self._engine.host_inputs
+        self._graphs = "cuda_graph" in options.variant
         self.concurrency = options.contexts or _CONTEXTS
         name = self.name  # and not the session, which would hold itself
         self._contexts = ContextPool(self._engine.new_context, self.concurrency, lambda: closed_error(name))
@@ -101,9 +102,12 @@ class TensorRTSession(Session):
         """The index of the profile for a feed. Raises InputError if there is none."""
         return self._choice.index(self._shapes(feed))
 
+    def _borrow(self, feed: Mapping[str, Any]) -> EngineContext:
+        return self._contexts.borrow(self._shapes(feed) if self._graphs else None)
+
     def _compute(self, feed: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         profile = self._profile(feed)
-        context = self._contexts.borrow()
+        context = self._borrow(feed)
         try:
             context.begin(feed, profile)
             return context.finish()
@@ -154,7 +158,7 @@ class TensorRTSession(Session):
         *,
         wait: bool = False,
     ) -> list[Any]:
-        context = self._contexts.borrow()
+        context = self._borrow(feed)
         try:
             call = calls.call(feed, out)
             profile = self._choice.index(call.shapes)
@@ -223,10 +227,17 @@ class TensorRTSession(Session):
             held = []
             while (context := self._contexts.borrow_free()) is not None:
                 held.append(context)
-            for _ in range(max(len(held), 1)):
-                if held:
-                    self._contexts.give_back(held.pop())  # the next to be borrowed
-                super().warmup(feed, runs)
+            warm = []
+            try:
+                for _ in range(max(len(held), 1)):
+                    if held:
+                        self._contexts.give_back(held.pop())  # the next to be borrowed
+                    super().warmup(feed, runs)
+                    if held and (context := self._contexts.borrow_free()) is not None:
+                        warm.append(context)
+            finally:
+                for context in (*held, *warm):
+                    self._contexts.give_back(context)
             self._engine.save()
 
     def _example(self) -> dict[str, Any]:

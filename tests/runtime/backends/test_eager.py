@@ -35,6 +35,14 @@ def test_writing_to_results_changes_neither_the_input_nor_the_module(pair: Artif
     torch.testing.assert_close(again["anchors"], torch.arange(3.0))
 
 
+def test_an_input_that_wants_a_gradient_may_be_an_output(pair: Artifact) -> None:
+    feed = {"x": torch.ones(2, 4, requires_grad=True), "index": torch.zeros(2, dtype=torch.int64)}
+    with open_session(pair, "eager") as session:
+        results = session.run(feed)
+    torch.testing.assert_close(results["same"], torch.ones(2, 4))
+    assert not any(x.requires_grad for x in results.values())
+
+
 def test_results_can_be_changed_in_place_and_want_no_gradient(shared_lenet5: Artifact) -> None:
     with open_session(shared_lenet5, "eager") as session:
         result = session(torch.zeros(1, 1, 28, 28))

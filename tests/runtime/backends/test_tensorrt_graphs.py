@@ -62,6 +62,21 @@ def test_a_graph_is_dropped_when_the_context_is_bound_to_other_shapes_or_another
             assert counts(simulated) == (captures, WORTH * captures)  # the first of each is a plain run
 
 
+def test_shapes_that_take_turns_keep_their_graphs_where_each_has_a_context(simulated: Simulated, make: Make) -> None:
+    with deploy.load(make(), backend="tensorrt:cuda_graph", contexts=2) as session:
+        session.warmup({"x": batch(8)}, runs=1)  # both contexts are there
+        assert counts(simulated) == (0, 0)
+        for index in range(6):
+            for rows in (8, 3):
+                x = batch(rows, seed=index)
+                np.testing.assert_array_equal(session(x), 2 * x)
+                np.testing.assert_array_equal(session(simulated.array(x)).numpy(), 2 * x)
+        assert counts(simulated)[0] == 2
+        assert simulated.machine.calls["execute_async_v3"] == 2 + 1 + 2  # two to warm up, one plain for the 3, two captured
+        for rows in (5, 8, 3, 5):  # three shapes on two contexts: the one unused for longest gives way
+            np.testing.assert_array_equal(session(batch(rows)), 2 * batch(rows))
+
+
 def test_where_no_graph_can_be_captured_it_is_said_once_and_runs_go_on(
     simulated: Simulated, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
