@@ -1,6 +1,7 @@
 """Faults that are planted between a source and its written file, and that the comparison must find."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,16 @@ def test_rows_that_run_one_at_a_time_alone_are_compared_so(tmp_path: Path, caplo
     assert "does not run with 2 rows" in caplog.text
     assert made.manifest.parity is not None
     assert [case.batch for case in made.manifest.parity.cases] == [1]
+
+
+def test_a_backend_that_cannot_open_the_file_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[N, 2, 2] x) => (float[N] y)
+        <float[2, 2] w = {1, 2, 3, 4}> { h = MatMul(x, w) y = Det(h) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "det.onnx")
+    made = deploy.convert(tmp_path / "det.onnx", tmp_path / "out", precision="fp16")
+    assert made.manifest.parity is not None
+    assert [each.backend for each in made.manifest.parity.backends] == ["onnxruntime"]
+    assert re.search(r"openvino \S+ cannot open the file, and is left out: .*Det", caplog.text)
 
 
 def test_a_feed_that_was_given_and_does_not_run_is_an_error(tmp_path: Path) -> None:
