@@ -126,6 +126,17 @@ class OnlyDLPack:
         self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
 
 
+def test_a_run_where_addresses_stand_takes_six_calls_of_cuda(simulated: Simulated, make: Make) -> None:
+    with deploy.load(make()) as session:
+        feed, out = {"x": on_gpu(3)}, {"y": torch.zeros(3, 4, device="cuda")}
+        session.run(feed, out)
+        before = simulated.machine.calls.copy()
+        session.run(feed, out)
+        found = simulated.machine.calls - before
+    del found["record_stream"]  # torch's, which calls nothing
+    assert sum(found.values()) == 6, found
+
+
 def test_outputs_are_written_to_the_arrays_of_out_without_a_copy(simulated: Simulated, make: Make) -> None:
     with deploy.load(make()) as session:
         x, y = on_gpu(3), torch.zeros(3, 4, device="cuda")
