@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 PARITY_ROWS = 4
 _NAMED = 3
+_UNRUN = "no calibration data runs the branch of If that it is in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +259,7 @@ def _placed(model: ir.Model, selection: Selection, stay: Mapping[str, str], meas
 
 def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str]:
     """The nodes that read a tensor which is not among the measured ones, with the reason."""
-    reason = "no calibration data runs the branch of If that it is in"
-    return {node: reason for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
+    return {node: _UNRUN for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
 
 def _quantized(
@@ -279,7 +279,8 @@ def _quantized(
     if half:
         small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
         placement = _placed(model, selection, {**small, **known.keep, **known.noisy}, known.scales)
-    share = int8_share(model, placement, feeds[0], asked=asked_of(model, selection), least=options.min_int8 / 100)
+    unrun = {each.node for each in placement.excluded if each.reason == _UNRUN}
+    share = int8_share(model, placement, feeds[0], asked=asked_of(model, selection) | unrun, least=options.min_int8 / 100)
     bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
     stored = Stored.of(model, placement, known.scales, known.joint, bias)
     to_int8 = ToInt8(

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from deploy.errors import PrecisionError
 from deploy.precision.int8.placement import WEIGHTED, Placement, Selection, place
-from deploy.precision.macs import count_macs
+from deploy.precision.macs import count_in_branches, count_macs
 
 _NAMED = 3
 
@@ -23,9 +23,11 @@ def int8_share(
     """The share, 0 to 1, of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul with weights that `placement` has in INT8.
 
     model: FP32, before it is quantized. feed: one that it runs on; the counts are for its shapes. None where nothing can be
-    counted; layers in subgraphs are not, as how often they run depends on the data. asked: nodes that the user left in floating point. Raises PrecisionError where, of the others, less than `least` is INT8.
+    counted. Layers in the branches of If count once, whichever branch runs; those in loops do not, as how often they run depends on
+    the data. asked: nodes that are not held against it: what the user left in floating point, and what no data runs. Raises PrecisionError where, of the others, less than `least` is INT8.
     """
-    macs = count_macs(model, {name: array.shape for name, array in feed.items()})
+    shapes = {name: array.shape for name, array in feed.items()}
+    macs = count_macs(model, shapes) | count_in_branches(model, shapes)
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         weight = node.inputs[1] if node.op_type in WEIGHTED and len(node.inputs) > 1 else None

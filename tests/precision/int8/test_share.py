@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from deploy.errors import PrecisionError
+from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.placement import Selection, place
 from deploy.precision.int8.share import asked_of, int8_share
 
@@ -62,3 +63,18 @@ def test_products_of_activations_and_what_cannot_be_counted_are_left_out(build: 
     )
     placement = place(unknown, Selection())
     assert int8_share(unknown, placement, {"x": np.ones((3, 8), np.float32)}, asked=(), least=0.9) is None
+
+
+def test_layers_in_branches_count(build: Callable[[str], onnx.ModelProto]) -> None:
+    model = ir.from_proto(
+        build(
+            """g (float[N, 8] x, bool c) => (float[] y) <float[8, 8] u, float[8, 24] v, float[24, 8] w> {
+                [small] a = MatMul(x, u)
+                y = If(c) <then_branch = g1 () => (float[N, 8] p) { [wide] b = MatMul(a, v) [back] p = MatMul(b, w) },
+                           else_branch = g2 () => (float[N, 8] q) { [other] q = MatMul(a, u) }> }"""
+        )
+    )
+    ShareScope()(model)
+    assert share(model, "wide") == pytest.approx(5 / 8)
+    with pytest.raises(PrecisionError, match=rf"would be 62% of .*: wide: {NOISY}"):
+        share(model, "wide", least=0.9)

@@ -16,6 +16,7 @@ from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8.placement import Selection, place
 from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 
 NET = """g (float[N, 8, 6, 6] x) => (float[] y) <float[8, 8, 3, 3] u, float[8] b, float[8, 8, 1, 1] v, float[16, 4] w, float[8, 4, 2, 2] t> {
@@ -136,3 +137,24 @@ def test_a_fault_is_found_and_the_layer_named(written: tuple[Stored, Path], faul
     onnx.save(proto, path)
     with pytest.raises(ParityError, match=names):
         stored.check(path)
+
+
+def test_the_correction_of_a_computed_bias_that_is_smoothed_too_is_taken_back(
+    build: Callable[[str], onnx.ModelProto], tmp_path: Path
+) -> None:
+    net = "g (float[N, 8] x, float[4] b) => (float[] y) <float[8, 4] w> { c = Neg(b) [layer] y = Gemm(x, w, c) }"
+    model = ir.from_proto(build(net))
+    rng = np.random.default_rng(2)
+    feed = {"x": rng.standard_normal((3, 8)).astype(np.float32), "b": np.ones(4, np.float32)}
+    exact = CpuGraph(model)(feed)["y"]
+    shift, scale = rng.standard_normal(8).astype(np.float32), np.full(8, 2, np.float32)
+    Smooth(place(model, Selection()), {"x": Channels(shift=shift, scale=scale)})(model)
+    placement = place(model, Selection())
+    bias = {"layer": np.arange(4, dtype=np.float32)}
+    scales = dict.fromkeys(placement.edges, 0.02)
+    stored = Stored.of(model, placement, scales, {}, bias)
+    ToInt8(placement, scales, bias=bias)(model)
+    save_model(model, tmp_path / "net.onnx")
+    read = load_model(tmp_path / "net.onnx")
+    stored.unround(read)
+    np.testing.assert_allclose(CpuGraph(read)(feed)["y"], exact, rtol=1e-5, atol=1e-5)
