@@ -36,6 +36,7 @@ _STORED = {
     ir.DataType.DOUBLE: "<f8",
     ir.DataType.FLOAT16: "<u2",
     ir.DataType.BFLOAT16: "<u2",
+    ir.DataType.FLOAT8E4M3FN: "u1",
     ir.DataType.INT8: "i1",
     ir.DataType.UINT8: "u1",
     ir.DataType.INT32: "<i4",

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from deploy.artifact.onnxshapes import infer_shapes, slim_proto
+from deploy.artifact.onnxshapes import infer_shapes, slim_proto, with_sizes
 from deploy.precision.graph import first_line, inner_nodes
 from deploy.precision.int8.branches import branched_nodes, branches
 
@@ -42,8 +42,7 @@ def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Macs:
     None for a node whose shapes do not follow from those of the inputs, for one with such nodes in its subgraphs (If, Loop, Scan),
     and for operators that multiply and accumulate in another way (LSTM, Einsum).
     """
-    fixed = _of_sizes(model, shapes)
-    infer_shapes(fixed)
+    fixed = with_sizes(model, shapes)
     names = {node: node.name or f"{node.op_type}_{index}" for index, node in enumerate(fixed.graph)}
     counts = {name: _macs(node) for node, name in names.items() if _multiplies(node)}
     if None not in counts.values():
@@ -65,21 +64,9 @@ def count_in_branches(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) ->
     """
     if not any(branches(node) for node in model.graph):
         return {}
-    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(slim_proto(_of_sizes(model, shapes)), data_prop=True))
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(slim_proto(with_sizes(model, shapes)), data_prop=True))
     nodes = (node for node in branched_nodes(inferred.graph) if node.graph is not inferred.graph)
     return {node.name or "": _macs(node) for node in nodes if node.op_type in COUNTED}
-
-
-def _of_sizes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
-    """A copy of `model` whose inputs have these shapes, and nothing else has one."""
-    fixed = model.clone()
-    for value in fixed.graph.inputs:
-        if value.name is not None and value.name in shapes:
-            value.shape = ir.Shape(shapes[value.name])
-    for node in fixed.graph.all_nodes():
-        for value in node.outputs:
-            value.shape = None
-    return fixed
 
 
 def _multiplies(node: ir.Node) -> bool:

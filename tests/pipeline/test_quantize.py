@@ -23,7 +23,7 @@ from deploy.data.image_folder import read_folder
 from deploy.errors import AccuracyError, ParityError, PrecisionError, UsageError
 from deploy.models import create
 from deploy.models.lenet5 import LeNet5
-from deploy.pipeline.artifact_cache import INT8_CACHE
+from deploy.pipeline.artifact_cache import QUANTIZED_CACHE
 from deploy.precision.int8 import cache as calibration_cache
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.options import METHOD
@@ -130,7 +130,7 @@ def test_a_damaged_cache_is_made_again(convnet, images, tmp_path):
     first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
     (path,) = calibration_cache.folder().iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    shutil.rmtree(INT8_CACHE.folder)
+    shutil.rmtree(QUANTIZED_CACHE.folder)
     assert (
         deploy.quantize(convnet, tmp_path / "b", calib=images, images=20).onnx_path.read_bytes() == first.onnx_path.read_bytes()
     )

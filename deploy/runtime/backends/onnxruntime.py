@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Manifest
+from deploy.artifact.manifest import QUANTIZED, Manifest
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
@@ -317,8 +317,8 @@ def _reason(error: Exception) -> str:
 
 
 def _may_hold_half(manifest: Manifest) -> bool:
-    """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
-    if manifest.precision == "int8":
+    """Whether a part of the file may compute in half precision; unknown of a quantized file that was made elsewhere."""
+    if manifest.precision in QUANTIZED:
         return manifest.calibration is None or manifest.calibration.floats != "fp32"
     return manifest.precision in ("fp16", "bf16")
 

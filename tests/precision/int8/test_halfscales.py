@@ -3,6 +3,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from deploy.precision.codes import INT8
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.placement import Selection, place
 from tests.precision.conftest import prepared
@@ -14,7 +15,7 @@ def small(weight: np.ndarray, scale: float = 0.01) -> dict[str, str]:
     )
     model.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), "w"))
     model = prepared(model, opset=19)
-    return subnormal_scales(model, place(model, Selection()), {"x": scale}, per_tensor=False)
+    return subnormal_scales(model, place(model, Selection()), {"x": scale}, INT8, per_tensor=False)
 
 
 @pytest.fixture

@@ -239,14 +239,14 @@ def faint(folder: Path) -> tuple[Artifact, CalibrationSet]:
 def test_a_layer_that_loses_too_much_stays_in_floating_point_and_is_listed(tmp_path: Path) -> None:
     artifact, data = faint(tmp_path)
     for _ in ("calibrated", "from the cache"):
-        made = quantize_onnx(artifact, data, QuantizeOptions(min_int8=40))
+        made = quantize_onnx(artifact, data, QuantizeOptions(min_share=40))
         (exclusion,) = made.exclusions
         assert exclusion.node == "faint"
         assert "below 10 (`keep_below`)" in exclusion.reason
         assert [layer.node for layer in made.calibration.layers if layer.node == "faint"] == []
-        assert made.calibration.int8_share == pytest.approx(0.6)
+        assert made.calibration.share == pytest.approx(0.6)
     everything = quantize_onnx(artifact, data, QuantizeOptions(keep_below=-100))
-    assert (everything.exclusions, everything.calibration.int8_share) == ([], 1.0)
+    assert (everything.exclusions, everything.calibration.share) == ([], 1.0)
 
 
 def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
         PrecisionError, match=r"INT8 would be 60% of .*; at least 90% .*: faint: its signal to quantization noise is"
     ):
         quantize_onnx(artifact, data, QuantizeOptions())
-    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.int8_share == pytest.approx(0.6)
+    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.share == pytest.approx(0.6)
 
 
 def test_the_skip_of_a_sum_stays_as_it_is_where_the_layer_that_adds_is_too_noisy(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_skip_of_a_sum_stays_as_it_is_where_the_layer_that_adds_is_too_noisy
     artifact = deploy.open_artifact(tmp_path / "net.onnx")
     x = rng.standard_normal((16, 4, 8, 8)).astype(np.float32)
     x[:, 0] *= 5000
-    made = quantize_onnx(artifact, calibration_set(artifact, [{"x": x}]), QuantizeOptions(min_int8=40), cpu=True)
+    made = quantize_onnx(artifact, calibration_set(artifact, [{"x": x}]), QuantizeOptions(min_share=40), cpu=True)
     assert [exclusion.node for exclusion in made.exclusions] == ["faint"]
     for model in (made.model, made.cpu.model):
         (total,) = (node for node in model.graph if node.op_type == "Add")

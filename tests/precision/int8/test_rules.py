@@ -49,7 +49,7 @@ def test_an_inclusion_that_matches_nothing_is_an_error(build: Callable[[str], on
 def test_other_products_are_quantized(body: str, build: Callable[[str], onnx.ModelProto]) -> None:
     model = ir.from_proto(build(f"g (float[2, 5, 4] x) => (float[] y) <float[4, 6] w> {{ {body}"))
     assert place(model, Selection()).nodes == ("n",)
-    assert all(rule_for(node) is None for node in model.graph)
+    assert all(rule_for(node, "int8") is None for node in model.graph)
 
 
 def test_every_rule_says_why_and_who_says_so() -> None:

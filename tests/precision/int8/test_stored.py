@@ -11,11 +11,12 @@ from onnx import numpy_helper
 
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.errors import ParityError
+from deploy.precision.codes import INT8
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 
@@ -40,8 +41,8 @@ def written(request: pytest.FixtureRequest, build: Callable[[str], onnx.ModelPro
     placement = place(model, Selection())
     scales = {tensor: SCALES[tensor] for tensor in placement.edges}
     bias = {"first": np.ones(8, np.float32), "second": np.ones(8, np.float32), "head": np.ones(4, np.float32)}
-    stored = Stored.of(model, placement, scales, {}, bias)
-    ToInt8(placement, scales, bias=bias)(model)
+    stored = Stored.of(model, placement, scales, {}, bias, INT8)
+    ToCodes(placement, scales, INT8, bias=bias)(model)
     if request.param == "fp16":
         ToHalf("fp16")(model)
     save_model(model, tmp_path / "net.onnx")
@@ -152,8 +153,8 @@ def test_the_correction_of_a_computed_bias_that_is_smoothed_too_is_taken_back(
     placement = place(model, Selection())
     bias = {"layer": np.arange(4, dtype=np.float32)}
     scales = dict.fromkeys(placement.edges, 0.02)
-    stored = Stored.of(model, placement, scales, {}, bias)
-    ToInt8(placement, scales, bias=bias)(model)
+    stored = Stored.of(model, placement, scales, {}, bias, INT8)
+    ToCodes(placement, scales, INT8, bias=bias)(model)
     save_model(model, tmp_path / "net.onnx")
     read = load_model(tmp_path / "net.onnx")
     stored.unround(read)
