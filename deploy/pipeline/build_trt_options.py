@@ -67,6 +67,8 @@ class BuildTrtOptions:
             )
         if not self.quantizes and self.quantization != QuantizeOptions():
             raise UsageError("the options of quantization need `int8` or `fp8`")
+        if self.quantization.fp8 or self.quantization.fp16:
+            raise UsageError("`quantization` says how: that it is `fp8`, and the `precision` of the rest, are options beside it")
         _ = self.quantize  # raises now what does not go together
 
     @property

@@ -20,7 +20,7 @@ from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import collect, option
 from deploy.pipeline.artifact_cache import QUANTIZED_CACHE
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
-from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
+from deploy.precision.int8.options import QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import split_backend
 
@@ -80,7 +80,7 @@ def quantize(
     calib: PathLike | Iterable[Mapping[str, np.ndarray]],
     images: int | None = None,
     fp8: bool = False,
-    method: str = METHOD,
+    method: str | None = None,
     batch_size: int = 2,
     per_tensor: bool = False,
     exclude: Sequence[str] = (),

@@ -105,7 +105,7 @@ def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_d
     caplog.set_level(logging.INFO)
     first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
     second = deploy.quantize(convnet, tmp_path / "b", calib=images, images=20)
-    assert "the same INT8 artifact was made before" in caplog.text
+    assert "the same quantized artifact was made before" in caplog.text
     assert first.onnx_path.read_bytes() == second.onnx_path.read_bytes()
     assert first.manifest.parity == second.manifest.parity
     caplog.clear()

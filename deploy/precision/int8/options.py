@@ -16,7 +16,10 @@ AUTO = "auto"
 """The method that compares the others at the output of the layers: see `deploy.precision.int8.choose`."""
 
 METHOD = "percentile"
-"""The default method: it loses least on the benchmarks (docs/int8.md)."""
+"""The default method for INT8: it loses least on the benchmarks (docs/int8.md)."""
+
+FP8_METHOD = "max"
+"""That for FP8, whose steps are as fine beside the largest number as elsewhere: what is cut off is lost for nothing (docs/int8.md)."""
 
 _METHODS = (AUTO, *METHODS)
 
@@ -32,7 +35,8 @@ class QuantizeOptions:
     """How to quantize.
 
     fp8: E4M3 in place of INT8; see `deploy.precision.codes`.
-    method: how the largest magnitude that the codes are to hold is chosen for an activation: see `calibration.thresholds`, and `AUTO`.
+    method: how the largest magnitude that the codes are to hold is chosen for an activation: see `calibration.thresholds`, and `AUTO`;
+        None for `METHOD` or `FP8_METHOD`.
     percentile: per cent of the magnitudes that the method `percentile` keeps.
     per_tensor: one scale for a weight, not one for each of its output channels.
     exclude: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
@@ -43,7 +47,12 @@ class QuantizeOptions:
     """
 
     fp8: bool = option(False, "FP8 (E4M3) in place of INT8: Gemm and MatMul alone, for GPUs from compute capability 8.9 on.")
-    method: str = option(METHOD, f"Scales by {', '.join(_METHODS[:-1])} or {_METHODS[-1]}.", metavar="M")
+    method: str | None = option(
+        None,
+        f"Scales by {', '.join(_METHODS[:-1])} or {_METHODS[-1]}.",
+        metavar="M",
+        default=f"{METHOD}, and {FP8_METHOD} with --fp8",
+    )
     percentile: float = 99.99
     batch_size: int = option(2, "Images of one run; does not change the scales.", metavar="B")
     per_tensor: bool = option(False, "One scale for a weight, not one for each output channel.")
@@ -68,7 +77,7 @@ class QuantizeOptions:
     fp16: bool = option(False, "FP16 for what is not quantized, and for the scales.")
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
+        if self.method is not None and self.method not in _METHODS:
             raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(_METHODS)}")
         if self.fp8 and self.method in STEPPED:
             raise UsageError(f"`method` {self.method} counts the steps of INT8: with `fp8`, take percentile, max or {AUTO}")
@@ -80,6 +89,11 @@ class QuantizeOptions:
             raise UsageError("`keep_below` must be a number of dB")
         if self.batch_size < 1:
             raise UsageError(f"`batch_size` must be 1 or more, not {self.batch_size}")
+
+    @property
+    def chosen_method(self) -> str:
+        """The method, by default that of the codes."""
+        return self.method or (FP8_METHOD if self.fp8 else METHOD)
 
     @property
     def precision(self) -> Literal["int8", "fp8"]:
@@ -95,7 +109,7 @@ class QuantizeOptions:
 def quantize_settings(options: QuantizeOptions) -> dict[str, Any]:
     """The options that the result depends on, as JSON-like values."""
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("batch_size", "fp16")}
-    return settings | {"floats": options.floats}
+    return settings | {"floats": options.floats, "method": options.chosen_method}
 
 
 def quantize_request(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions) -> dict[str, Any] | None:

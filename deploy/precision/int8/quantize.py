@@ -173,7 +173,7 @@ def _calibrate(
     placement = _placed(model, selection, {}, histograms)
     if left := len(every.nodes) - len(placement.nodes):
         logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", left)
-    if options.method == AUTO:
+    if options.chosen_method == AUTO:
         progress("comparing ranges at the layers that read them")
         amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()], codes)
     else:
@@ -206,7 +206,7 @@ def _calibrate(
             kind=data.kind,
             rows=rows.count,
             skipped=list(data.skipped),
-            method=options.method,
+            method=options.chosen_method,
             per_tensor=options.per_tensor,
             bias_correction=options.bias_correction,
             equalized=equalized,
@@ -219,7 +219,7 @@ def _calibrate(
 
 
 def _thresholds(histograms: Mapping[str, Histogram], options: QuantizeOptions) -> dict[str, float]:
-    method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions, and not `auto`
+    method: Method = options.chosen_method  # type: ignore[assignment]  # checked by QuantizeOptions, and not `auto`
     return {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
 
 

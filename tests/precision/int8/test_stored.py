@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.errors import ParityError
-from deploy.precision.codes import INT8
+from deploy.precision.codes import FP8, INT8
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.rewrite import ToHalf
@@ -159,3 +159,44 @@ def test_the_correction_of_a_computed_bias_that_is_smoothed_too_is_taken_back(
     read = load_model(tmp_path / "net.onnx")
     stored.unround(read)
     np.testing.assert_allclose(CpuGraph(read)(feed)["y"], exact, rtol=1e-5, atol=1e-5)
+
+
+PRODUCTS = """g (float[N, 16] x) => (float[] y) <float[16, 32] u, float[32] b, float[8, 32] v> {
+    [first] a = MatMul(x, u) c = Add(a, b) d = Relu(c) [second] y = Gemm<transB = 1>(d, v) }"""
+
+
+def next_code(codes: np.ndarray) -> np.ndarray:
+    """The next larger code of FP8 in the first place, away from zero."""
+    changed = codes.copy().view(np.uint8)
+    changed.flat[0] += -1 if changed.flat[0] & 0x7F == 0x7E else 1  # 0x7E is 448
+    return changed.view(codes.dtype)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_a_file_in_fp8_is_checked_alike(half: bool, build: Callable[[str], onnx.ModelProto], tmp_path: Path) -> None:
+    model = ir.from_proto(build(PRODUCTS))
+    feed = {"x": np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)}
+    exact = CpuGraph(model)(feed)["y"]
+    placement = place(model, Selection(codes="fp8"))
+    scales, bias = {"x": 0.01, "d": 0.05}, {"first": np.ones(32, np.float32)}
+    stored = Stored.of(model, placement, scales, {}, bias, FP8)
+    ToCodes(placement, scales, FP8, bias=bias)(model)
+    if half:
+        ToHalf("fp16")(model)
+    path = tmp_path / "net.onnx"
+    save_model(model, path)
+    stored.check(path)
+    read = load_model(path)
+    stored.unround(read)
+    Emulate()(read)
+    np.testing.assert_allclose(CpuGraph(read)(feed)["y"], exact, rtol=2e-2 if half else 1e-5, atol=2e-2 if half else 1e-5)
+    for name, edit, message in (
+        ("u_fp8", next_code, "FP8 weight of 'first' .* is off by (0.[6-9]|1)"),
+        ("v_scale", one_channel(1.1), "FP8 weight of 'second' .* is off by"),
+        ("d_scale", lambda scale: scale * 1.01, "scale of 'd' .*'second'"),
+    ):
+        proto = onnx.load(path)
+        change(name, edit)(proto)
+        onnx.save(proto, tmp_path / "faulty.onnx")
+        with pytest.raises(ParityError, match=message):
+            stored.check(tmp_path / "faulty.onnx")
