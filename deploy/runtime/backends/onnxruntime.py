@@ -26,7 +26,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import QUANTIZED, Manifest
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usable_cores
 from deploy.runtime.catalog import onnx_file
 from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
@@ -99,7 +99,8 @@ class OnnxRuntimeSession(Session):
         """The optimizers that must not see the file."""
         if self.onnx_file == self._artifact.cpu_path:
             return [QUANTIZES_WEIGHTS]
-        return [CRASHES_ON_HALF] if _may_hold_half(self._artifact.manifest) else []
+        manifest = self._artifact.manifest
+        return [CRASHES_ON_HALF] * _may_hold_half(manifest) + [DROPS_RELU] * (manifest.precision == "fp8")
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
         """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""
