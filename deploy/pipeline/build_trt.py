@@ -224,9 +224,9 @@ class _BuildTrt:
                 " `precision` out to build the file as it is"
             )
         wanted = options.quantizes
-        if wanted and manifest.precision in QUANTIZED and manifest.precision != wanted:
+        if wanted and manifest.precision not in ("fp32", wanted):
             raise UsageError(f"{source.shown} is {manifest.precision} already, and `{wanted}` takes an FP32 artifact")
-        if wanted and manifest.precision != wanted and self._data is None:
+        if wanted and manifest.precision == "fp32" and self._data is None:
             raise UsageError(f"`{wanted}` needs images to calibrate on: `calib` IMAGEFOLDER")
         source.verify(weights=False)
         self._real = real_data(source, options.data)

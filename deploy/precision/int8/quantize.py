@@ -146,9 +146,8 @@ def _equalizes(model: ir.Model, options: QuantizeOptions) -> bool:
     if options.equalize is not None:
         return options.equalize
     depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
-    return not options.fp8 and (
-        options.per_tensor or depthwise
-    )  # FP8 has the same relative steps for small numbers as for large ones
+    wanted = options.per_tensor or depthwise
+    return wanted and not options.fp8  # whose steps are as fine, relative to a number, for small ones as for large ones
 
 
 def _calibrate(
