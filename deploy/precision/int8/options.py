@@ -60,7 +60,7 @@ class QuantizeOptions:
         (), "Leave in floating point: a node, an operator or a pattern. May be repeated.", metavar="NODE"
     )
     include: tuple[str, ...] = option(
-        (), "Quantize what a rule would leave in floating point: products of attention. May be repeated.", metavar="NODE"
+        (), "Quantize what a rule leaves in floating point, such as products of attention. May be repeated.", metavar="NODE"
     )
     float_first: bool = option(False, "Leave the first layer in floating point.")
     float_last: bool = option(False, "Leave the last layer in floating point.")

@@ -336,7 +336,7 @@ def _quantized(
 def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, profile: Profile) -> dict[str, str]:
     """The layers of `placement` that a rule for engines leaves in floating point, at the optimum of `profile`, with the reason.
 
-    Raises PrecisionError where that leaves nothing.
+    None where that would leave nothing: what was asked for is more than what is fast.
     """
     sized = with_sizes(model, {name: shapes.opt for name, shapes in profile.items()})
     made = (value for node in sized.graph.all_nodes() for value in node.outputs)
@@ -349,10 +349,9 @@ def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, pro
         if name not in placement.included and (rule := engine_rule_for(nodes[name], codes, sizes)) is not None
     }
     if found and len(found) == len(placement.nodes):
-        raise PrecisionError(
-            f"nothing to quantize: {len(found)} layers, and none is for {codes.upper()} in an engine ({next(iter(found))}:"
-            f" {next(iter(found.values()))}); quantize them all the same with `include`, or build the engine in FP16"
-        )
+        name, reason = next(iter(found.items()))
+        logger.warning("no layer is for %s in an engine (%s: %s); they are quantized all the same", codes.upper(), name, reason)
+        return {}
     return found
 
 
