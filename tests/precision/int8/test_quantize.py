@@ -1,6 +1,7 @@
 """The parts of quantization together, on artifacts in memory; what the stage makes of it is in tests/pipeline/test_quantize.py."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,9 @@ def test_weights_whose_scales_fp16_cannot_hold_are_in_fp8_all_the_same(tmp_path:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_an_engine_leaves_what_is_slow_in_it_and_the_share_is_not_held_against_it(tmp_path: Path, fp8: bool) -> None:
+def test_an_engine_leaves_what_is_slow_in_it_and_the_share_is_not_held_against_it(
+    tmp_path: Path, fp8: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     artifact, data, _ = perceptron(tmp_path)
     profile = {"x": ShapeRange(min=(1, 32), opt=(8, 32), max=(8, 32))}
     for _ in ("calibrated", "from the cache"):
@@ -342,7 +345,5 @@ def test_an_engine_leaves_what_is_slow_in_it_and_the_share_is_not_held_against_i
     included = quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8, include=("head",)), engine=profile)
     assert (included.exclusions, included.calibration.share) == ([], 1.0)
     single = {"x": ShapeRange(min=(1, 32), opt=(1, 32), max=(8, 32))}
-    with pytest.raises(
-        PrecisionError, match=r"3 layers, and none is for (INT8|FP8) in an engine \(first: it multiplies by one vector"
-    ):
-        quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8), engine=single)
+    assert quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8), engine=single).exclusions == []  # better than nothing at all
+    assert re.search(r"no layer is for (INT8|FP8) in an engine \(first: it multiplies by one vector", caplog.text)
