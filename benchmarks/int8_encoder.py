@@ -1,4 +1,4 @@
-"""A sentence encoder with its real weights, all-MiniLM-L6-v2, in INT8: cosine of the embeddings, and nearest neighbours kept.
+"""A sentence encoder with its real weights, all-MiniLM-L6-v2, in INT8 and FP8: cosine of the embeddings, and nearest neighbours kept.
 
     make zoo
     python benchmarks/int8_encoder.py --sentences /usr/share/games/fortunes
@@ -24,7 +24,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.errors import DeployError
 from deploy.evidence.parity import difference
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.int8.options import METHOD
+from deploy.precision.int8.options import FP8_METHOD, METHOD
 
 CALIBRATE, JUDGE, TOKENS, BATCH = 128, 512, 48, 32
 ARCHIVE = "all_minilm_l6_v2/model.zip"
@@ -35,6 +35,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "max": {"method": "max"},
     "mse": {"method": "mse"},
     f"{METHOD}, attention in INT8 too": {"include": ["MatMul"]},
+    f"FP8, {FP8_METHOD}": {"fp8": True},
+    "FP8, auto": {"fp8": True, "method": "auto"},
+    f"FP8, {METHOD}": {"fp8": True, "method": METHOD},
 }
 Feed = dict[str, np.ndarray]
 
@@ -90,7 +93,7 @@ def measure(source: Artifact, calib: Sequence[Feed], feed: Feed, work: Path) -> 
         try:
             made = deploy.quantize(source, work / f"int8-{index}", calib=calib, min_cosine=-1, min_sqnr=-100, rtol=100, **options)
         except DeployError as error:
-            rows[name] = {"refused": str(error).splitlines()[0]}
+            rows[name] = {"refused": str(error).splitlines()[0].split(";")[0]}
             continue
         found = embeddings(made.onnx_path, feed)
         found /= np.linalg.norm(found, axis=1, keepdims=True)
@@ -101,7 +104,7 @@ def measure(source: Artifact, calib: Sequence[Feed], feed: Feed, work: Path) -> 
             "least": float(cosines.min()),
             "kept": float((neighbours(exact) == neighbours(found)).mean()),
             "sqnr_db": difference(found, exact).sqnr_db,
-            "int8_share": made.manifest.calibration.int8_share,
+            "share": made.manifest.calibration.share,
         }
         print(name, rows[name], flush=True)
     return rows
@@ -113,7 +116,7 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
         return [Goal(text=f"refused: {row['refused']}", met=False)]
     return [
         Goal(text=f"mean cosine {row['cosine']:.4f} (goal: at least {GOAL_COSINE})", met=row["cosine"] >= GOAL_COSINE),
-        Goal(text=f"{row['int8_share']:.1%} INT8 (goal: at least {GOAL_SHARE:.0%})", met=row["int8_share"] >= GOAL_SHARE),
+        Goal(text=f"{row['share']:.1%} INT8 (goal: at least {GOAL_SHARE:.0%})", met=row["share"] >= GOAL_SHARE),
     ]
 
 
@@ -127,12 +130,12 @@ def report(document: Mapping[str, Any]) -> str:
             f"{row['least']:.4f}",
             f"{row['kept']:.1%}",
             f"{row['sqnr_db']:.1f} dB",
-            f"{row['int8_share']:.1%}",
+            f"{row['share']:.1%}",
         ]
         for name, row in document["methods"].items()
     ]
-    table = markdown(["", "cosine", "least", "nearest neighbours kept", "signal to noise", "INT8"], cells)
-    title = f"# all-MiniLM-L6-v2 in INT8: {CALIBRATE} sentences calibrate, {JUDGE} others judge"
+    table = markdown(["", "cosine", "least", "nearest neighbours kept", "signal to noise", "quantized"], cells)
+    title = f"# all-MiniLM-L6-v2 in INT8 and FP8: {CALIBRATE} sentences calibrate, {JUDGE} others judge"
     return f"{title}\n\n{table}\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
 
 

@@ -120,7 +120,7 @@ def engine_row(net: str, engine: Path) -> Row:
     """An engine with its precision share; it is not timed, for that needs a GPU."""
     manifest = deploy_json("inspect", engine)
     share = manifest["precision_share"]
-    parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "tf32", "fp32") if share[name] > 0]
+    parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "tf32", "fp32") if share[name] >= 0.005]
     precision = f"{', '.join(parts)} ({share['from']})"
     flavour = manifest["target"]["flavour"]
     return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=payload_bytes(manifest, "engine.plan"), bench={})

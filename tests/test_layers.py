@@ -217,7 +217,7 @@ def built(tmp_path: Path, run: Callable[..., Any]) -> Path:
         (["build-trt", "net", "--fp16", "-o", "engine"], "engine is up to date"),
         (["build-trt", "net", "--fp16", "-o", "another"], "the same engine was made before"),
         (["quantize", "net", "--calib", "feeds", "-o", "int8"], "int8 is up to date"),
-        (["quantize", "net", "--calib", "feeds", "-o", "another"], "the same INT8 artifact was made before"),
+        (["quantize", "net", "--calib", "feeds", "-o", "another"], "the same quantized artifact was made before"),
     ],
 )
 def test_what_is_up_to_date_or_in_the_cache_is_found_without_a_heavy_library(

@@ -31,7 +31,9 @@ RUNTIME_CACHE = "runtime.cache"
 """The kernels that tensorrt-rtx compiled at run time, beside an engine. No manifest lists the file: it can be made again."""
 
 Kind = Literal["onnx", "engine", "package"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp64"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "fp64"]
+QUANTIZED: tuple[Precision, ...] = ("int8", "fp8")
+"""The precisions that calibration decides on: pairs of QuantizeLinear and DequantizeLinear around the layers."""
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 FLAVOURS: tuple[FlavourName, ...] = get_args(FlavourName)
@@ -133,7 +135,7 @@ class PackageTarget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_autotune: bool = False
 
 
-COMPUTE_PRECISIONS = ("int8", "fp16", "bf16", "tf32", "fp32")
+COMPUTE_PRECISIONS = ("int8", "fp8", "fp16", "bf16", "tf32", "fp32")
 """What multiply-accumulates may be computed in, as in `PrecisionShare`."""
 
 
@@ -151,6 +153,7 @@ class PrecisionShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     fp16: float
     bf16: float
     fp32: float
+    fp8: float = 0.0
     tf32: float = 0.0
     origin: Literal["engine", "network"] = msgspec.field(name="from")
     layers: dict[str, float] | None = None
@@ -168,15 +171,15 @@ class LayerNoise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the scales of an INT8 artifact were determined.
+    """How the scales of an INT8 or FP8 artifact were determined.
 
     data: the SHA-256 of the calibration data; None for feeds that can be read only once.
     rows: the number of images, or of rows of feeds. skipped: files that could not be read.
     equalized: the ranges were equalized across layers before.
     smoothed: activations whose channels were evened out before, by name.
-    floats: the precision of everything that is not INT8.
-    layers: the noise of every node in INT8 alone, the noisiest first; what was too noisy is among the exclusions instead.
-    int8_share: of the multiply-accumulates of layers with weights, 0 to 1; None where they cannot be counted.
+    floats: the precision of everything that is not quantized.
+    layers: the noise of every node that is quantized, alone, the noisiest first; what was too noisy is among the exclusions instead.
+    share: what is quantized of the multiply-accumulates of layers with weights, 0 to 1; None where they cannot be counted.
     """
 
     data: str | None
@@ -190,7 +193,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     floats: Literal["fp32", "fp16"]
     layers: list[LayerNoise]
     smoothed: list[str] = []
-    int8_share: float | None = None
+    share: float | None = None
 
 
 class CpuEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -126,11 +126,13 @@ def declare_shapes(model: ir.Model, shapes: Mapping[str, Sequence[Dim]]) -> None
 def model_precision(model: ir.Model) -> Precision:
     """The precision that a graph computes in, by its weights: half where any weight is, for these decide how exact it is.
 
-    A weight that is stored in half precision and cast to FP32 before it is used is an FP32 weight.
+    A weight that is stored in half precision and cast to FP32 before it is used is an FP32 weight. What is quantized is FP8 where any
+    code is.
     """
-    operators = {node.op_type for node in model.graph.all_nodes()}
-    if "DequantizeLinear" in operators:
-        return "int8"
+    codes = [node for node in model.graph.all_nodes() if node.op_type == "DequantizeLinear"]
+    if codes:
+        numbers = (value for node in codes for value in (*node.inputs[:1], *node.inputs[2:]) if value is not None)
+        return "fp8" if any(value.dtype == ir.DataType.FLOAT8E4M3FN for value in numbers) else "int8"
     dtypes = {dtype for graph in model.graphs() for value, rank in _weights(graph) if rank > 1 for dtype in _used_as(value)}
     if "float32" in dtypes:
         dtypes -= {"float64"}  # positions or anchors beside the weights proper

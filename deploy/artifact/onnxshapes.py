@@ -1,6 +1,6 @@
 """The dtypes and shapes in an ONNX graph, inferred anew: what a file says of them is optional, and may be stale."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -89,6 +89,19 @@ def infer_shapes(model: ir.Model) -> bool:
             changed |= value.shape is not None
             value.shape = shape
     return changed
+
+
+def with_sizes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    """A copy of `model` whose inputs, by name, have these shapes, with what follows from them in the main graph."""
+    fixed = model.clone()
+    for value in fixed.graph.inputs:
+        if value.name is not None and value.name in shapes:
+            value.shape = ir.Shape(shapes[value.name])
+    for node in fixed.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    infer_shapes(fixed)
+    return fixed
 
 
 def _inferred(model: ir.Model) -> Iterator[ir.Value]:

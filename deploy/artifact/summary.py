@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import COMPUTE_PRECISIONS, CPU_ONNX, Accuracy, Calibration, Manifest, PackageTarget, PrecisionShare
+from deploy.artifact.manifest import COMPUTE_PRECISIONS, CPU_ONNX, Accuracy, Manifest, PackageTarget, PrecisionShare
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
@@ -47,7 +47,7 @@ def summary(artifact: Artifact) -> str:
     if manifest.engine_parity:
         lines.append(_row("engine", parity_text(manifest.engine_parity, "the typed ONNX file")))
     if manifest.calibration:
-        lines += calibration_text(manifest.calibration)
+        lines += calibration_text(manifest)
     lines += [_row("accuracy" * (not index), text) for index, text in enumerate(accuracies_text(manifest))]
     if manifest.precision_share is not None:
         lines.append(_row("computes", share_text(manifest.precision_share)))
@@ -82,12 +82,12 @@ def evidence(manifest: Manifest) -> list[str]:
     if manifest.engine_parity:
         lines.append(f"engine: {parity_text(manifest.engine_parity, 'the typed ONNX file')}")
     if manifest.calibration:
-        lines.append(" ".join(calibration_text(manifest.calibration)[0].split()))
+        lines.append(" ".join(calibration_text(manifest)[0].split()))
     lines += [f"accuracy: {text}" for text in accuracies_text(manifest)]
     if manifest.precision_share:
         lines.append(f"computes: {share_text(manifest.precision_share)}")
     if manifest.exclusions:
-        kept = "floating point" if manifest.precision == "int8" else "FP32"
+        kept = "floating point" if manifest.calibration else "FP32"
         lines.append(f"{count_of(len(manifest.exclusions), 'node')} left in {kept}")
     return lines
 
@@ -144,10 +144,8 @@ def cpu_form_text(manifest: Manifest) -> list[str]:
 
 
 def accuracies_text(manifest: Manifest) -> list[str]:
-    """The accuracy on every backend that was judged, the worst first, each with the share of INT8."""
-    return [
-        accuracy_text(each) + int8_text(manifest.calibration) for each in manifest.accuracies or filter(None, [manifest.accuracy])
-    ]
+    """The accuracy on every backend that was judged, the worst first, each with the share that is quantized."""
+    return [accuracy_text(each) + quantized_text(manifest) for each in manifest.accuracies or filter(None, [manifest.accuracy])]
 
 
 def share_text(share: PrecisionShare) -> str:
@@ -176,8 +174,10 @@ def _parts(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{share:.1%} {name}" for name, share in shares.items() if share > 0)
 
 
-def calibration_text(calibration: Calibration) -> list[str]:
-    """The calibration data and method, and the noisiest layers."""
+def calibration_text(manifest: Manifest) -> list[str]:
+    """The calibration data and method, and the noisiest layers, of an artifact that was calibrated."""
+    calibration = manifest.calibration
+    assert calibration is not None
     extras = [f"{count_of(len(calibration.smoothed), 'activation')} smoothed"] * bool(calibration.smoothed)
     extras += ["bias correction"] * calibration.bias_correction + ["ranges equalized"] * calibration.equalized
     weights = "one scale a weight" if calibration.per_tensor else "a scale for each output channel"
@@ -185,7 +185,9 @@ def calibration_text(calibration: Calibration) -> list[str]:
     skipped = f" ({len(calibration.skipped)} unreadable left out)" if calibration.skipped else ""
     noisy = [f"{layer.node} {layer.sqnr_db:.0f} dB" for layer in calibration.layers[:_NOISIEST] if layer.sqnr_db is not None]
     return [
-        _row("calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}{int8_text(calibration)}"),
+        _row(
+            "calibrated", f"{calibration.method} over {rows}{skipped}; {', '.join([weights, *extras])}{quantized_text(manifest)}"
+        ),
         _row("noisiest", f"{', '.join(noisy)} (signal to noise of the layer by itself)"),
     ]
 
@@ -214,11 +216,11 @@ def accuracy_text(accuracy: Accuracy) -> str:
     return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {where})"
 
 
-def int8_text(calibration: Calibration | None) -> str:
-    """What stands beside an accuracy in INT8: `; INT8: 97.3 % of ...`, or nothing."""
-    if calibration is None or calibration.int8_share is None:
+def quantized_text(manifest: Manifest) -> str:
+    """What stands beside an accuracy in INT8 or FP8: `; INT8: 97.3 % of ...`, or nothing."""
+    if manifest.calibration is None or manifest.calibration.share is None:
         return ""
-    return f"; INT8: {calibration.int8_share:.1%} of the multiply-accumulates of layers with weights"
+    return f"; {manifest.precision.upper()}: {manifest.calibration.share:.1%} of the multiply-accumulates of layers with weights"
 
 
 def drop_text(points: float) -> str:
@@ -232,7 +234,7 @@ def drop_text(points: float) -> str:
 def exclusions_text(manifest: Manifest) -> list[str]:
     """The nodes that stayed in a higher precision, one in a line, at most ten."""
     exclusions = manifest.exclusions
-    label = "not INT8" if manifest.precision == "int8" else "in FP32"
+    label = f"not {manifest.precision.upper()}" if manifest.calibration else "in FP32"
     lines = [_row(label, f"{exclusion.node}: {exclusion.reason}") for exclusion in exclusions[:_LISTED]]
     if len(exclusions) > _LISTED:
         lines.append(_row("", f"and {count_of(len(exclusions) - _LISTED, 'more node')}: deploy inspect --json lists all"))

@@ -12,8 +12,9 @@ from deploy.engine.compatibility import rtx_refusal
 from deploy.engine.options import BuildOptions
 from deploy.evidence.options import ToleranceOptions
 from deploy.options import collect, option_names
-from deploy.pipeline.build_trt import BuildTrtOptions, build_trt, gpu_identity
+from deploy.pipeline.build_trt import build_trt, gpu_identity
 from deploy.pipeline.build_trt import preflight as check
+from deploy.pipeline.build_trt_options import BuildTrtOptions
 from deploy.pipeline.quantize import CalibrationOptions, GateOptions
 from deploy.precision.int8.options import QuantizeOptions
 
@@ -31,7 +32,7 @@ _ENGINE_ONLY = (
 @click.command("build-trt")
 @click.argument("artifact", required=False)
 @options(BuildTrtOptions, CalibrationOptions)
-@options(QuantizeOptions, leave_out=("fp16",))
+@options(QuantizeOptions, leave_out=("fp16", "fp8"))
 @options(GateOptions, ToleranceOptions, BuildOptions)
 @click.option(
     "--preflight", is_flag=True, help="Let TensorRT's parser read the model and list all that it refuses; build nothing."
@@ -41,10 +42,10 @@ _ENGINE_ONLY = (
 def command(artifact: str | None, preflight: bool, out: Path | None, **given: Any) -> None:
     """Build a TensorRT engine from an ONNX artifact or file (the newest FP32 artifact under build/ by default).
 
-    Without --fp16, --bf16 and --int8 the file's own precisions are built as they are.
+    Without --fp16, --bf16, --int8 and --fp8 the file's own precisions are built as they are.
     """
-    chosen = collect(QuantizeOptions, given)
-    others = {name: value for name, value in given.items() if name not in option_names(QuantizeOptions)}
+    chosen = collect(QuantizeOptions, {**given, "fp8": False})  # which of the two it is, `build_trt` says
+    others = {name: value for name, value in given.items() if name not in option_names(QuantizeOptions) or name == "fp8"}
     source = open_or_newest(artifact, "FP32 ONNX artifact", fp32)
     if preflight:
         parsed = {name: value for name, value in others.items() if name not in _ENGINE_ONLY}

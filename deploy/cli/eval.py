@@ -4,7 +4,7 @@ import json
 
 import click
 
-from deploy.artifact.summary import int8_text
+from deploy.artifact.summary import quantized_text
 from deploy.cli.common import (
     Failures,
     backend_option,
@@ -56,6 +56,6 @@ def command(paths: tuple[str, ...], backend: str, batch_size: int, device: str, 
         where = f"{result.backend} ({result.file})" if artifact.cpu_path else result.backend
         click.echo(
             f"{artifact.shown} on {where}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, {count_of(result.images, 'image')},"
-            f" {result.images_per_s:.0f} images/s with decoding{int8_text(artifact.manifest.calibration)}"
+            f" {result.images_per_s:.0f} images/s with decoding{quantized_text(artifact.manifest)}"
         )
     failures.end()

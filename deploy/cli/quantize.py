@@ -17,12 +17,13 @@ from deploy.precision.int8.options import QuantizeOptions
 @click.command("quantize")
 @click.argument("artifact", required=False)
 @options(CalibrationOptions, QuantizeOptions, CpuFormOptions, GateOptions, ToleranceOptions)
-@output_option("build/<name>-int8")
+@output_option("build/<name>-<int8|fp8>[-fp16]")
 @debug_option
 def command(artifact: str | None, calib: Path | None, out: Path | None, **given: Any) -> None:
-    """Turn an FP32 ONNX artifact (the newest under build/ by default) into INT8 with Q/DQ pairs.
+    """Turn an FP32 ONNX artifact (the newest under build/ by default) into INT8, or FP8, with Q/DQ pairs.
 
-    The same file runs on TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO; a second one is for ONNX Runtime on processors with VNNI.
+    The same file runs on TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO; in INT8, a second one is for ONNX Runtime on processors
+    with VNNI.
     """
     if calib is None:
         raise UsageError("say which images to calibrate on: --calib IMAGEFOLDER")

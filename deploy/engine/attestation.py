@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy.artifact.manifest import COMPUTE_PRECISIONS, Exclusion, PrecisionShare
+from deploy.artifact.manifest import COMPUTE_PRECISIONS, QUANTIZED, Exclusion, PrecisionShare
 from deploy.engine.bindings import Bindings
 from deploy.engine.layers import EngineLayer, nodes_in
 from deploy.errors import EngineError
@@ -25,11 +25,12 @@ def network_share(
 
     Nodes whose multiply-accumulates are None, for they cannot be counted, or that have no layer of their own, are unknown.
 
-    A layer computes in INT8 if both its operands, activation and weight, come from DequantizeLinear of INT8, with at most changes
-    of shape in between: TensorRT folds the pairs into the layer. Raises EngineError if no counted node has a layer in the network.
+    A layer computes in INT8 or FP8 if both its operands, activation and weight, come from DequantizeLinear of that, with at most
+    changes of shape in between: TensorRT folds the pairs into the layer. Raises EngineError if no counted node has a layer in the network.
     """
     names = {
         trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.INT8: "int8",
+        trt.DataType.FP8: "fp8",
     }  # fmt: skip
     compute = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
@@ -39,8 +40,8 @@ def network_share(
         if layer.type not in compute:
             continue
         operands = [layer.get_input(index) for index in range(2)]
-        quantized = all(operand is not None and _is_int8(operand, producers, trt) for operand in operands)
-        precision = "int8" if quantized else names.get(operands[0].dtype, "fp32")
+        codes = {_codes_of(operand, producers, trt) if operand is not None else None for operand in operands}
+        precision = (codes.pop() if len(codes) == 1 else None) or names.get(operands[0].dtype, "fp32")
         for node in nodes_in(layer.metadata or "") or [layer.name]:
             by_node[node] = precision
     counted = [node for node, count in macs.items() if count]
@@ -83,7 +84,7 @@ def _told(layers: Sequence[EngineLayer], typed: Mapping[str, str]) -> dict[str, 
     """By node, the layer that tells its precision.
 
     Layers that compute products tell more than generated code, and those that move data tell nothing. Where two that count alike
-    disagree, the precision is not known. Weights in INT8 alone do not say that the activations are: the network must say so too.
+    disagree, the precision is not known. Weights in INT8 or FP8 alone do not say that the activations are: the network must say so too.
     """
     named: dict[str, dict[str, list[EngineLayer]]] = {}
     for built in layers:
@@ -95,7 +96,7 @@ def _told(layers: Sequence[EngineLayer], typed: Mapping[str, str]) -> dict[str, 
         precisions = {each.precision for each in candidates}
         if len(precisions) != 1 or None in precisions:
             continue
-        if candidates[0].by_weights and candidates[0].precision == "int8" != typed.get(node):
+        if candidates[0].by_weights and candidates[0].precision in QUANTIZED and candidates[0].precision != typed.get(node):
             continue
         told[node] = candidates[0]
     return told
@@ -125,8 +126,8 @@ def _unknown(by_node: Mapping[str, str], macs: Mapping[str, int | None]) -> int:
     return sum(count is None or (count > 0 and node not in by_node) for node, count in macs.items())
 
 
-def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILayer"], trt: Bindings) -> bool:
-    """Whether `tensor` comes from DequantizeLinear of INT8, directly or through changes of shape.
+def _codes_of(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILayer"], trt: Bindings) -> str | None:
+    """`int8` or `fp8` where `tensor` comes from DequantizeLinear of that, directly or through changes of shape.
 
     The parser adds those before 1-D convolutions and before products with fewer dimensions on one side.
     """
@@ -134,7 +135,9 @@ def _is_int8(tensor: "tensorrt.ITensor", producers: Mapping[str, "tensorrt.ILaye
     layer = producers.get(tensor.name)
     while layer is not None and layer.type in reshaping:
         layer = producers.get(layer.get_input(0).name)
-    return layer is not None and layer.type == trt.LayerType.DEQUANTIZE and layer.get_input(0).dtype == trt.DataType.INT8
+    if layer is None or layer.type != trt.LayerType.DEQUANTIZE:
+        return None
+    return {trt.DataType.INT8: "int8", trt.DataType.FP8: "fp8"}.get(layer.get_input(0).dtype)
 
 
 def check_honoured(

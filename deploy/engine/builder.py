@@ -16,7 +16,7 @@ import msgspec
 from deploy.artifact.manifest import Target
 from deploy.artifact.tensors import Profile
 from deploy.engine.bindings import Bindings
-from deploy.engine.compatibility import rtx_refusal, targeted
+from deploy.engine.compatibility import fp8_refusal, has_fp8, rtx_refusal, targeted
 from deploy.engine.cuda import Gpu, open_device
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour
@@ -71,11 +71,27 @@ def build_engine(
     return BuiltEngine(plan=bytes(plan), network=network, target=_target(flavour, options))
 
 
-def checked(flavour: Flavour, options: BuildOptions) -> BuildOptions:
-    """The options as they hold for the flavour on this machine.
+def checked(flavour: Flavour, options: BuildOptions, *, fp8: bool = False) -> BuildOptions:
+    """The options as they hold for the flavour on this machine. fp8: the network computes in FP8, which older GPUs do not.
 
     Raises UsageError for those that it does not have, BackendError for what it cannot do here.
     """
+    options = _checked_for(flavour, options)
+    if not fp8:
+        return options
+    if options.hardware_compatible:
+        raise UsageError(f"`hardware_compatible` is for every GPU from compute capability 8.0 on: {fp8_refusal('8.0')}")
+    if flavour.name != "tensorrt-rtx":
+        gpu = open_device().gpu()
+        if not has_fp8(gpu.compute_capability):
+            raise BackendError(fp8_refusal(f"{gpu.name} ({gpu.compute_capability})"))
+        return options
+    if older := [target for target in options.targets if not has_fp8(target)]:
+        raise UsageError(f"`targets` {', '.join(older)}: {fp8_refusal(older[0])}")
+    return dataclasses.replace(options, targets=options.targets or tuple(filter(has_fp8, RTX_TARGETS)))
+
+
+def _checked_for(flavour: Flavour, options: BuildOptions) -> BuildOptions:
     if flavour.name != "tensorrt-rtx":
         if options.targets:
             raise UsageError("`targets` is for the flavour tensorrt-rtx; tensorrt builds for the GPU that it runs on")

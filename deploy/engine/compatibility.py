@@ -11,6 +11,22 @@ _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", _OPEN)
 """What TensorRT-RTX runs on, and all later than the last (TensorRT-RTX 1.7.1's own list, in its error on an NVIDIA H200)."""
 
 
+_FP8_FROM = "8.9"
+"""The first compute capability with FP8: Ada's (TensorRT-RTX, "Working with Quantized Types"; TensorRT-RTX 1.7.1 builds for no older one)."""
+
+
+def has_fp8(capability: str) -> bool:
+    """Whether GPUs of a compute capability compute in FP8."""
+    return _number(capability) >= _number(_FP8_FROM)
+
+
+def fp8_refusal(what: str) -> str:
+    """Why FP8 is not built for `what`: a GPU, or a compute capability, that has none."""
+    return (
+        f"FP8 needs compute capability {_FP8_FROM} or later, and {what} is older: build for one that has it, or quantize in INT8"
+    )
+
+
 def rtx_refusal(gpu: str, capability: str) -> str | None:
     """Why TensorRT-RTX runs no engine at all on a GPU of this name and compute capability; None if it runs some."""
     if targeted(capability, _RTX_CAPABILITIES):

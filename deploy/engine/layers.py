@@ -82,11 +82,31 @@ _TACTICS = (
 """Names of tactics; the groups are the type of the products, and that of the sums."""
 _HALF_SUMS = re.compile(r"_h(?:884|1688|16816)")
 """ampere_h16816cudnn_...: products and sums in FP16 (CUTLASS, "Naming convention": h for FP16 and s for FP32 sums)."""
-_PRECISIONS = {"i8": "int8", "s8": "int8", "f16": "fp16", "bf16": "bf16", "tf32": "tf32", "f32": "fp32"}
+_PRECISIONS = {
+    "i8": "int8",
+    "s8": "int8",
+    "e4m3": "fp8",
+    "f8": "fp8",
+    "f16": "fp16",
+    "bf16": "bf16",
+    "tf32": "tf32",
+    "f32": "fp32",
+}
 
 _INDEX = re.compile(r"\b(?:int32|int64|bool|uint8)\b", re.IGNORECASE)
-_DATATYPE = re.compile(r"\b(int8|half|fp16|bfloat16|bf16|float|fp32)\b", re.IGNORECASE)
-_DATATYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "float": "fp32", "fp32": "fp32"}
+_DATATYPE = re.compile(r"\b(int8|fp8|float8|e4m3|half|fp16|bfloat16|bf16|float|fp32)\b", re.IGNORECASE)
+_DATATYPES = {
+    "int8": "int8",
+    "fp8": "fp8",
+    "float8": "fp8",
+    "e4m3": "fp8",
+    "half": "fp16",
+    "fp16": "fp16",
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "float": "fp32",
+    "fp32": "fp32",
+}
 
 _COMPUTES = re.compile(r"conv|gemm|matmul|matrix_?multiply|mha|xmma|cutlass|fprop|dgrad", re.IGNORECASE)
 _FUSED_PRODUCT = re.compile(r"_gemm|__myl_\w*Fc")

@@ -5,7 +5,7 @@ from pathlib import Path
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, request_digest
 from deploy.engine.builder import build_engine, options_of
-from deploy.engine.compatibility import mismatches, rtx_refusal
+from deploy.engine.compatibility import fp8_refusal, has_fp8, mismatches, rtx_refusal
 from deploy.engine.cuda import Gpu
 from deploy.engine.flavour import Flavour
 from deploy.errors import BackendError
@@ -22,6 +22,8 @@ def engine_plan(artifact: Artifact, flavour: Flavour, gpu: Gpu, *, rebuild: bool
     assert target is not None
     if target.flavour == "tensorrt-rtx" and (refusal := rtx_refusal(gpu.name, gpu.compute_capability)):
         raise BackendError(f"{artifact.location} cannot run here: {refusal}")
+    if artifact.manifest.precision == "fp8" and not has_fp8(gpu.compute_capability):
+        raise BackendError(f"{artifact.location} cannot run here: {fp8_refusal(f'{gpu.name} ({gpu.compute_capability})')}")
     problems = mismatches(target, flavour.version, gpu)
     if not problems:
         return (artifact.path / ENGINE).read_bytes()

@@ -58,9 +58,10 @@ TOLERANCES = {
     "fp16": Tolerance(rtol=2e-2, atol=1e-3, min_cosine=0.999, min_sqnr=25.0, min_agreement=0.95),
     "bf16": Tolerance(rtol=1e-1, atol=1e-2, min_cosine=0.99, min_sqnr=15.0, min_agreement=0.9),
     "int8": Tolerance(rtol=5e-1, atol=1e-3, min_cosine=0.9, min_sqnr=7.0, min_agreement=0.75),
+    "fp8": Tolerance(rtol=5e-1, atol=1e-3, min_cosine=0.9, min_sqnr=7.0, min_agreement=0.75),
 }
 """Default tolerances by precision. FP16 carries 11 significant bits and BF16 8; errors grow over tens of layers. INT8 has
-256 levels over the range of a whole tensor: its tolerance only detects what is broken (a scale that is half or twice what it
+256 levels over the range of a whole tensor, and FP8 4 significant bits: their tolerance only detects what is broken (a scale that is half or twice what it
 should be is an error of 6 dB); accuracy decides what is good enough."""
 
 

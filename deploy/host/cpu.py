@@ -11,6 +11,10 @@ CRASHES_ON_HALF = "MatmulTransposeFusion"
 FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
 need it."""
 
+DROPS_RELU = "ReluQuantRewrite"
+"""The optimizer of ONNX Runtime that leaves out a Relu before a QuantizeLinear whose codes have no negative ones: those of FP8 have, and
+it leaves it out all the same, so that the results are wrong (seen with 1.32)."""
+
 QUANTIZES_WEIGHTS = "WeightBiasQuantization"
 """The optimizer of ONNX Runtime that quantizes the weight of a layer between a DequantizeLinear and a QuantizeLinear: those that were
 left in floating point on purpose too."""

@@ -1,4 +1,4 @@
-"""Finished artifacts kept between runs, by all that they depend on: a second engine or INT8 artifact is a copy."""
+"""Finished artifacts kept between runs, by all that they depend on: a second engine or quantized artifact is a copy."""
 
 import dataclasses
 import logging
@@ -72,7 +72,7 @@ class ArtifactCache:
 
 
 ENGINE_CACHE = ArtifactCache(ENGINES, "engine")
-INT8_CACHE = ArtifactCache("int8", "INT8 artifact")
+QUANTIZED_CACHE = ArtifactCache("quantized", "quantized artifact")
 
 
 def _duplicate(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a GPU says of a new engine: the precision of its layers, the time they take, what it computes, and whether INT8 pays."""
+"""What a GPU says of a new engine: the precision of its layers, the time they take, what it computes, and whether INT8 or FP8 pays."""
 
 import logging
 import tempfile
@@ -120,15 +120,15 @@ def engine_parity(session: Session, engine: Artifact, gpu: str, tolerance: Toler
     )
 
 
-def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
-    """How many times as fast as FP16 INT8 is, at the largest batch, on arrays in device memory, measured in turns.
+def check_faster(quantized: TensorRTSession, fp16: Session, what: str, label: str) -> Ratio:
+    """How many times as fast as FP16 the `quantized` engine, in `label` (`INT8`, `FP8`), is, at the largest batch, on arrays in device memory, measured in turns.
 
-    Small batches would time the launches of kernels, which cost both the same. Raises EngineError when INT8 is slower, beyond the
+    Small batches would time the launches of kernels, which cost both the same. Raises EngineError when it is slower, beyond the
     interval of the ratio.
     """
-    dims = largest_batch(int8)
-    feed = int8.to_device(random_feed(int8.inputs, dims))
-    sessions: tuple[Session, Session] = (fp16, int8)
+    dims = largest_batch(quantized)
+    feed = quantized.to_device(random_feed(quantized.inputs, dims))
+    sessions: tuple[Session, Session] = (fp16, quantized)
     for session in sessions:
         session.warmup(feed, _WARMUP)
     rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
@@ -136,14 +136,14 @@ def check_faster(int8: TensorRTSession, fp16: Session, what: str) -> Ratio:
         for session, samples in zip(sessions, rounds, strict=True):
             samples.append(sample(lambda session=session: session.run(feed), SLICE_S, SAMPLES))  # type: ignore[misc]
     ratio = paired_ratio(*rounds)
-    batch = batch_dim(int8.inputs)
+    batch = batch_dim(quantized.inputs)
     where = f" at batch {dims[batch]}" if batch else ""
     if ratio.high < 1:
         raise EngineError(
-            f"{what}: INT8 is slower than FP16 here{where}, {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f});"
+            f"{what}: {label} is slower than FP16 here{where}, {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f});"
             " build it in FP16, leave layers out with `exclude`, or keep it with `allow_slower`"
         )
-    logger.info("INT8 is %.2f times as fast as FP16 (%.2f to %.2f)%s", ratio.value, ratio.low, ratio.high, where)
+    logger.info("%s is %.2f times as fast as FP16 (%.2f to %.2f)%s", label, ratio.value, ratio.low, ratio.high, where)
     return ratio
 
 
@@ -226,9 +226,10 @@ def attested(
 def _check_worth(
     engine: Artifact, source: Artifact, flavour: Flavour, options: BuildOptions, what: str, progress: Progress
 ) -> None:
-    """Build the FP32 model that the INT8 engine comes from in FP16, and time the two, with CUDA graphs. Raises EngineError."""
-    floating = fp32_source(source, "INT8 is timed against FP16, which is made from it (`allow_slower` leaves that out)")
-    progress("timing INT8 against FP16")
+    """Build the FP32 model that the quantized engine comes from in FP16, and time the two, with CUDA graphs. Raises EngineError."""
+    label = engine.manifest.precision.upper()
+    floating = fp32_source(source, f"{label} is timed against FP16, which is made from it (`allow_slower` leaves that out)")
+    progress(f"timing {label} against FP16")
     profiles = engine.manifest.profiles
     converted = convert_onnx(floating, None, ConvertOptions(precision="fp16", profile=profiles[0]))
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder, ArtifactWriter(Path(folder, "fp16")) as writer:
@@ -240,5 +241,5 @@ def _check_worth(
         )
         half = writer.describe(manifest)
         backend, settings = f"{flavour.name}:cuda_graph", SessionOptions(contexts=1)
-        with open_session(engine, backend, settings) as int8, open_session(half, backend, settings) as fp16:
-            check_faster(cast(TensorRTSession, int8), fp16, what)
+        with open_session(engine, backend, settings) as quantized, open_session(half, backend, settings) as fp16:
+            check_faster(cast(TensorRTSession, quantized), fp16, what, label)

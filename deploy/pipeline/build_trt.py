@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact, parent_record
-from deploy.artifact.manifest import ENGINE, FLAVOURS, ONNX, Manifest, Stage
+from deploy.artifact.manifest import ENGINE, ONNX, QUANTIZED, Manifest, Stage
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
@@ -27,8 +26,9 @@ from deploy.evaluation.gate import Gate, Reference
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
-from deploy.options import collect, option
+from deploy.options import collect
 from deploy.pipeline.artifact_cache import ENGINE_CACHE
+from deploy.pipeline.build_trt_options import BuildTrtOptions
 from deploy.pipeline.convert import warn_made_up
 from deploy.pipeline.profiles import make_profiles
 from deploy.pipeline.quantize import GateOptions
@@ -45,56 +45,6 @@ if TYPE_CHECKING:  # they load onnx
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildTrtOptions:
-    """What to build.
-
-    precision: None takes the precisions of the file as they are.
-    shapes: each a shape such as `1x3x224x224`. An input left out takes the sizes of the symbolic dimensions that it shares
-        with one that is given, and else the range in the manifest.
-    int8: an artifact that is quantized already is taken as it is.
-    """
-
-    precision: HalfPrecision | None = option(
-        None, switches={"fp16": "Convert to FP16 first.", "bf16": "Convert to bfloat16 first."}
-    )
-    fp16_io: bool = option(False, "Inputs and outputs in FP16 too.")
-    data: Path | None = option(
-        None, "Real input for the conversion, its ranges and parity: an ImageFolder, or a folder of .npz feeds.", metavar="DIR"
-    )
-    int8: bool = option(False, "Quantize first, with --calib; with --fp16, what is not INT8 is FP16.")
-    flavour: str = option("auto", f"auto, {' or '.join(FLAVOURS)}.", metavar="F")
-    shapes: tuple[str, ...] = option(
-        (),
-        "Range of one input's shape, such as x=1x8:4x8:9x8; the same input again begins the next optimization profile.",
-        metavar="NAME=MIN:OPT:MAX",
-    )
-    refit_from: Path | None = option(
-        None,
-        "An engine of the same network, built with --strip: it gets the weights of ARTIFACT, and nothing is built.",
-        metavar="ENGINE",
-    )
-    allow_slower: bool = option(False, "With --int8 on a GPU: keep an engine that is slower than FP16.")
-    cache: bool = option(True, "Build anew where the same engine was built before, and do not keep it.")
-    quantization: QuantizeOptions = field(default_factory=QuantizeOptions)
-    tolerance: ToleranceOptions = field(default_factory=ToleranceOptions)
-    build: BuildOptions = field(default_factory=BuildOptions)
-
-    def __post_init__(self) -> None:
-        if self.precision is None and (self.fp16_io or self.data is not None):
-            raise UsageError("`fp16_io` and `data` need a `precision`: they are for the conversion")
-        if self.int8 and (self.precision == "bf16" or self.fp16_io or self.data is not None):
-            raise UsageError("`int8` takes fp16 for the rest, or no `precision` at all; leave out bf16, `fp16_io` and `data`")
-        if self.allow_slower and not self.int8:
-            raise UsageError("`allow_slower` needs `int8`: it alone is timed against FP16")
-        if self.refit_from is not None and (self.shapes or self.flavour != "auto" or self.build != BuildOptions()):
-            raise UsageError(
-                "`refit_from` takes the engine as it was built: leave out `shapes`, `flavour` and all that is for a build"
-            )
-        if not self.int8 and self.quantization != QuantizeOptions():
-            raise UsageError("the options of quantization need `int8`")
-
-
 def build_trt(
     artifact: Artifact | PathLike,
     out: PathLike | None = None,
@@ -103,6 +53,7 @@ def build_trt(
     fp16_io: bool = False,
     data: PathLike | None = None,
     int8: bool = False,
+    fp8: bool = False,
     calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
     images: int | None = None,
     eval_folder: PathLike | None = None,
@@ -131,17 +82,17 @@ def build_trt(
 ) -> Artifact:
     """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
 
-    `int8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop`,
+    `int8` or `fp8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop`,
     `backend` and the options in `quantization`. What the others mean: `BuildTrtOptions` and `deploy.engine.options.BuildOptions`. Raises a
     DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     source = open_source(artifact)
-    if not int8 and (eval_folder is not None or max_drop is not None or backend is not None):
-        raise UsageError("`eval_folder`, `max_drop` and `backend` need `int8`")
     options = _options(given)
-    calibration = _calibration(source, int8, calib, images)
-    suffixes = ["int8"] * int8 + ([precision] if precision else []) + ["trt"]
+    if not options.quantizes and (eval_folder is not None or max_drop is not None or backend is not None):
+        raise UsageError("`eval_folder`, `max_drop` and `backend` need `int8` or `fp8`")
+    calibration = _calibration(source, options, calib, images)
+    suffixes = [*filter(None, (options.quantizes, precision)), "trt"]
     gate = collect(GateOptions, given).gate()
     return build_trt_artifact(source, default_out(out, source, *suffixes), options, calibration, gate, progress)
 
@@ -153,6 +104,7 @@ def preflight(
     fp16_io: bool = False,
     data: PathLike | None = None,
     int8: bool = False,
+    fp8: bool = False,
     calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
     images: int | None = None,
     quantization: QuantizeOptions | None = None,
@@ -168,7 +120,7 @@ def preflight(
     given = dict(locals())
     source = open_source(artifact)
     options = _options(given)
-    return preflight_artifact(source, options, _calibration(source, int8, calib, images), progress)
+    return preflight_artifact(source, options, _calibration(source, options, calib, images), progress)
 
 
 def _options(given: Mapping[str, Any]) -> BuildTrtOptions:
@@ -180,11 +132,14 @@ def _options(given: Mapping[str, Any]) -> BuildTrtOptions:
 
 
 def _calibration(
-    source: Artifact, int8: bool, calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None, images: int | None
+    source: Artifact,
+    options: BuildTrtOptions,
+    calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None,
+    images: int | None,
 ) -> CalibrationSet | None:
-    if not int8 and (calib is not None or images is not None):
-        raise UsageError("`calib` and `images` need `int8`")
-    return None if calib is None or source.manifest.precision == "int8" else calibration_set(source, calib, images)
+    if not options.quantizes and (calib is not None or images is not None):
+        raise UsageError("`calib` and `images` need `int8` or `fp8`")
+    return None if calib is None or source.manifest.precision in QUANTIZED else calibration_set(source, calib, images)
 
 
 def build_trt_artifact(
@@ -197,10 +152,10 @@ def build_trt_artifact(
 ) -> Artifact:
     """Build the engine artifact `out`, which also holds the typed `model.onnx` that it was built from.
 
-    `data` is what `options.int8` calibrates on, `gate` what its accuracy is held to. The share of multiply-accumulates in
+    `data` is what `options.int8` or `options.fp8` calibrates on, `gate` what its accuracy is held to. The share of multiply-accumulates in
     each precision is read back: on a GPU from the engine, which is also compared with its typed ONNX file there, elsewhere
     from the network that the parser made. Under 90 % in the precision asked for, outside the reported exclusions, nothing is
-    written, nor where INT8 is slower than FP16. Raises EngineError, PrecisionError, ParityError, AccuracyError,
+    written, nor where INT8 or FP8 is slower than FP16. Raises EngineError, PrecisionError, ParityError, AccuracyError,
     ArtifactError, OutputError, UsageError and BackendError.
     """
     return run_stage(_BuildTrt(artifact, options, data, gate, progress), out, artifact)
@@ -235,7 +190,7 @@ class _BuildTrt:
         self._data = data
         self._gate = gate
         self._progress = progress
-        self._reference: Artifact | None = None  # what the accuracy of INT8 is compared with
+        self._reference: Artifact | None = None  # what the accuracy is compared with
         self._real: CalibrationSet | None = None  # what is converted on
         self._stripped: Artifact | None = None  # the engine that gets other weights
 
@@ -249,7 +204,8 @@ class _BuildTrt:
 
             self._stripped, self._flavour = open_stripped(self._options.refit_from)
             self._profiles = self._stripped.manifest.profiles
-        checked(self._flavour, self._options.build)
+        fp8 = self._options.fp8 or self._source.manifest.precision == "fp8"
+        self._build_options = checked(self._flavour, self._options.build, fp8=fp8)
         self._gpu = gpu_identity()
         gate = self._gate.request(self._source) if self._gate else None
         self._circumstances = {
@@ -267,12 +223,15 @@ class _BuildTrt:
                 f"{source.shown} is {manifest.precision} already, and {options.precision} takes an FP32 artifact: leave the"
                 " `precision` out to build the file as it is"
             )
-        if options.int8 and manifest.precision != "int8" and self._data is None:
-            raise UsageError("`int8` needs images to calibrate on: `calib` IMAGEFOLDER")
+        wanted = options.quantizes
+        if wanted and manifest.precision not in ("fp32", wanted):
+            raise UsageError(f"{source.shown} is {manifest.precision} already, and `{wanted}` takes an FP32 artifact")
+        if wanted and manifest.precision == "fp32" and self._data is None:
+            raise UsageError(f"`{wanted}` needs images to calibrate on: `calib` IMAGEFOLDER")
         source.verify(weights=False)
         self._real = real_data(source, options.data)
         if self._gate is not None:
-            self._reference = fp32_source(source, "the accuracy of INT8 is compared with it")
+            self._reference = fp32_source(source, f"the accuracy of {(wanted or manifest.precision).upper()} is compared with it")
             self._gate.check(self._reference)
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
@@ -303,7 +262,7 @@ class _BuildTrt:
         if self._stripped is not None:
             built = refitted(self._stripped, path, self._flavour, self._source.shown)
         else:
-            built = build_engine(self._flavour, path, self._profiles, options.build, progress, shown=self._source.shown)
+            built = build_engine(self._flavour, path, self._profiles, self._build_options, progress, shown=self._source.shown)
         (writer.path / ENGINE).write_bytes(built.plan)
         manifest = msgspec.structs.replace(
             made,
@@ -320,9 +279,9 @@ class _BuildTrt:
             self._source,
             built,
             self._flavour,
-            options.build,
+            self._build_options,
             gpu=self._gpu,
-            faster_than_fp16=options.int8 and not options.allow_slower and self._stripped is None,
+            faster_than_fp16=options.quantizes is not None and not options.allow_slower and self._stripped is None,
             tolerance=self._tolerance(manifest),
             progress=progress,
         )
@@ -339,15 +298,21 @@ class _BuildTrt:
         from deploy.pipeline.typed import typed_graph  # loads onnx and ONNX Runtime
 
         options = self._options
-        quantize = dataclasses.replace(options.quantization, fp16=options.precision == "fp16") if options.int8 else None
         convert = None
-        if options.precision is not None and not options.int8:
+        if options.precision is not None and not options.quantizes:
             if self._real is None:
                 warn_made_up(self._source, options.precision)
             convert = ConvertOptions(
                 precision=options.precision, fp16_io=options.fp16_io, data=options.data, profile=self._profiles[0]
             )
-        return typed_graph(self._source, self._data or self._real, quantize=quantize, convert=convert, progress=self._progress)
+        return typed_graph(
+            self._source,
+            self._data or self._real,
+            quantize=options.quantize,
+            convert=convert,
+            profile=self._profiles[0],
+            progress=self._progress,
+        )
 
 
 def gpu_identity() -> list[str] | None:
@@ -373,13 +338,12 @@ def _circumstances(
 ) -> dict[str, Any]:
     """Everything but the source that an engine depends on, as JSON-like values."""
     build = {name: value for name, value in dataclasses.asdict(options.build).items() if name != "timing_cache"}
-    quantization = dataclasses.replace(options.quantization, fp16=options.precision == "fp16")
     return {
         "precision": options.precision,
         "fp16_io": options.fp16_io,
         "data": real.digest() if real else None,
         "tolerance": vars(options.tolerance),
-        "int8": quantize_settings(quantization) if options.int8 else None,
+        "quantize": quantize_settings(options.quantize) if options.quantize else None,
         "allow_slower": options.allow_slower,
         "calib": (data.digest() or secrets.token_hex()) if data is not None else None,  # read once: never the same again
         "gate": gate,

@@ -1,4 +1,4 @@
-"""The stage `quantize`: an FP32 ONNX artifact as INT8 with explicit Q/DQ, calibrated, corrected and checked."""
+"""The stage `quantize`: an FP32 ONNX artifact in INT8 or FP8 with explicit Q/DQ, calibrated, corrected and checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from deploy.evaluation.gate import Gate, Reference
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import collect, option
-from deploy.pipeline.artifact_cache import INT8_CACHE
+from deploy.pipeline.artifact_cache import QUANTIZED_CACHE
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
-from deploy.precision.int8.options import METHOD, QuantizeOptions, quantize_request
+from deploy.precision.int8.options import QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import split_backend
 
@@ -79,7 +79,8 @@ def quantize(
     *,
     calib: PathLike | Iterable[Mapping[str, np.ndarray]],
     images: int | None = None,
-    method: str = METHOD,
+    fp8: bool = False,
+    method: str | None = None,
     batch_size: int = 2,
     per_tensor: bool = False,
     exclude: Sequence[str] = (),
@@ -87,7 +88,7 @@ def quantize(
     float_first: bool = False,
     float_last: bool = False,
     keep_below: float = 10.0,
-    min_int8: float = 90.0,
+    min_share: float = 90.0,
     bias_correction: bool = True,
     equalize: bool | None = None,
     fp16: bool = False,
@@ -102,24 +103,26 @@ def quantize(
     min_agreement: float | None = None,
     progress: Progress = silent,
 ) -> Artifact:
-    """Turn an FP32 ONNX artifact into INT8 with explicit Q/DQ; `out` is `build/<name>-int8` by default.
+    """Turn an FP32 ONNX artifact into INT8, or FP8, with explicit Q/DQ; `out` is `build/<name>-int8` (`-fp8`) by default.
 
-    `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not INT8 is FP16
-    (`build/<name>-int8-fp16`). `cpu_form`: also write `model.cpu.onnx`, which ONNX Runtime runs on processors with VNNI; where it
+    `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not quantized is FP16
+    (`build/<name>-int8-fp16`). `cpu_form`: of INT8, also write `model.cpu.onnx`, which ONNX Runtime runs on processors with VNNI; where it
     is too far off it is left out, and the manifest says why. What the other options mean: `QuantizeOptions`. With `eval_folder`,
     an ImageFolder, accuracy is compared before and after on `backend`, or on every backend of the CPU that is installed, and more
     than `max_drop` points (default 1) of top-1 lost is an AccuracyError. The limits of parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
-    tolerance = collect(ToleranceOptions, given).tolerance("int8")
     options = collect(QuantizeOptions, given)
+    if fp8 and not cpu_form:
+        raise UsageError("`cpu_form` is of INT8 alone: with `fp8` there is none to leave out")
+    tolerance = collect(ToleranceOptions, given).tolerance(options.precision)
     gate = collect(GateOptions, given).gate()
     source = open_source(artifact)
     check_fp32(source)
     data = calibration_set(source, calib, images)
-    suffixes = ["int8", "fp16"] if fp16 else ["int8"]
+    suffixes = [options.precision] + ["fp16"] * fp16
     target = default_out(out, source, *suffixes)
-    return quantize_artifact(source, target, data, options, gate, tolerance, progress, cpu_form=cpu_form)
+    return quantize_artifact(source, target, data, options, gate, tolerance, progress, cpu_form=cpu_form and not fp8)
 
 
 def quantize_artifact(
@@ -128,18 +131,19 @@ def quantize_artifact(
     data: CalibrationSet,
     options: QuantizeOptions,
     gate: Gate | None = None,
-    tolerance: Tolerance = TOLERANCES["int8"],
+    tolerance: Tolerance | None = None,
     progress: Progress = silent,
     *,
     cpu_form: bool = True,
 ) -> Artifact:
-    """Write `artifact` in INT8 to `out`, unless it is there already.
+    """Write `artifact` in INT8, or FP8, to `out`, unless it is there already.
 
     With `gate`, accuracy before and after goes into the manifest, and a loss of more than it allows is an error. Raises
     UsageError when `artifact` is no FP32 ONNX artifact, or cannot be judged by `gate`, ArtifactError when it is damaged,
     PrecisionError for a graph that cannot be quantized or makes numbers that are not finite, ParityError, AccuracyError
     (nothing is written), DataError, BackendError (ONNX Runtime is not installed) and OutputError.
     """
+    tolerance = tolerance or TOLERANCES[options.precision]
     return run_stage(_Quantize(artifact, data, options, tolerance, gate, progress, cpu_form=cpu_form), out, artifact)
 
 
@@ -182,11 +186,11 @@ class _Quantize:
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
         request = self._request
-        if request is not None and (kept := INT8_CACHE.fill(writer, self._source, request, stage)) is not None:
+        if request is not None and (kept := QUANTIZED_CACHE.fill(writer, self._source, request, stage)) is not None:
             return kept
         manifest = self._quantize(writer, stage)
         if request is not None:
-            INT8_CACHE.put(self._source, request, writer.describe(manifest))
+            QUANTIZED_CACHE.put(self._source, request, writer.describe(manifest))
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
@@ -201,7 +205,7 @@ class _Quantize:
             source,
             writer.out,
             stage,
-            precision="int8",
+            precision=self._options.precision,
             parity=None,
             calibration=quantized.calibration,
             exclusions=quantized.exclusions,

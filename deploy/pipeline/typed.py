@@ -8,6 +8,7 @@ import msgspec
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.onnxfile import load_model, save_model
+from deploy.artifact.tensors import Profile
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import NamedFeed, calibration_feeds, parity_feeds
 from deploy.evidence.parity import Parity, Tolerance
@@ -74,16 +75,20 @@ def typed_graph(
     *,
     quantize: QuantizeOptions | None,
     convert: ConvertOptions | None,
+    profile: Profile,
     progress: Progress,
 ) -> Typed:
-    """Quantize `source` or convert it, on `data`, where it is in FP32 and that is asked for; else take it as it is."""
+    """Quantize `source` or convert it, on `data`, where it is in FP32 and that is asked for; else take it as it is.
+
+    profile: the first of the engine, whose optimum decides what is quantized.
+    """
     manifest = _of_signed(source.manifest)
     if quantize is not None and manifest.precision == "fp32":
         assert data is not None
-        quantized = quantize_onnx(source, data, quantize, progress)
+        quantized = quantize_onnx(source, data, quantize, progress, engine=profile)
         changed = msgspec.structs.replace(
             manifest,
-            precision="int8",
+            precision=quantize.precision,
             parity=None,
             accuracy=None,
             accuracies=[],

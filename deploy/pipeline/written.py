@@ -154,7 +154,7 @@ def prove_cpu_form(written: Artifact, cases: Sequence[Case], tolerance: Toleranc
 
 
 def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], progress: Progress) -> None:
-    """Compare the written INT8 file, with what it rounds undone, with its source.
+    """Compare the written quantized file, with what it rounds undone, with its source.
 
     Raises ParityError beyond the tolerance of FP32; where the rest is FP16, beyond that of BF16, for the tolerance of the file
     decides how exact it must be.
@@ -167,7 +167,8 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
     found = judged(run, "", written.manifest.inputs, cases, TOLERANCES["bf16" if half else "fp32"])
     if found.wrong is not None:
         raise ParityError(
-            f"{written.manifest.name} computes something else than its source, INT8 aside: {found.wrong}; nothing was written"
+            f"{written.manifest.name} computes something else than its source, {stored.codes.label} aside: {found.wrong};"
+            " nothing was written"
         )
 
 

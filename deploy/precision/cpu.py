@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
 from deploy.errors import PrecisionError
-from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usable_cores
 from deploy.host.extras import missing
 from deploy.precision.graph import first_line, unknown_nodes
 
@@ -36,6 +36,7 @@ _STORED = {
     ir.DataType.DOUBLE: "<f8",
     ir.DataType.FLOAT16: "<u2",
     ir.DataType.BFLOAT16: "<u2",
+    ir.DataType.FLOAT8E4M3FN: "u1",
     ir.DataType.INT8: "i1",
     ir.DataType.UINT8: "u1",
     ir.DataType.INT32: "<i4",
@@ -60,7 +61,7 @@ class CpuGraph:
         proto, self._weights = _serialize(model)
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
-        disabled = [CRASHES_ON_HALF] if _holds_half(model) else []
+        disabled = [CRASHES_ON_HALF, DROPS_RELU] if _holds_half(model) else [DROPS_RELU]
         self._session = _open(proto.SerializeToString(), options, lambda: model, disabled)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -75,7 +76,8 @@ class CpuGraph:
         options = _session_options(1)
         if cpu_form:
             options.add_session_config_entry("session.x64quantprecision", "1")
-        graph._session = _open(str(path), options, lambda: ir.load(path), [QUANTIZES_WEIGHTS if cpu_form else CRASHES_ON_HALF])
+        disabled = [QUANTIZES_WEIGHTS] if cpu_form else [CRASHES_ON_HALF, DROPS_RELU]
+        graph._session = _open(str(path), options, lambda: ir.load(path), disabled)
         graph._outputs = [output.name for output in graph._session.get_outputs()]
         return graph
 

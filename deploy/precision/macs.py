@@ -4,11 +4,13 @@ import logging
 import math
 from collections.abc import Mapping
 
+import onnx
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from deploy.artifact.onnxshapes import infer_shapes
+from deploy.artifact.onnxshapes import infer_shapes, slim_proto, with_sizes
 from deploy.precision.graph import first_line, inner_nodes
+from deploy.precision.int8.branches import branched_nodes, branches
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,7 @@ def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Macs:
     None for a node whose shapes do not follow from those of the inputs, for one with such nodes in its subgraphs (If, Loop, Scan),
     and for operators that multiply and accumulate in another way (LSTM, Einsum).
     """
-    fixed = model.clone()
-    for value in fixed.graph.inputs:
-        if value.name is not None and value.name in shapes:
-            value.shape = ir.Shape(shapes[value.name])
-    for node in fixed.graph.all_nodes():
-        for value in node.outputs:
-            value.shape = None
-    infer_shapes(fixed)
+    fixed = with_sizes(model, shapes)
     names = {node: node.name or f"{node.op_type}_{index}" for index, node in enumerate(fixed.graph)}
     counts = {name: _macs(node) for node, name in names.items() if _multiplies(node)}
     if None not in counts.values():
@@ -60,6 +55,18 @@ def count_macs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Macs:
     infer_shapes(fixed)
     folded = {node.name: _macs(node) for node in fixed.graph if _multiplies(node)}
     return {name: count if count is not None else folded.get(name) for name, count in counts.items()}
+
+
+def count_in_branches(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Macs:
+    """Multiply-accumulates of the Conv, ConvTranspose, Gemm and MatMul nodes in the branches of If, as if each branch ran once.
+
+    They are counted as `count_macs` counts. The names of nodes in branches must be unique.
+    """
+    if not any(branches(node) for node in model.graph):
+        return {}
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(slim_proto(with_sizes(model, shapes)), data_prop=True))
+    nodes = (node for node in branched_nodes(inferred.graph) if node.graph is not inferred.graph)
+    return {node.name or "": _macs(node) for node in nodes if node.op_type in COUNTED}
 
 
 def _multiplies(node: ir.Node) -> bool:

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from deploy.artifact.onnxfile import load_model, open_onnx, save_model
+from deploy.artifact.onnxfile import load_model, model_precision, open_onnx, save_model
 from deploy.errors import ArtifactError
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.prepare import Prepare
@@ -73,3 +73,14 @@ def test_inputs_that_have_a_weight_are_weights(tmp_path: Path, version: int) -> 
         g (float[n, 2] x, float[2, 3] w = {{1, 2, 3, 4, 5, 6}}, float[3] b = {{1, 1, 1}}) => (float[n, 3] y) {{ y = Gemm(x, w, b) }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "old.onnx")
     assert [spec.name for spec in open_onnx(tmp_path / "old.onnx").manifest.inputs] == ["x"]
+
+
+@pytest.mark.parametrize(("codes", "expected"), [("int8", "int8"), ("uint8", "int8"), ("float8e4m3fn", "fp8")])
+def test_the_precision_of_a_quantized_file_is_that_of_its_codes(codes: str, expected: str) -> None:
+    pair = f"g (float[N, 4] x, {codes} z) => (float[N, 4] y) <float s = {{0.5}}> {{ q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}"
+    weight = f"g (float[N, 4] x, {codes}[4, 4] w) => (float[N, 4] y) <float s = {{0.5}}> {{ v = DequantizeLinear(w, s) y = MatMul(x, v) }}"
+    for text in (pair, weight):
+        assert (
+            model_precision(ir.from_proto(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 19]> {text}')))
+            == expected
+        )

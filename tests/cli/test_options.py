@@ -18,7 +18,7 @@ from deploy.errors import UsageError
 from deploy.evidence.options import ToleranceOptions
 from deploy.options import described_fields, option
 from deploy.pipeline.build_aoti import BuildAotiOptions
-from deploy.pipeline.build_trt import BuildTrtOptions
+from deploy.pipeline.build_trt_options import BuildTrtOptions
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.quantize import CalibrationOptions, CpuFormOptions, GateOptions
 from deploy.precision.formats import ConvertOptions

@@ -62,11 +62,44 @@ def test_engines_are_built_in_int8_alone_and_with_fp16_and_of_a_quantized_artifa
         done = run("build-trt", net.path, *options, "--calib", digits)
         assert done.status == 0, done.err
         assert done.out.startswith(f"build/lenet5-{name}-trt: tensorrt-rtx")
-        assert "100.0% int8 of the multiply-accumulates" in done.out
+        assert "71.6% int8" in done.out
+        assert "not INT8   conv1/Conv: it has too few channels for TensorRT's INT8 kernels" in done.out
+    done = run("build-trt", net.path, "--int8", "--calib", digits, "--include", "conv1", "--include", "fc3", "-o", "all")
+    assert "100.0% int8 of the multiply-accumulates" in done.out, done.err
     assert run("quantize", net.path, "--calib", digits, "-o", "quantized").status == 0
     done = run("build-trt", "quantized", "-o", "engine")
     assert "100.0% int8" in done.out, done.err
     assert json.loads(run("inspect", "engine", "--json").out)["calibration"]["rows"] == 20
+
+
+def test_a_net_of_products_is_quantized_and_built_in_fp8(
+    run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "from torch.nn import Flatten, Linear, ReLU, Sequential\n"
+        "def mlp():\n"
+        "    return Sequential(Flatten(), Linear(784, 256), ReLU(), Linear(256, 128), ReLU(), Linear(128, 10))\n"
+    )
+    exported = run("export", "--model", "net.py:mlp", "--input", "input=1x1x28x28", "--preprocess", "mnist", "--name", "mlp")
+    assert exported.status == 0, exported.err
+    done = run("quantize", "build/mlp", "--fp8", "--calib", digits, "--eval", digits, "--max-drop", "100")
+    assert done.status == 0, done.err
+    assert done.out.startswith("build/mlp-fp8: ONNX, fp8,")
+    assert done.out.count("; FP8: 100.0% of the multiply-accumulates of layers with weights") == 3  # two backends
+    assert not Path("build/mlp-fp8/model.cpu.onnx").exists()
+    for backend in ("onnxruntime", "openvino"):
+        done = run("eval", "build/mlp-fp8", digits, "--backend", backend)
+        assert done.status == 0, done.err
+    done = run("build-trt", "build/mlp", "--fp8", "--fp16", "--calib", digits)
+    assert done.out.startswith("build/mlp-fp8-fp16-trt: tensorrt-rtx"), done.err
+    assert "compute capability 8.9, 12.0" in done.out
+    assert "% fp8, " in done.out
+    assert json.loads(run("inspect", "build/mlp-fp8-fp16-trt", "--json").out)["precision_share"]["fp8"] > 0.98
+    assert run("build-trt", "build/mlp-fp8", "-o", "engine").out.count("100.0% fp8") == 1
+    for source in ("mlp", "mlp-fp8"):
+        done = run("build-trt", f"build/{source}", "--fp8", "--calib", digits, "--target", "8.6")
+        assert (done.status, "--target 8.6: FP8 needs compute capability 8.9" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(
@@ -78,6 +111,9 @@ def test_engines_are_built_in_int8_alone_and_with_fp16_and_of_a_quantized_artifa
         (("--calib", "digits", "--images", "0"), 2, "1 or more"),
         (("--calib", "digits", "--method", "least"), 2, "max, percentile, mse, entropy"),
         (("--calib", "digits", "--max-drop", "1"), 2, "--eval"),
+        (("--calib", "digits", "--fp8", "--method", "mse"), 2, "--method mse counts the steps of INT8"),
+        (("--calib", "digits", "--fp8", "--no-cpu-form"), 2, "--no-cpu-form is of INT8 alone"),
+        (("--calib", "digits", "--fp8"), 1, "conv2/Conv: FP8 is for Gemm and MatMul with weights"),
         (("--calib", "digits", "--exclude", "conv3"), 1, "did you mean 'conv2'"),
     ],
 )

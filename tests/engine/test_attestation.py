@@ -1,4 +1,4 @@
-"""What counts as INT8 in a network that the real TensorRT-RTX parser made, and in the inspector's description of an engine.
+"""What counts as INT8 or FP8 in a network that the real TensorRT-RTX parser made, and in the inspector's description of an engine.
 
 No engine can be inspected without a GPU: the descriptions have the form of those in `test_layers.py`.
 """
@@ -37,10 +37,23 @@ WEIGHT = "c = DequantizeLinear(w, ws, z)"
         ("2, 4, 8, 8", "int8[4, 8, 3, 3]", f"{ACTIVATION} {WEIGHT} [n] y = ConvTranspose(b, c)", "int8"),
         ("2, 5, 4", "int8[4, 8]", f"{ACTIVATION} {WEIGHT} [n] y = MatMul(b, c)", "int8"),
         ("2, 5, 4", "float[4, 8]", f"{ACTIVATION} [n] y = MatMul(b, w)", "fp32"),
+        ("2, 5, 16", "float8e4m3fn[16, 16]", f"{ACTIVATION} {WEIGHT} [n] y = MatMul(b, c)", "fp8"),
+        ("2, 5, 16", "float8e4m3fn[16, 16]", f"{WEIGHT} [n] y = MatMul(x, c)", "fp32"),
     ],
-    ids=["conv", "float weight", "float activation", "relu between", "conv1d", "transposed", "broadcast", "float matrix"],
+    ids=[
+        "conv",
+        "float weight",
+        "float activation",
+        "relu between",
+        "conv1d",
+        "transposed",
+        "broadcast",
+        "float matrix",
+        "fp8",
+        "fp8 weight",
+    ],
 )
-def test_a_layer_is_int8_when_both_operands_are(tmp_path: Path, shape: str, weight: str, body: str, expected: str) -> None:
+def test_a_layer_is_quantized_when_both_operands_are(tmp_path: Path, shape: str, weight: str, body: str, expected: str) -> None:
     rank = shape.count(",") + 1
     output = ", ".join("abcd"[:rank])
     model = onnx.parser.parse_model(
@@ -49,6 +62,10 @@ def test_a_layer_is_int8_when_both_operands_are(tmp_path: Path, shape: str, weig
     declared = model.graph.value_info[0].type.tensor_type
     ones = np.ones([dim.dim_value for dim in declared.shape.dim], onnx.helper.tensor_dtype_to_np_dtype(declared.elem_type))
     model.graph.initializer.append(onnx.numpy_helper.from_array(ones, "w"))
+    if "float8" in weight:  # so is the zero point
+        next(tensor for tensor in model.graph.initializer if tensor.name == "z").CopyFrom(
+            onnx.numpy_helper.from_array(np.zeros((), ones.dtype), "z")
+        )
     del model.graph.value_info[:]
     path = tmp_path / "model.onnx"
     onnx.save(model, path)

@@ -17,7 +17,7 @@ from deploy.artifact.manifest import Exclusion
 from deploy.artifact.tensors import Profile, ShapeRange
 from deploy.engine import builder
 from deploy.engine.attestation import check_honoured, network_share
-from deploy.engine.builder import BuildOptions, _set_options, build_engine, options_of
+from deploy.engine.builder import BuildOptions, _set_options, build_engine, checked, options_of
 from deploy.engine.cuda import Gpu
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import RTX_TARGETS, Flavour
@@ -267,3 +267,24 @@ def test_a_node_is_found_by_its_name_whatever_is_in_it(rtx: Flavour, tmp_path: P
     sizes = ShapeRange(min=(1, 3, 8, 8), opt=(1, 3, 8, 8), max=(1, 3, 8, 8))
     built = build_engine(rtx, tmp_path / "m.onnx", [{"x": sizes}], BuildOptions())
     assert network_share(built.network.definition, rtx.trt, {name: 1})[1] == {name: "fp32"}
+
+
+def test_fp8_is_built_for_gpus_that_have_it_alone(rtx: Flavour) -> None:
+    assert checked(rtx, BuildOptions(), fp8=True).targets == ("8.9", "12.0")
+    assert checked(rtx, BuildOptions(targets=("12.0",)), fp8=True).targets == ("12.0",)
+    with pytest.raises(UsageError, match=r"`targets` 8.0, 8.6: FP8 needs compute capability 8.9 or later, and 8.0 is older"):
+        checked(rtx, BuildOptions(targets=("8.9", "8.0", "8.6")), fp8=True)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [("8.6", False), ("8.9", True), ("9.0", True), ("10.0", True)])
+def test_fp8_with_tensorrt_is_for_the_gpu_that_is_there(capability: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(name="NVIDIA X", compute_capability=capability, driver=None)
+    monkeypatch.setattr(builder, "open_device", lambda: SimpleNamespace(gpu=lambda: gpu))
+    flavour = Flavour(name="tensorrt", version="11.4", trt=SimpleNamespace())  # type: ignore[arg-type]
+    if fits:
+        assert checked(flavour, BuildOptions(), fp8=True) == BuildOptions()
+        with pytest.raises(UsageError, match=r"`hardware_compatible` is for every GPU from compute capability 8.0 on"):
+            checked(flavour, BuildOptions(hardware_compatible=True), fp8=True)
+    else:
+        with pytest.raises(BackendError, match=r"FP8 needs .* and NVIDIA X \(8.6\) is older"):
+            checked(flavour, BuildOptions(), fp8=True)

@@ -49,3 +49,17 @@ def test_where_the_flavour_does_not_run_nothing_is_rebuilt_and_the_other_flavour
         engine_plan(engine, load_flavour("tensorrt-rtx"), h200, rebuild=rebuild)
     assert str(caught.value).startswith(f"{engine.location} cannot run here: TensorRT-RTX does not run on NVIDIA H200")
     assert "rebuild" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_an_engine_in_fp8_does_not_run_on_a_gpu_without_it_and_is_not_rebuilt_there(
+    shared_lenet5: Artifact, tmp_path: Path, rebuild: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = deploy.build_trt(shared_lenet5, tmp_path / "engine", flavour="tensorrt-rtx")
+    manifest = msgspec.structs.replace(engine.manifest, precision="fp8")
+    monkeypatch.setattr("deploy.engine.rebuild.build_engine", lambda *_, **__: pytest.fail("the build began"))
+    ampere = Gpu(name="NVIDIA A10", compute_capability="8.6", driver="580.159.04")
+    with pytest.raises(
+        BackendError, match=r"cannot run here: FP8 needs compute capability 8.9 or later, and NVIDIA A10 \(8.6\) is older"
+    ):
+        engine_plan(dataclasses.replace(engine, manifest=manifest), load_flavour("tensorrt-rtx"), ampere, rebuild=rebuild)

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, RUNTIME_CACHE
 from deploy.engine import cuda
+from deploy.engine.compatibility import has_fp8
 from deploy.engine.cuda import DeviceMemoryError
 from deploy.engine.flavour import load_flavour
 from deploy.errors import ArtifactError, BackendError, InputError, SessionClosedError
+from deploy.precision.int8.options import QuantizeOptions
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 
@@ -250,6 +253,7 @@ def test_half_precision_and_int8_are_honoured(
         tmp_path / "engine",
         flavour=engine.manifest.target.flavour,
         calib=calib,
+        quantization=QuantizeOptions(include=("conv1", "fc3")) if "int8" in options else None,
         allow_slower="int8" in options,
         **options,
     )
@@ -257,3 +261,24 @@ def test_half_precision_and_int8_are_honoured(
     assert share is not None
     assert share.origin == "engine", f"the inspector names {share.coverage:.0%} of the multiply-accumulates"
     assert getattr(share, "int8" if "int8" in options else "fp16") >= 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}])
+def test_fp8_is_honoured_where_the_gpu_has_it_and_refused_by_name_elsewhere(
+    engine: Artifact, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    target = engine.manifest.target
+    assert target is not None
+    net = deploy.export(tmp_path / "mlp", arch="mlp")
+    rng = np.random.default_rng(0)
+    calib = [{"input": rng.standard_normal((8, 100)).astype(np.float32)} for _ in range(8)]
+    build = partial(deploy.build_trt, net, tmp_path / "engine", flavour=target.flavour, fp8=True, calib=calib, allow_slower=True)
+    gpu = cuda.open_device().gpu()
+    if not has_fp8(gpu.compute_capability) and target.flavour == "tensorrt":
+        with pytest.raises(BackendError, match=r"FP8 needs compute capability 8.9"):
+            build(**options)
+        return
+    share = build(**options).manifest.precision_share
+    assert share is not None
+    assert share.origin == "engine" or not has_fp8(gpu.compute_capability)
+    assert share.fp8 >= 0.9

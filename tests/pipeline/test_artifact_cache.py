@@ -151,7 +151,7 @@ def test_an_int8_artifact_is_copied_for_the_same_file_and_feeds_alone(
     with caplog.at_level(logging.INFO, "deploy"):
         second = deploy.quantize(lenet5, tmp_path / "second", calib=tmp_path / "feeds")
         other = deploy.quantize(lenet5, tmp_path / "other", calib=tmp_path / "others")
-    assert caplog.text.count("the same INT8 artifact was made before") == 1
+    assert caplog.text.count("the same quantized artifact was made before") == 1
     assert second.manifest.files == first.manifest.files != other.manifest.files
     assert (second.manifest.name, second.root()) == ("second", lenet5)
     assert second.manifest.calibration == first.manifest.calibration

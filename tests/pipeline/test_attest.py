@@ -197,10 +197,10 @@ def test_the_two_are_timed_in_turns(lenet5: Artifact, tmp_path: Path, int8_s: fl
     engine = deploy.build_trt(lenet5, tmp_path / "engine")
     with OnTheCpu(engine, delay_s=int8_s) as int8, OnTheCpu(engine, delay_s=fp16_s) as fp16:
         if worth:
-            assert check_faster(int8, fp16, "net").value > 1.5  # type: ignore[arg-type]
+            assert check_faster(int8, fp16, "net", "INT8").value > 1.5  # type: ignore[arg-type]
         else:
             with pytest.raises(EngineError, match="net: INT8 is slower than FP16 here"):
-                check_faster(int8, fp16, "net")  # type: ignore[arg-type]
+                check_faster(int8, fp16, "net", "INT8")  # type: ignore[arg-type]
 
 
 def test_the_two_are_timed_at_the_largest_batch_of_all_profiles(
@@ -213,7 +213,7 @@ def test_the_two_are_timed_at_the_largest_batch_of_all_profiles(
         seen: list[int] = []
         plain = session.run
         monkeypatch.setattr(session, "run", lambda feed: [seen.append(feed["input"].shape[0]), plain(feed)][1])
-        check_faster(session, session, "net")  # type: ignore[arg-type]
+        check_faster(session, session, "net", "INT8")  # type: ignore[arg-type]
         assert set(seen) == {16}
         monkeypatch.setattr(session, "profiles", ())
         assert largest_batch(session) == session.dims()  # type: ignore[arg-type]

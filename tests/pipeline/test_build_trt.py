@@ -200,3 +200,11 @@ def test_a_graph_that_no_engine_can_be_is_refused_at_once(graph: str, message: s
         deploy.build_trt(tmp_path / "net.onnx", tmp_path / "out", flavour="tensorrt-rtx")
     with pytest.raises(UsageError, match=message):
         deploy.preflight(tmp_path / "net.onnx", flavour="tensorrt-rtx")
+
+
+@pytest.mark.parametrize("wanted", ["int8", "fp8"])
+def test_what_is_in_half_precision_is_not_quantized(wanted: str, lenet5: Artifact, tmp_path: Path) -> None:
+    half = deploy.convert(lenet5, tmp_path / "half", precision="fp16")
+    feed = {"input": np.zeros((1, 1, 28, 28), np.float32)}
+    with pytest.raises(UsageError, match=f"half is fp16 already, and `{wanted}` takes an FP32 artifact"):
+        deploy.build_trt(half, tmp_path / "engine", calib=[feed], **{wanted: True})

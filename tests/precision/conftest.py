@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from deploy.artifact.manifest import Exclusion
+from deploy.precision.codes import INT8
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.options import OPSET, HalfPrecision
@@ -19,7 +20,7 @@ from deploy.precision.int8 import placement
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.placement import Placement, Selection
-from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.passes import PrecisionPass
 from deploy.precision.prepare import Prepare
 
@@ -69,7 +70,7 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 
 
 def to_int8(model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float], **options: Any) -> onnx.ModelProto:
-    return apply(ToInt8(placement, scales, **options), model)
+    return apply(ToCodes(placement, scales, INT8, **options), model)
 
 
 def place(model: onnx.ModelProto, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:

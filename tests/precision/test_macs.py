@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 import deploy
-from deploy.precision.macs import count_macs
+from deploy.precision.macs import count_in_branches, count_macs
 
 
 def parsed(text: str) -> ir.Model:
@@ -82,3 +82,16 @@ def test_shapes_are_known_behind_an_operator_that_onnx_does_not_infer() -> None:
     model = parsed(graph + " a = GroupNormalization<num_groups = 2>(x, s, b) [op] y = MatMul(a, w) }")
     model.opset_imports[""] = 21
     assert count_macs(model, {"x": (2, 4, 8)}) == {"op": 2 * 4 * 8 * 5}
+
+
+def test_branches_of_if_are_counted_by_themselves_and_bodies_of_loops_are_not() -> None:
+    model = parsed(
+        """g (float[N, 8] x, float[8, 8] w, bool c, int64 n) => (float[N, 8] z) {
+            y = If(c) <then_branch = g1 () => (float[N, 8] p) { [then] p = MatMul(x, w) },
+                       else_branch = g2 () => (float[N, 8] t) {
+                [yes] one = Constant<value = bool {1}>()
+                [loop] t = Loop(n, one, x) <body = g3 (int64 i, bool a, float[N, 8] h) => (bool b, float[N, 8] o)
+                                            { [go] b = Identity(a) [body] o = MatMul(h, w) }> }>
+            [out] z = MatMul(y, w) }"""
+    )
+    assert count_in_branches(model, {"x": (3, 8)}) == {"then": 3 * 64}

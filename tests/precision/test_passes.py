@@ -6,12 +6,13 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from deploy.precision.codes import INT8
 from deploy.precision.half.emulate import EMULATED, Emulate
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.folding import FOLDED, FoldBatchNorm
 from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.rewrite import CONSTANT_SCALES, ToInt8
+from deploy.precision.int8.rewrite import CONSTANT_SCALES, ToCodes
 from deploy.precision.passes import CONSTANTS, INLINED, NAMED, VALID, Condition, PrecisionPass, opset_from
 from deploy.precision.prepare import Prepare
 
@@ -51,7 +52,9 @@ def stages(parse) -> list[tuple[str, ir.Model, PrecisionPass]]:
     )
     rows.append(("equalize", Prepare()(ir.from_proto(pair)).model, Equalize()))
     placement = place(folded, Selection())
-    rows.append(("int8", folded, ToInt8(placement, dict.fromkeys(placement.edges, 0.1), bias={"Conv_0": np.ones(4, np.float32)})))
+    rows.append(
+        ("int8", folded, ToCodes(placement, dict.fromkeys(placement.edges, 0.1), INT8, bias={"Conv_0": np.ones(4, np.float32)}))
+    )
     half = ToHalf("fp16", half_io=True)(prepared.clone()).model
     rows.append(("emulate", half, Emulate()))
     return rows

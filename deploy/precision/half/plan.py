@@ -131,7 +131,7 @@ def _data_values(graph: ir.Graph) -> set[ir.Value]:
     numbers above 2048. Leaving it in FP32 costs nothing.
     """
     data = set(graph.inputs)
-    weights = (FLOAT, ir.DataType.INT8)  # INT8 weights pass through DequantizeLinear
+    weights = (FLOAT, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)  # quantized weights pass through DequantizeLinear
     data |= {value for value in graph.initializers.values() if value.dtype in weights and _size(value) > 1}
     for node in graph:
         if node.op_type in _SHAPES and node.domain in STANDARD:

@@ -1,6 +1,6 @@
 """The error of every quantized node on its FP32 inputs: its mean by channel, and its noise.
 
-A node is judged alone: `y = f(x)` of the FP32 graph is compared with `f` with INT8 weights on the same `x` in INT8. So one
+A node is judged alone: `y = f(x)` of the FP32 graph is compared with `f` with quantized weights on the same `x`, quantized. So one
 bad layer does not affect the figures of the layers after it, and correcting one layer does not disturb the others.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from deploy.precision.codes import Codes
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.placement import Placement, Weight
-from deploy.precision.int8.rewrite import quantize_weight, read_back
 
 NOISE_ROWS = 4
 """Rows of data that the noise is measured on. A few are enough, because every position of an image is a sample."""
@@ -63,8 +63,10 @@ class Audit:
         scales: Mapping[str, float],
         *,
         joint: Mapping[str, float] | None = None,
+        codes: Codes,
         per_tensor: bool,
     ) -> None:
+        self._codes = codes
         self._scales = scales
         self._joint = dict(scales) | dict(joint or {})
         self._joints = placement.joints
@@ -76,7 +78,7 @@ class Audit:
             name: dataclasses.replace(weight, axis=None) if per_tensor else weight for name, weight in placement.weights.items()
         }
         nodes = {node.name: node for node in model.graph.all_nodes()}
-        self._probes = [_Probe(model, nodes[name], tensors, weights.get(name)) for name, tensors in taken.items()]
+        self._probes = [_Probe(model, nodes[name], tensors, weights.get(name), codes) for name, tensors in taken.items()]
         self._tensors = tuple(dict.fromkeys(tensor for probe in self._probes for tensor in probe.tensors))
         linear = [tensor for probe in self._probes if probe.has_weight for tensor in probe.tensors]
         self._averaged = tuple(dict.fromkeys(linear))
@@ -92,7 +94,7 @@ class Audit:
         shapes = tuple((name, exact[name].shape[1:]) for name in averaged)  # images may have different sizes
         means = self._means.setdefault(shapes, {name: _Mean() for name in averaged})
         for name, mean in means.items():
-            mean.add(exact[name], read_back(exact[name], self._scales[name]))
+            mean.add(exact[name], self._codes.read_back(exact[name], self._scales[name]))
         there = frozenset(exact)
         if self._rows[there] < NOISE_ROWS:
             share = min(1.0, (NOISE_ROWS - self._rows[there]) / rows)  # a tensor may have several rows for one row of the feed
@@ -120,7 +122,7 @@ class Audit:
             mean.add(run(constants | probe.feed(pairs)), rows)
         scales = self._joint if probe.name in self._joints else self._scales
         for exact in runs:
-            pairs = [(exact[name], read_back(exact[name], scales[name])) for name in probe.tensors]
+            pairs = [(exact[name], self._codes.read_back(exact[name], scales[name])) for name in probe.tensors]
             noise.add(run(constants | probe.feed(pairs)))
         return _error(mean.totals, noise.totals)
 
@@ -168,7 +170,8 @@ class _Probe:
     tensors: the activations that the node takes, in the order of its inputs. has_weight: it is linear in them, with a weight.
     """
 
-    def __init__(self, model: ir.Model, node: ir.Node, taken: Mapping[int, str], stored: Weight | None) -> None:
+    def __init__(self, model: ir.Model, node: ir.Node, taken: Mapping[int, str], stored: Weight | None, codes: Codes) -> None:
+        self._codes = codes
         self.name = node.name or ""
         self.tensors = tuple(taken[index] for index in sorted(taken))
         self._opsets = dict(model.opset_imports)
@@ -204,7 +207,7 @@ class _Probe:
         """The weights and the bias, and the weights after quantization and back."""
         arrays = {f"constant{index}": tensor.numpy() for index, tensor in self._known.items()}
         if self._stored is not None:
-            arrays["weight"] = _read_back(arrays["constant1"], self._stored.axis)
+            arrays["weight"] = _read_back(arrays["constant1"], self._stored.axis, self._codes)
         return arrays
 
     def build(self, rank: int) -> ir.Model:
@@ -244,7 +247,7 @@ class _Probe:
         return ir.Model(graph, ir_version=self._ir_version)
 
     def _twin(self, sort: str, inputs: Mapping[str, ir.Value]) -> ir.Node:
-        """A copy of the node that takes the inputs of the probe; the rounded one takes the INT8 weight."""
+        """A copy of the node that takes the inputs of the probe; the rounded one takes the quantized weight."""
         operands = [inputs.get(f"{sort}{index}" if index in self._taken else f"constant{index}") for index in self._places]
         if sort == "rounded" and self._stored is not None:
             operands[1] = inputs["weight"]
@@ -257,11 +260,11 @@ def _value(name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype))
 
 
-def _read_back(weight: np.ndarray, axis: int | None) -> np.ndarray:
-    """A weight after quantization to INT8 and back."""
-    codes, scale = quantize_weight(weight, axis)
+def _read_back(weight: np.ndarray, axis: int | None, codes: Codes) -> np.ndarray:
+    """A weight after quantization and back."""
+    stored, scale = codes.quantize_weight(weight, axis)
     along = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
-    return np.asarray(codes.astype(np.float32) * (scale if axis is None else scale.reshape(along)))
+    return np.asarray(stored.astype(np.float32) * (scale if axis is None else scale.reshape(along)))
 
 
 def _error(mean: Mapping[str, np.ndarray], noise: Mapping[str, np.ndarray]) -> LayerError:

@@ -28,7 +28,7 @@ class CpuRanges:
 class Calibrated:
     """The result of a calibration.
 
-    scales: by activation tensor. joint: see `deploy.precision.int8.rewrite.ToInt8`.
+    scales: by activation tensor. joint: see `deploy.precision.int8.rewrite.ToCodes`.
     channels: what is smoothed, by activation tensor of the graph before it is.
     bias: what to add to the bias of a node, float32 (output channels,), by node name.
     noisy: nodes that lose too much in INT8, with the reason. keep: nodes whose tensors FP16 cannot represent, with the reason.

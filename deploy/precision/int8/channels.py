@@ -1,7 +1,7 @@
 """Which activations are smoothed, and by what: see `deploy.precision.int8.smooth`.
 
 For x with channels of very different ranges, one scale wastes most of its levels on most of them. Every candidate is tried on
-vectors that its ranges were not taken from, with weights in INT8, and the one whose layers lose least is kept, if it is better by
+vectors that its ranges were not taken from, with weights as codes, and the one whose layers lose least is kept, if it is better by
 enough.
 """
 
@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
+from deploy.precision.codes import Codes
 from deploy.precision.cpu import STREAMS
 from deploy.precision.graph import STANDARD
-from deploy.precision.int8.histograms import Activations, scale_of
+from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import PASS_THROUGH, Placement
-from deploy.precision.int8.rewrite import quantize_weight, read_back
 from deploy.precision.int8.smooth import Channels, norm_of, reads_all
 
 ROWS = 64
@@ -46,7 +46,7 @@ _MATRIX = 2
 
 
 def choose_channels(
-    model: ir.Model, placement: Placement, rows: Iterable[Feed], *, per_tensor: bool, corrected: bool
+    model: ir.Model, placement: Placement, rows: Iterable[Feed], codes: Codes, *, per_tensor: bool, corrected: bool
 ) -> dict[str, Channels]:
     """What is worth smoothing, by tensor of `placement.edges`.
 
@@ -72,7 +72,7 @@ def choose_channels(
         if len(seen[name].judging) < _FEWEST:
             return None
         places = norm_of(value) if reads_all(value, layers) else []
-        trial = _Trial(layers, seen[name], per_tensor=per_tensor, corrected=corrected)
+        trial = _Trial(layers, seen[name], codes, per_tensor=per_tensor, corrected=corrected)
         return trial.best(GAIN_FREE if places else GAIN, shifts=len(places) != 1)  # one place: the norm has a scale alone
 
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="channels") as pool:
@@ -136,7 +136,8 @@ class _Seen:
 class _Trial:
     """The layers that read one tensor, and what they lose to each candidate."""
 
-    def __init__(self, layers: Sequence[ir.Node], seen: _Seen, *, per_tensor: bool, corrected: bool) -> None:
+    def __init__(self, layers: Sequence[ir.Node], seen: _Seen, codes: Codes, *, per_tensor: bool, corrected: bool) -> None:
+        self._codes = codes
         self._per_tensor = per_tensor
         self._corrected = corrected
         self._low, self._high = seen.low, seen.high
@@ -178,11 +179,11 @@ class _Trial:
         """
         exact = self._vectors - channels.shift
         amax = float((np.maximum(self._high - channels.shift, channels.shift - self._low) / channels.scale).max())
-        rounded = read_back(exact / channels.scale, scale_of(amax))
+        rounded = self._codes.read_back(exact / channels.scale, self._codes.scale_of(amax))
         total = 0.0
         for matrix, wanted, energy in zip(self._matrices, self._wanted, self._energies, strict=True):
-            codes, scale = quantize_weight(matrix * channels.scale[:, None], None if self._per_tensor else 1)
-            off = rounded @ (codes * scale) - (wanted - channels.shift @ matrix)
+            codes, scale = self._codes.quantize_weight(matrix * channels.scale[:, None], None if self._per_tensor else 1)
+            off = rounded @ (codes.astype(np.float32) * scale) - (wanted - channels.shift @ matrix)
             if self._corrected:
                 off -= off.mean(axis=0)
             total += float((np.square(off, dtype=np.float64).sum(axis=1) / (energy + np.median(energy))).mean())

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
+from deploy.precision.codes import INT8, Codes
 from deploy.precision.cpu import STREAMS, CpuGraph
-from deploy.precision.int8.histograms import scale_of
+from deploy.precision.int8.options import STEPPED
 from deploy.precision.int8.placement import QUANTIZED, Placement
-from deploy.precision.int8.rewrite import read_back
 
 CANDIDATES: tuple[tuple[Method, float], ...] = (
     ("percentile", 99.99),
@@ -36,7 +36,7 @@ _OUTPUT = "energy"
 
 
 def best_ranges(
-    model: ir.Model, placement: Placement, histograms: Mapping[str, Histogram], samples: Sequence[Feed]
+    model: ir.Model, placement: Placement, histograms: Mapping[str, Histogram], samples: Sequence[Feed], codes: Codes
 ) -> dict[str, float]:
     """The largest magnitude to hold, by tensor of `placement.edges`; 0 where all values are 0.
 
@@ -51,21 +51,23 @@ def best_ranges(
 
     def choose(item: tuple[str, tuple[tuple[str, int], ...]]) -> float:
         tensor, uses = item
-        candidates = _distinct(histograms[tensor])
+        candidates = _distinct(histograms[tensor], codes)
         if len(candidates) == 1 or not any(tensor in sample for sample in samples):
             return max(candidates)
         errors = np.zeros(len(candidates))
         for name, index in uses:
-            errors += _errors(model, nodes[name], operands[name], index, candidates, samples)
+            errors += _errors(model, nodes[name], operands[name], index, candidates, samples, codes)
         return candidates[int(np.argmin(errors))]
 
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="ranges") as pool:
         return dict(zip(placement.edges, pool.map(choose, placement.edges.items()), strict=True))
 
 
-def _distinct(histogram: Histogram) -> list[float]:
+def _distinct(histogram: Histogram, codes: Codes) -> list[float]:
     found: list[float] = []
     for method, percentile in CANDIDATES:
+        if codes is not INT8 and method in STEPPED:
+            continue
         amax = threshold(histogram, method, percentile=percentile)
         if all(amax > other * _ALIKE or other > amax * _ALIKE for other in found):
             found.append(amax)
@@ -79,6 +81,7 @@ def _errors(
     index: int,
     candidates: Sequence[float],
     samples: Sequence[Feed],
+    codes: Codes,
 ) -> np.ndarray:
     """The energy of the error at the output of `node`, relative to that of the output, for each candidate of input `index`."""
     layer = _Layer(model, node, operands, index) if node.op_type in QUANTIZED else None
@@ -89,7 +92,7 @@ def _errors(
         exact = sample[operands[index]]
         signal += layer.energy(exact, sample) if layer else float(np.square(exact, dtype=np.float64).sum())
         for place, amax in enumerate(candidates):
-            off = exact - read_back(exact, scale_of(amax))
+            off = exact - codes.read_back(exact, codes.scale_of(amax))
             errors[place] += layer.energy(off, sample) if layer else float(np.square(off, dtype=np.float64).sum())
     return errors / signal if signal else errors
 

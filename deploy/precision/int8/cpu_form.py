@@ -15,11 +15,12 @@ from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import threshold
 from deploy.errors import ParityError
+from deploy.precision.codes import INT8
 from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.cpu_placement import MeansToPools, widened
-from deploy.precision.int8.histograms import Activations, scale_of
+from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import Placement
-from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.stored import Stored
 from deploy.precision.int8.unsigned import ToUnsigned, parameters_of, restore_biases
 
@@ -46,7 +47,7 @@ def cpu_ranges(
     further = {
         name: histogram for name, histogram in further.items() if histogram.total
     }  # others are in a branch that did not run
-    found = {name: scale_of(threshold(each, "mse")) for name, each in further.items()}
+    found = {name: INT8.scale_of(threshold(each, "mse")) for name, each in further.items()}
     lows = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in {**histograms, **further}.items()}
     groups = ([name for name in group if name in lows] for group in wide.groups)
     for group in filter(None, groups):  # numbers that only move between them
@@ -95,8 +96,8 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
     scales = {**known.cpu.scales, **known.scales}
     wide = replace(wide, edges={name: uses for name, uses in wide.edges.items() if name in scales})
     bias = {name: correction for name, correction in known.bias.items() if name in wide.nodes}
-    stored = Stored.of(model, wide, scales, known.joint, bias)
-    ToInt8(wide, scales, joint=known.joint, bias=bias, per_tensor=per_tensor)(model)
+    stored = Stored.of(model, wide, scales, known.joint, bias, INT8)
+    ToCodes(wide, scales, INT8, joint=known.joint, bias=bias, per_tensor=per_tensor)(model)
     to_unsigned = ToUnsigned(known.cpu.lows)
     to_unsigned(model)
     return CpuForm(model, stored, to_unsigned.chosen)

@@ -12,19 +12,31 @@ _BIAS = 2
 
 
 def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """The node and the input that hold the constant bias of a layer; behind a MatMul, an Add of a vector."""
-    if node.op_type != "MatMul":
-        bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
-        return (node, _BIAS) if bias is not None and bias.const_value is not None else None
-    uses = node.outputs[0].uses()
-    if len(uses) != 1 or node.outputs[0].is_graph_output():
+    """The node and the input that hold the constant bias of a layer, or the constant part of a computed one.
+
+    Behind a MatMul, that is an Add of a vector; a computed bias has one before the layer.
+    """
+    if node.op_type == "MatMul":
+        return _added_vector(node.outputs[0], behind=True)
+    bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
+    if bias is None or bias.const_value is not None:
+        return (node, _BIAS) if bias is not None else None
+    return _added_vector(bias, behind=False)
+
+
+def _added_vector(value: ir.Value, *, behind: bool) -> tuple[ir.Node, int] | None:
+    """The Add that makes `value`, or that alone reads it, and the input where it takes a constant vector."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
         return None
-    add, index = next(iter(uses))
-    bias = add.inputs[1 - index] if add.op_type == "Add" else None
-    if bias is None or bias.const_value is None or not bias.is_initializer():
+    add = next(iter(uses))[0] if behind else value.producer()
+    if add is None or add.op_type != "Add":
         return None
-    shape = bias.const_value.shape.numpy()
-    return (add, 1 - index) if len(shape) > 0 and int(np.prod(shape[:-1])) == 1 else None
+    for index, operand in enumerate(add.inputs):
+        if operand is not None and operand.is_initializer() and operand.const_value is not None:
+            shape = operand.const_value.shape.numpy()
+            return (add, index) if len(shape) > 0 and int(np.prod(shape[:-1])) == 1 else None
+    return None
 
 
 def graph_of(node: ir.Node) -> ir.Graph:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
-import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
@@ -13,7 +12,6 @@ from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.branches import branched_nodes, with_outputs
-from deploy.precision.int8.rewrite import LARGEST
 from deploy.precision.ranges import activation_ranges
 
 
@@ -78,15 +76,6 @@ def collect(
         while running:
             running.popleft().result()
     return {name: histogram for name, (histogram, _) in histograms.items()}
-
-
-def scale_of(amax: float) -> float:
-    """The scale, a float32 number, at which `amax` is the largest number that INT8 represents: amax / 127, TensorRT's rule.
-
-    1 for a tensor that was always 0: any scale represents it.
-    """
-    scale = float(np.float32(amax / LARGEST))
-    return max(scale, float(np.finfo(np.float32).tiny)) if amax > 0 else 1.0
 
 
 def _not_finite(model: ir.Model, tensor: str, feed: Feed, error: NonFiniteError) -> str:

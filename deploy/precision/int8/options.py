@@ -16,9 +16,15 @@ AUTO = "auto"
 """The method that compares the others at the output of the layers: see `deploy.precision.int8.choose`."""
 
 METHOD = "percentile"
-"""The default method: it loses least on the benchmarks (docs/int8.md)."""
+"""The default method for INT8: it loses least on the benchmarks (docs/int8.md)."""
+
+FP8_METHOD = "max"
+"""That for FP8, whose steps are as fine beside the largest number as elsewhere: what is cut off is lost for nothing (docs/int8.md)."""
 
 _METHODS = (AUTO, *METHODS)
+
+STEPPED = ("mse", "entropy")
+"""The methods that count the equal steps of INT8; those of FP8 are not."""
 
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
@@ -28,17 +34,25 @@ OPSET = 19
 class QuantizeOptions:
     """How to quantize.
 
-    method: how the largest magnitude that INT8 is to hold is chosen for an activation: see `calibration.thresholds`, and `AUTO`.
+    fp8: E4M3 in place of INT8; see `deploy.precision.codes`.
+    method: how the largest magnitude that the codes are to hold is chosen for an activation: see `calibration.thresholds`, and `AUTO`;
+        None for `METHOD` or `FP8_METHOD`.
     percentile: per cent of the magnitudes that the method `percentile` keeps.
     per_tensor: one scale for a weight, not one for each of its output channels.
     exclude: names of nodes or modules, operators (`Gemm`) or patterns (`layer4*`).
     include: as exclude: layers to quantize that `deploy.precision.int8.rules` would leave in floating point.
     keep_below: a node whose output has less signal to quantization noise than this many dB, by itself, stays in floating point.
-    min_int8: per cent of the multiply-accumulates of layers with weights that must be INT8, without those that `exclude` names.
+    min_share: per cent of the multiply-accumulates of layers with weights that must be quantized, without those that `exclude` names.
     fp16: the scales are FP16 too, so that no Cast stands between layers.
     """
 
-    method: str = option(METHOD, f"Scales by {', '.join(_METHODS[:-1])} or {_METHODS[-1]}.", metavar="M")
+    fp8: bool = option(False, "FP8 (E4M3) in place of INT8: Gemm and MatMul alone, for GPUs from compute capability 8.9 on.")
+    method: str | None = option(
+        None,
+        f"Scales by {', '.join(_METHODS[:-1])} or {_METHODS[-1]}.",
+        metavar="M",
+        default=f"{METHOD}, and {FP8_METHOD} with --fp8",
+    )
     percentile: float = 99.99
     batch_size: int = option(2, "Images of one run; does not change the scales.", metavar="B")
     per_tensor: bool = option(False, "One scale for a weight, not one for each output channel.")
@@ -46,42 +60,56 @@ class QuantizeOptions:
         (), "Leave in floating point: a node, an operator or a pattern. May be repeated.", metavar="NODE"
     )
     include: tuple[str, ...] = option(
-        (), "Quantize although INT8 is not for it: products of attention. May be repeated.", metavar="NODE"
+        (), "Quantize what a rule leaves in floating point, such as products of attention. May be repeated.", metavar="NODE"
     )
     float_first: bool = option(False, "Leave the first layer in floating point.")
     float_last: bool = option(False, "Leave the last layer in floating point.")
     keep_below: float = option(10.0, "Leave layers in floating point whose signal to noise is below it, in dB.", metavar="DB")
-    min_int8: float = option(
-        90.0, "Multiply-accumulates of layers with weights that must be INT8, without what --exclude names.", metavar="PERCENT"
+    min_share: float = option(
+        90.0,
+        "Multiply-accumulates of layers with weights that must be quantized, without what --exclude names.",
+        metavar="PERCENT",
     )
     bias_correction: bool = option(True, "Keep the mean error of each layer, which is otherwise taken away with its bias.")
     equalize: bool | None = option(
         None, "Equalize ranges across layers first.", default="with --per-tensor, and where there are depthwise layers"
     )
-    fp16: bool = option(False, "FP16 for what is not INT8, and for the scales.")
+    fp16: bool = option(False, "FP16 for what is not quantized, and for the scales.")
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
+        if self.method is not None and self.method not in _METHODS:
             raise UsageError(f"unknown method {self.method!r}; expected one of {', '.join(_METHODS)}")
+        if self.fp8 and self.method in STEPPED:
+            raise UsageError(f"`method` {self.method} counts the steps of INT8: with `fp8`, take percentile, max or {AUTO}")
         if not 50 <= self.percentile <= 100:
             raise UsageError(f"`percentile` must be 50 to 100, not {self.percentile:g}")
-        if not 0 <= self.min_int8 <= 100:
-            raise UsageError(f"`min_int8` must be 0 to 100 per cent, not {self.min_int8:g}")
+        if not 0 <= self.min_share <= 100:
+            raise UsageError(f"`min_share` must be 0 to 100 per cent, not {self.min_share:g}")
         if math.isnan(self.keep_below):
             raise UsageError("`keep_below` must be a number of dB")
         if self.batch_size < 1:
             raise UsageError(f"`batch_size` must be 1 or more, not {self.batch_size}")
 
     @property
+    def chosen_method(self) -> str:
+        """The method, by default that of the codes."""
+        return self.method or (FP8_METHOD if self.fp8 else METHOD)
+
+    @property
+    def precision(self) -> Literal["int8", "fp8"]:
+        """What is quantized to."""
+        return "fp8" if self.fp8 else "int8"
+
+    @property
     def floats(self) -> Literal["fp16", "fp32"]:
-        """The precision of what is not INT8."""
+        """The precision of what is not quantized."""
         return "fp16" if self.fp16 else "fp32"
 
 
 def quantize_settings(options: QuantizeOptions) -> dict[str, Any]:
     """The options that the result depends on, as JSON-like values."""
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in ("batch_size", "fp16")}
-    return settings | {"floats": options.floats}
+    return settings | {"floats": options.floats, "method": options.chosen_method}
 
 
 def quantize_request(artifact: Artifact, data: CalibrationSet, options: QuantizeOptions) -> dict[str, Any] | None:

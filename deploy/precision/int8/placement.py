@@ -1,4 +1,4 @@
-"""Where the Q/DQ pairs of an INT8 graph go: only where TensorRT fuses them.
+"""Where the Q/DQ pairs of a quantized graph go: only where TensorRT fuses them.
 
 The rules are those of TensorRT's "Q/DQ Layer-Placement Recommendations": pairs stand before the inputs of weighted
 layers, never between such a layer and its activation, and before the skip input of a residual sum, which TensorRT
@@ -14,14 +14,13 @@ import onnx_ir as ir
 
 from deploy.artifact.manifest import Exclusion
 from deploy.errors import PrecisionError
+from deploy.precision.codes import CodesName
 from deploy.precision.graph import STANDARD
 from deploy.precision.half.plan import is_float
 from deploy.precision.int8.branches import branched_nodes, reads
-from deploy.precision.int8.rules import rule_for
+from deploy.precision.int8.residual import residual_skips
+from deploy.precision.int8.rules import WEIGHTED, rule_for
 from deploy.words import did_you_mean
-
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators that multiply and accumulate."""
 
 QUANTIZED = (*WEIGHTED, "AveragePool", "GlobalAveragePool")
 """Operators whose inputs are quantized."""
@@ -42,7 +41,7 @@ class NothingToQuantizeError(PrecisionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which nodes to leave in floating point.
+    """Which nodes to leave in floating point, and what the others are quantized to.
 
     exclude: names of nodes (`layer4.0.conv1/Conv`) or of their modules (`layer4.0.conv1`), operators (`MatMul`: all of
         them), or patterns of names (`layer4*`).
@@ -55,11 +54,12 @@ class Selection:
     include: tuple[str, ...] = ()
     float_first: bool = False
     float_last: bool = False
+    codes: CodesName = "int8"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A weight that becomes INT8: its initializer, and the axis with one scale for each index, or None for a single scale."""
+    """A weight that is quantized: its initializer, and the axis with one scale for each index, or None for a single scale."""
 
     initializer: str
     axis: int | None
@@ -73,9 +73,10 @@ class Placement:
     edges: by activation tensor, the inputs (node, index) that read it through its pair, in the order of the graph.
     groups: tensors of `edges` that share one scale where their ranges are alike. No tensor is in two groups.
     joints: every Concat that joins codes, and its output; its branches share the scale of that.
-    weights: the INT8 weight by node; a MatMul of two activations has none.
+    weights: the quantized weight by node; a MatMul of two activations has none.
     excluded: layers with an operator in QUANTIZED that are not quantized, with the reason.
     left: names of all nodes that were to stay in floating point, whatever their operator.
+    included: names of all nodes that no rule may leave in floating point.
     """
 
     nodes: tuple[str, ...]
@@ -85,6 +86,7 @@ class Placement:
     weights: dict[str, Weight]
     excluded: tuple[Exclusion, ...]
     left: frozenset[str]
+    included: frozenset[str] = frozenset()
 
 
 def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | None = None) -> Placement:
@@ -110,7 +112,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
                 layers[node] = layer
     included = {node for entry in selection.include for node in _matched(graph, entry, "inclusion")}
     for node in [node for node in layers if node not in included]:
-        if (rule := rule_for(node)) is not None:
+        if (rule := rule_for(node, selection.codes)) is not None:
             left[node] = rule.reason
             del layers[node]
     asked = _asked(graph, layers, selection, stay or {})
@@ -121,14 +123,16 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
     if not nodes:
         reasons = sorted({f"{node.op_type} {node.name!r}: {reason}" for node, reason in left.items() if _is(node, WEIGHTED)})
         raise NothingToQuantizeError(
-            f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for INT8" + (f" ({reasons[0]})" if reasons else "")
+            f"nothing to quantize: the graph has no {', '.join(WEIGHTED)} for {selection.codes.upper()}"
+            + (f" ({reasons[0]})" if reasons else "")
         )
-    edges = _Edges(graph, activations, asked)
+    edges = _Edges(graph, activations, asked, joins=selection.codes == "int8")
     for node, quantized in layers.items():
         for index in quantized.inputs:
             edges.add(node, index)
-    for node, index in _skips(graph, layers.keys(), asked):
-        edges.add(node, index)
+    if selection.codes == "int8":  # FP8 is for products alone
+        for node, index in residual_skips(graph, layers.keys(), asked):
+            edges.add(node, index)
     edges.add_branches()
     return Placement(
         nodes=nodes,
@@ -140,6 +144,7 @@ def place(model: ir.Model, selection: Selection, *, stay: Mapping[str, str] | No
             Exclusion(node=_name(node), reason=left[node]) for node in graph.all_nodes() if node in left and _is(node, QUANTIZED)
         ),
         left=frozenset(map(_name, left)),
+        included=frozenset(map(_name, included)),
     )
 
 
@@ -190,9 +195,13 @@ def _channel_axis(node: ir.Node, rank: int) -> int | None:
 
 
 class _Edges:
-    """Collects the inputs of nodes that get Q/DQ pairs, and determines which pairs share a scale."""
+    """Collects the inputs of nodes that get Q/DQ pairs, and determines which pairs share a scale.
 
-    def __init__(self, graph: ir.Graph, activations: Collection[ir.Value], asked: Collection[ir.Node]) -> None:
+    joins: a Concat may join codes; of FP8, ONNX has no Concat.
+    """
+
+    def __init__(self, graph: ir.Graph, activations: Collection[ir.Value], asked: Collection[ir.Node], *, joins: bool) -> None:
+        self._joins = joins
         self._activations = activations
         self._asked = asked
         values = [*graph.inputs, *(value for node in branched_nodes(graph) for value in node.outputs)]
@@ -260,7 +269,12 @@ class _Edges:
 
     def _shares(self, node: ir.Node) -> bool:
         """Whether all branches of a Concat are FP32 data, so that they can share a scale."""
-        return _is(node, ("Concat",)) and node not in self._asked and all(value in self._activations for value in node.inputs)
+        return (
+            self._joins
+            and _is(node, ("Concat",))
+            and node not in self._asked
+            and all(value in self._activations for value in node.inputs)
+        )
 
 
 def _passed_from(value: ir.Value) -> ir.Value | None:
@@ -271,47 +285,6 @@ def _passed_from(value: ir.Value) -> ir.Value | None:
     if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
         return None
     return node.inputs[0]
-
-
-def _skips(graph: ir.Graph, layers: Collection[ir.Node], asked: Collection[ir.Node]) -> Iterable[tuple[ir.Node, int]]:
-    """Every residual Add with the index of its skip input; the other input comes directly from a quantized layer.
-
-    If both inputs do, the skip input is the one computed earlier: TensorRT computes the sum inside the later layer. Sums behind
-    Gemm and MatMul are left alone: the residual stream of a transformer has channels of a hundred times the others, and NVIDIA's
-    quantizer has the rule for backbones of convolutions alone.
-    """
-    order = {node: place for place, node in enumerate(branched_nodes(graph))}
-    for node in order:
-        if not _is(node, ("Add",)) or node in asked or node.inputs[0] is node.inputs[1]:
-            continue
-        made = [_layer_before(value) for value in node.inputs]
-        found = [index for index, layer in enumerate(made) if layer in layers and _is(layer, ("Conv", "ConvTranspose"))]  # type: ignore[arg-type]
-        if not found or any(value is None or value.is_initializer() for value in node.inputs) or not _same_shape(*node.inputs):
-            continue
-        main = max(found, key=lambda index: order[made[index]])  # type: ignore[index]
-        yield node, 1 - main
-
-
-def _layer_before(value: ir.Value | None) -> ir.Node | None:
-    """The Conv, ConvTranspose, Gemm or MatMul that directly makes `value`, which must be used once; an added bias is skipped."""
-    while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
-        node = value.producer()
-        if node is None or _is(node, WEIGHTED):
-            return node
-        constants = [index for index, operand in enumerate(node.inputs) if operand is not None and operand.is_initializer()]
-        if not _is(node, ("Add",)) or len(constants) != 1:
-            return None
-        value = node.inputs[1 - constants[0]]
-    return None
-
-
-def _same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
-    """Whether the known parts of the shapes allow that neither is broadcast to the other."""
-    if first is None or second is None or first.shape is None or second.shape is None:
-        return True
-    if len(first.shape) != len(second.shape):
-        return False
-    return all(a == b or (not (isinstance(a, int) and isinstance(b, int)) and 1 not in (a, b)) for a, b in zip(first.shape, second.shape, strict=True))  # fmt: skip
 
 
 def _asked(

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,20 +14,22 @@ import onnx_ir as ir
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
-from deploy.artifact.tensors import Feed, row_count
+from deploy.artifact.onnxshapes import with_sizes
+from deploy.artifact.tensors import Feed, Profile, row_count
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
 from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
 from deploy.errors import PrecisionError, UsageError
 from deploy.precision.checked import check_prepared
+from deploy.precision.codes import CODES, CodesName
 from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8 import cache
 from deploy.precision.int8.audit import Audit, LayerError
 from deploy.precision.int8.branches import ShareScope
-from deploy.precision.int8.cache import Calibrated
+from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.channels import ROWS, choose_channels
 from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.cpu_form import CpuForm, cpu_form, cpu_ranges
@@ -36,10 +39,11 @@ from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize_request
 from deploy.precision.int8.placement import NothingToQuantizeError, Placement, Selection, place
-from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.rows import Rows, first_rows
+from deploy.precision.int8.rules import engine_rule_for
 from deploy.precision.int8.scales import scales_of
-from deploy.precision.int8.share import asked_of, int8_share
+from deploy.precision.int8.share import asked_of, quantized_share
 from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
@@ -50,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 PARITY_ROWS = 4
 _NAMED = 3
+_UNRUN = "no calibration data runs the branch of If that it is in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +81,18 @@ class Quantized:
 
 
 def quantize_onnx(
-    artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent, *, cpu: bool = False
+    artifact: Artifact,
+    data: CalibrationSet,
+    options: QuantizeOptions,
+    progress: Progress = silent,
+    *,
+    cpu: bool = False,
+    engine: Profile | None = None,
 ) -> Quantized:
     """Quantize the FP32 graph of `artifact` in memory; scales and corrections come from the cache if it has them.
 
-    cpu: make the form for ONNX Runtime on the CPU too.
+    cpu: make the form for ONNX Runtime on the CPU too; of INT8 alone. engine: the first profile of the engine that the graph is
+    for; layers that TensorRT has no fast kernels for stay in floating point then.
 
     Raises PrecisionError for a graph that cannot be quantized, that makes numbers that are not finite, or that would compute
     something else after the preparation; DataError, and BackendError (ONNX Runtime is not installed).
@@ -99,19 +111,24 @@ def quantize_onnx(
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
     selection = Selection(
-        exclude=options.exclude, include=options.include, float_first=options.float_first, float_last=options.float_last
+        exclude=options.exclude,
+        include=options.include,
+        float_first=options.float_first,
+        float_last=options.float_last,
+        codes=options.precision,
     )
     _check_layers(model, selection, options)
+    finish = partial(_quantized, model, selection, options=options, cpu=cpu, engine=engine)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
         Smooth(place(model, selection), known.channels)(model)
-        return _quantized(model, selection, known, options, first_feeds(data, options.batch_size, PARITY_ROWS), [], cpu=cpu)
+        return finish(known, first_feeds(data, options.batch_size, PARITY_ROWS), [])
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     expected = check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
-    return _quantized(model, selection, known, options, [feed for feed, _ in references], expected, cpu=cpu)
+    return finish(known, [feed for feed, _ in references], expected)
 
 
 def hint(calibration: Calibration | None) -> str:
@@ -129,7 +146,8 @@ def _equalizes(model: ir.Model, options: QuantizeOptions) -> bool:
     if options.equalize is not None:
         return options.equalize
     depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
-    return options.per_tensor or depthwise
+    wanted = options.per_tensor or depthwise
+    return wanted and not options.fp8  # whose steps are as fine, relative to a number, for small ones as for large ones
 
 
 def _calibrate(
@@ -142,6 +160,7 @@ def _calibrate(
     equalized: bool,
 ) -> tuple[Calibrated, list[tuple[Feed, Feed]]]:
     """The calibration, and feeds of PARITY_ROWS rows in total with the outputs of the FP32 graph for them."""
+    codes = CODES[options.precision]
     rows = Rows(data, options.batch_size, progress)
     channels = _smoothed(model, selection, rows, options, progress)
     every = place(model, selection)
@@ -153,14 +172,14 @@ def _calibrate(
     placement = _placed(model, selection, {}, histograms)
     if left := len(every.nodes) - len(placement.nodes):
         logger.warning("%d layers stay in floating point: no calibration data runs the branch of If that they are in", left)
-    if options.method == AUTO:
+    if options.chosen_method == AUTO:
         progress("comparing ranges at the layers that read them")
-        amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()])
+        amax = best_ranges(model, placement, histograms, [activations(feed)[0] for feed in rows.sample()], codes)
     else:
         amax = _thresholds(histograms, options)
-    scales = scales_of(placement, amax)
+    scales = scales_of(placement, amax, codes)
     progress("measuring each layer")
-    audit = Audit(model, placement, scales.own, joint=scales.joint, per_tensor=options.per_tensor)
+    audit = Audit(model, placement, scales.own, joint=scales.joint, codes=codes, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
     for feed, run in rows.kept:
         tensors, outputs = run or activations(feed)
@@ -179,14 +198,14 @@ def _calibrate(
         channels=channels,
         bias=_biases(errors, options),
         noisy=noisy,
-        cpu=cpu_ranges(model, _placed(model, selection, noisy, scales.own), histograms, scales.own, feeds),
+        cpu=_cpu_ranges(model, selection, noisy, histograms, scales.own, feeds),
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
             kind=data.kind,
             rows=rows.count,
             skipped=list(data.skipped),
-            method=options.method,
+            method=options.chosen_method,
             per_tensor=options.per_tensor,
             bias_correction=options.bias_correction,
             equalized=equalized,
@@ -199,7 +218,7 @@ def _calibrate(
 
 
 def _thresholds(histograms: Mapping[str, Histogram], options: QuantizeOptions) -> dict[str, float]:
-    method: Method = options.method  # type: ignore[assignment]  # checked by QuantizeOptions, and not `auto`
+    method: Method = options.chosen_method  # type: ignore[assignment]  # checked by QuantizeOptions, and not `auto`
     return {name: threshold(each, method, percentile=options.percentile) for name, each in histograms.items()}
 
 
@@ -215,7 +234,9 @@ def _check_layers(model: ir.Model, selection: Selection, options: QuantizeOption
         place(model, selection)
     except NothingToQuantizeError as error:
         if options.fp16:
-            raise PrecisionError(f"{error}; for FP16 alone, leave INT8 out: `deploy convert --fp16`") from error
+            raise PrecisionError(
+                f"{error}; for FP16 alone, leave {options.precision.upper()} out: `deploy convert --fp16`"
+            ) from error
         raise
 
 
@@ -226,7 +247,12 @@ def _smoothed(
     progress("evening out channels")
     placement = place(model, selection)
     channels = choose_channels(
-        model, placement, rows.head(ROWS), per_tensor=options.per_tensor, corrected=options.bias_correction
+        model,
+        placement,
+        rows.head(ROWS),
+        CODES[options.precision],
+        per_tensor=options.per_tensor,
+        corrected=options.bias_correction,
     )
     Smooth(placement, channels)(model)
     return channels
@@ -258,45 +284,86 @@ def _placed(model: ir.Model, selection: Selection, stay: Mapping[str, str], meas
 
 def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str]:
     """The nodes that read a tensor which is not among the measured ones, with the reason."""
-    reason = "no calibration data runs the branch of If that it is in"
-    return {node: reason for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
+    return {node: _UNRUN for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
 
 def _quantized(
     model: ir.Model,
     selection: Selection,
     known: Calibrated,
-    options: QuantizeOptions,
     feeds: list[Feed],
     expected: list[Feed],
     *,
+    options: QuantizeOptions,
     cpu: bool,
+    engine: Profile | None,
 ) -> Quantized:
-    """Convert the prepared `model` to INT8 in place, and to FP16 where that is asked for."""
+    """Quantize the prepared `model` in place, and convert it to FP16 where that is asked for."""
+    codes = CODES[selection.codes]
     placement = _placed(model, selection, known.noisy, known.scales)
     form = cpu_form(model, placement, known, per_tensor=options.per_tensor) if cpu else None
     half = options.floats == "fp16"
-    if half:
-        small = subnormal_scales(model, placement, known.scales, per_tensor=options.per_tensor)
-        placement = _placed(model, selection, {**small, **known.keep, **known.noisy}, known.scales)
-    share = int8_share(model, placement, feeds[0], asked=asked_of(model, selection), least=options.min_int8 / 100)
-    bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
-    stored = Stored.of(model, placement, known.scales, known.joint, bias)
-    to_int8 = ToInt8(
+    slow = _slow_in_engine(model, placement, selection.codes, engine) if engine is not None else {}
+    small = subnormal_scales(model, placement, known.scales, codes, per_tensor=options.per_tensor) if half else {}
+    if slow or half:
+        placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **known.noisy}, known.scales)
+    smallest = SMALLEST_FP16 if half else 0.0
+    scales = {tensor: max(scale, smallest) for tensor, scale in known.scales.items()}
+    unrun = {each.node for each in placement.excluded if each.reason == _UNRUN}
+    share = quantized_share(
+        model,
         placement,
-        known.scales,
-        joint=known.joint,
-        bias=bias,
-        per_tensor=options.per_tensor,
-        smallest=SMALLEST_FP16 if half else 0.0,
+        feeds[0],
+        codes=selection.codes,
+        asked=asked_of(model, selection) | unrun | slow.keys(),
+        least=options.min_share / 100,
     )
-    to_int8(model)
+    bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
+    stored = Stored.of(model, placement, scales, known.joint, bias, codes)
+    to_codes = ToCodes(placement, scales, codes, joint=known.joint, bias=bias, per_tensor=options.per_tensor, smallest=smallest)
+    to_codes(model)
     exclusions = list(placement.excluded)
     if half:
         to_half = ToHalf("fp16", keep=known.keep)
         to_half(model)
         exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
-    record = msgspec.structs.replace(known.record, int8_share=share)
+    record = msgspec.structs.replace(known.record, share=share)
     return Quantized(
         model=model, cpu=form, exclusions=exclusions, calibration=record, feeds=feeds, expected=expected, stored=stored
     )
+
+
+def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, profile: Profile) -> dict[str, str]:
+    """The layers of `placement` that a rule for engines leaves in floating point, at the optimum of `profile`, with the reason.
+
+    None where that would leave nothing: what was asked for is more than what is fast.
+    """
+    sized = with_sizes(model, {name: shapes.opt for name, shapes in profile.items()})
+    made = (value for node in sized.graph.all_nodes() for value in node.outputs)
+    shapes = {value.name or "": value.shape for value in (*sized.graph.inputs, *made) if value.shape is not None}
+    sizes = {name: shape.numpy() for name, shape in shapes.items() if shape.is_static()}
+    nodes = {node.name or "": node for node in model.graph.all_nodes()}
+    found = {
+        name: rule.reason
+        for name in placement.nodes
+        if name not in placement.included and (rule := engine_rule_for(nodes[name], codes, sizes)) is not None
+    }
+    if found and len(found) == len(placement.nodes):
+        name, reason = next(iter(found.items()))
+        logger.warning("no layer is for %s in an engine (%s: %s); they are quantized all the same", codes.upper(), name, reason)
+        return {}
+    return found
+
+
+def _cpu_ranges(
+    model: ir.Model,
+    selection: Selection,
+    noisy: Mapping[str, str],
+    histograms: Mapping[str, Histogram],
+    scales: Mapping[str, float],
+    feeds: list[Feed],
+) -> CpuRanges:
+    """What the CPU form needs; nothing for FP8, which has none."""
+    if selection.codes == "fp8":
+        return CpuRanges(scales={}, lows={})
+    return cpu_ranges(model, _placed(model, selection, noisy, scales), histograms, scales, feeds)

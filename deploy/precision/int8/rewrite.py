@@ -1,6 +1,6 @@
-"""The pass that makes an FP32 graph INT8: Q/DQ pairs around its layers, and INT8 weights.
+"""The pass that quantizes an FP32 graph: Q/DQ pairs around its layers, and weights stored as codes.
 
-Quantization is symmetric: the zero point is 0, and the codes of weights are -127 to 127.
+Quantization is symmetric: the zero point is 0.
 """
 
 import functools
@@ -11,52 +11,17 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from deploy.errors import PrecisionError
+from deploy.precision.codes import INT8, Codes
 from deploy.precision.int8.edit import GraphEdit, graph_of
 from deploy.precision.int8.options import OPSET
 from deploy.precision.int8.placement import Placement
 from deploy.precision.passes import PREPARED, VALID, Condition, PrecisionPass, opset_from
-
-LARGEST = 127
-"""The largest code. -128 is not used for weights, so that the codes are symmetric, as TensorRT expects."""
-
-_DEAD = 2.0**-14
-"""The scale of a channel of zeros. Any scale would do; this one is a normal number in FP16 too."""
 
 _BIAS_CODES = 2.0**29
 """ONNX Runtime stores a bias in 32 bits, at the product of the scales of input and weight; unsigned activations may have steps of half
 the size, and the sum of products comes on top. Without a lower bound on the
 weight's scale, the bias of a channel with tiny weights does not fit, and the channel is silently lost (seen with ONNX
 Runtime 1.32)."""
-
-
-def quantize_weight(weight: np.ndarray, axis: int | None, floor: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize `weight` (floating point, any shape): int8 codes of the same shape, and float32 scales.
-
-    The scales have shape (C,), where C is the size of `axis`, or () without an axis. A scale is the largest magnitude
-    divided by 127, and at least `floor` (one number, or one for each index of `axis`). Codes are rounded half to even. Raises PrecisionError for
-    weights that are not finite.
-    """
-    array = np.asarray(weight, dtype=np.float32)
-    others = None if axis is None else tuple(other for other in range(array.ndim) if other != axis % array.ndim)
-    amax = np.maximum(array.max(axis=others, initial=0.0), -array.min(axis=others, initial=0.0))
-    if not np.isfinite(amax).all():
-        raise PrecisionError("a weight has NaN or infinity: it cannot be quantized")
-    scale = np.maximum(np.where(amax > 0, amax / np.float32(LARGEST), _DEAD), np.maximum(floor, np.finfo(np.float32).tiny))
-    scale = scale.astype(np.float32)
-    broad = scale if others is None else np.expand_dims(scale, others)
-    codes = array / broad
-    np.rint(codes, out=codes)
-    return np.clip(codes, -LARGEST, LARGEST, out=codes).astype(np.int8), scale
-
-
-def read_back(exact: np.ndarray, scale: float) -> np.ndarray:
-    """An activation (float32, any shape) after quantization to INT8 and back."""
-    step = np.float32(scale)
-    codes: np.ndarray = np.divide(exact, step)
-    np.rint(codes, out=codes)
-    np.clip(codes, -LARGEST - 1, LARGEST, out=codes)
-    codes *= step
-    return codes
 
 
 def _scale_problem(model: ir.Model) -> str:
@@ -75,8 +40,8 @@ def _scale_problem(model: ir.Model) -> str:
 CONSTANT_SCALES = Condition("the scales of all Q/DQ nodes are constant positive numbers", _scale_problem)
 
 
-class ToInt8(PrecisionPass):
-    """Insert the Q/DQ pairs of `placement` into an FP32 graph, and store its weights as INT8.
+class ToCodes(PrecisionPass):
+    """Insert the Q/DQ pairs of `placement` into an FP32 graph, and store its weights as `codes`.
 
     scales: float32 numbers, one for each tensor of `placement.edges`.
     joint: the scales of branches of a Concat that have another one there than for the layers that read them. All branches of a
@@ -101,6 +66,7 @@ class ToInt8(PrecisionPass):
         self,
         placement: Placement,
         scales: Mapping[str, float],
+        codes: Codes,
         *,
         joint: Mapping[str, float] | None = None,
         per_tensor: bool = False,
@@ -118,13 +84,14 @@ class ToInt8(PrecisionPass):
                     assert joint.get(tensor, scales[tensor]) == scales[output], f"{tensor!r} and {output!r} must share a scale"
         self.placement = placement
         self.scales = scales
+        self.codes = codes
         self.joint = joint
         self.per_tensor = per_tensor
         self.bias = bias or {}
         self.smallest = smallest
 
     def call(self, model: ir.Model) -> PassResult:
-        rewrite = _Rewrite(model.graph)
+        rewrite = _Rewrite(model.graph, self.codes)
         for node, correction in self.bias.items():
             rewrite.add_bias(node, np.asarray(correction, dtype=np.float32))
         rewrite.store_weights(self.placement, self.scales, self.per_tensor, self.smallest)
@@ -138,8 +105,9 @@ class _Rewrite(GraphEdit):
     ONNX Runtime refuses some pairs in a branch whose constants are outside (MatMul, seen with 1.32).
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, codes: Codes) -> None:
         super().__init__(graph)
+        self.codes = codes
         self.zeros: dict[tuple[ir.Graph, tuple[int, ...]], ir.Value] = {}
 
     def insert_pairs(self, placement: Placement, scales: Mapping[str, float], joint: Mapping[str, float]) -> None:
@@ -175,7 +143,7 @@ class _Rewrite(GraphEdit):
         producer = value.producer()
         graph = graph_of(producer) if producer is not None else self.graph
         operands = [value, self._scale(graph, tensor, scale), self._zero(graph, ())]
-        quantize = self.node("QuantizeLinear", operands, tensor, self.value(f"{tensor}_quantized", value, ir.DataType.INT8))
+        quantize = self.node("QuantizeLinear", operands, tensor, self.value(f"{tensor}_quantized", value, self.codes.dtype))
         pair = [quantize]
         if dequantize:
             result = self.value(f"{tensor}_dequantized", value, ir.DataType.FLOAT)
@@ -188,14 +156,14 @@ class _Rewrite(GraphEdit):
         codes = node.outputs[0]
         tensor = codes.name or ""
         result = self.take_over(codes, f"{tensor}_quantized")
-        codes.type = ir.TensorType(ir.DataType.INT8)
+        codes.type = ir.TensorType(self.codes.dtype)
         graph = graph_of(node)
         operands = [codes, self._scale(graph, tensor, scale), self._zero(graph, ())]
         graph.insert_after(node, self.node("DequantizeLinear", operands, tensor, result))
         return codes
 
     def store_weights(self, placement: Placement, scales: Mapping[str, float], per_tensor: bool, smallest: float) -> None:
-        """Store weights as INT8 initializers with a DequantizeLinear, one for all nodes of a graph that use one along the same axis."""
+        """Store weights as codes with a DequantizeLinear, one for all nodes of a graph that use one along the same axis."""
         users: dict[tuple[str, int | None, ir.Graph], list[ir.Node]] = {}
         for name, weight in placement.weights.items():
             axis = None if per_tensor else weight.axis
@@ -204,14 +172,15 @@ class _Rewrite(GraphEdit):
         for (initializer, axis, graph), nodes in users.items():
             value = self.graph.initializers[initializer]
             assert value.const_value is not None
-            floors = [_scale_floor(node, axis, scales[inputs[node.name or "", 0]]) for node in nodes]
+            integer = self.codes is INT8  # in FP8, a bias is never turned into codes
+            floors = [_scale_floor(node, axis, scales[inputs[node.name or "", 0]]) for node in nodes if integer]
             floor = functools.reduce(np.maximum, floors, np.asarray(smallest))  # of one number, or of one a channel
             try:
-                codes, scale = quantize_weight(value.const_value.numpy(), axis, floor)
+                codes, scale = self.codes.quantize_weight(value.const_value.numpy(), axis, floor)
             except PrecisionError as error:
                 raise PrecisionError(f"{initializer!r} of {nodes[0].name!r}: {error}") from error
             operands = [
-                self.initializer(f"{initializer}_int8", codes, graph),
+                self.initializer(f"{initializer}_{self.codes.name}", codes, graph),
                 self.initializer(f"{initializer}_scale", scale, graph),
                 self._zero(graph, scale.shape),
             ]
@@ -227,8 +196,8 @@ class _Rewrite(GraphEdit):
 
     def _zero(self, graph: ir.Graph, shape: tuple[int, ...]) -> ir.Value:
         if (graph, shape) not in self.zeros:
-            name = "_".join(["int8_zero_point", *map(str, shape)])
-            self.zeros[graph, shape] = self.initializer(name, np.zeros(shape, dtype=np.int8), graph)
+            name = "_".join([f"{self.codes.name}_zero_point", *map(str, shape)])
+            self.zeros[graph, shape] = self.initializer(name, np.zeros(shape, dtype=self.codes.dtype.numpy()), graph)
         return self.zeros[graph, shape]
 
 

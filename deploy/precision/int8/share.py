@@ -1,31 +1,44 @@
-"""How much of a network is INT8, and that it is enough."""
+"""How much of a network is quantized, and that it is enough."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from deploy.errors import PrecisionError
-from deploy.precision.int8.placement import WEIGHTED, Placement, Selection, place
-from deploy.precision.macs import count_macs
+from deploy.precision.codes import CodesName
+from deploy.precision.int8.placement import Placement, Selection, place
+from deploy.precision.int8.rules import WEIGHTED
+from deploy.precision.macs import count_in_branches, count_macs
 
 _NAMED = 3
 
 
 def asked_of(model: ir.Model, selection: Selection) -> set[str]:
     """The layers that would be quantized if `selection` left nothing in floating point."""
-    return set(place(model, Selection(include=selection.include)).nodes) - set(place(model, selection).nodes)
+    everything = replace(selection, exclude=(), float_first=False, float_last=False)
+    return set(place(model, everything).nodes) - set(place(model, selection).nodes)
 
 
-def int8_share(
-    model: ir.Model, placement: Placement, feed: Mapping[str, np.ndarray], *, asked: Collection[str], least: float
+def quantized_share(
+    model: ir.Model,
+    placement: Placement,
+    feed: Mapping[str, np.ndarray],
+    *,
+    codes: CodesName,
+    asked: Collection[str],
+    least: float,
 ) -> float | None:
-    """The share, 0 to 1, of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul with weights that `placement` has in INT8.
+    """The share, 0 to 1, of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul with weights that `placement` quantizes.
 
-    model: FP32, before it is quantized. feed: one that it runs on; the counts are for its shapes. None where nothing can be
-    counted; layers in subgraphs are not, as how often they run depends on the data. asked: nodes that the user left in floating point. Raises PrecisionError where, of the others, less than `least` is INT8.
+    model: FP32, before it is quantized to `codes`. feed: one that it runs on; the counts are for its shapes. None where nothing can be
+    counted. Layers in the branches of If count once, whichever branch runs; those in loops do not, as how often they run depends on
+    the data. asked: nodes that are not held against it, as the user left them in floating point. Raises PrecisionError where, of
+    the others, less than `least` is quantized.
     """
-    macs = count_macs(model, {name: array.shape for name, array in feed.items()})
+    shapes = {name: array.shape for name, array in feed.items()}
+    macs = count_macs(model, shapes) | count_in_branches(model, shapes)
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         weight = node.inputs[1] if node.op_type in WEIGHTED and len(node.inputs) > 1 else None
@@ -40,7 +53,7 @@ def int8_share(
         left = sorted((name for name in counts if name in reasons and name not in asked), key=counts.__getitem__, reverse=True)
         shown = "; ".join(f"{name}: {reasons[name]}" for name in left[:_NAMED])
         raise PrecisionError(
-            f"INT8 would be {done / wanted:.0%} of the multiply-accumulates of layers with weights; at least {least:.0%} are asked"
-            f" for (`min_int8`). Left in floating point: {shown}{'; ...' if len(left) > _NAMED else ''}"
+            f"{codes.upper()} would be {done / wanted:.0%} of the multiply-accumulates of layers with weights; at least {least:.0%} are asked"
+            f" for (`min_share`). Left in floating point: {shown}{'; ...' if len(left) > _NAMED else ''}"
         )
     return done / sum(counts.values())

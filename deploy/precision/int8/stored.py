@@ -1,6 +1,6 @@
-"""That a written INT8 file holds the weights and scales that were computed, and without its rounding computes what its source does.
+"""That a quantized file holds the weights and scales that were computed, and without its rounding computes what its source does.
 
-A fault in one of many layers may change the outputs less than INT8 itself does, so that comparing these does not show it.
+A fault in one of many layers may change the outputs less than the rounding itself does, so that comparing these does not show it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,14 +13,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.artifact.onnxfile import load_model
 from deploy.errors import ParityError
+from deploy.precision.codes import Codes
 from deploy.precision.int8.edit import bias_place
 from deploy.precision.int8.placement import Placement
 
 _ZERO_POINT = 2
 
 _STEPS = 0.6
-"""How many steps of its scale a weight may be away from the code: rounding is half of one, and a scale in FP16 moves the largest
-code by a sixteenth."""
+"""How many steps, from one code to the next, a weight may be away from its own: rounding is half of one, and a scale in FP16 moves
+the largest code of INT8 by a sixteenth."""
 
 _SCALE_ERROR = 1e-3
 """The largest relative error of an activation's scale; that of FP16 is 2^-11."""
@@ -28,12 +29,13 @@ _SCALE_ERROR = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What an INT8 file must hold.
+    """What a quantized file must hold.
 
-    weights: the FP32 weight of every layer with an INT8 weight. edges: by quantized tensor, the inputs (node, index) that read it.
+    codes: of its weights and activations. weights: the FP32 weight of every layer with a quantized weight. edges: by quantized tensor, the inputs (node, index) that read it.
     scales: by quantized tensor. joint: those of branches of a Concat (`joints`) that have another one there. bias: what was added to the bias of a node, or to its output.
     """
 
+    codes: Codes
     weights: Mapping[str, ir.TensorProtocol]
     edges: Mapping[str, tuple[tuple[str, int], ...]]
     scales: Mapping[str, float]
@@ -49,11 +51,13 @@ class Stored:
         scales: Mapping[str, float],
         joint: Mapping[str, float],
         bias: Mapping[str, np.ndarray],
+        codes: Codes,
     ) -> "Stored":
         """model: prepared, before it is quantized."""
         tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
         weights = {node: tensors[weight.initializer] for node, weight in placement.weights.items()}
         return cls(
+            codes=codes,
             weights={node: tensor for node, tensor in weights.items() if tensor is not None},
             edges=placement.edges,
             scales={tensor: scales[tensor] for tensor in placement.edges},
@@ -68,7 +72,7 @@ class Stored:
         for pair in nodes.values():
             if pair.op_type in ("QuantizeLinear", "DequantizeLinear") and len(pair.inputs) > _ZERO_POINT:
                 zero = _constant(pair, _ZERO_POINT)
-                if zero is not None and zero.any():
+                if zero is not None and zero.astype(np.float32).any():
                     raise ParityError(f"the zero point of {pair.name!r} in the written file is not 0")
         self.check_weights(nodes)
         for tensor, uses in self.edges.items():
@@ -84,11 +88,13 @@ class Stored:
     def check_weights(self, nodes: Mapping[str, ir.Node]) -> None:
         """Raise ParityError naming the layer if one of the `nodes` of a file, by name, has another weight."""
         for node, weight in self.weights.items():
-            if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy()):
-                raise ParityError(f"the INT8 weight of {node!r} in the written file is not its FP32 weight: {wrong}")
+            if wrong := _weight_problem(_producer(nodes[node], 1), weight.numpy(), self.codes):
+                raise ParityError(
+                    f"the {self.codes.label} weight of {node!r} in the written file is not its FP32 weight: {wrong}"
+                )
 
     def unround(self, model: ir.Model) -> None:
-        """Undo in place what INT8 rounds in the model of the file: weights are in floating point again, and pairs do nothing.
+        """Undo in place what is rounded in the model of the file: weights are in floating point again, and pairs do nothing.
 
         What is left must compute what the source computes: all but the numbers that `check` looks at is compared so.
         """
@@ -108,9 +114,9 @@ class Stored:
                 node.resize_inputs(1)
                 node.attributes.clear()
                 result.type = value.type
-            elif result.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # it joins codes
+            elif result.dtype in (self.codes.dtype, ir.DataType.UINT8):  # it joins codes
                 result.type = value.type
-        RemoveUnusedNodesPass()(model)  # ONNX Runtime would compute the weights of INT8 beside these
+        RemoveUnusedNodesPass()(model)  # ONNX Runtime would compute the quantized weights beside these
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
@@ -140,18 +146,19 @@ def _constant(node: ir.Node, index: int) -> np.ndarray | None:
     return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
-def _weight_problem(dequantize: ir.Node | None, weight: np.ndarray) -> str:
+def _weight_problem(dequantize: ir.Node | None, weight: np.ndarray, codes: Codes) -> str:
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return "it is not quantized"
-    codes, scale = _constant(dequantize, 0), _constant(dequantize, 1)
-    if codes is None or scale is None or codes.shape != weight.shape:
+    stored, scale = _constant(dequantize, 0), _constant(dequantize, 1)
+    if stored is None or scale is None or stored.shape != weight.shape or stored.dtype != codes.dtype.numpy():
         return "its codes or scales are not there"
     axis = dequantize.attributes.get_int("axis", 1)
     steps = scale.astype(np.float32)
     if steps.ndim:
         steps = np.expand_dims(steps, tuple(other for other in range(weight.ndim) if other != axis % weight.ndim))
-    off = float((np.abs(codes * steps - weight) / steps).max(initial=0.0))
-    return "" if off <= _STEPS else f"it is off by {off:.3g} steps of its scale"
+    found = stored.astype(np.float32)
+    off = float((np.abs(found * steps - weight) / (steps * codes.spacing(found))).max(initial=0.0))
+    return "" if off <= _STEPS else f"it is off by {off:.3g} steps of its codes"
 
 
 def _scales(maker: ir.Node | None) -> Iterator[np.ndarray]:

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
+from deploy.precision.codes import INT8
 from deploy.precision.int8.edit import GraphEdit, graph_of
-from deploy.precision.int8.rewrite import CONSTANT_SCALES, LARGEST
+from deploy.precision.int8.rewrite import CONSTANT_SCALES
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
 MIDDLE = 128
@@ -19,7 +20,7 @@ _BIAS = 2
 
 
 class ToUnsigned(PrecisionPass):
-    """Give every activation of a graph that `ToInt8` made unsigned codes, and Conv and Gemm INT32 biases.
+    """Give every activation of a graph that `ToCodes` made unsigned codes, and Conv and Gemm INT32 biases.
 
     lows: the smallest number of a tensor, by its name. What lies between that and the largest number that its INT8 scale holds
         gets all 256 codes: behind a ReLU, the zero point is 0 and the steps are half as large. A tensor that is not in `lows`, and
@@ -28,7 +29,7 @@ class ToUnsigned(PrecisionPass):
 
     chosen: after the call, scale and zero point by the name of the codes.
 
-    Biases fit into 32 bits because `ToInt8` gives the scales of weights a lower bound.
+    Biases fit into 32 bits because `ToCodes` gives the scales of weights a lower bound.
     """
 
     needs = (*PREPARED, CONSTANT_SCALES)
@@ -64,7 +65,7 @@ class ToUnsigned(PrecisionPass):
 
 def finest(scale: float, low: float | None) -> tuple[float, int]:
     """Scale and zero point of unsigned codes for the numbers from `low` to what a symmetric INT8 `scale` holds."""
-    high = float(np.float32(scale) * np.float32(LARGEST))
+    high = float(np.float32(scale) * np.float32(INT8.largest))
     least = -high if low is None else min(max(low, -high), 0.0)
     finer = float(np.float32((high - least) / _CODES))
     zero = round(-least / finer)

@@ -23,10 +23,10 @@ import numpy as np
 import onnxruntime
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Manifest
+from deploy.artifact.manifest import QUANTIZED, Manifest
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import CRASHES_ON_HALF, QUANTIZES_WEIGHTS, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usable_cores
 from deploy.runtime.catalog import onnx_file
 from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
@@ -99,7 +99,8 @@ class OnnxRuntimeSession(Session):
         """The optimizers that must not see the file."""
         if self.onnx_file == self._artifact.cpu_path:
             return [QUANTIZES_WEIGHTS]
-        return [CRASHES_ON_HALF] if _may_hold_half(self._artifact.manifest) else []
+        manifest = self._artifact.manifest
+        return [CRASHES_ON_HALF] * _may_hold_half(manifest) + [DROPS_RELU] * (manifest.precision == "fp8")
 
     def _providers(self, artifact: Artifact, options: SessionOptions, settings: Any) -> list[Any]:
         """The execution providers, the preferred one first. settings: SessionOptions of ONNX Runtime."""
@@ -317,8 +318,8 @@ def _reason(error: Exception) -> str:
 
 
 def _may_hold_half(manifest: Manifest) -> bool:
-    """Whether a part of the file may compute in half precision; unknown of an INT8 file that was made elsewhere."""
-    if manifest.precision == "int8":
+    """Whether a part of the file may compute in half precision; unknown of a quantized file that was made elsewhere."""
+    if manifest.precision in QUANTIZED:
         return manifest.calibration is None or manifest.calibration.floats != "fp32"
     return manifest.precision in ("fp16", "bf16")
 

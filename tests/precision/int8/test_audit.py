@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from deploy.precision.codes import INT8
 from deploy.precision.int8.audit import Audit
 from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import Selection, place
@@ -28,7 +29,7 @@ def normal(*shape: int) -> np.ndarray:
 def run_audit(model: ir.Model, feeds: list[dict[str, np.ndarray]], scales: dict[str, float], *, per_tensor: bool = False):
     placement = place(model, Selection())
     activations = Activations(model, list(placement.edges))
-    audit = Audit(model, placement, scales, per_tensor=per_tensor)
+    audit = Audit(model, placement, scales, codes=INT8, per_tensor=per_tensor)
     for feed in feeds:
         tensors, _ = activations(feed)
         audit.add(tensors, len(next(iter(feed.values()))))
@@ -142,7 +143,7 @@ def test_residual_sums_pooling_and_joints_are_judged_too() -> None:
     model = build(body, outputs, w=normal(4, 4, 1, 1), v=normal(3, 8, 1, 1))
     placement = place(model, Selection())
     scales = {"x": 0.03, "s": 0.2, "t": 0.01, "j": 0.05}
-    audit = Audit(model, placement, scales, joint={"x": 0.05, "t": 0.05}, per_tensor=False)
+    audit = Audit(model, placement, scales, joint={"x": 0.05, "t": 0.05}, codes=INT8, per_tensor=False)
     x = normal(2, 4, 5, 5)
     tensors, _ = Activations(model, list(placement.edges))({"x": x})
     audit.add(tensors, 2)

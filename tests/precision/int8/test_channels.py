@@ -10,6 +10,7 @@ import pytest
 import deploy
 from deploy.data.calibration_set import calibration_set
 from deploy.evidence.parity import difference
+from deploy.precision.codes import INT8
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.int8 import quantize
 from deploy.precision.int8.channels import choose_channels
@@ -61,7 +62,7 @@ def rows(body: str, count: int = 32) -> list[dict[str, np.ndarray]]:
 def chosen(body: str, count: int = 32, **options: bool) -> dict[str, Channels]:
     graph = ir.from_proto(prepare(net(body), opset=20))
     placement = place(graph, Selection())
-    return choose_channels(graph, placement, iter(rows(body, count)), **{"per_tensor": False, "corrected": True, **options})
+    return choose_channels(graph, placement, iter(rows(body, count)), INT8, **{"per_tensor": False, "corrected": True, **options})
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -93,7 +94,7 @@ def test_dead_channels_are_left_alone() -> None:
             array[:2] = 0
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     graph = ir.from_proto(prepare(model, opset=20))
-    channels = choose_channels(graph, place(graph, Selection()), rows(body), per_tensor=False, corrected=True)["h"]
+    channels = choose_channels(graph, place(graph, Selection()), rows(body), INT8, per_tensor=False, corrected=True)["h"]
     assert channels.scale[:2].tolist() == [1, 1]
     assert np.isfinite(channels.scale).all()
 

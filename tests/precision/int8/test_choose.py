@@ -9,8 +9,8 @@ import pytest
 
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import threshold
+from deploy.precision.codes import INT8
 from deploy.precision.int8.choose import best_ranges
-from deploy.precision.int8.histograms import scale_of
 from deploy.precision.int8.placement import Selection, place
 
 CONV = "g (float[N, 2, 8, 8] x) => (float[N, 3, 8, 8] y) { [n] y = Conv(x, w) }"
@@ -25,7 +25,7 @@ def chosen(model: onnx.ModelProto, *samples: dict[str, np.ndarray]) -> tuple[dic
     for sample in samples:
         for tensor, histogram in histograms.items():
             histogram.add(sample[tensor])
-    return best_ranges(graph, placement, histograms, samples), histograms
+    return best_ranges(graph, placement, histograms, samples, INT8), histograms
 
 
 def outliers(shape: tuple[int, ...], axis: int) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_the_choice_has_the_least_error_of_all_methods(build_with) -> None:
     found, histograms = chosen(build_with(CONV, w=w), {"x": x})
 
     def error(amax: float) -> float:
-        scale = scale_of(amax)
+        scale = INT8.scale_of(amax)
         off = x - np.clip(np.rint(x / scale), -128, 127) * scale
         return float(np.square(np.einsum("oc,nchw->nohw", w[:, :, 0, 0], off)).sum())
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from deploy.errors import PrecisionError
+from deploy.precision.cpu import CpuGraph
 from deploy.precision.int8.edit import GraphEdit, bias_place
 
 NET = """g (float[2, 4] x) => (float[] y) <float[4, 4] w, float[4] b, float[2, 4] rows> {
@@ -48,3 +49,18 @@ def test_a_bias_that_two_layers_share_changes_for_one(edit: GraphEdit) -> None:
     assert "b" not in edit.graph.initializers
     with pytest.raises(PrecisionError, match="no node is named 'fourth'"):
         edit.add_bias("fourth", np.ones(4, np.float32))
+
+
+def test_a_computed_bias_that_is_changed_twice_gets_one_addition(build: Callable[[str], onnx.ModelProto]) -> None:
+    """As of a Gemm that is smoothed, and then corrected."""
+    model = ir.from_proto(
+        build("g (float[2, 4] x, float[3] b) => (float[] y) <float[4, 3] w> { c = Neg(b) [layer] y = Gemm(x, w, c) }")
+    )
+    for _ in range(2):
+        GraphEdit(model.graph).add_bias("layer", np.ones(3, np.float32))
+    assert [node.op_type for node in model.graph] == ["Neg", "Add", "Gemm"]
+    holder, index = bias_place(next(node for node in model.graph if node.name == "layer"))
+    np.testing.assert_array_equal(holder.inputs[index].const_value.numpy(), np.full(3, 2))
+    feed = {"x": np.ones((2, 4), np.float32), "b": np.ones(3, np.float32)}
+    w = model.graph.initializers["w"].const_value.numpy()
+    np.testing.assert_allclose(CpuGraph(model)(feed)["y"], feed["x"] @ w + 1, rtol=1e-6)

@@ -5,7 +5,7 @@ import pytest
 from onnx import numpy_helper
 
 from deploy.errors import PrecisionError
-from deploy.precision.int8.histograms import Activations, collect, scale_of
+from deploy.precision.int8.histograms import Activations, collect
 from tests.precision.conftest import prepared
 
 RNG = np.random.default_rng(0)
@@ -54,10 +54,3 @@ def test_the_node_that_makes_infinity_is_named(net):
 def test_calibration_data_that_is_not_finite_is_told_from_a_graph_that_breaks(net):
     with pytest.raises(PrecisionError, match="calibration data for input 'x' is not finite"):
         collect(Activations(net, ["x"]), [{"x": np.full((1, 1, 8, 8), np.nan, np.float32)}])
-
-
-def test_scales_are_amax_over_127_and_always_positive_float32():
-    assert scale_of(127.0) == 1
-    assert scale_of(0.3) == float(np.float32(0.3 / 127))
-    assert scale_of(0.0) == 1
-    assert scale_of(1e-45) > 0

@@ -21,6 +21,7 @@ def test_the_options_load_no_heavy_library():
     [
         ({"method": "maximum"}, "max, percentile, mse, entropy"),
         ({"percentile": 5}, "`percentile` must be 50 to 100, not 5"),
+        ({"fp8": True, "method": "mse"}, "`method` mse counts the steps of INT8: with `fp8`, take percentile, max or auto"),
         ({"batch_size": 0}, "`batch_size` must be 1 or more, not 0"),
     ],
 )
@@ -32,3 +33,9 @@ def test_wrong_options_are_refused(options, message):
 def test_the_result_does_not_depend_on_the_batch_size():
     assert quantize_settings(QuantizeOptions(batch_size=8)) == quantize_settings(QuantizeOptions(batch_size=2))
     assert quantize_settings(QuantizeOptions(per_tensor=True)) != quantize_settings(QuantizeOptions())
+
+
+def test_the_default_method_is_that_of_the_codes():
+    assert [quantize_settings(QuantizeOptions(fp8=fp8))["method"] for fp8 in (False, True)] == ["percentile", "max"]
+    assert quantize_settings(QuantizeOptions(method="percentile")) == quantize_settings(QuantizeOptions())
+    assert QuantizeOptions(fp8=True, method="percentile").chosen_method == "percentile"

@@ -1,7 +1,9 @@
 """The parts of quantization together, on artifacts in memory; what the stage makes of it is in tests/pipeline/test_quantize.py."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import pytest
 import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, LayerNoise
+from deploy.artifact.tensors import ShapeRange
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.errors import PrecisionError
 from deploy.evidence.parity import difference
@@ -239,14 +242,14 @@ def faint(folder: Path) -> tuple[Artifact, CalibrationSet]:
 def test_a_layer_that_loses_too_much_stays_in_floating_point_and_is_listed(tmp_path: Path) -> None:
     artifact, data = faint(tmp_path)
     for _ in ("calibrated", "from the cache"):
-        made = quantize_onnx(artifact, data, QuantizeOptions(min_int8=40))
+        made = quantize_onnx(artifact, data, QuantizeOptions(min_share=40))
         (exclusion,) = made.exclusions
         assert exclusion.node == "faint"
         assert "below 10 (`keep_below`)" in exclusion.reason
         assert [layer.node for layer in made.calibration.layers if layer.node == "faint"] == []
-        assert made.calibration.int8_share == pytest.approx(0.6)
+        assert made.calibration.share == pytest.approx(0.6)
     everything = quantize_onnx(artifact, data, QuantizeOptions(keep_below=-100))
-    assert (everything.exclusions, everything.calibration.int8_share) == ([], 1.0)
+    assert (everything.exclusions, everything.calibration.share) == ([], 1.0)
 
 
 def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_too_little_in_int8_is_an_error_that_says_why(tmp_path: Path) -> None:
         PrecisionError, match=r"INT8 would be 60% of .*; at least 90% .*: faint: its signal to quantization noise is"
     ):
         quantize_onnx(artifact, data, QuantizeOptions())
-    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.int8_share == pytest.approx(0.6)
+    assert quantize_onnx(artifact, data, QuantizeOptions(exclude=("faint",))).calibration.share == pytest.approx(0.6)
 
 
 def test_the_skip_of_a_sum_stays_as_it_is_where_the_layer_that_adds_is_too_noisy(tmp_path: Path) -> None:
@@ -271,8 +274,76 @@ def test_the_skip_of_a_sum_stays_as_it_is_where_the_layer_that_adds_is_too_noisy
     artifact = deploy.open_artifact(tmp_path / "net.onnx")
     x = rng.standard_normal((16, 4, 8, 8)).astype(np.float32)
     x[:, 0] *= 5000
-    made = quantize_onnx(artifact, calibration_set(artifact, [{"x": x}]), QuantizeOptions(min_int8=40), cpu=True)
+    made = quantize_onnx(artifact, calibration_set(artifact, [{"x": x}]), QuantizeOptions(min_share=40), cpu=True)
     assert [exclusion.node for exclusion in made.exclusions] == ["faint"]
     for model in (made.model, made.cpu.model):
         (total,) = (node for node in model.graph if node.op_type == "Add")
         assert [value.producer().op_type for value in total.inputs] == ["Conv", "Conv"]
+
+
+PERCEPTRON = """<ir_version: 10, opset_import: ["": 20]> g (float[N, 32] x) => (float[N, 10] y) {
+    [first] a = MatMul(x, u) c = Add(a, b) d = Relu(c) [second] e = MatMul(d, v) f = Gelu(e) [head] y = MatMul(f, w) }"""
+
+
+def perceptron(folder: Path, factor: float = 1.0) -> tuple[Artifact, CalibrationSet, dict[str, np.ndarray]]:
+    proto = onnx.parser.parse_model(PERCEPTRON)
+    rng = np.random.default_rng(0)
+    for name, shape in (("u", (32, 64)), ("b", (64,)), ("v", (64, 64)), ("w", (64, 10))):
+        array = (rng.standard_normal(shape) * factor).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, folder / "net.onnx")
+    artifact = deploy.open_artifact(folder / "net.onnx")
+    feed = {"x": rng.standard_normal((64, 32)).astype(np.float32)}
+    return artifact, calibration_set(artifact, [feed]), feed
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "auto"}, {"fp16": True}, {"per_tensor": True}, {"method": "percentile"}], ids=str
+)
+def test_products_are_in_fp8_with_codes_of_fp8(tmp_path: Path, options: dict[str, Any]) -> None:
+    artifact, data, feed = perceptron(tmp_path)
+    made = quantize_onnx(artifact, data, QuantizeOptions(fp8=True, **options))
+    made.save(tmp_path / "fp8.onnx")
+    layers = [node for node in made.model.graph if node.op_type == "MatMul"]
+    for layer in layers:
+        pair, weight = (value.producer() for value in layer.inputs)
+        assert [node.inputs[0].dtype for node in (pair, weight)] == [ir.DataType.FLOAT8E4M3FN] * 2
+        assert weight.inputs[1].dtype == pair.inputs[1].dtype == (ir.DataType.FLOAT16 if "fp16" in options else ir.DataType.FLOAT)
+        assert len(weight.inputs[1].shape) == (0 if "per_tensor" in options else 1)
+    assert (len(layers), made.calibration.share, made.exclusions) == (3, 1.0, [])
+    assert made.calibration.method == options.get("method", "max")
+    assert min(layer.sqnr_db for layer in made.calibration.layers) > 26
+    found = CpuGraph.read(tmp_path / "fp8.onnx")(feed)["y"]
+    assert difference(found, CpuGraph.read(artifact.onnx_path)(feed)["y"]).sqnr_db > (
+        15 if options.get("method") == "percentile" else 23
+    )
+    again = quantize_onnx(artifact, data, QuantizeOptions(fp8=True, **options))
+    assert ir.to_proto(again.model) == ir.to_proto(made.model)  # from the cache
+
+
+def test_weights_whose_scales_fp16_cannot_hold_are_in_fp8_all_the_same(tmp_path: Path) -> None:
+    artifact, data, feed = perceptron(tmp_path, factor=3e-3)
+    with pytest.raises(PrecisionError, match="would be subnormal in FP16"):
+        quantize_onnx(artifact, data, QuantizeOptions(fp16=True))
+    fp8 = quantize_onnx(artifact, data, QuantizeOptions(fp16=True, fp8=True))
+    assert fp8.calibration.share == 1
+    fp8.save(tmp_path / "fp8.onnx")
+    assert difference(CpuGraph.read(tmp_path / "fp8.onnx")(feed)["y"], CpuGraph.read(artifact.onnx_path)(feed)["y"]).sqnr_db > 20
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_engine_leaves_what_is_slow_in_it_and_the_share_is_not_held_against_it(
+    tmp_path: Path, fp8: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact, data, _ = perceptron(tmp_path)
+    profile = {"x": ShapeRange(min=(1, 32), opt=(8, 32), max=(8, 32))}
+    for _ in ("calibrated", "from the cache"):
+        made = quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8, min_share=100), engine=profile)
+        (left,) = made.exclusions
+        assert (left.node, left.reason[:35]) == ("head", "it adds up or gives fewer than 16 n")
+        assert made.calibration.share == pytest.approx(1 - 640 / (640 + 64 * 96))
+    included = quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8, include=("head",)), engine=profile)
+    assert (included.exclusions, included.calibration.share) == ([], 1.0)
+    single = {"x": ShapeRange(min=(1, 32), opt=(1, 32), max=(8, 32))}
+    assert quantize_onnx(artifact, data, QuantizeOptions(fp8=fp8), engine=single).exclusions == []  # better than nothing at all
+    assert re.search(r"no layer is for (INT8|FP8) in an engine \(first: it multiplies by one vector", caplog.text)

@@ -13,7 +13,6 @@ from deploy.engine.builder import BuildOptions, build_engine
 from deploy.engine.flavour import load_flavour
 from deploy.errors import PrecisionError
 from deploy.precision.int8.placement import Selection
-from deploy.precision.int8.rewrite import quantize_weight
 from deploy.precision.macs import count_macs
 from tests.precision.conftest import cpu_graph, fold_batchnorm, place, prepare, to_half, to_int8
 
@@ -81,31 +80,6 @@ def precision_in_tensorrt_rtx(model, feed, tmp_path):
     built = build_engine(rtx, tmp_path / "model.onnx", [profile], BuildOptions())
     macs = count_macs(onnx_ir.load(tmp_path / "model.onnx"), {name: array.shape for name, array in feed.items()})
     return network_share(built.network.definition, rtx.trt, macs)[1]
-
-
-def test_a_scale_is_the_largest_magnitude_of_its_channel_by_127():
-    weight = RNG.normal(size=(3, 4, 5)).astype(np.float32)
-    codes, scale = quantize_weight(weight, 1)
-    assert (codes.dtype, scale.dtype, codes.shape, scale.shape) == (np.int8, np.float32, weight.shape, (4,))
-    np.testing.assert_allclose(scale, np.abs(weight).max(axis=(0, 2)) / 127, rtol=1e-6)
-    assert np.abs(codes * scale[:, None] - weight).max(axis=(0, 2)) == pytest.approx(scale / 2, rel=0.2)
-    assert (np.abs(codes.astype(int)).max(axis=(0, 2)) == 127).all()
-
-
-def test_without_an_axis_there_is_one_scale():
-    codes, scale = quantize_weight(np.array([[2.0, -4.0], [1.0, 0.5]]), None)
-    assert (scale.shape, float(scale)) == ((), pytest.approx(4 / 127))
-    assert codes.tolist() == [[64, -127], [32, 16]]
-
-
-def test_dead_and_tiny_channels_have_scales_that_divide():
-    weight = np.array([[0.0, 0.0], [1e-44, -1e-44], [1.0, 0.5]], dtype=np.float32)
-    codes, scale = quantize_weight(weight, 0)
-    assert (scale > 0).all()
-    assert (codes[0] == 0).all()
-    assert np.isfinite(codes * scale[:, None]).all()
-    assert quantize_weight(weight, 0, floor=0.01)[1] == pytest.approx([0.01, 0.01, 0.01])
-    assert quantize_weight(np.zeros(3), None)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 
 from deploy.errors import PrecisionError
+from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.share import asked_of, int8_share
+from deploy.precision.int8.share import asked_of, quantized_share
 
 NET = """g (float[N, 8] x) => (float[] y) <float[8, 8] u, float[8, 24] v, float[24, 8] w> {
     [small] a = MatMul(x, u) [wide] b = MatMul(a, v) [back] y = MatMul(b, w) }"""
@@ -20,7 +21,7 @@ NOISY = "its signal is faint"
 def share(model: ir.Model, *noisy: str, exclude: tuple[str, ...] = (), least: float = 0.0) -> float | None:
     selection = Selection(exclude=exclude)
     placement = place(model, selection, stay=dict.fromkeys(noisy, NOISY))
-    return int8_share(model, placement, FEED, asked=asked_of(model, selection), least=least)
+    return quantized_share(model, placement, FEED, codes="int8", asked=asked_of(model, selection), least=least)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_too_little_is_an_error_that_names_the_layers(model: ir.Model) -> None:
     assert share(model, "small", least=0.85) == pytest.approx(6 / 7)
     with pytest.raises(PrecisionError, match=rf"would be 57% of .* at least 90% .*wide: {NOISY}") as error:
         share(model, "wide", least=0.9)
-    assert "`min_int8`" in str(error.value)
+    assert "`min_share`" in str(error.value)
     assert "back" not in str(error.value)
 
 
@@ -61,4 +62,19 @@ def test_products_of_activations_and_what_cannot_be_counted_are_left_out(build: 
         )
     )
     placement = place(unknown, Selection())
-    assert int8_share(unknown, placement, {"x": np.ones((3, 8), np.float32)}, asked=(), least=0.9) is None
+    assert quantized_share(unknown, placement, {"x": np.ones((3, 8), np.float32)}, codes="int8", asked=(), least=0.9) is None
+
+
+def test_layers_in_branches_count(build: Callable[[str], onnx.ModelProto]) -> None:
+    model = ir.from_proto(
+        build(
+            """g (float[N, 8] x, bool c) => (float[] y) <float[8, 8] u, float[8, 24] v, float[24, 8] w> {
+                [small] a = MatMul(x, u)
+                y = If(c) <then_branch = g1 () => (float[N, 8] p) { [wide] b = MatMul(a, v) [back] p = MatMul(b, w) },
+                           else_branch = g2 () => (float[N, 8] q) { [other] q = MatMul(a, u) }> }"""
+        )
+    )
+    ShareScope()(model)
+    assert share(model, "wide") == pytest.approx(5 / 8)
+    with pytest.raises(PrecisionError, match=rf"would be 62% of .*: wide: {NOISY}"):
+        share(model, "wide", least=0.9)

@@ -11,11 +11,13 @@ from onnx import numpy_helper
 
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.errors import ParityError
+from deploy.precision.codes import FP8, INT8
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.half.emulate import Emulate
 from deploy.precision.half.rewrite import ToHalf
 from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.rewrite import ToInt8
+from deploy.precision.int8.rewrite import ToCodes
+from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 
 NET = """g (float[N, 8, 6, 6] x) => (float[] y) <float[8, 8, 3, 3] u, float[8] b, float[8, 8, 1, 1] v, float[16, 4] w, float[8, 4, 2, 2] t> {
@@ -39,8 +41,8 @@ def written(request: pytest.FixtureRequest, build: Callable[[str], onnx.ModelPro
     placement = place(model, Selection())
     scales = {tensor: SCALES[tensor] for tensor in placement.edges}
     bias = {"first": np.ones(8, np.float32), "second": np.ones(8, np.float32), "head": np.ones(4, np.float32)}
-    stored = Stored.of(model, placement, scales, {}, bias)
-    ToInt8(placement, scales, bias=bias)(model)
+    stored = Stored.of(model, placement, scales, {}, bias, INT8)
+    ToCodes(placement, scales, INT8, bias=bias)(model)
     if request.param == "fp16":
         ToHalf("fp16")(model)
     save_model(model, tmp_path / "net.onnx")
@@ -136,3 +138,65 @@ def test_a_fault_is_found_and_the_layer_named(written: tuple[Stored, Path], faul
     onnx.save(proto, path)
     with pytest.raises(ParityError, match=names):
         stored.check(path)
+
+
+def test_the_correction_of_a_computed_bias_that_is_smoothed_too_is_taken_back(
+    build: Callable[[str], onnx.ModelProto], tmp_path: Path
+) -> None:
+    net = "g (float[N, 8] x, float[4] b) => (float[] y) <float[8, 4] w> { c = Neg(b) [layer] y = Gemm(x, w, c) }"
+    model = ir.from_proto(build(net))
+    rng = np.random.default_rng(2)
+    feed = {"x": rng.standard_normal((3, 8)).astype(np.float32), "b": np.ones(4, np.float32)}
+    exact = CpuGraph(model)(feed)["y"]
+    shift, scale = rng.standard_normal(8).astype(np.float32), np.full(8, 2, np.float32)
+    Smooth(place(model, Selection()), {"x": Channels(shift=shift, scale=scale)})(model)
+    placement = place(model, Selection())
+    bias = {"layer": np.arange(4, dtype=np.float32)}
+    scales = dict.fromkeys(placement.edges, 0.02)
+    stored = Stored.of(model, placement, scales, {}, bias, INT8)
+    ToCodes(placement, scales, INT8, bias=bias)(model)
+    save_model(model, tmp_path / "net.onnx")
+    read = load_model(tmp_path / "net.onnx")
+    stored.unround(read)
+    np.testing.assert_allclose(CpuGraph(read)(feed)["y"], exact, rtol=1e-5, atol=1e-5)
+
+
+PRODUCTS = """g (float[N, 16] x) => (float[] y) <float[16, 32] u, float[32] b, float[8, 32] v> {
+    [first] a = MatMul(x, u) c = Add(a, b) d = Relu(c) [second] y = Gemm<transB = 1>(d, v) }"""
+
+
+def next_code(codes: np.ndarray) -> np.ndarray:
+    """The next larger code of FP8 in the first place, away from zero."""
+    changed = codes.copy().view(np.uint8)
+    changed.flat[0] += -1 if changed.flat[0] & 0x7F == 0x7E else 1  # 0x7E is 448
+    return changed.view(codes.dtype)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_a_file_in_fp8_is_checked_alike(half: bool, build: Callable[[str], onnx.ModelProto], tmp_path: Path) -> None:
+    model = ir.from_proto(build(PRODUCTS))
+    feed = {"x": np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)}
+    exact = CpuGraph(model)(feed)["y"]
+    placement = place(model, Selection(codes="fp8"))
+    scales, bias = {"x": 0.01, "d": 0.05}, {"first": np.ones(32, np.float32)}
+    stored = Stored.of(model, placement, scales, {}, bias, FP8)
+    ToCodes(placement, scales, FP8, bias=bias)(model)
+    if half:
+        ToHalf("fp16")(model)
+    path = tmp_path / "net.onnx"
+    save_model(model, path)
+    stored.check(path)
+    read = load_model(path)
+    stored.unround(read)
+    Emulate()(read)
+    np.testing.assert_allclose(CpuGraph(read)(feed)["y"], exact, rtol=2e-2 if half else 1e-5, atol=2e-2 if half else 1e-5)
+    for name, edit, message in (
+        ("u_fp8", next_code, "FP8 weight of 'first' .* is off by (0.[6-9]|1)"),
+        ("v_scale", one_channel(1.1), "FP8 weight of 'second' .* is off by"),
+        ("d_scale", lambda scale: scale * 1.01, "scale of 'd' .*'second'"),
+    ):
+        proto = onnx.load(path)
+        change(name, edit)(proto)
+        onnx.save(proto, tmp_path / "faulty.onnx")
+        with pytest.raises(ParityError, match=message):
+            stored.check(tmp_path / "faulty.onnx")

@@ -12,9 +12,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.onnxfile import open_onnx
+from deploy.artifact.onnxfile import load_model, open_onnx
 from deploy.artifact.tensors import ShapeRange
 from deploy.errors import BackendError, UsageError
+from deploy.precision.cpu import CpuGraph
 from deploy.runtime.backends.onnxruntime import count_nodes, profile_shapes, refuse_cpu_nodes, run_bound
 from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
@@ -258,3 +259,19 @@ def test_attention_in_half_precision_does_not_end_the_process(body: str, tmp_pat
     exact = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), plain, providers=["CPUExecutionProvider"])
     (expected,) = exact.run(None, {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 4, 3)})
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=5e-3)
+
+
+def test_a_relu_before_codes_of_fp8_is_not_dropped(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 19]> g (float[N, 4] x) => (float[N, 4] y) <float s = {0.25}, float8e4m3fn z> {
+        r = Relu(x) q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), ml_dtypes.float8_e4m3fn), "z"))
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "net.onnx")
+    x = np.array([[-2.0, -0.25, 0.25, 2.0]], np.float32)
+    plain = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert plain.run(None, {"x": x})[0].min() < 0, "it is right now: DROPS_RELU can go"
+    with open_session(open_onnx(tmp_path / "net.onnx"), "onnxruntime") as session:
+        np.testing.assert_array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
+    np.testing.assert_array_equal(CpuGraph.read(tmp_path / "net.onnx")({"x": x})["y"], np.maximum(x, 0))
+    np.testing.assert_array_equal(CpuGraph(load_model(tmp_path / "net.onnx"))({"x": x})["y"], np.maximum(x, 0))
