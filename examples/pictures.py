@@ -20,15 +20,17 @@ from deploy.data.image_folder import read_folder
 from deploy.errors import DataError
 
 AUGMENTATIONS = ("crop", "flip", "colour", "erase")
+HELD = 0.2
+"""Share of every class that is held out of a folder that is not divided."""
 
 
-def find(pictures: Path, links: Path, share: float, seed: int) -> tuple[ImageFolder, ImageFolder]:
+def find(pictures: Path, links: Path, seed: int) -> tuple[ImageFolder, ImageFolder]:
     """The pictures to train on, from train/, and those to judge by, from val/ or eval/.
 
-    Of a folder without train/, a share of every class is held out, by links in the folder `links`. Raises DataError.
+    Of a folder without train/, a fifth of every class is held out, by links in the folder `links`. Raises DataError.
     """
     if not (pictures / "train").is_dir():
-        split(read_folder(pictures), links, share, seed)
+        split(read_folder(pictures), links, seed)
         pictures = links
     held = pictures / ("eval" if (pictures / "eval").is_dir() and not (pictures / "val").is_dir() else "val")
     train, judged = read_folder(pictures / "train"), read_folder(held)
@@ -39,15 +41,15 @@ def find(pictures: Path, links: Path, share: float, seed: int) -> tuple[ImageFol
     return train, judged
 
 
-def split(folder: ImageFolder, links: Path, share: float, seed: int) -> None:
-    """Link a share of every class, at least one image, in LINKS/val, and the others in LINKS/train. Raises DataError."""
+def split(folder: ImageFolder, links: Path, seed: int) -> None:
+    """Link a fifth of every class, at least one image, in LINKS/val, and the others in LINKS/train. Raises DataError."""
     shutil.rmtree(links, ignore_errors=True)
     for label, name in enumerate(folder.classes):
         files = [path for path, own in folder.samples if own == label]
         if len(files) < 2:
             raise DataError(f"{folder.root / name} has one image: two are needed, one of them to judge by")
         random.Random(seed).shuffle(files)  # noqa: S311  (chosen to repeat)
-        held = min(max(1, round(share * len(files))), len(files) - 1)
+        held = min(max(1, round(HELD * len(files))), len(files) - 1)
         for index, path in enumerate(files):
             link = links / ("val" if index < held else "train") / path.relative_to(folder.root)
             link.parent.mkdir(parents=True, exist_ok=True)
