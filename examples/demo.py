@@ -3,7 +3,7 @@
     python examples/demo.py        (or `make demo`)
 
 runs the commands that it prints, writes build/demo.md and build/demo.png, and fails when a net is less accurate than it
-must be or loses accuracy in FP16 or INT8. Weights that are newer than the data and the training program are kept.
+must be or loses accuracy in FP16 or INT8. Weights that are newer than the data and the programs are kept.
 """
 
 import json
@@ -30,7 +30,7 @@ LEAST_TOP1 = {"lenet5": 96.0, "convnet": 97.0}
 """Per cent of the eval images that each net must get right."""
 TRAINING = {
     "lenet5": ("--augment", "crop", "--area", 0.7, "--epochs", 12, "--batch-size", 64, "--lr", 4e-3),
-    "convnet": ("--augment", "crop", "--area", 0.7, "--epochs", 8, "--batch-size", 64, "--lr", 2e-3),
+    "convnet": ("--augment", "crop", "--area", 0.7, "--epochs", 12, "--batch-size", 64, "--lr", 2e-3),
 }
 """Options of examples/finetune.py. A flipped digit would be no digit."""
 MOST_LOST = {"fp16": 0.2, "int8": 0.5}

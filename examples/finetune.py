@@ -86,8 +86,7 @@ class Training:
         self.settings = {name: str(value) for name, value in settings.items()}
         self.seed, self.best, self.wrong = 1000 * options.seed, (-1.0, 0), list[Tensor]()
         load = partial(DataLoader, batch_size=options.batch_size, num_workers=options.workers, pin_memory=device.type == "cuda")
-        # A last batch of a single picture would have no variance for BatchNorm.
-        self.train = load(train, shuffle=True, drop_last=len(train) >= options.batch_size)
+        self.train = load(train, shuffle=True, drop_last=len(train) >= options.batch_size)  # a last one alone has no variance
         self.held = load(held)
         kind, lr, more = OPTIMIZERS[options.optimizer]
         optimizer = kind([each for each in module.parameters() if each.requires_grad], options.lr or lr, **more)
@@ -193,12 +192,13 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, help="the highest learning rate; default: 0.001, of sgd 0.01")
     add("--seed", type=int, default=0, help="of the split, new layers, order and augmentation; default: %(default)s")
     add("--workers", type=int, default=2, help="processes that read pictures; default: %(default)s")
-    add("-o", "--output", type=Path, metavar="OUT", help="default: build/runs/<name of PICTURES>")
+    add("-o", "--output", type=Path, metavar="OUT", help="default: build/runs/PICTURES-NAME")
     add("--resume", action="store_true", help="go on after the last whole epoch in OUT, if there is one")
     options = parser.parse_args()
     if min(options.epochs, options.batch_size) < 1 or not 0 < options.area <= 1:
         parser.error("--epochs and --batch-size must be 1 or more, --area more than 0 and at most 1")
-    options.output = options.output or Path("build", "runs", options.pictures.resolve().name)
+    run = f"{options.pictures.resolve().name}-{(options.arch or options.model).rpartition(':')[2]}"
+    options.output = options.output or Path("build", "runs", run)
     return options
 
 
@@ -224,7 +224,8 @@ def fine_tune(options: argparse.Namespace) -> None:
     net = [f"--arch={options.arch}" if options.arch else f"--model={options.model}"]
     net += [f"--model-arg={arg}" for arg in options.model_arg]
     files = ["--weights", out / "best.pth", "--preprocess", out / "preprocess.json", "--classes", out / "classes.txt"]
-    target = Path("build", out.name) if out.parent != Path("build") else f"{out}-onnx"
+    target = Path("build", out.name)
+    target = target if not target.exists() or (target / "manifest.json").exists() else f"{target}-onnx"
     command = ["export", *net, "--input", spec, *files, "--eval", held.root, "--expect-top1", f"{best:.2f}", "-o", target]
     print(f"{out / 'best.pth'}: top-1 {best:.2f} %, of epoch {epoch}. Next:\ndeploy {shlex.join(map(str, command))}")
 
