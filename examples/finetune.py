@@ -158,12 +158,12 @@ def save(path: Path, content: Any) -> None:
     """Write a file whole or not at all: after a kill, or on a full disk, that of before is there."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    partial = path.with_name(f".{path.name}.partial")
+    draft = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(buffer.getbuffer())
-        os.replace(partial, path)
+        draft.write_bytes(buffer.getbuffer())
+        os.replace(draft, path)
     finally:
-        partial.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 # 3. The program
