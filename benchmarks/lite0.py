@@ -12,12 +12,12 @@ PREPROCESS = {"resize": 256, "crop": 224, "interpolation": "bicubic", "mean": [1
 """(x - 127) / 128, with the margin of 32 pixels of the original (lite/efficientnet_lite_builder.py of tensorflow/tpu)."""
 
 
-def lite0(nets: str) -> nn.Module:
+def lite0(nets: str, num_classes: int = 1000) -> nn.Module:
     """The module; `nets` is the folder that the packages were installed into."""
     sys.path.append(nets)
     from efficientnet_lite_pytorch import EfficientNet
 
-    module: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    module: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     return module
 
 

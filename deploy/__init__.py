@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.version import __version__
 
 if TYPE_CHECKING:
+    from deploy import finetune as finetune
     from deploy.artifact.artifact import Artifact as Artifact
     from deploy.artifact.find import open_artifact as open_artifact
     from deploy.artifact.preprocess import Preprocess as Preprocess
@@ -45,6 +46,7 @@ _NAMES = {
     "convert": "deploy.pipeline.convert",
     "evaluate": "deploy.evaluation.evaluate",
     "export": "deploy.pipeline.export",
+    "finetune": "deploy.finetune",
     "load": "deploy.runtime.load",
     "open_artifact": "deploy.artifact.find",
     "predict": "deploy.evaluation.predict",
@@ -66,6 +68,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "finetune",
     "load",
     "open_artifact",
     "predict",
@@ -78,11 +81,12 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'deploy' has no attribute {name!r}")
     try:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
+        module = importlib.import_module(_NAMES[name])
     except ImportError as error:
         from deploy.host.extras import missing
 
         raise missing(error, f"deploy.{name}") or error from error
+    value = module if module.__name__ == f"deploy.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

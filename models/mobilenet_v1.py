@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .finetune import initialize_weights
+from .initialization import initialize_weights
 
 BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),

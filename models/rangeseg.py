@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .finetune import initialize_weights
+from .initialization import initialize_weights
 
 
 def _convs(inputs: int, outputs: int) -> nn.Sequential:

