@@ -19,7 +19,7 @@ _BINS = 48
 _FAR = 4
 """An axis whose ends are this many times apart is logarithmic."""
 _ENOUGH = 3
-"""Powers of ten on a logarithmic axis that need no ticks between them."""
+"""Ticks on an axis."""
 PALE = 0.3
 """The opacity of what is uncertain."""
 
@@ -264,21 +264,32 @@ class _Axis:
         return 10**edges if self._log else edges
 
     def ticks(self) -> list[float]:
-        """Round values at even distances: 1, 2 or 5 times a power of ten apart; on a logarithmic axis the powers of ten.
+        """Round values at even distances: 1, 2 or 5 times a power of ten apart; on a logarithmic axis powers of ten.
 
-        Where these are few, 3, 30 and so on stand between them: very nearly the middle of a decade.
+        Where these are few, 3, 30 and so on stand between them, very nearly in the middle of a decade; on less than a decade,
+        every value is twice the one before.
         """
         if not self._log:
             power = 10.0 ** math.floor(math.log10((self._high - self._low) / 2))
             step = next(power * factor for factor in (1, 2, 5, 10) if (self._high - self._low) / (power * factor) <= 5)
             first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
-            return [float(f"{step * count:.9g}") for count in range(first, last + 1)]
+            return [_round(step * count) for count in range(first, last + 1)]
         exponents = range(math.floor(self._low) - 1, math.ceil(self._high) + 1)
         ones, threes = (
             [float(f"{factor}e{at}") for at in exponents if self._low <= at + math.log10(factor) <= self._high]
             for factor in (1, 3)
         )
+        if len(ones) + len(threes) < _ENOUGH:
+            power = 10.0 ** math.floor(self._low)
+            first = power * math.ceil(10**self._low / power - 1e-9)
+            count = int((self._high - math.log10(first)) / math.log10(2) + 1e-9)
+            return [_round(first * 2**doubled) for doubled in range(count + 1)]
         return ones if len(ones) > _ENOUGH else sorted(ones + threes)
+
+
+def _round(value: float) -> float:
+    """Without the last digits, which are those of the arithmetic."""
+    return float(f"{value:.9g}")
 
 
 def _figure(name: str, description: str, height: float, parts: Sequence[str]) -> str:
