@@ -75,7 +75,8 @@ class LoadRow:
     """One candidate under load, see `traffic.put_on`. concurrency or rate: which load; the other is None.
 
     requests_per_s: answered requests over the time that they took; less than the rate if the candidate cannot keep up. The
-    others are then `unanswered`, and are among the samples with the time that they had waited.
+    others are then `unanswered`, and are among the samples with the time that they had waited. certain, uncertain_because: as of `BenchRow`, of this
+    candidate alone.
     """
 
     artifact: str
@@ -92,6 +93,8 @@ class LoadRow:
     p90_ms: float
     p99_ms: float
     p999_ms: float
+    certain: bool
+    uncertain_because: str | None
     samples_ms: tuple[float, ...]
 
 

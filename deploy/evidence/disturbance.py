@@ -41,6 +41,7 @@ SHOWN = 0.05
 """Cores of other programs from which they are named as a reason: less is shown as 0.0."""
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +157,17 @@ class Turn:
     use: Use
 
 
-def take_turn(process: int, threads: int, run: Callable[[], list[float]]) -> Turn:
-    """One turn of the candidate in the process of this number, which needs so many `threads` at a time; `run` times it."""
+def watch(process: int, threads: int, run: Callable[[], T]) -> tuple[T, Use]:
+    """What `run` returns, and what others did meanwhile to the process of this number, which needs so many `threads` at a time."""
     before = take_reading(process)
-    samples_s = run()
-    return Turn(samples_s=samples_s, use=use_between(before, take_reading(process), threads))
+    result = run()
+    return result, use_between(before, take_reading(process), threads)
+
+
+def take_turn(process: int, threads: int, run: Callable[[], list[float]]) -> Turn:
+    """One turn of the candidate in that process, as of `watch`; `run` times it, in seconds."""
+    samples_s, use = watch(process, threads, run)
+    return Turn(samples_s=samples_s, use=use)
 
 
 class Round(dict[K, Turn]):

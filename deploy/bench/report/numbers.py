@@ -43,7 +43,9 @@ def load_table(results: Sequence[Row], labels: Labels) -> str:
     """Requests and latencies of every candidate under each load."""
 
     def asked(row: Row) -> str:
-        return f"{row['rate']:g}/s" if row["rate"] else count_of(row["concurrency"], "caller")
+        return (f"{row['rate']:g}/s" if row["rate"] else count_of(row["concurrency"], "caller")) + ", uncertain" * (
+            not row["certain"]
+        )
 
     rows = [
         (label_of(row, labels), str(row["batch"]), asked(row), digits(row["requests_per_s"]),

@@ -37,6 +37,8 @@ def print_table(result: BenchResult, file: TextIO) -> None:
         console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
     if result.loads:
         console.print(_loads(result))
+        if because := next((row.uncertain_because for row in result.loads if not row.certain), None):
+            console.print(f"Uncertain under load: {because}.", style="yellow", markup=False)
     if result.scenarios:
         console.print(_scenarios(result))
         for row in result.scenarios:
@@ -69,10 +71,12 @@ def _loads(result: BenchResult) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     labels = short_names([row.artifact for row in result.loads])
     for row in result.loads:
-        load = count_of(row.concurrency, "caller") if row.concurrency else f"{row.rate:g}/s"
+        load = (count_of(row.concurrency, "caller") if row.concurrency else f"{row.rate:g}/s") + f", {UNCERTAIN}" * (
+            not row.certain
+        )
         times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
         cells = (escape(labels[row.artifact]), row.backend, str(row.batch), load, digits(row.requests_per_s), *times)
-        table.add_row(*cells, style="yellow" if row.unanswered else None)
+        table.add_row(*cells, style="yellow" if row.unanswered or not row.certain else None)
     if any(row.unanswered for row in result.loads):
         table.caption = "Where a rate is more than a candidate answers, its times grow with the length of the test."
     return table
