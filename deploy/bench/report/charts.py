@@ -281,9 +281,9 @@ class _Axis:
         )
         if len(ones) + len(threes) < _ENOUGH:
             power = 10.0 ** math.floor(self._low)
-            first = power * math.ceil(10**self._low / power - 1e-9)
-            count = int((self._high - math.log10(first)) / math.log10(2) + 1e-9)
-            return [_round(first * 2**doubled) for doubled in range(count + 1)]
+            start = power * math.ceil(10**self._low / power - 1e-9)
+            count = int((self._high - math.log10(start)) / math.log10(2) + 1e-9)
+            return [_round(start * 2**doubled) for doubled in range(count + 1)]
         return ones if len(ones) > _ENOUGH else sorted(ones + threes)
 
 

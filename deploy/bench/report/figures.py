@@ -91,7 +91,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
 def _better(row: Row, other: Row) -> bool:
     """Whether a row is more accurate than another, by more than chance."""
     images = min(row["top1_images"] or 0, other["top1_images"] or 0)
-    return round((row["top1"] - other["top1"]) / 100 * images) >= IMAGES
+    return bool(round((row["top1"] - other["top1"]) / 100 * images) >= IMAGES)
 
 
 def _as_fast(row: Row, other: Row) -> bool:
