@@ -165,7 +165,8 @@ def markdown(rows: list[Row]) -> str:
             if batch in row.bench:
                 result = row.bench[batch]
                 spread = f" ({result['speedup_low']:.1f} to {result['speedup_high']:.1f})" if row.runs_on != "eager" else ""
-                line += [f"{result['p50_ms']:.3g} ms", f"{result['images_per_s']:,.0f}", f"{result['speedup']:.1f}{spread}"]
+                speed_up = f"{result['speedup']:.1f}{spread}" if result["certain"] else "uncertain"
+                line += [f"{result['p50_ms']:.3g} ms", f"{result['images_per_s']:,.0f}", speed_up]
             else:
                 line += ["needs a GPU" if row.top1 is None else "-", "-", "-"]
         cells.append(line)
@@ -183,13 +184,16 @@ def markdown(rows: list[Row]) -> str:
 
 def conditions() -> str:
     """What the figures mean, and what they were measured on: the versions are those of what is installed."""
-    known = [json.loads((BUILD / f"{net}-bench.json").read_text())["conditions"] for net in LEAST_TOP1]
+    documents = [json.loads((BUILD / f"{net}-bench.json").read_text()) for net in LEAST_TOP1]
+    known = [document["conditions"] for document in documents]
+    reasons = {row["uncertain_because"] for document in documents for row in document["results"] if not row["certain"]}
+    doubt = f"\nUncertain: {'; '.join(sorted(reasons))}. Run it again on a quieter machine." if reasons else ""
     versions = ", ".join(f"{name} {version}" for name, version in known[0]["versions"].items() if version)
     return (
         "Top-1 on 1,000 real digits kept out of training. p50: median latency of a batch; speed-up: over eager PyTorch in the"
         " same rounds, with its 95 % interval. Engines: share of the multiply-accumulates in each precision, as read from the engine or from its typed network."
         f"\n{known[0]['cpu']}, {count_of(known[0]['threads'], 'thread')}; load average"
-        f" {' and '.join(str(entry['load_average'][0]) for entry in known)} before the two benchmarks; {versions}."
+        f" {' and '.join(str(entry['load_average'][0]) for entry in known)} before the two benchmarks; {versions}.{doubt}"
     )
 
 
@@ -216,21 +220,22 @@ def draw_speed(axes: Any, net: str, rows: list[Row]) -> None:
     """Bars of the speed-ups, one for each row and batch size."""
     places = range(len(rows))
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    # A spread that is wider than the picture, as on a busy machine, runs out of it; the table has its figures.
-    limit = 1.5 * max(result["speedup"] for row in rows for result in row.bench.values())
+    limit = 1.5 * max([1.0, *(each["speedup"] for row in rows for each in row.bench.values() if each["certain"])])
     for index, (batch, colour) in enumerate(zip(BATCHES, SHADES, strict=True)):
-        results = [row.bench[batch] for row in rows]
-        middle = [result["speedup"] for result in results]
+        bars = [(place + (index - 0.5) * 0.38, row.bench[batch]) for place, row in zip(places, rows, strict=True)]
+        known = [(y, result) for y, result in bars if result["certain"]]
         spread = [
-            [result["speedup"] - result["speedup_low"] for result in results],
-            [result["speedup_high"] - result["speedup"] for result in results],
+            [result["speedup"] - result["speedup_low"] for _, result in known],
+            [result["speedup_high"] - result["speedup"] for _, result in known],
         ]
-        at = [place + (index - 0.5) * 0.38 for place in places]
-        axes.barh(at, middle, 0.36, color=colour, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}")
-        for y, result in zip(at, results, strict=True):
-            end = (min(result["speedup_high"], 0.9 * limit), y)
-            text = f"{result['speedup']:.1f}x"
-            axes.annotate(text, end, (6, 0), textcoords="offset points", va="center", fontsize=9, bbox=behind)
+        axes.barh(
+            [y for y, _ in known], [result["speedup"] for _, result in known], 0.36, color=colour, xerr=spread,
+            error_kw={"elinewidth": 1, "capsize": 2}, label=f"batch {batch}",
+        )  # fmt: skip
+        for y, result in bars:
+            text, end = (f"{result['speedup']:.1f}x", result["speedup_high"]) if result["certain"] else ("uncertain", 0.0)
+            end = min(end, 0.9 * limit)  # a spread that is wider than the picture runs out of it; the table has its figures
+            axes.annotate(text, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=9, bbox=behind)
     axes.axvline(1, color="#888888", linewidth=1, linestyle=":")
     axes.set_yticks(places, [f"{BACKENDS.get(row.runs_on, row.runs_on)}, {row.precision.upper()}" for row in rows])
     axes.set_xlim(0, limit)

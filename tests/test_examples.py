@@ -127,10 +127,10 @@ def test_the_demo_goes_on_with_a_run_and_begins_anew_where_data_are_newer(demo, 
     assert commands[1] == commands[0]
 
 
-def result(batch: int, speedup: float) -> dict[str, float]:
+def result(batch: int, speedup: float) -> dict[str, float | bool]:
     return {
         "batch": batch, "p50_ms": 0.1234 * batch, "images_per_s": 12345.6, "speedup": speedup,
-        "speedup_low": speedup - 0.1, "speedup_high": speedup + 0.2,
+        "speedup_low": speedup - 0.1, "speedup_high": speedup + 0.2, "certain": True,
     }  # fmt: skip
 
 
@@ -167,6 +167,25 @@ def test_the_table_has_a_line_for_every_row_and_says_what_needs_a_gpu(demo, rows
     assert lines[5].count("needs a GPU") == 2
 
 
+def test_what_other_programs_disturbed_is_called_uncertain(demo, rows, tmp_path, monkeypatch):
+    def busy(row):
+        return replace(row, bench={batch: {**found, "speedup": 1791.0, "certain": False} for batch, found in row.bench.items()})
+
+    doubtful = [busy(row) for row in rows]
+    table = demo.markdown(doubtful)
+    assert "1791" not in table
+    assert table.count("| uncertain |") + table.count(" uncertain |") >= 2 * sum(bool(row.bench) for row in rows)
+    demo.draw(doubtful, tmp_path / "demo.png")
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    where = {"cpu": "AMD", "threads": 2, "load_average": [0.5, 0, 0], "versions": {}}
+    result = {"certain": False, "uncertain_because": "other programs used 0.9 of 2 cores"}
+    for net in demo.LEAST_TOP1:
+        (tmp_path / f"{net}-bench.json").write_text(json.dumps({"conditions": where, "results": [result, {"certain": True}]}))
+    assert demo.conditions().splitlines()[-1] == (
+        "Uncertain: other programs used 0.9 of 2 cores. Run it again on a quieter machine."
+    )
+
+
 def test_the_picture_is_a_thousand_pixels_wide(demo, rows, tmp_path):
     demo.draw(rows, tmp_path / "demo.png")
     with Image.open(tmp_path / "demo.png") as image:
@@ -186,7 +205,7 @@ def test_the_conditions_name_only_what_is_installed(demo, tmp_path, monkeypatch,
     monkeypatch.setattr(demo, "BUILD", tmp_path)
     where = {"cpu": "AMD", "threads": threads, "load_average": [0.5, 0, 0], "versions": versions}
     for net in demo.LEAST_TOP1:
-        (tmp_path / f"{net}-bench.json").write_text(json.dumps({"conditions": where}))
+        (tmp_path / f"{net}-bench.json").write_text(json.dumps({"conditions": where, "results": []}))
     assert demo.conditions().splitlines()[-1] == f"AMD, {shown}"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import evidence, kind_text, megabytes
 from deploy.bench.candidate.loadgen import check_installed
-from deploy.bench.conditions import conditions
+from deploy.bench.conditions import conditions, disturbance
 from deploy.bench.options import BenchOptions
 from deploy.bench.plan import Candidate, make_plan
 from deploy.bench.probes import layer_rows, load_rows, scenario_rows
@@ -76,6 +76,7 @@ def bench(
         peak = measure_peak()  # after the candidates: their processes are gone
         where["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
         rows = _under_roof(rows, workers.candidates, peak)
+    where["disturbance"] = disturbance(run.uses, run.repeated)
     where["gpu_during"] = summed_up(run.gpu)
     where["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     if options.evaluate is not None and not interrupted:
@@ -158,15 +159,11 @@ def _evaluated(
     rows: Sequence[BenchRow], candidates: Sequence[Candidate], folder: Path, threads: int, progress: Progress
 ) -> list[BenchRow]:
     """The rows with the accuracy of their candidates on `folder`; every candidate is evaluated once."""
-    accuracy: dict[tuple[str, str], tuple[float, float]] = {}
+    accuracy: dict[tuple[str, str], dict[str, Any]] = {}
     for candidate in candidates:
         key = (candidate.artifact.shown, candidate.backend)
         if any((row.artifact, row.backend) == key for row in rows):
             progress(f"accuracy of {key[0]} on {key[1]}")
             done = evaluate(candidate.artifact, folder, backend=candidate.backend, device=candidate.device, threads=threads)
-            accuracy[key] = (done.top1, done.top5)
-    evaluated = []
-    for row in rows:
-        top1, top5 = accuracy[row.artifact, row.backend]
-        evaluated.append(replace(row, top1=top1, top5=top5, accuracy_from="measured"))
-    return evaluated
+            accuracy[key] = {"top1": done.top1, "top5": done.top5, "top1_images": done.images}
+    return [replace(row, **accuracy[row.artifact, row.backend], accuracy_from="measured") for row in rows]

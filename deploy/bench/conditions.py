@@ -4,11 +4,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deploy.evidence.disturbance import LIMIT, Use, fewer_threads, together, unmeasured
 from deploy.host.cpu import cache_bytes, cpu_model, governor, usable_cores
+from deploy.host.cpu_limit import cpu_limit
 from deploy.host.nvidia_smi import gpu_state
 from deploy.host.versions import versions
 from deploy.runtime.catalog import LIBRARIES
@@ -21,6 +24,7 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": usable_cores(),
+        "cpu_limit": cpu_limit(),
         "threads": threads,
         "cache_bytes": cache_bytes(),
         "governor": governor(),
@@ -29,6 +33,24 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
         "gpu": gpu_state(device) if device != "cpu" else None,
         "revision": revision(),
         "versions": versions(LIBRARIES),
+    }
+
+
+def disturbance(uses: Sequence[Use], repeated: int) -> dict[str, Any]:
+    """What other programs did in the rounds, JSON-able. uses: by batch size. repeated: the rounds that were taken in the place of others.
+
+    others_cores: of `cores`, on average; fewer_threads: so many `threads` would leave them free, None where that does not help.
+    limit: the share of the time that others may take. not_measured: what this machine does not tell, in words.
+    """
+    whole = together(uses)
+    return {
+        "others_cores": whole.others_cores,
+        "waited_share": whole.waited_share,
+        "cores": whole.cores,
+        "limit": LIMIT,
+        "repeated_rounds": repeated,
+        "fewer_threads": fewer_threads(whole),
+        "not_measured": unmeasured(whole),
     }
 
 

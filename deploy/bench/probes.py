@@ -15,6 +15,7 @@ from deploy.bench.candidate.traffic import Answered, Load
 from deploy.bench.plan import Candidate
 from deploy.bench.rows import LayersRow, LoadRow, ScenarioRow
 from deploy.bench.workers import Workers
+from deploy.evidence.disturbance import Use, reason, watch
 from deploy.evidence.timing import latency
 
 SERVER_RUNS = 10
@@ -27,12 +28,17 @@ def load_rows(workers: Workers, load: Load, batch: int, seconds: float) -> Itera
     for candidate in workers.running(batch):
         if workers.prepare(candidate, batch, what) is None:
             continue
-        done = workers.ask(candidate, lambda process: process.load(load, seconds))
+        done = workers.ask(candidate, lambda process: _watched(process, load, seconds))
         if done is not None:
-            yield _load_row(candidate, load, batch, done)
+            yield _load_row(candidate, load, batch, *done)
 
 
-def _load_row(candidate: Candidate, load: Load, batch: int, done: Answered) -> LoadRow:
+def _watched(process: CandidateProcess, load: Load, seconds: float) -> tuple[Answered, Use]:
+    """The answers under `load`; each caller needs the threads of a run."""
+    return watch(process.pid, process.threads * (load.concurrency or 1), lambda: process.load(load, seconds))
+
+
+def _load_row(candidate: Candidate, load: Load, batch: int, done: Answered, use: Use) -> LoadRow:
     samples_ms = [value * 1e3 for value in done.latencies_s]
     times = latency(samples_ms)
     per_s = (len(samples_ms) - done.unanswered) / done.elapsed_s
@@ -49,6 +55,8 @@ def _load_row(candidate: Candidate, load: Load, batch: int, done: Answered) -> L
         p90_ms=times.p90,
         p99_ms=times.p99,
         p999_ms=times.p999,
+        certain=use.quiet,
+        uncertain_because=None if use.quiet else reason(use),
         samples_ms=tuple(round(value, 6) for value in samples_ms),
     )
 

@@ -9,6 +9,8 @@ from deploy.evidence.timing import Ratio
 from deploy.runtime.profiling import LayerTime
 
 SCHEMA = 3
+UNCERTAIN = "uncertain"
+"""The verdict on what other programs disturbed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +18,15 @@ class BenchRow:
     """One candidate at one batch size, from numpy arrays to numpy arrays.
 
     images_per_s: batch divided by the mean time of a run. speedup, speedup_low, speedup_high: over the baseline, see
-    `timing.paired_ratio`. verdict: `baseline`, `faster`, `slower`, or `no difference` if the interval spans 1.
+    `timing.paired_ratio`; no narrower than what other programs did allows, see `disturbance`. verdict: `baseline`, `faster`, `slower`,
+    `no difference` if the interval spans 1, or `uncertain`. certain: whether what others did leaves the times of the row and of its
+    baseline as they are, within `disturbance.MOST`; uncertain_because: why not. others_cores: cores that other programs used in the
+    rounds. waited_share: of the time in which a thread of the candidate, or of the baseline, waited for a core. Of the
+    two, these are of the one that was disturbed more; None if not known.
     max_abs_error: the largest difference to the baseline's outputs on the same input, None if only one of the two is
     finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: memory of
     the candidate's process, libraries included; gpu_bytes is None without a GPU. size_bytes: size on disk of what runs.
-    top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    top1, top5: accuracy in per cent on `top1_images` images, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
     gflops: operations a second at p50, in 10^9; roof_gflops: the most that the machine allows in FP32, see
     `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and if the operations of the graph cannot be counted.
     gpu_ms, h2d_ms, d2h_ms: p50 of the computation on the GPU and of the copies to and from it, by CUDA events; None on the
@@ -41,6 +47,10 @@ class BenchRow:
     speedup_low: float
     speedup_high: float
     verdict: str
+    certain: bool
+    uncertain_because: str | None
+    others_cores: float | None
+    waited_share: float | None
     max_abs_error: float | None
     first_ms: float
     load_s: float
@@ -49,6 +59,7 @@ class BenchRow:
     size_bytes: int
     top1: float | None
     top5: float | None
+    top1_images: int | None
     accuracy_from: str | None
     gflops: float | None
     roof_gflops: float | None
@@ -64,7 +75,8 @@ class LoadRow:
     """One candidate under load, see `traffic.put_on`. concurrency or rate: which load; the other is None.
 
     requests_per_s: answered requests over the time that they took; less than the rate if the candidate cannot keep up. The
-    others are then `unanswered`, and are among the samples with the time that they had waited.
+    others are then `unanswered`, and are among the samples with the time that they had waited. certain, uncertain_because: as of `BenchRow`, of this
+    candidate alone.
     """
 
     artifact: str
@@ -81,6 +93,8 @@ class LoadRow:
     p90_ms: float
     p99_ms: float
     p999_ms: float
+    certain: bool
+    uncertain_because: str | None
     samples_ms: tuple[float, ...]
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from deploy.bench.candidate.process import CandidateProcess
 from deploy.bench.plan import Candidate
-from deploy.bench.rows import BenchRow, verdict_of
+from deploy.bench.rows import UNCERTAIN, BenchRow, verdict_of
 from deploy.bench.workers import Workers
+from deploy.evidence.disturbance import Measured, Round, Turn, Use, reason, take_rounds, take_turn
 from deploy.evidence.parity import difference
-from deploy.evidence.timing import latency, paired_ratio
+from deploy.evidence.timing import latency
 from deploy.host.nvidia_smi import gpu_watched
 from deploy.runtime.catalog import recorded_accuracy
 from deploy.runtime.profiling import DeviceTimes
@@ -21,45 +23,49 @@ ROUNDS = 15
 MIN_ROUNDS = 5
 SAMPLES_A_ROUND = 500
 
-Samples = dict[Candidate, list[list[float]]]
-"""Seconds of every run, by candidate and round."""
-
 
 class Run:
     """The rounds of one benchmark.
 
     rows: what has been measured. inputs: by batch size, how many inputs and of how many bytes. gpu: its states during the rounds.
+    uses: what others did to the baseline, by batch size. repeated: rounds that were taken beyond those planned, since others were disturbed.
     """
 
     def __init__(self, workers: Workers, folder: Path) -> None:
         self.rows: list[BenchRow] = []
         self.inputs: dict[str, dict[str, int]] = {}
         self.gpu: list[dict[str, str]] = []
+        self.uses: list[Use] = []
+        self.repeated = 0
         self._workers = workers
         self._folder = folder
         self._first_s: dict[Candidate, float] = {}
 
     def measure(self, batch: int, seconds: float) -> None:
-        """Measure all candidates that take this batch size, in turns, for `seconds`. Ctrl-C keeps whole rounds, if enough."""
+        """Measure all candidates that take this batch size, in turns, for `seconds`; as long again where rounds are disturbed.
+
+        Ctrl-C keeps whole rounds, if enough.
+        """
         run_s = self._warm_up(batch)
         errors = self._errors(list(run_s))
-        samples: Samples = {candidate: [] for candidate in self._workers.still(list(run_s))}
-        device = next((candidate.device for candidate in samples if candidate.device != "cpu"), None)
+        timed = self._workers.still(list(run_s))
+        device = next((candidate.device for candidate in timed if candidate.device != "cpu"), None)
+        slice_s = seconds / (ROUNDS * len(timed))
+        count = int(seconds / sum(max(run_s[candidate], slice_s) for candidate in timed) + 0.5)
+        count = min(max(count, MIN_ROUNDS), ROUNDS)
+        rounds: list[Round[Candidate]] = []
         try:
             with gpu_watched(device, self.gpu):
-                self._take_turns(batch, seconds, run_s, samples)
+                take_rounds(lambda turn: self._round(batch, timed, slice_s, turn, count), count, rounds)
         except KeyboardInterrupt:
-            whole = min(len(samples[candidate]) for candidate in self._workers.still(list(samples)))
-            if whole >= MIN_ROUNDS:  # fewer prove nothing
-                self._add_rows(batch, {candidate: series[:whole] for candidate, series in samples.items()}, errors, {}, {})
+            if len(rounds) >= MIN_ROUNDS:  # fewer prove nothing
+                self._add_rows(batch, rounds, count, errors, {}, {})
             raise
-        memory = {
-            candidate: self._workers.ask(candidate, lambda process: process.memory())
-            for candidate in self._workers.still(list(samples))
-        }
-        on_gpu = [candidate for candidate in self._workers.still(list(samples)) if candidate.device != "cpu"]
+        still = self._workers.still(timed)
+        memory = {candidate: self._workers.ask(candidate, lambda process: process.memory()) for candidate in still}
+        on_gpu = [candidate for candidate in self._workers.still(still) if candidate.device != "cpu"]
         times = {candidate: self._workers.ask(candidate, lambda process: process.device_times()) for candidate in on_gpu}
-        self._add_rows(batch, samples, errors, memory, times)
+        self._add_rows(batch, rounds, count, errors, memory, times)
 
     def _warm_up(self, batch: int) -> dict[Candidate, float]:
         """Seconds of a run of each candidate once its times have settled; outputs are written for `_errors`."""
@@ -72,35 +78,40 @@ class Run:
                 self.inputs[str(batch)] = {"inputs": prepared.inputs, "bytes": prepared.input_bytes}
         return run_s
 
-    def _take_turns(self, batch: int, seconds: float, run_s: Mapping[Candidate, float], samples: Samples) -> None:
-        """Fill `samples`, round by round, in an order that rotates."""
-        slice_s = seconds / (ROUNDS * len(samples))
-        rounds = int(seconds / sum(max(run_s[candidate], slice_s) for candidate in samples) + 0.5)
-        rounds = min(max(rounds, MIN_ROUNDS), ROUNDS)
-        for turn in range(rounds):
-            self._workers.progress(f"batch {batch}", turn, rounds)
-            running = self._workers.still(list(samples))
-            shift = turn % len(running)
-            for candidate in running[shift:] + running[:shift]:
-                taken_s = self._workers.ask(candidate, lambda process: process.round(slice_s, SAMPLES_A_ROUND))
-                if taken_s is not None:
-                    samples[candidate].append(taken_s)
+    def _round(self, batch: int, timed: Sequence[Candidate], slice_s: float, turn: int, count: int) -> Round[Candidate]:
+        """A round of those that are still there, in an order that rotates."""
+        self._workers.progress(f"batch {batch}" if turn < count else f"batch {batch}, disturbed: again", turn % count, count)
+        running = self._workers.still(timed)
+        shift = turn % len(running)
+        turns: Round[Candidate] = Round()
+        for candidate in running[shift:] + running[:shift]:
+            taken = self._workers.ask(candidate, lambda process: self._turn(process, slice_s))
+            if taken is not None:
+                turns[candidate] = taken
+        return turns
+
+    def _turn(self, process: CandidateProcess, slice_s: float) -> Turn:
+        return take_turn(process.pid, process.threads, lambda: process.round(slice_s, SAMPLES_A_ROUND))
 
     def _add_rows(
         self,
         batch: int,
-        samples: Samples,
+        rounds: Sequence[Round[Candidate]],
+        count: int,
         errors: Mapping[Candidate, float | None],
         memory: Mapping[Candidate, tuple[int, int | None] | None],
         device: Mapping[Candidate, DeviceTimes | None],
     ) -> None:
         baseline = self._workers.baseline
-        for candidate in self._workers.still(list(samples)):
+        still = self._workers.still(list(rounds[0]))
+        measured = Measured.of([Round({each: turns[each] for each in still}) for turns in rounds], count)
+        self.uses.append(measured.use(baseline))
+        self.repeated += max(0, len(rounds) - count)
+        for candidate in still:
             host, gpu = memory.get(candidate) or (0, None)
-            row = _row(candidate, batch, samples[candidate], samples[baseline], is_baseline=candidate is baseline)
             self.rows.append(
                 replace(
-                    row,
+                    _row(candidate, batch, measured, baseline),
                     max_abs_error=errors[candidate],
                     first_ms=self._first_s[candidate] * 1e3,
                     load_s=self._workers.load_s[candidate],
@@ -131,14 +142,15 @@ class Run:
         return errors
 
 
-def _row(
-    candidate: Candidate, batch: int, series: list[list[float]], baseline: list[list[float]], *, is_baseline: bool
-) -> BenchRow:
+def _row(candidate: Candidate, batch: int, measured: Measured[Candidate], baseline: Candidate) -> BenchRow:
     """The figures of the samples; the caller fills in the rest."""
+    series = measured.samples_s(candidate)
     samples_ms = [value * 1e3 for value in chain.from_iterable(series)]
     times = latency(samples_ms)
-    speed = paired_ratio(baseline, series)
+    speed = measured.ratio(baseline, candidate)
     accuracy = recorded_accuracy(candidate.artifact, candidate.backend)
+    certain = measured.certain(candidate) and measured.certain(baseline)
+    use = max(measured.use(candidate), measured.use(baseline), key=lambda use: use.share or 0.0)
     return BenchRow(
         **candidate.named,
         batch=batch,
@@ -151,7 +163,11 @@ def _row(
         speedup=speed.value,
         speedup_low=speed.low,
         speedup_high=speed.high,
-        verdict="baseline" if is_baseline else verdict_of(speed),
+        verdict="baseline" if candidate is baseline else verdict_of(speed) if certain else UNCERTAIN,
+        certain=certain,
+        uncertain_because=None if certain else reason(use),
+        others_cores=use.others_cores,
+        waited_share=use.waited_share,
         max_abs_error=None,
         first_ms=0.0,
         load_s=0.0,
@@ -160,6 +176,7 @@ def _row(
         size_bytes=candidate.artifact.size,
         top1=accuracy.top1 if accuracy else None,
         top5=accuracy.top5 if accuracy else None,
+        top1_images=accuracy.images if accuracy else None,
         accuracy_from="manifest" if accuracy else None,
         gflops=None,
         roof_gflops=None,

@@ -6,6 +6,8 @@ import platform
 import re
 from pathlib import Path
 
+from deploy.host.cpu_limit import cpu_limit
+
 CRASHES_ON_HALF = "MatmulTransposeFusion"
 """The optimizer of ONNX Runtime that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are
 FP16, as in every attention of PyTorch, it ends the process with a segmentation fault on the CPU (seen with 1.32). Convolutions do not
@@ -64,14 +66,19 @@ def has_vnni() -> bool:
 
 
 def usable_cores() -> int:
-    """The number of physical cores that this process may use, or fewer if a control group allows less time.
+    """The number of physical cores that this process may use, or fewer if a control group allows less time, rounded down; at least 1.
 
     This is the default number of threads. ONNX Runtime's default is the number of cores of the whole machine: a container
-    that may use two of 64 cores would run 64 threads.
+    that may use two of 64 cores would run 64 threads. Rounded down, because threads that use up the time of a period all stop
+    until the next one.
     """
-    cpus = os.sched_getaffinity(0)
-    cores = {_siblings(cpu) for cpu in cpus}
-    return max(1, min(len(cores), _quota(len(cpus))))
+    cores, limit = physical_cores(), cpu_limit()
+    return cores if limit is None else max(1, min(cores, int(limit)))
+
+
+def physical_cores() -> int:
+    """The number of physical cores that this process may run on."""
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
 
 
 def _siblings(cpu: int) -> str:
@@ -80,15 +87,6 @@ def _siblings(cpu: int) -> str:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
         return str(cpu)
-
-
-def _quota(default: int) -> int:
-    """The number of CPUs whose time the control group (version 2) allows; `default` if there is no limit."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return default
-    return default if limit == "max" else -(-int(limit) // int(period))
 
 
 def cache_bytes() -> int | None:

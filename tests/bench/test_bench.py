@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from deploy.bench.options import BenchOptions
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow
 from deploy.bench.run import MIN_ROUNDS
 from deploy.errors import ArtifactError, BackendError, UsageError
+from tests.processors import processors
 
 QUICK = BenchOptions(batches=(1, 4), seconds=0.4, threads=2)
 
@@ -27,7 +29,8 @@ NO_TORCH: dict[str, Any] = {"baseline": "onnxruntime", "seconds": 0.2}
 
 @pytest.fixture(scope="module")
 def result(shared_lenet5: Artifact, half: Artifact, engine: Artifact) -> BenchResult:
-    return bench([shared_lenet5, half, engine], QUICK, named=False)
+    with processors():
+        return bench([shared_lenet5, half, engine], QUICK, named=False)
 
 
 def rows(result: BenchResult, backend: str, batch: int = 1) -> list[BenchRow]:
@@ -52,8 +55,8 @@ def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResu
     for row in document["results"]:
         assert list(row) == [
             "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "mean_ms", "images_per_s",
-            "speedup", "speedup_low", "speedup_high", "verdict", "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes",
-            "size_bytes", "top1", "top5", "accuracy_from", "gflops", "roof_gflops", "gpu_ms", "h2d_ms", "d2h_ms", "samples_ms", "rounds",
+            "speedup", "speedup_low", "speedup_high", "verdict", "certain", "uncertain_because", "others_cores", "waited_share",
+            "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes", "size_bytes", "top1", "top5", "top1_images", "accuracy_from", "gflops", "roof_gflops", "gpu_ms", "h2d_ms", "d2h_ms", "samples_ms", "rounds",
         ]  # fmt: skip
     for entry in document["skipped"]:
         assert list(entry) == ["artifact", "backend", "reason"]
@@ -62,8 +65,8 @@ def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResu
 def test_the_conditions_name_the_machine_and_the_libraries(result: BenchResult) -> None:
     found = result.conditions
     assert set(found) == {
-        "time", "platform", "cpu", "cores", "threads", "cache_bytes", "governor", "device", "load_average", "load_average_after",
-        "gpu", "gpu_during", "revision", "versions", "inputs", "peak",
+        "time", "platform", "cpu", "cores", "cpu_limit", "threads", "cache_bytes", "governor", "device", "load_average", "load_average_after",
+        "gpu", "gpu_during", "revision", "versions", "inputs", "peak", "disturbance",
     }  # fmt: skip
     assert found["threads"] == 2
     assert {"python", "deploy", "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"} == set(found["versions"])
@@ -162,6 +165,24 @@ def kill_in_round(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(CandidateProcess, "round", fatal)
 
 
+def test_on_a_busy_machine_rounds_are_taken_again_and_no_verdict_is_drawn(shared_lenet5: Artifact) -> None:
+    options = BenchOptions(baseline="onnxruntime", batches=(1,), backends=("null",), seconds=0.2, threads=1)
+    told: list[str] = []
+    with processors(waiting=0.5):
+        found = bench([shared_lenet5], options, progress=lambda what, done=0, total=0, /: told.append(what))
+    assert [(row.verdict, row.certain) for row in found.results] == [("baseline", False), ("uncertain", False)]
+    null = found.results[1]
+    assert null.uncertain_because is not None
+    assert re.search(r"threads waited for a core in [45]\d% of the time", null.uncertain_because)
+    assert null.waited_share == pytest.approx(0.5, rel=0.2)
+    assert null.speedup_low < 0.5 * null.speedup  # the baseline may have taken a third of the time
+    assert null.speedup_high > 2 * null.speedup
+    assert "batch 1, disturbed: again" in told
+    assert found.conditions["disturbance"]["repeated_rounds"] > 0
+    assert found.conditions["disturbance"]["not_measured"] == []
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_a_candidate_that_dies_is_reported_and_the_others_finish(
     shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +226,8 @@ def test_backends_that_are_not_installed_are_skipped_unless_they_or_the_artifact
 
 
 def test_another_baseline_and_what_is_no_difference(shared_lenet5: Artifact) -> None:
-    found = bench([shared_lenet5], BenchOptions(baseline="onnxruntime", backends=("null",), batches=(2,), seconds=0.3))
+    with processors():
+        found = bench([shared_lenet5], BenchOptions(baseline="onnxruntime", backends=("null",), batches=(2,), seconds=0.3))
     assert found.baseline == "onnxruntime"
     assert [(row.backend, row.verdict) for row in found.results] == [("onnxruntime", "baseline"), ("null", "faster")]
     with pytest.raises(UsageError, match="an engine or a package cannot be the baseline"):

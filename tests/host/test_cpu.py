@@ -18,13 +18,6 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 2), ("max 100000\n", 64), ("50000 100000\n", 1)])
-def test_the_limit_of_a_control_group_counts(text: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, **kw: text if self.name == "cpu.max" else read(self, **kw))
-    assert cpu._quota(64) == expected
-
-
 def test_the_processor_has_a_name() -> None:
     assert cpu_model()
 

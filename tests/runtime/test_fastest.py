@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ArtifactError, BackendError, UsageError
+from deploy.evidence.disturbance import Measured, Round, Turn, Use
+from deploy.host.cpu import physical_cores
 from deploy.runtime import fastest
 from deploy.runtime.fastest import fastest_file
 from deploy.runtime.load import load
 from deploy.runtime.worker.process import WorkerProcess
+from tests.processors import processors
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +36,12 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the artifacts that were timed; OpenVINO always wins."""
     names: list[str] = []
 
-    def time_them(artifact: Artifact, backends: object, options: object, dims: object) -> dict[str, float]:
+    use = Use(seconds=1.0, cores=2, threads=2, others_s=0.0, stolen_s=0.0, step_s=0.01, waited_s=0.0)
+    turns = {name: Turn(samples_s=[seconds], use=use) for name, seconds in (("onnxruntime", 2.0), ("openvino", 1.0))}
+
+    def time_them(artifact: Artifact, backends: object, options: object, dims: object) -> Measured[str]:
         names.append(artifact.manifest.name)
-        return {"onnxruntime": 2.0, "openvino": 1.0}
+        return Measured([Round(turns)] * 5, quiet=True)
 
     monkeypatch.setattr(fastest, "_time", time_them)
     return names
@@ -103,7 +110,7 @@ def test_fastest_times_the_candidates_once_in_processes_of_their_own(
     shared_lenet5: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fastest_file() == cache
-    with load(shared_lenet5, "fastest") as session:
+    with processors(), load(shared_lenet5, "fastest") as session:
         chosen = session.backend
     (entry,) = json.loads(cache.read_text(encoding="utf-8")).values()
     assert set(entry["p50_ms"]) == {"onnxruntime", "openvino"}
@@ -112,6 +119,21 @@ def test_fastest_times_the_candidates_once_in_processes_of_their_own(
     monkeypatch.setattr(WorkerProcess, "__init__", lambda *_: pytest.fail("timed again"))
     with load(shared_lenet5, "fastest") as session:
         assert session.backend == chosen
+
+
+def test_on_a_busy_machine_the_first_of_the_order_is_taken_with_a_warning_and_not_remembered(
+    shared_lenet5: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fastest, "_SLICE_S", 0.02)
+    monkeypatch.setattr(fastest, "auto_order", lambda artifact: ("openvino", "onnxruntime"))
+    cores = physical_cores()
+    busy = processors(others=len(os.sched_getaffinity(0)))
+    with busy, caplog.at_level(logging.WARNING), load(shared_lenet5, "fastest") as session:
+        assert session.backend == "openvino"
+    assert f"which backend is fastest for {shared_lenet5.shown} cannot be measured now: other programs used" in caplog.text
+    assert f"of {cores} core" in caplog.text
+    assert "openvino is taken, the first in the order of auto" in caplog.text
+    assert not cache.exists()
 
 
 def test_the_fastest_is_the_one_with_the_lowest_time(shared_lenet5: Artifact, timed: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.rows import SCHEMA, verdict_of
+from deploy.bench.rows import SCHEMA, UNCERTAIN, verdict_of
 from deploy.errors import UsageError
 from deploy.evidence.timing import Ratio, bootstrap, interval
 
@@ -18,13 +18,17 @@ TOLERANCE = 0.05
 Key = tuple[str, str, int]
 """Artifact, backend, batch."""
 
+_Rounds = list[Sequence[float]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """One candidate in both documents.
 
     speed: how many times as fast as before, both relative to the baseline of their own run, so that a change of the machine's
-    clock rate does not count; for the baseline itself, by its time. p50_ms: before and now.
+    clock rate does not count; for the baseline itself, by its time. p50_ms: before and now. verdict: `faster` or `slower` where the
+    candidate's own time moved the same way, both beyond their intervals; `uncertain` where it did not, for then it is the
+    baseline that moved, and where one of the runs was disturbed. uncertain_because: which of the two.
     """
 
     artifact: str
@@ -34,6 +38,7 @@ class Change:
     speed: Ratio
     is_baseline: bool
     verdict: str
+    uncertain_because: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +52,17 @@ class Comparison:
 
     @property
     def regressions(self) -> tuple[Change, ...]:
-        """Candidates that lost more than `tolerance` of their speed, with an interval that does not reach 1."""
+        """Candidates that lost more than `tolerance` of their speed, and are `slower`."""
         return tuple(
             change
             for change in self.changes
-            if not change.is_baseline and change.speed.value < 1 - self.tolerance and change.speed.high < 1
+            if not change.is_baseline and change.verdict == "slower" and change.speed.value < 1 - self.tolerance
         )
+
+    @property
+    def uncertain(self) -> tuple[Change, ...]:
+        """Candidates of which the two runs do not tell whether they became slower."""
+        return tuple(change for change in self.changes if change.verdict == UNCERTAIN and not change.is_baseline)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `deploy bench --compare --json`."""
@@ -60,6 +70,7 @@ class Comparison:
             "schema": SCHEMA,
             "tolerance": self.tolerance,
             "changes": [asdict(change) for change in self.changes],
+            "uncertain": [[change.artifact, change.backend, change.batch] for change in self.uncertain],
             "regressions": [[change.artifact, change.backend, change.batch] for change in self.regressions],
             "only_old": self.only_old,
             "only_new": self.only_new,
@@ -111,13 +122,17 @@ def _key(row: Mapping[str, Any]) -> Key:
 def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str, Any]], key: Key) -> Change:
     before, now = old[key], new[key]
     is_baseline = before["verdict"] == "baseline"
-    sides = []
-    for seed, (row, rows) in enumerate(((before, old), (now, new))):
-        baseline = next(other for other in rows.values() if other["verdict"] == "baseline" and other["batch"] == key[2])
-        series = _rounds(row)
-        reference = [[1.0]] * len(series) if is_baseline else _rounds(baseline)
-        sides.append(bootstrap(reference, series, seed=seed))
-    speed = interval(sides[1].value / sides[0].value, sides[1].draws / sides[0].draws)
+    own = _speed([(_rounds(row), None) for row in (before, now)])
+    speed = own
+    if not is_baseline:
+        speed = _speed([(_rounds(row), _rounds(_baseline(rows, key[2]))) for row, rows in ((before, old), (now, new))])
+    verdict, because = verdict_of(speed), None
+    if disturbed := [(name, row) for name, row in (("old", before), ("new", now)) if not row.get("certain", True)]:
+        verdict = UNCERTAIN
+        because = "; ".join(f"disturbed in the {name} run: {row['uncertain_because']}" for name, row in disturbed)
+    elif verdict not in ("no difference", verdict_of(own)):
+        verdict = UNCERTAIN
+        because = f"its own time did not move the same way ({own.value:.2f} times as fast): the baseline did, or was disturbed in one of the runs"
     return Change(
         artifact=key[0],
         backend=key[1],
@@ -125,11 +140,22 @@ def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str,
         p50_ms=(before["p50_ms"], now["p50_ms"]),
         speed=speed,
         is_baseline=is_baseline,
-        verdict=verdict_of(speed),
+        verdict=verdict,
+        uncertain_because=because,
     )
 
 
-def _rounds(row: Mapping[str, Any]) -> list[Sequence[float]]:
+def _baseline(rows: Mapping[Key, Mapping[str, Any]], batch: int) -> Mapping[str, Any]:
+    return next(other for other in rows.values() if other["verdict"] == "baseline" and other["batch"] == batch)
+
+
+def _speed(runs: Sequence[tuple[_Rounds, _Rounds | None]]) -> Ratio:
+    """How many times as fast the second run is as the first, each the rounds of a candidate and those of its baseline, if any."""
+    sides = [bootstrap(baseline or [[1.0]] * len(rounds), rounds, seed=seed) for seed, (rounds, baseline) in enumerate(runs)]
+    return interval(sides[1].value / sides[0].value, sides[1].draws / sides[0].draws)
+
+
+def _rounds(row: Mapping[str, Any]) -> _Rounds:
     """The samples, round by round."""
     ends = np.cumsum(row["rounds"])
     return [row["samples_ms"][end - size : end] for end, size in zip(ends, row["rounds"], strict=True)]

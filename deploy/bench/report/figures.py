@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from deploy.bench.report.charts import Bar, Dot, Line, Spread, durations, pareto, roofs, speedups, spreads, throughputs
+from deploy.bench.report.charts import Bar, Dot, Line, Roofed, Spread, durations, pareto, roofs, speedups, spreads, throughputs
 from deploy.bench.report.labels import Labels, Row, digits, speed_up
+from deploy.bench.rows import UNCERTAIN
 
 TOP = 10
 LABEL = 34
 """Letters of a layer's name."""
+IMAGES = 6
+"""The least difference of a sign test at 95 %: 2 / 2**6 < 0.05."""
 
 
 def figure_section(title: str, intro: str, figures: Sequence[str]) -> str:
@@ -26,7 +29,7 @@ def _caption(figure: str) -> str:
 
 def _of(row: Row, labels: Labels) -> dict[str, Any]:
     label, colour = labels[row["artifact"], row["backend"]]
-    return {"label": label, "colour": colour}
+    return {"label": label, "colour": colour, "certain": row["certain"]}
 
 
 def speedup_figure(rows: Sequence[Row], labels: Labels, batch: int) -> str:
@@ -51,22 +54,49 @@ def throughput_and_accuracy(rows: Sequence[Row], labels: Labels, batches: Sequen
         lines = []
         for key, (label, colour) in labels.items():
             points = [(row["batch"], row["images_per_s"]) for row in rows if (row["artifact"], row["backend"]) == key]
-            lines.append(Line(label=label, colour=colour, points=sorted(points)))
+            doubtful = [
+                (row["batch"], row["images_per_s"])
+                for row in rows
+                if (row["artifact"], row["backend"]) == key and not row["certain"]
+            ]
+            lines.append(Line(label=label, colour=colour, points=sorted(points), doubtful=doubtful))
         figures.append(throughputs("Throughput against batch size", lines))
     known = [row for row in rows if row["top1"] is not None and row["batch"] == batches[0]]
     if known:
-        dots = []
-        for row in known:
-            beaten = any(
-                (other["top1"] >= row["top1"] and other["p50_ms"] < row["p50_ms"])
-                or (other["top1"] > row["top1"] and other["p50_ms"] <= row["p50_ms"])
-                for other in known
-            )
-            dots.append(Dot(**_of(row, labels), x=row["p50_ms"], y=row["top1"], front=not beaten))
+        on_front = front(known)
+        dots = [Dot(**_of(row, labels), x=row["p50_ms"], y=row["top1"], front=row in on_front) for row in known]
         figures.append(pareto(f"Accuracy against latency, batch {batches[0]}", dots))
     return figure_section(
-        "Throughput and accuracy", "Ringed and joined: candidates that no other beats in both." if known else "", figures
+        "Throughput and accuracy",
+        "Ringed and joined: the fastest, and those that are slower and more accurate, by more than chance." if known else "",
+        figures,
     )
+
+
+def front(rows: Sequence[Row]) -> list[Row]:
+    """The Pareto front of accuracy against latency, of what is certain: those that no other beats, by more than chance.
+
+    The fastest is one. A slower one is where it got more images right than every faster one, by at least `IMAGES`: with fewer, a
+    sign test of the images on which two candidates differ (McNemar's, exact) cannot tell them apart at 95 %, however few those
+    are. Two whose intervals of the speed-up overlap are equally fast, and the more accurate is taken, then the faster.
+    """
+    chosen: list[Row] = []
+    for row in sorted((row for row in rows if row["certain"]), key=lambda row: row["p50_ms"]):
+        if all(_better(row, other) for other in chosen):
+            chosen = [other for other in chosen if not _as_fast(row, other)]
+            chosen.append(row)
+    return chosen
+
+
+def _better(row: Row, other: Row) -> bool:
+    """Whether a row is more accurate than another, by more than chance."""
+    images = min(row["top1_images"] or 0, other["top1_images"] or 0)
+    return bool(round((row["top1"] - other["top1"]) / 100 * images) >= IMAGES)
+
+
+def _as_fast(row: Row, other: Row) -> bool:
+    """Whether a row may be as fast as another: the intervals of their speed-ups over the same baseline overlap."""
+    return bool(row["speedup_high"] >= other["speedup_low"] and other["speedup_high"] >= row["speedup_low"])
 
 
 def roofline(rows: Sequence[Row], labels: Labels, batches: Sequence[int]) -> str:
@@ -77,12 +107,12 @@ def roofline(rows: Sequence[Row], labels: Labels, batches: Sequence[int]) -> str
             bars = []
             for row in known:
                 share = row["gflops"] / row["roof_gflops"]
-                note = f"{row['gflops']:,.0f} ({share:.0%})"
-                bars.append(Bar(**_of(row, labels), value=row["gflops"], low=row["gflops"], high=row["gflops"], note=note))
-            figures.append(roofs(f"Batch {batch}", bars, max(row["roof_gflops"] for row in known)))
+                note = f"{row['gflops']:,.0f} of {row['roof_gflops']:,.0f} ({share:.0%})" if row["certain"] else UNCERTAIN
+                bars.append(Roofed(**_of(row, labels), value=row["gflops"], roof=row["roof_gflops"], note=note))
+            figures.append(roofs(f"Batch {batch}", bars))
     intro = (
-        "Billions of operations a second, and their share of what a matrix product and a copy, timed here in FP32, would allow: the"
-        " rest could still be gained. INT8 may go beyond."
+        "Billions of operations a second, and the mark of what a matrix product and a copy, timed here in FP32, would allow that"
+        " candidate: the rest could still be gained. INT8 may go beyond."
     )
     return figure_section("Roofline", intro, figures)
 

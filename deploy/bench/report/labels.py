@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.bench.rows import UNCERTAIN
+
 COLOURS = 8
 """The page defines --c0 to --c7; --c0 is the baseline's."""
 
@@ -52,7 +54,9 @@ def digits(value: float) -> str:
 
 
 def speed_up(row: Row) -> str:
-    """The speed-up of a row with its interval; 1 for the baseline."""
+    """The speed-up of a row with its interval; 1 for the baseline, and a word where it is uncertain."""
+    if not row["certain"]:
+        return UNCERTAIN
     if row["verdict"] == "baseline":
         return "1"
     return f"{row['speedup']:.2f} ({row['speedup_low']:.2f}\u2013{row['speedup_high']:.2f})"

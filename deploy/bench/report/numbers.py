@@ -7,10 +7,14 @@ from typing import Any
 from deploy.bench.report.labels import Labels, Row, digits, label_of, speed_up
 from deploy.words import count_of
 
-_COLUMNS = (
-    ("batch", "batch", "{:d}"), ("p50 ms", "p50_ms", None), ("p90", "p90_ms", None), ("p99", "p99_ms", None), ("p99.9", "p999_ms", None),
-    ("mean", "mean_ms", None), ("images/s", "images_per_s", "{:,.0f}"), ("first ms", "first_ms", None), ("load s", "load_s", "{:.2f}"),
-    ("top-1", "top1", "{:.2f}"), ("error", "max_abs_error", "{:.1e}"),
+_FIRST = (
+    ("p50 ms", "p50_ms", None), ("p99", "p99_ms", None), ("images/s", "images_per_s", "{:,.0f}"), ("top-1", "top1", "{:.2f}"),
+    ("error", "max_abs_error", "{:.1e}"),
+)  # fmt: skip
+"""What matters first; then the rest."""
+_REST = (
+    ("p90", "p90_ms", None), ("p99.9", "p999_ms", None), ("mean", "mean_ms", None), ("first ms", "first_ms", None),
+    ("load s", "load_s", "{:.2f}"),
 )  # fmt: skip
 
 _GPU_COLUMNS = (("GPU ms", "gpu_ms", None), ("H2D", "h2d_ms", None), ("D2H", "d2h_ms", None))
@@ -22,19 +26,26 @@ def table_section(title: str, intro: str, head: Sequence[str], rows: Sequence[Se
         return ""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
-        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><th scope=row>{escape(first)}</th>{''.join(_cell(name, cell) for name, cell in zip(head[1:], rest, strict=True))}</tr>"
         for first, *rest in rows
     )
     below = "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(intro)}</p>' if intro else ''}<div class=scroll>{table}</div>{below}</section>"
+    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(intro)}</p>' if intro else ''}{table}{below}</section>"
+
+
+def _cell(name: str, text: str) -> str:
+    """A cell that knows its column: on a narrow screen a row is folded into a card without a head."""
+    return f'<td data-name="{escape(name)}">{escape(text)}</td>'
 
 
 def load_table(results: Sequence[Row], labels: Labels) -> str:
     """Requests and latencies of every candidate under each load."""
 
     def asked(row: Row) -> str:
-        return f"{row['rate']:g}/s" if row["rate"] else count_of(row["concurrency"], "caller")
+        return (f"{row['rate']:g}/s" if row["rate"] else count_of(row["concurrency"], "caller")) + ", uncertain" * (
+            not row["certain"]
+        )
 
     rows = [
         (label_of(row, labels), str(row["batch"]), asked(row), digits(row["requests_per_s"]),
@@ -65,11 +76,19 @@ def scenario_table(results: Sequence[Row], labels: Labels) -> str:
 def all_figures(rows: Sequence[Row], labels: Labels) -> str:
     """Every figure of every row; those of a GPU only where one was used."""
     on_gpu = any(row["gpu_ms"] is not None for row in rows)
-    columns = (*_COLUMNS, *(_GPU_COLUMNS if on_gpu else ()))
-    head = ("", *(column[0] for column in columns), "memory", *(("GPU memory",) if on_gpu else ()), "on disk", "speed-up")
+    columns = (*_FIRST, *_REST, *(_GPU_COLUMNS if on_gpu else ()))
+    head = (
+        "",
+        "batch",
+        "speed-up",
+        *(column[0] for column in columns),
+        "memory",
+        *(("GPU memory",) if on_gpu else ()),
+        "on disk",
+    )
     body = []
     for row in rows:
-        cells = []
+        cells = [str(row["batch"]), speed_up(row)]
         for _, key, form in columns:
             value = row[key]
             cells.append("\u2013" if value is None else form.format(value) if form else digits(value))
@@ -77,7 +96,6 @@ def all_figures(rows: Sequence[Row], labels: Labels) -> str:
         if on_gpu:
             cells.append("\u2013" if row["gpu_bytes"] is None else _megabytes(row["gpu_bytes"]))
         cells.append(_megabytes(row["size_bytes"]))
-        cells.append(speed_up(row))
         body.append((label_of(row, labels), *cells))
     return table_section("All figures", "", head, body)
 
@@ -121,6 +139,8 @@ def conditions_list(document: Mapping[str, Any]) -> str:
         "measured": where["time"],
         "processor": f"{where['cpu']}, {count_of(where['cores'], 'core')}, {count_of(where['threads'], 'thread')}",
         "governor": where["governor"] or "not reported by the kernel",
+        "CPU limit": f"{where['cpu_limit']:g} cores, by control groups" if where["cpu_limit"] is not None else "none",
+        "other programs": _others(where["disturbance"]),
         "load average": f"{where['load_average'][0]} before, {where['load_average_after'][0]} after",
         "GPU": _listed(where["gpu"] or {}) or "none used",
         "GPU during the rounds": _listed(where.get("gpu_during") or {}) or "\u2013",
@@ -131,6 +151,15 @@ def conditions_list(document: Mapping[str, Any]) -> str:
     }
     entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in lines.items())
     return f"<section><h2>Conditions</h2><dl>{entries}</dl></section>"
+
+
+def _others(disturbance: Mapping[str, Any]) -> str:
+    """What other programs did in the rounds that were taken."""
+    used, waited = disturbance["others_cores"], disturbance["waited_share"]
+    said = ["not measured" if used is None else f"{used:.2f} of {count_of(disturbance['cores'], 'core')}"]
+    if waited is not None:
+        said.append(f"the baseline's threads waited for a core in {waited:.1%} of the time")
+    return f"{', '.join(said)}; {count_of(disturbance['repeated_rounds'], 'disturbed round')} measured again"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

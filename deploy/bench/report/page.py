@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from deploy.bench.report import certainty
 from deploy.bench.report.figures import (
     figure_section,
     layer_figures,
@@ -16,6 +17,7 @@ from deploy.bench.report.figures import (
 )
 from deploy.bench.report.labels import Labels, Row, baseline_name, digits, make_labels, short_names
 from deploy.bench.report.numbers import all_figures, conditions_list, lineage, load_table, scenario_table
+from deploy.bench.rows import UNCERTAIN
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -35,7 +37,7 @@ def render(document: Mapping[str, Any]) -> str:
         ),
         figure_section(
             "Latency",
-            "Every run that was timed; p50 and p99 are marked.",
+            "Every run that was timed; p50 and p99 are marked. Pale: disturbed by other programs.",
             [spread_figure(rows, labels, batch) for batch in batches],
         ),
         throughput_and_accuracy(rows, labels, batches),
@@ -71,13 +73,18 @@ def verdict(document: Mapping[str, Any]) -> str:
     for batch in dict.fromkeys((batches[0], batches[-1])):
         at_batch = [row for row in rows if row["batch"] == batch]
         best = max((row for row in at_batch if row["verdict"] == "faster"), key=lambda row: row["speedup"], default=None)
+        unsure = any(row["verdict"] == UNCERTAIN for row in at_batch)
+        if best is None and unsure:
+            why = next(row["uncertain_because"] for row in at_batch if row["verdict"] == UNCERTAIN)
+            parts.append(f"at batch {batch} the speed-up is uncertain, since {why}")
+            continue
         if best is None:
             parts.append(f"at batch {batch} nothing is faster than {against}")
             continue
         low, high = best["speedup_low"], best["speedup_high"]
         baseline = next((row for row in at_batch if row["verdict"] == "baseline"), None)
         parts.append(
-            f"at batch {batch} {names[best['artifact']]} ({best['precision']}) on {best['backend']} is fastest:"
+            f"at batch {batch} {names[best['artifact']]} ({best['precision']}) on {best['backend']} is fastest{' of what is certain' if unsure else ''}:"
             f" {digits(best['p50_ms'])} ms, {best['speedup']:.2f} times as fast as {against} ({low:.2f} to {high:.2f})"
             f"{_accuracy(best, baseline)}"
         )
@@ -102,8 +109,10 @@ def _warnings(document: Mapping[str, Any]) -> list[str]:
     """What the reader must know before the figures."""
     conditions = document["conditions"]
     warnings = [f"Not run: {entry['artifact']} on {entry['backend']}: {entry['reason']}" for entry in document["skipped"]]
-    if conditions["load_average"][0] >= conditions["threads"]:
-        warnings.insert(0, "The machine was busy: times and speed-ups may be far off.")
+    uncertain = [(row["batch"], row["uncertain_because"]) for row in document["results"] if not row["certain"]]
+    if said := certainty.warnings(uncertain, conditions["disturbance"]):
+        warnings.insert(0, " ".join(said))
+    warnings += certainty.gaps(conditions["disturbance"])
     if document["interrupted"]:
         warnings.insert(0, "Interrupted: this is what had been measured.")
     return [f"<p class=note>{escape(text)}</p>" for text in warnings]

@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.bench.candidate.layers import shares
+from deploy.bench.report.certainty import gaps, warnings
 from deploy.bench.report.compare import Comparison
 from deploy.bench.report.labels import baseline_name, digits, short_names
-from deploy.bench.rows import BenchResult, BenchRow, LayersRow
+from deploy.bench.rows import UNCERTAIN, BenchResult, BenchRow, LayersRow
 from deploy.words import count_of
 
 WIDTH = 100
@@ -26,12 +27,18 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     conditions = result.conditions
     where = f"{conditions['cpu']}, {count_of(conditions['threads'], 'thread')}, load average {conditions['load_average'][0]} at the start."
     console.print(where, style="dim", markup=False)
-    if conditions["load_average"][0] >= conditions["threads"]:
-        console.print("The machine was busy: times and speed-ups may be far off. Run again when it is idle.", style="yellow")
+    disturbance = conditions["disturbance"]
+    uncertain = [(row.batch, row.uncertain_because) for row in result.results if row.uncertain_because is not None]
+    if uncertain:
+        console.print(" ".join(warnings(uncertain, disturbance)), style="yellow", markup=False)
+    for gap in gaps(disturbance):
+        console.print(gap, style="dim", markup=False)
     for name, shape in conditions.get("shapes", {}).items():
         console.print(f"Shape of {name}: {shape}.", style="dim", markup=False)
     if result.loads:
         console.print(_loads(result))
+        if because := next((row.uncertain_because for row in result.loads if not row.certain), None):
+            console.print(f"Uncertain under load: {because}.", style="yellow", markup=False)
     if result.scenarios:
         console.print(_scenarios(result))
         for row in result.scenarios:
@@ -64,10 +71,12 @@ def _loads(result: BenchResult) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     labels = short_names([row.artifact for row in result.loads])
     for row in result.loads:
-        load = count_of(row.concurrency, "caller") if row.concurrency else f"{row.rate:g}/s"
+        load = (count_of(row.concurrency, "caller") if row.concurrency else f"{row.rate:g}/s") + f", {UNCERTAIN}" * (
+            not row.certain
+        )
         times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
         cells = (escape(labels[row.artifact]), row.backend, str(row.batch), load, digits(row.requests_per_s), *times)
-        table.add_row(*cells, style="yellow" if row.unanswered else None)
+        table.add_row(*cells, style="yellow" if row.unanswered or not row.certain else None)
     if any(row.unanswered for row in result.loads):
         table.caption = "Where a rate is more than a candidate answers, its times grow with the length of the test."
     return table
@@ -132,20 +141,28 @@ def print_comparison(comparison: Comparison, file: TextIO) -> None:
     for change in comparison.changes:
         speed = f"{change.speed.value:.2f} ({change.speed.low:.2f}-{change.speed.high:.2f})"
         verdict = "regression" if change in worse else "baseline" if change.is_baseline else change.verdict
+        style = "red" if change in worse else "yellow" if change.uncertain_because else None
         cells = (escape(change.artifact), change.backend, str(change.batch), *map(digits, change.p50_ms), speed, verdict)
-        table.add_row(*cells, style="red" if change in worse else None)
+        table.add_row(*cells, style=style)
     console.print(table)
     console.print(
         "Times as fast: relative to the baseline of each run, with its 95 % interval; the baseline by its time.", style="dim"
     )
+    for because in dict.fromkeys(change.uncertain_because for change in comparison.changes if change.uncertain_because):
+        console.print(f"Uncertain: {because}.", style="yellow", markup=False)
     for title, keys in (("Only in the old", comparison.only_old), ("Only in the new", comparison.only_new)):
         for artifact, backend, batch in keys:
             console.print(f"{title}: {artifact} on {backend}, batch {batch}", style="dim", markup=False)
     if worse:
         lost = f"{count_of(len(worse), 'candidate')} lost more than {comparison.tolerance:.0%} of {'its' if len(worse) == 1 else 'their'} speed."
         console.print(lost, style="red")
-    else:
+    elif not comparison.uncertain:
         console.print(f"None lost more than {comparison.tolerance:.0%} of its speed.")
+    if comparison.uncertain:
+        doubtful = count_of(len(comparison.uncertain), "candidate")
+        console.print(
+            f"The two runs do not tell whether {doubtful} became slower. Run them again on a quieter machine.", style="yellow"
+        )
 
 
 def _table(result: BenchResult) -> Table:
@@ -161,18 +178,20 @@ def _table(result: BenchResult) -> Table:
         if batch not in (None, row.batch):
             table.add_row()
         batch = row.batch
-        table.add_row(escape(labels[row.artifact]), *_cells(row), style="bold" if _best(result, row) else None)
+        style = "yellow" if not row.certain else "bold" if _best(result, row) else None
+        table.add_row(escape(labels[row.artifact]), *_cells(row), style=style)
     return table
 
 
 def _cells(row: BenchRow) -> tuple[str, ...]:
     same = "= " if row.verdict == "no difference" else ""
-    speed = "1" if row.verdict == "baseline" else f"{same}{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+    speed = f"{same}{row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+    speed = UNCERTAIN if not row.certain else "1" if row.verdict == "baseline" else speed
     error = "not finite" if row.max_abs_error is None else f"{row.max_abs_error:.1e}" if row.max_abs_error else "0"
     times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms)]
     return (row.precision, row.backend, str(row.batch), *times, digits(row.images_per_s), speed, error)
 
 
 def _best(result: BenchResult, row: BenchRow) -> bool:
-    """Whether the row has the highest speed-up at its batch size."""
-    return row.speedup == max(other.speedup for other in result.results if other.batch == row.batch)
+    """Whether the row has the highest speed-up at its batch size, of those that are certain."""
+    return row.speedup == max(other.speedup for other in result.results if other.batch == row.batch and other.certain)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 from deploy import errors
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError, DeployError, WorkerDiedError
+from deploy.host.cpu import usable_cores
 from deploy.runtime.session import SessionOptions
 
 _CHILD = "import sys; sys.path[:] = sys.argv[3:]; from {module} import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -45,6 +46,8 @@ class WorkerProcess:
 
     def __init__(self, artifact: Artifact, backend: str, options: SessionOptions) -> None:
         self.label = f"{artifact.shown} on {backend}"
+        self.threads = 1 if options.device.startswith("cuda") else options.threads or usable_cores()
+        """The threads that its runs need at a time."""
         opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
         # The child gets our sys.path, so that it imports the same modules from any folder.

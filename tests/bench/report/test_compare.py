@@ -19,7 +19,7 @@ def row(backend: str, p50_ms: float, seed: int, batch: int = 1) -> dict[str, Any
     samples = (p50_ms * np.random.default_rng(seed).normal(1, 0.01, 60)).round(6).tolist()
     verdict = "baseline" if backend == "eager" else "faster"
     return {
-        "artifact": "build/net", "backend": backend, "batch": batch, "p50_ms": float(np.median(samples)), "verdict": verdict,
+        "artifact": "build/net", "backend": backend, "batch": batch, "p50_ms": float(np.median(samples)), "verdict": verdict, "certain": True,
         "samples_ms": samples, "rounds": [12] * 5,
     }  # fmt: skip
 
@@ -51,6 +51,27 @@ def test_a_slower_candidate_is_a_regression(tmp_path: Path) -> None:
     assert "1 candidate lost more than 5% of its speed" in shown(found)
     assert not compare(tmp_path, document(10, 2, 0), document(10, 2.4, 9), tolerance=0.3).regressions
     assert json.loads(json.dumps(found.to_json()))["regressions"] == [["build/net", "onnxruntime", 1]]
+
+
+def test_what_the_baseline_alone_did_is_no_change_of_the_candidate(tmp_path: Path) -> None:
+    for old, new in ((document(10, 2, 0), document(30, 2, 9)), (document(30, 2, 0), document(10, 2, 9))):
+        found = compare(tmp_path, old, new)
+        assert found.changes[1].verdict == "uncertain"
+        assert "its own time did not move the same way" in str(found.changes[1].uncertain_because)
+        assert (found.regressions, found.uncertain) == ((), found.changes[1:])
+        said = " ".join(shown(found).split())
+        assert "do not tell whether 1 candidate became slower" in said
+        assert "None lost more" not in said
+        assert "regression" not in said
+        assert json.loads(json.dumps(found.to_json()))["uncertain"] == [["build/net", "onnxruntime", 1]]
+
+
+def test_a_disturbed_run_is_marked_and_no_verdict_is_drawn_from_it(tmp_path: Path) -> None:
+    old, new = document(10, 2, 0), document(10, 2.4, 9)
+    old["results"][1] |= {"certain": False, "uncertain_because": "other programs used 0.9 of 2 cores"}
+    found = compare(tmp_path, old, new)
+    assert (found.changes[1].verdict, found.regressions) == ("uncertain", ())
+    assert "Uncertain: disturbed in the old run: other programs used 0.9 of 2 cores." in " ".join(shown(found).split())
 
 
 def test_a_slower_machine_is_none(tmp_path: Path) -> None:

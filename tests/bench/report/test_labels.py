@@ -9,7 +9,14 @@ from deploy.bench.report.labels import COLOURS, digits, label_of, make_labels, s
 
 def row(artifact: str, backend: str, precision: str = "fp32", verdict: str = "faster") -> dict[str, Any]:
     figures = {"speedup": 2.0, "speedup_low": 1.756, "speedup_high": 2.25}
-    return {"artifact": artifact, "backend": backend, "precision": precision, "verdict": verdict, **figures}
+    return {
+        "artifact": artifact,
+        "backend": backend,
+        "precision": precision,
+        "verdict": verdict,
+        "certain": verdict != "uncertain",
+        **figures,
+    }
 
 
 def test_a_name_is_shortened_where_it_stays_unique() -> None:
@@ -47,3 +54,4 @@ def test_figures_have_three_digits(value: float, text: str) -> None:
 def test_a_speed_up_has_its_interval_and_the_baseline_none() -> None:
     assert speed_up(row("net", "null")) == "2.00 (1.76\u20132.25)"
     assert speed_up(row("net", "eager", verdict="baseline")) == "1"
+    assert speed_up(row("net", "null", verdict="uncertain")) == "uncertain"

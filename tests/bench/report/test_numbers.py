@@ -22,7 +22,7 @@ def test_lineage_and_conditions_are_told(document: dict[str, Any], half: Artifac
 
 @pytest.mark.parametrize(
     ("cores", "threads", "callers", "shown"),
-    [(1, 1, 1, ("1 core, 1 thread<", "<td>1 caller<")), (2, 1, 2, ("2 cores, 1 thread<", "<td>2 callers<"))],
+    [(1, 1, 1, ("1 core, 1 thread<", ">1 caller<")), (2, 1, 2, ("2 cores, 1 thread<", ">2 callers<"))],
 )
 def test_one_is_no_plural(document: dict[str, Any], cores: int, threads: int, callers: int, shown: tuple[str, str]) -> None:
     changed = json.loads(json.dumps(document))
@@ -31,6 +31,31 @@ def test_one_is_no_plural(document: dict[str, Any], cores: int, threads: int, ca
         row["concurrency"] = callers
     page = render(changed)
     assert all(text in page for text in shown)
+
+
+def test_the_conditions_say_what_limits_us_and_what_others_did(document: dict[str, Any]) -> None:
+    page = render(document)
+    assert "<dt>CPU limit</dt>" in page
+    changed = json.loads(json.dumps(document))
+    changed["conditions"]["cpu_limit"] = 1.5
+    changed["conditions"]["disturbance"] |= {"others_cores": 0.94, "waited_share": 0.125, "cores": 2, "repeated_rounds": 3}
+    page = render(changed)
+    assert "<dd>1.5 cores, by control groups</dd>" in page
+    assert (
+        "0.94 of 2 cores, the baseline&#x27;s threads waited for a core in 12.5% of the time; 3 disturbed rounds measured" in page
+    )
+    changed["conditions"]["disturbance"] |= {"others_cores": None, "waited_share": None, "repeated_rounds": 1}
+    assert "<dd>not measured; 1 disturbed round measured again</dd>" in render(changed)
+
+
+def test_what_matters_comes_first_and_every_cell_knows_its_column(document: dict[str, Any]) -> None:
+    page = render(document)
+    table = page[page.index("<h2>All figures") :]
+    head = re.findall(r"<th>([^<]*)</th>", table)
+    assert head[:8] == ["", "batch", "speed-up", "p50 ms", "p99", "images/s", "top-1", "error"]
+    rows = re.findall(r"<tr><th scope=row>.*?</tr>", table)
+    assert len(rows) == len(document["results"])
+    assert all(re.findall(r'<td data-name="([^"]*)">', row) == head[1:] for row in rows)
 
 
 def test_loads_and_verdicts_are_tables_and_what_was_invalid_says_why(document: dict[str, Any]) -> None:

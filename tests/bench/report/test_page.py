@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -50,33 +51,104 @@ def test_the_verdict_is_one_sentence_about_the_ends(document: dict[str, Any]) ->
     assert render(slow)
 
 
+def doubtful(document: dict[str, Any], batches: tuple[int, ...] = (1, 4)) -> dict[str, Any]:
+    """The document as of a machine that was busy at these batch sizes."""
+    changed: dict[str, Any] = json.loads(json.dumps(document))
+    for row in changed["results"]:
+        if row["batch"] in batches:
+            verdict = "baseline" if row["verdict"] == "baseline" else "uncertain"
+            row |= {"certain": False, "uncertain_because": "other programs used 0.9 of 2 cores", "verdict": verdict}
+    changed["conditions"]["disturbance"].update(others_cores=0.9, fewer_threads=1)
+    return changed
+
+
+def test_nothing_is_the_fastest_where_other_programs_disturbed_it(document: dict[str, Any]) -> None:
+    changed = doubtful(document)
+    found = verdict(changed)
+    assert found.startswith("At batch 1 the speed-up is uncertain, since other programs used 0.9 of 2 cores; at batch 4 ")
+    assert "fast" not in found
+    page = render(changed)
+    warned = page.index(
+        "Batches 1 and 4 are uncertain: other programs used 0.9 of 2 cores. No verdict is drawn from it. Run again"
+    )
+    assert warned < page.index("<h2>Speed-up")
+    assert "or with --threads 1, which leaves 1 core to others" in page
+    assert "on the front" not in page
+    rows = changed["results"]
+    assert not any(f"{row['speedup']:.2f} (" in page for row in rows)
+    one = doubtful(document, (4,))
+    one["results"][1] |= {"verdict": "faster", "certain": True}
+    one["results"][2] |= {"verdict": "uncertain", "certain": False, "uncertain_because": "threads waited for a core"}
+    assert "is fastest of what is certain" in verdict(one)
+
+
 def test_what_was_not_run_and_what_may_be_wrong_comes_first(document: dict[str, Any]) -> None:
     changed = json.loads(json.dumps(document))
     changed["interrupted"] = True
-    changed["conditions"]["load_average"] = [50.0, 1.0, 1.0]
+    changed["conditions"]["disturbance"]["not_measured"] = ["the waits of threads"]
     changed["skipped"] = [{"artifact": "build/net-trt", "backend": "tensorrt", "reason": "no GPU"}]
     page = render(changed)
-    for text in ("Interrupted: this is what", "The machine was busy", "Not run: build/net-trt on tensorrt: no GPU"):
+    for text in (
+        "Interrupted: this is what",
+        "Not measured here: the waits of threads.",
+        "Not run: build/net-trt on tensorrt: no GPU",
+    ):
         assert 0 < page.index(text) < page.index("Speed-up")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_it_is_drawn_by_a_browser_without_a_word_on_the_console(
-    document: dict[str, Any], tmp_path: Path, width: int, dark: bool
-) -> None:
-    (tmp_path / "report.html").write_text(render(document), encoding="utf-8")
+PROBE = """<script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument, width = page.documentElement.clientWidth, cut = [];
+  for (const each of page.querySelectorAll("main *")) {
+    const box = each.getBoundingClientRect();
+    if (box.width && (box.right > width + 1 || box.left < -1)) cut.push(each.tagName + " " + each.textContent);
+    if (each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX != "visible") cut.push("scrolls");
+  }
+  for (const figure of page.querySelectorAll("svg")) {
+    const whole = figure.getBoundingClientRect(), texts = [...figure.querySelectorAll("text")].map(each => [each, each.getBoundingClientRect()]);
+    for (const [each, box] of texts) {
+      if (box.right > whole.right + 1 || box.left < whole.left - 1 || box.bottom > whole.bottom + 1) cut.push("outside: " + each.textContent);
+      for (const [other, at] of texts)
+        if (other != each && at.left < box.right - 1 && box.left < at.right - 1 && at.top < box.bottom - 3 && box.top < at.bottom - 3)
+          cut.push(each.textContent + " over " + other.textContent);
+    }
+  }
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const cells = [...page.querySelectorAll("table")].at(-1).querySelectorAll("td");
+  document.body.dataset.found = JSON.stringify({width, dark, cut, hidden: [...cells].filter(each => !each.getBoundingClientRect().width).length});
+});
+</script>"""
+
+
+def browse(tmp_path: Path, *options: str, dark: bool) -> "subprocess.CompletedProcess[str]":
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600",
-        f"--screenshot={tmp_path / 'shot.png'}", f"file://{tmp_path / 'report.html'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", *options,
     ]  # fmt: skip
-    if dark:
-        command.insert(1, "--force-dark-mode")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command += ["--blink-settings=preferredColorScheme=0"] * dark
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_nothing_is_cut_and_no_text_lies_on_another(document: dict[str, Any], tmp_path: Path, width: int, dark: bool) -> None:
+    page = render(doubtful(document, (4,)))
+    frame = f'<iframe width={width} height=2000 style="border:0" srcdoc="{escape(page)}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{PROBE}</body>", encoding="utf-8")
+    done = browse(tmp_path, "--window-size=1300,900", "--dump-dom", f"file://{tmp_path / 'frame.html'}", dark=dark)
+    match = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert match is not None, done.stderr
+    assert json.loads(unescape(match[1])) == {"width": width, "dark": dark, "cut": [], "hidden": 0}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+def test_it_is_drawn_by_a_browser_without_a_word_on_the_console(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(render(document), encoding="utf-8")
+    shot = tmp_path / "shot.png"
+    done = browse(tmp_path, "--window-size=1200,1600", f"--screenshot={shot}", f"file://{tmp_path / 'report.html'}", dark=False)
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
-    with Image.open(tmp_path / "shot.png") as image:
+    with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB"))
-    assert pixels.shape == (1600, width, 3)
+    assert pixels.shape == (1600, 1200, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
