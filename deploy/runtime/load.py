@@ -12,6 +12,7 @@ from deploy.errors import BackendError
 from deploy.host.extras import extra_of, missing
 from deploy.runtime.catalog import BACKENDS, Backend, auto_order, own_backend, refuse_wrong, split_backend
 from deploy.runtime.fastest import fastest_backend
+from deploy.runtime.lifetime import bind
 from deploy.runtime.session import Session, SessionOptions
 
 
@@ -65,15 +66,21 @@ def open_session(artifact: Artifact, backend: str = "auto", options: SessionOpti
         chosen, variant = split_backend(backend)
         if not chosen.needs_gpu(variant):
             refuse_wrong(artifact, chosen.name)
-        return import_backend(chosen).open_session(artifact, dataclasses.replace(options, variant=variant))
+        return _opened(chosen, artifact, dataclasses.replace(options, variant=variant))
     reasons = []
     for name in auto_order(artifact):
         try:
             refuse_wrong(artifact, name)
-            return import_backend(BACKENDS[name]).open_session(artifact, options)
+            return _opened(BACKENDS[name], artifact, options)
         except BackendError as error:
             reasons.append(f"{name}: {error}")
     raise BackendError(f"no backend can run {artifact.location} here: " + "; ".join(reasons))
+
+
+def _opened(backend: Backend, artifact: Artifact, options: SessionOptions) -> Session:
+    session = import_backend(backend).open_session(artifact, options)
+    bind(session)
+    return session
 
 
 def import_backend(backend: Backend) -> BackendModule:

@@ -3,13 +3,15 @@
 Each backend has a subclass of `Session` in its file in `deploy/runtime/backends`.
 """
 
+import os
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import get_ident
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,10 +20,12 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.tensors import Profile, TensorSpec, default_dims, random_feed
-from deploy.errors import BackendError, InputError, SessionClosedError, UsageError
+from deploy.errors import BackendError, InputError, UsageError
 from deploy.runtime.arrays import SORTS, Sort, from_torch, shape_of, sort_of, to_torch, writable, write
 from deploy.runtime.catalog import BACKENDS, check_variant, refuse_compiled
 from deploy.runtime.profiling import RUNS, DeviceTimes, LayerTime
+from deploy.runtime.runner import Runner, closed_error
+from deploy.runtime.tasks import TaskPool
 from deploy.words import a_type
 
 _SEEN_SHAPES = 4096
@@ -63,12 +67,17 @@ class SessionOptions:
             raise UsageError(f"`contexts` must be 1 or more, not {self.contexts}")
 
 
-class Session(ABC):
-    """An opened artifact. Safe to use from many threads at once.
+class Session(Runner, ABC):
+    """An opened artifact. Safe to use from many threads at once, and in a child of the process that opened it if it is on the CPU.
 
     A feed maps input names to numpy arrays or to torch tensors, not both; the outputs are of the same sort, and torch tensors
     are on the device of the inputs. Arrays are never changed and never converted to another dtype.
     """
+
+    _instead = (
+        "a session cannot be pickled or copied: it belongs to its process; call deploy.load() in the process that uses it, and share"
+        " the session between threads"
+    )
 
     backend: ClassVar[str]
     native: ClassVar[Literal["numpy", "torch"]] = "numpy"
@@ -85,16 +94,15 @@ class Session(ABC):
 
     def __init__(self, artifact: Artifact, options: SessionOptions, *, device: str = "cpu") -> None:
         """Raises BackendError for what the backend cannot do, and ArtifactError naming a damaged file."""
+        super().__init__(device)
         self._check_request(artifact, options)
         self.name = artifact.manifest.name
-        self.device = device
-        self.onnx_file = artifact.onnx_path
+        self._standing = replace(artifact, path=Path(os.path.abspath(artifact.path)))  # wherever the program moves later
+        self.onnx_file = self._standing.onnx_path
         """The ONNX file that is run, or from which what is run was made."""
         self.concurrency = 1
         """The number of runs at a time that make good use of the backend."""
-        self._closed = False
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
+        self._pool: TaskPool | None = None
         self._describe(artifact.manifest)
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
@@ -129,22 +137,18 @@ class Session(ABC):
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         """Run once on checked arrays of the `native` sort, by name; the outputs in order. Called from many threads at once."""
 
-    def _stop(self) -> None:  # noqa: B027  (most backends have nothing to stop)
-        """Wake what would wait for ever. Called once, before `close` waits for the runs under way."""
-
-    def _release(self) -> None:  # noqa: B027  (some backends have nothing to release)
-        """Release what the backend holds. Called once; runs that have begun may still be under way."""
-
     def run(self, feed: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run the model on one feed; the outputs by name.
 
         `out` maps output names to arrays or tensors to write the results to; those are then returned. Raises InputError for names,
         dtypes or shapes that do not match `inputs`, SessionClosedError after `close()`, BackendError if the backend fails.
         """
-        if self._closed:
-            raise closed_error(self.name)
-        sort = self._sort(feed)
+        under_way, thread = self._under_way, get_ident()
+        under_way.append(thread)
         try:
+            if self._barred:
+                self._admit()
+            sort = self._sort(feed)
             if out is not None and self.device_arrays and sort != "numpy":
                 return self._run_into(feed, sort, out)
             if sort == "torch":
@@ -162,6 +166,8 @@ class Session(ABC):
         except MemoryError as error:
             shapes = ", ".join(f"{name} {shape_of(x)}" for name, x in feed.items())
             raise BackendError(f"{self.backend} has no memory to run {self.name!r} on {shapes}: {first_line(error)}") from error
+        finally:
+            under_way.remove(thread)
         named = dict(zip(self._output_names, results, strict=True))
         return named if out is None else write(named, out)
 
@@ -268,11 +274,11 @@ class Session(ABC):
 
         The arrays of `feed` must not change until the future is done. Raises SessionClosedError after `close()`.
         """
-        with self._pool_lock:
+        with self._state_lock:
             if self._closed:
                 raise closed_error(self.name)
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"deploy {self.name}")
+                self._pool = TaskPool(self.concurrency, f"deploy {self.name}")
             return self._pool.submit(self.run, feed)
 
     def stream(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -321,14 +327,12 @@ class Session(ABC):
 
     def close(self) -> None:
         """Release what the session holds. Runs under way finish; later ones raise SessionClosedError. May be called twice."""
-        with self._pool_lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._stop()
+        if not self._shut():
+            return
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        self._release()
+        if not self._stale:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -338,10 +342,6 @@ class Session(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} on {self.device}: {', '.join(map(str, self.inputs))}>"
-
-
-def closed_error(name: str) -> SessionClosedError:
-    return SessionClosedError(f"the session on {name!r} is closed")
 
 
 def first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -336,3 +338,43 @@ def test_an_empty_array_can_be_put_on_the_gpu(simulated: Simulated, make: Make, 
         empty = session.to_device({"x": np.zeros((0, 4), np.float32)})["x"]
         assert empty.numpy().shape == (0, 4)
         del empty
+
+
+# Forks.
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_is_told_that_cuda_does_not_survive_a_fork(simulated: Simulated, make: Make) -> None:
+    session = deploy.load(make(), contexts=2)
+    batcher = deploy.Batcher(session)
+    feed = {"x": batch(2)}
+    expected = session.run(feed)["y"]
+    stream = session.stream([feed] * 4)
+    next(stream)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(WAIT_S))
+        uses: list[Callable[[], Any]] = [
+            lambda: session.run(feed), lambda: next(session.stream([feed])), lambda: next(stream), session.warmup,
+            lambda: session.run_async(feed).result(), lambda: batcher.run(feed), lambda: session.layer_times(feed),
+        ]  # fmt: skip
+        try:
+            for use in uses:
+                with pytest.raises(BackendError, match=r"CUDA does not survive a fork: call deploy\.load\(\) in the child"):
+                    use()
+            before = simulated.held()
+            batcher.close()
+            session.close()
+            assert simulated.held() == before  # what the parent has on the GPU is not given back
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert told.read() == ""
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for outputs in stream:
+        np.testing.assert_allclose(outputs["y"], expected)
+    batcher.close()
+    session.close()

@@ -16,9 +16,11 @@ from deploy.runtime.arrays import Sort, pinned, to_host, writable
 from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.cuda_graphs import CudaGraphs
 from deploy.runtime.cudnn import cudnn_benchmark
+from deploy.runtime.openmp import refuse_lost_threads
 from deploy.runtime.package import package_file
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes
-from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.runner import closed_error
+from deploy.runtime.session import Session, SessionOptions, first_line
 from deploy.runtime.tf32 import tf32
 from deploy.runtime.torch_device import device_named
 from deploy.runtime.torch_device import version as version
@@ -181,6 +183,11 @@ class AotiSession(Session):
             self._streams.put(stream)
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
         return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
+
+    def _revive(self) -> None:
+        super()._revive()
+        refuse_lost_threads(self.name)
+        self._lock = threading.Lock()
 
     def _release(self) -> None:
         if self._on_gpu:

@@ -63,6 +63,10 @@ class CompileSession(EagerSession):
             self._runs[key] += 1
             return results
 
+    def _revive(self) -> None:
+        super()._revive()
+        self._lock = threading.Lock()
+
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
         """The time of each operator and compiled kernel by torch's profiler; they no longer belong to a module.
 

@@ -18,8 +18,10 @@ from deploy.runtime.arrays import pinned, to_host, to_torch
 from deploy.runtime.cuda_graphs import CudaGraphs
 from deploy.runtime.cudnn import cudnn_benchmark
 from deploy.runtime.module_times import module_times
+from deploy.runtime.openmp import refuse_lost_threads
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.runner import closed_error
+from deploy.runtime.session import Session, SessionOptions, first_line
 from deploy.runtime.tf32 import tf32
 from deploy.runtime.torch_device import device_named
 from deploy.runtime.torch_device import version as version
@@ -112,7 +114,7 @@ class EagerSession(Session):
         if module is None:
             raise closed_error(self.name)
         inputs = [to_torch(feed[name], self.device) for name in self._input_names]
-        with torch.inference_mode():
+        with self._working(), torch.inference_mode():
             return module_times(module, [self._adapt(x) for x in inputs], runs)
 
     def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
@@ -136,6 +138,10 @@ class EagerSession(Session):
                 times.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
         return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
+
+    def _revive(self) -> None:
+        super()._revive()
+        refuse_lost_threads(self.name)
 
     def _release(self) -> None:
         self._module = self._plain = None

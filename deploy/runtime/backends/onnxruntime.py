@@ -30,7 +30,8 @@ from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usab
 from deploy.runtime.catalog import onnx_file
 from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.runner import closed_error
+from deploy.runtime.session import Session, SessionOptions, first_line
 
 SPIN_US = 100
 """How long an idle worker thread spins before it sleeps, in microseconds.
@@ -69,7 +70,7 @@ class OnnxRuntimeSession(Session):
         super().__init__(artifact, options, device=device)
         self._artifact = artifact
         self._options = options
-        self.onnx_file = onnx_file(artifact, self.backend, options.variant)
+        self.onnx_file = onnx_file(self._standing, self.backend, options.variant)
         self._session: Any = self._open(onnxruntime.SessionOptions())
 
     def _open(self, settings: Any) -> Any:
@@ -97,7 +98,7 @@ class OnnxRuntimeSession(Session):
 
     def _disabled(self) -> list[str]:
         """The optimizers that must not see the file."""
-        if self.onnx_file == self._artifact.cpu_path:
+        if self.onnx_file == self._standing.cpu_path:
             return [QUANTIZES_WEIGHTS]
         manifest = self._artifact.manifest
         return [CRASHES_ON_HALF] * _may_hold_half(manifest) + [DROPS_RELU] * (manifest.precision == "fp8")
@@ -129,8 +130,9 @@ class OnnxRuntimeSession(Session):
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "run")
             session = self._open(settings)
-            for _ in range(WARMUPS + runs):
-                self._guard(lambda _: session.run(self._output_names, dict(feed)))
+            with self._working():
+                for _ in range(WARMUPS + runs):
+                    self._guard(lambda _: session.run(self._output_names, dict(feed)))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         times: dict[str, list[float]] = {}
         operators: dict[str, str] = {}
@@ -144,6 +146,11 @@ class OnnxRuntimeSession(Session):
             LayerTime(name=name, operator=operators[name], ms=statistics.median(runs_ms[WARMUPS:] or runs_ms))
             for name, runs_ms in times.items()
         ]
+
+    def _revive(self) -> None:
+        super()._revive()
+        self._standing.verify(weights=False)
+        self._session = self._open(onnxruntime.SessionOptions())
 
     def _release(self) -> None:
         self._session = None

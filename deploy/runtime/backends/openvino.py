@@ -4,6 +4,7 @@ By default it computes in bfloat16 if the CPU can, and logits are off by some hu
 `SessionOptions.compute` asks for less.
 """
 
+import logging
 import statistics
 import sys
 from collections import deque
@@ -17,8 +18,10 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
 from deploy.host.cpu import usable_cores
+from deploy.runtime.lifetime import keep_for_ever
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error
+from deploy.runtime.runner import closed_error
+from deploy.runtime.session import Session, SessionOptions
 
 _TELEMETRY = "openvino_telemetry"
 
@@ -50,6 +53,10 @@ _CORE = openvino.Core()
 The CPU plugin gives the thread that loads it an alternate signal stack, and frees that stack with the last Core. If another thread
 dropped that Core, the next signal would kill the process (seen with OpenVINO 2026.4).
 """
+
+keep_for_ever(_CORE)
+
+logger = logging.getLogger("deploy.runtime")
 
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
 
@@ -85,7 +92,7 @@ class OpenVinoSession(Session):
 
     def _compile(self, config: Mapping[str, Any]) -> Any:
         try:
-            return _CORE.compile_model(_CORE.read_model(self._artifact.onnx_path), "CPU", dict(config))
+            return _CORE.compile_model(_CORE.read_model(self.onnx_file), "CPU", dict(config))
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open {self._artifact.location}: {_reason(error)}") from error
 
@@ -126,13 +133,26 @@ class OpenVinoSession(Session):
         times: dict[str, list[float]] = {}
         operators: dict[str, str] = {}
         arrays = [np.array(feed[name]) for name in self._input_names]
-        for run in range(WARMUPS + runs):
-            request.infer(dict(zip(self._positions, arrays, strict=True)))
-            for node in request.get_profiling_info() if run >= WARMUPS else ():
-                if node.status == node.Status.EXECUTED:
-                    times.setdefault(node.node_name, []).append(node.real_time.total_seconds() * 1e3)
-                    operators[node.node_name] = node.node_type
+        with self._working():
+            for run in range(WARMUPS + runs):
+                request.infer(dict(zip(self._positions, arrays, strict=True)))
+                for node in request.get_profiling_info() if run >= WARMUPS else ():
+                    if node.status == node.Status.EXECUTED:
+                        times.setdefault(node.node_name, []).append(node.real_time.total_seconds() * 1e3)
+                        operators[node.node_name] = node.node_type
         return [LayerTime(name=name, operator=operators[name], ms=statistics.median(runs_ms)) for name, runs_ms in times.items()]
+
+    def _revive(self) -> None:
+        super()._revive()
+        self._standing.verify(weights=False)
+        self._idle = deque()
+        self._compiled = self._compile(self._config)
+        if self._config["INFERENCE_NUM_THREADS"] > self.concurrency:
+            logger.warning(
+                "%r was loaded with OpenVINO before the process was forked, whose threads cannot be started anew: each run uses one"
+                " thread here; load it in the child, or take onnxruntime, which has all of its threads again",
+                self.name,
+            )
 
     def _release(self) -> None:
         self._compiled = None

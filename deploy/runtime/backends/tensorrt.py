@@ -29,7 +29,8 @@ from deploy.runtime.arrays import Sort, write
 from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.device_calls import ArrayCalls, TorchCalls
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
-from deploy.runtime.session import Session, SessionOptions, closed_error, first_line
+from deploy.runtime.runner import closed_error
+from deploy.runtime.session import Session, SessionOptions, first_line
 
 _CONTEXTS = 2  # one is fed while the other computes
 
@@ -181,12 +182,13 @@ class TensorRTSession(Session):
 
         def finish() -> dict[str, Any]:
             context = running.popleft()
-            if not self._contexts.resume(context):
-                raise closed_error(self.name)
-            try:
-                return dict(zip(self._output_names, context.finish(), strict=True))
-            finally:
-                self._contexts.give_back(context)
+            with self._working():
+                if not self._contexts.resume(context):
+                    raise closed_error(self.name)
+                try:
+                    return dict(zip(self._output_names, context.finish(), strict=True))
+                finally:
+                    self._contexts.give_back(context)
 
         try:
             for feed in feeds:
@@ -197,24 +199,32 @@ class TensorRTSession(Session):
                         yield finish()
                     yield self.run(feed)
                     continue
-                context = self._contexts.borrow_free() if running else self._contexts.borrow()
+                with self._working():
+                    context = self._contexts.borrow_free() if running else self._contexts.borrow()
+                    if context is not None:
+                        self._begin(context, feed)
                 if context is None:  # all are in use, some of them here
                     yield finish()
-                    context = self._contexts.borrow()
-                try:
-                    context.begin({name: np.asarray(x, order="C") for name, x in feed.items()}, self._profile(feed))
-                except BaseException:
-                    self._contexts.give_back(context)
-                    raise
-                self._contexts.park(context)
+                    with self._working():
+                        context = self._contexts.borrow()
+                        self._begin(context, feed)
                 running.append(context)
             while running:
                 yield finish()
         finally:
-            for context in running:
+            for context in running if not self._stale else ():
                 if self._contexts.resume(context):  # nobody reads its outputs
                     context.settle()
                     self._contexts.give_back(context)
+
+    def _begin(self, context: EngineContext, feed: Mapping[str, Any]) -> None:
+        """Begin a run in a borrowed context, and park it."""
+        try:
+            context.begin({name: np.asarray(x, order="C") for name, x in feed.items()}, self._profile(feed))
+        except BaseException:
+            self._contexts.give_back(context)
+            raise
+        self._contexts.park(context)
 
     def warmup(self, feed: Mapping[str, Any] | None = None, runs: int = 3) -> None:
         """As in `Session`, in each execution context: all of them are made now.
@@ -222,7 +232,7 @@ class TensorRTSession(Session):
         Raises DeviceMemoryError if there is no room for them.
         """
         feed = self._example() if feed is None else feed
-        with self._warming:
+        with self._working(), self._warming:
             self._contexts.fill()
             held = []
             while (context := self._contexts.borrow_free()) is not None:
@@ -251,27 +261,30 @@ class TensorRTSession(Session):
 
     def to_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
         """A copy of the feed on the GPU, which `run` takes without a copy; its outputs stay on the GPU too."""
-        return {name: copied(array, self._gpu) for name, array in feed.items()}
+        with self._working():
+            return {name: copied(array, self._gpu) for name, array in feed.items()}
 
     # What is inside.
 
     def information(self) -> str:
         """The inspector's description of the engine, as JSON."""
-        return self._engine.information()
+        with self._working():
+            return self._engine.information()
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
         """The GPU time of each layer by TensorRT's profiler."""
         profiler = make_profiler(self._trt)
-        context = self._contexts.borrow()
-        try:
-            for run in range(WARMUPS + runs):
-                if run == WARMUPS:
-                    context.attach(profiler)
-                context.begin(feed, self._profile(feed))
-                context.finish()
-        finally:
-            context.attach(None)
-            self._contexts.give_back(context)
+        with self._working():
+            context = self._contexts.borrow()
+            try:
+                for run in range(WARMUPS + runs):
+                    if run == WARMUPS:
+                        context.attach(profiler)
+                    context.begin(feed, self._profile(feed))
+                    context.finish()
+            finally:
+                context.attach(None)
+                self._contexts.give_back(context)
         layers = {layer.name: layer for layer in engine_layers(self.information())}
         return [
             LayerTime(
@@ -285,16 +298,21 @@ class TensorRTSession(Session):
 
     def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
         arrays = {name: np.asarray(x, order="C") for name, x in feed.items()}
-        context = self._contexts.borrow()
-        try:
-            measured = [context.times(arrays, self._profile(arrays)) for _ in range(WARMUPS + runs)][WARMUPS:]
-        finally:
-            self._contexts.give_back(context)
+        with self._working():
+            context = self._contexts.borrow()
+            try:
+                measured = [context.times(arrays, self._profile(arrays)) for _ in range(WARMUPS + runs)][WARMUPS:]
+            finally:
+                self._contexts.give_back(context)
         times = [run for run in measured if run is not None]
         if not times:
             return None
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
         return DeviceTimes(gpu_ms=gpu_ms, h2d_ms=h2d_ms, d2h_ms=d2h_ms)
+
+    def _forked(self) -> None:
+        self._abandoned.detach()
+        super()._forked()
 
     def _stop(self) -> None:
         self._contexts.stop()

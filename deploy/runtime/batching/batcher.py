@@ -27,7 +27,9 @@ from deploy.errors import DeadlineError, InputError, QueueFullError, SessionClos
 from deploy.options import option
 from deploy.runtime.batching.execution import Done, execute, hand_out, ours, run
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue
+from deploy.runtime.lifetime import ProcessBound, ServiceThread, bind, leave_if_ending
 from deploy.runtime.session import Session
+from deploy.runtime.tasks import RunFuture
 
 logger = logging.getLogger("deploy.runtime")
 
@@ -64,11 +66,13 @@ class BatcherOptions:
             raise UsageError(f"`delay_ms` must be 0 or more, not {self.delay_ms:g}")
 
 
-class Batcher:
+class Batcher(ProcessBound):
     """Runs requests on a session in batches. Safe to use from many threads and event loops; the caller closes the session.
 
     observe: called with a record of every batch, from the batcher's threads.
     """
+
+    _instead = "a batcher cannot be pickled or copied: make one in the process that uses it, of a session that is loaded there"
 
     def __init__(
         self,
@@ -83,19 +87,27 @@ class Batcher:
         self._observe = observe
         self.max_rows = _most_rows(session, options)
         """The most rows of a batch; None if each request is a batch."""
-        self._queue = RequestQueue()
-        self._condition = threading.Condition()
         self._closed = False
+        self._drops = False
+        """Whether those that wait are not to be answered any more."""
         self._instances = options.instances or session.concurrency
-        self._running = 0
         self._alone_s = 1.0
         """The approximate time of a request that runs alone."""
-        self._threads = [
-            threading.Thread(target=self._work, name=f"deploy batch {session.name} {index}", daemon=True)
-            for index in range(2 * self._instances)
-        ]
-        for thread in self._threads:
+        self._forked()
+        bind(self)
+
+    def _forked(self) -> None:
+        """Begin with an empty queue and no threads: those that were there belong to the parent."""
+        self._queue = RequestQueue()
+        self._condition = threading.Condition()
+        self._running = 0
+        self._threads: list[ServiceThread] = []
+
+    def _start(self) -> None:
+        for index in range(2 * self._instances):
+            thread = ServiceThread(self._work, f"deploy batch {self.session.name} {index}")
             thread.start()
+            self._threads.append(thread)
 
     # Requests.
 
@@ -108,7 +120,7 @@ class Batcher:
         taken by then fails with DeadlineError. Cancelling the future removes the request from the queue. Raises InputError for
         a feed that the session does not take or with more rows than a batch, QueueFullError, SessionClosedError.
         """
-        future: Future[Outputs] = Future()
+        future: RunFuture[Outputs] = RunFuture()
 
         def finish(outputs: Outputs | None, error: Exception | None) -> None:
             if error is not None:
@@ -184,18 +196,23 @@ class Batcher:
 
     def close(self, *, drain: bool = True) -> None:
         """Refuse new requests, and wait until those in the queue are answered; without `drain`, fail them with SessionClosedError."""
-        with self._condition:
-            self._closed = True
-            left = [] if drain else list(self._queue)
-            for request in left:
-                self._queue.remove(request)
-            self._condition.notify_all()
-        for request in left:
-            if request.start():
-                request.finish(None, self._closed_error())
+        self._shut(drain=drain)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+
+    def _shut(self, *, drain: bool) -> None:
+        with self._condition:
+            self._closed = True
+            self._drops = self._drops or not drain
+            self._condition.notify_all()
+
+    def _end(self) -> None:
+        self._shut(drain=False)
+
+    def _ended(self, deadline: float) -> None:
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
 
     def __enter__(self) -> Self:
         return self
@@ -232,6 +249,7 @@ class Batcher:
     def _put(self, request: Request) -> None:
         with self._condition:
             if self._closed:
+                leave_if_ending()
                 raise self._closed_error()
             if self._queue.rows + request.rows > self.options.queue_rows:
                 raise QueueFullError(
@@ -239,6 +257,8 @@ class Batcher:
                     " try again later, or allow more (`queue_rows`)"
                 )
             self._queue.put(request)
+            if not self._threads:
+                self._start()
             if self._running < self._instances:
                 self._condition.notify()
 
@@ -267,7 +287,7 @@ class Batcher:
                 if self._closed and not self._queue:
                     return None
                 self._condition.wait(self._time_left())
-            taken = self._queue.take(self.max_rows)
+            taken = self._queue.take_all() if self._drops else self._queue.take(self.max_rows)
             self._running += 1
             if self._queue and self._running < self._instances:
                 self._condition.notify()
@@ -276,7 +296,9 @@ class Batcher:
         for request in taken:
             if not request.start():
                 continue
-            if request.deadline is not None and now > request.deadline:
+            if self._drops:
+                request.finish(None, self._closed_error())
+            elif request.deadline is not None and now > request.deadline:
                 request.finish(None, DeadlineError(f"not begun within its {request.deadline - request.came:.3g} s"))
             else:
                 batch.append(request)
@@ -293,6 +315,8 @@ class Batcher:
 
     def _due(self) -> bool:
         """Whether to take a batch now."""
+        if self._drops:
+            return bool(self._queue)
         if not self._queue or self._running >= self._instances:
             return False
         if not self.options.delay_ms or self.max_rows is None or self._closed:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,13 +11,17 @@ import numpy as np
 from deploy.errors import SessionClosedError, UsageError
 from deploy.runtime.batching.batcher import Batcher
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
+from deploy.runtime.lifetime import ProcessBound, bind
+from deploy.runtime.tasks import RunFuture, TaskPool
 
 
-class Pipeline:
+class Pipeline(ProcessBound):
     """A batcher with a step before and a step after it, which run in separate threads so that all three overlap.
 
     before: turns an item into a feed. after: turns outputs into a result. If one raises, only its item fails.
     """
+
+    _instead = "a pipeline cannot be pickled or copied: make one in the process that uses it, of a session that is loaded there"
 
     def __init__(
         self,
@@ -32,11 +36,13 @@ class Pipeline:
         self.batcher = batcher
         self._before = before
         self._after = after
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"deploy pipeline {batcher.session.name}")
+        self._pool = TaskPool(workers, f"deploy pipeline {batcher.session.name}")
+        self._ending = False
+        bind(self)
 
     def submit(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Future[Any]:
         """Process one item. The future has the result, or the error of any step."""
-        result: Future[Any] = Future()
+        result: RunFuture[Any] = RunFuture()
         result.set_running_or_notify_cancel()
 
         def fail(error: BaseException) -> None:
@@ -44,6 +50,7 @@ class Pipeline:
 
         def begin() -> None:
             try:
+                self._check_open()
                 inner = self.batcher.submit(self._before(item), priority=priority, timeout_s=timeout_s)
             except Exception as error:
                 fail(error)
@@ -52,12 +59,14 @@ class Pipeline:
 
         def hand_on(inner: Future[Outputs]) -> None:
             try:
+                self._check_open()
                 self._pool.submit(end, inner)
-            except RuntimeError:  # the pool is closed: run it here
+            except (RuntimeError, SessionClosedError):  # the pool is closed, or the program ends: here, then
                 end(inner)
 
         def end(inner: Future[Outputs]) -> None:
             try:
+                self._check_open()
                 result.set_result(self._after(inner.result()))
             except Exception as error:
                 fail(error)
@@ -65,8 +74,18 @@ class Pipeline:
         try:
             self._pool.submit(begin)
         except RuntimeError:
-            raise SessionClosedError(f"the pipeline of {self.batcher.session.name!r} is closed") from None
+            raise self._closed_error() from None
         return result
+
+    def _check_open(self) -> None:
+        if self._ending:
+            raise self._closed_error()
+
+    def _closed_error(self) -> SessionClosedError:
+        return SessionClosedError(f"the pipeline of {self.batcher.session.name!r} is closed")
+
+    def _end(self) -> None:
+        self._ending = True
 
     async def run_async(self, item: Any, *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None) -> Any:
         """`submit` for asyncio. If the task is cancelled, the request leaves the batcher's queue."""

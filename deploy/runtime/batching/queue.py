@@ -125,6 +125,12 @@ class RequestQueue:
             self.remove(request)
         return taken
 
+    def take_all(self) -> list[Request]:
+        taken = list(self)
+        self._by_priority.clear()
+        self.rows = 0
+        return taken
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecord:
