@@ -23,7 +23,7 @@ CLEAN = 1.3
 _PASS_BYTES = 256 << 20
 """Tensors held at a time; a graph is run in as many passes as that takes."""
 
-_SIGMAS = 5.0
+_SIGMAS, _SIGMAS_OF_SLICES = 3.0, 5.0
 _OF_SLICES = 3.0
 """How many times as far a slice may be beyond its floor as the whole: what the rounding of a channel's weights does to it is one
 draw, the same at every position, and there are many channels."""
@@ -189,10 +189,9 @@ def judged(actual: np.ndarray, rounded: Sequence[np.ndarray], exact: np.ndarray)
         floor = float(np.mean([np.mean(each != exact) for each in rounded])) if exact.size else 0.0
         least = 1 / max(1, exact.size)
         return Error(error=differing, floor=floor, times=differing / max(floor, least) if differing > least else 0.0)
-    with np.errstate(all="ignore"):
-        whole = _rms(exact, None)
-        noise = np.sqrt(np.mean([np.square(_rms(_off(each, exact), None)) for each in rounded]))
-        error = _rms(_off(actual, exact), None)
+    whole = _rms(exact[np.isfinite(exact)], None)
+    noise = np.sqrt(np.mean([np.square(_rms(_off(each, exact), None)) for each in rounded]))
+    error = _rms(_off(actual, exact), None)
     scale = float(whole) or 1.0
     if not math.isfinite(float(error)):
         return Error(error=math.inf, floor=float(noise) / scale, times=math.inf)
@@ -212,7 +211,8 @@ def _times(
     """The largest ratio of error to floor over slices, less what chance makes of the few elements of a slice.
 
     The root mean square of n independent errors scatters by 1 / sqrt(2 n) of itself, so that of two the logarithm of their ratio
-    scatters by 1 / sqrt(n): the ratio must be beyond exp(5 / sqrt(n)). Of errors of different size, n = (sum e^2)^2 / sum e^4.
+    scatters by 1 / sqrt(n): the ratio must be beyond exp(3 / sqrt(n)), or of the
+    largest of many slices exp(5 / sqrt(n)). Of errors of different size, n = (sum e^2)^2 / sum e^4.
     """
     if not exact.size:
         return 0.0
@@ -222,13 +222,15 @@ def _times(
     count = np.square(noise.sum(axis=inner)) / np.maximum(np.square(noise).sum(axis=inner), 1e-300) / len(rounded)
     floor = np.sqrt(noise.mean(axis=inner))
     floor = np.maximum(floor, max(_SMALLEST * scale, _LEAST_OF_WHOLE * math.sqrt(float(noise.mean()))))
-    times = error / floor / np.exp(_SIGMAS / np.sqrt(np.maximum(count, 1.0)))
+    sigmas = _SIGMAS if axes is None else _SIGMAS_OF_SLICES
+    times = error / floor / np.exp(sigmas / np.sqrt(np.maximum(count, 1.0)))
     return float(np.max(times)) / (1.0 if axes is None else _OF_SLICES)
 
 
 def _off(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """The difference, 0 where both are the same infinity or NaN; infinite where one alone is not finite."""
-    off = np.subtract(actual, exact, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        off = np.subtract(actual, exact, dtype=np.float64)
     odd = ~np.isfinite(off)
     if odd.any():
         same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
@@ -237,5 +239,4 @@ def _off(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def _rms(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    finite = np.asarray(array, dtype=np.float64)
-    return np.sqrt(np.mean(np.square(finite), axis=axes)) if array.size else np.float64(0.0)
+    return np.sqrt(np.mean(np.square(array, dtype=np.float64), axis=axes)) if array.size else np.asarray(0.0)

@@ -35,8 +35,8 @@ class Reproduction:
 def write_reproduction(comparison: Comparison, layer: Layer, out: Path) -> Reproduction:
     """Write `a.onnx`, `b.onnx`, `input.npz` and `expected.npz` for the layer that computes `layer.tensor`.
 
-    The input is the one row that shows the difference best, where rows can be told apart. Raises OutputError where `out` holds
-    something already or cannot be written.
+    The input is the one row that shows the difference best, where rows can be told apart. Raises OutputError where `out` cannot be
+    written.
     """
     a, b, feed, exact = comparison.one(layer.tensor)
     name = f"{layer.tensor}{LOCAL}"
@@ -46,8 +46,6 @@ def write_reproduction(comparison: Comparison, layer: Layer, out: Path) -> Repro
     if nodes > MOST_NODES:
         logger.warning("the file that shows the difference has %d nodes: no smaller part of B computes %s", nodes, layer.tensor)
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError(f"{out} holds something already: name a new folder for the reproduction")
         out.mkdir(parents=True, exist_ok=True)
         for file, model in (("a.onnx", a), ("b.onnx", b)):
             save_model(model, out / file)
@@ -59,6 +57,12 @@ def write_reproduction(comparison: Comparison, layer: Layer, out: Path) -> Repro
     scale = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64)))) or 1.0
     off = np.subtract(actual, exact, dtype=np.float64)
     return Reproduction(path=str(out), nodes=nodes, rows=rows, error=float(np.sqrt(np.mean(np.square(off)))) / scale)
+
+
+def check_folder(out: Path) -> None:
+    """Raises OutputError where `out` holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} holds something already: name a new folder for the reproduction")
 
 
 def _one_row(a: CpuGraph, b: CpuGraph, feed: Feed, exact: np.ndarray, name: str) -> tuple[Feed, np.ndarray]:

@@ -1,6 +1,6 @@
 """What `deploy verify` prints: one screen."""
 
-from deploy.verify.measure import Error, Layer
+from deploy.verify.measure import BEYOND, Error, Layer
 from deploy.verify.verify import Verification
 from deploy.words import count_of
 
@@ -50,5 +50,8 @@ def _place(layer: Layer) -> str:
 
 
 def _error(error: Error) -> str:
-    judged = f"{error.times:.1f} times beyond" if error.beyond else "within"
+    if error.beyond:
+        judged = f"{error.times:.1f} times beyond"
+    else:
+        judged = "within" if error.error <= BEYOND * error.floor else "not surely beyond, of so few numbers,"
     return f"error {error.error:.2g}, {judged} the floor of {error.floor:.2g}"

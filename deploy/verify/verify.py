@@ -16,7 +16,7 @@ from deploy.progress import Progress, silent
 from deploy.verify.culprits import culprits
 from deploy.verify.graphs import Graph, paired
 from deploy.verify.measure import Comparison, Error, Layer
-from deploy.verify.reproduce import Reproduction, write_reproduction
+from deploy.verify.reproduce import Reproduction, check_folder, write_reproduction
 
 SCHEMA = 1
 _FP16_MAX = 65504.0
@@ -92,6 +92,8 @@ def verify(
                 f"{each.shown} is a compiled package, which has no layers to look at: name the artifact it was built from"
             )
         each.verify(weights=False)
+    if reproduce is not None:
+        check_folder(Path(reproduce))
     feed = verification_feed(first, None if data is None else Path(data))
     progress("reading the graphs")
     graphs = Graph.read(first), Graph.read(second)
