@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "intake", "engine"),
     ("precision", "runtime"),
     ("evaluation",),
-    ("pipeline", "bench", "serving", "finetune"),
+    ("pipeline", "bench", "serving", "finetune", "verify"),
     ("cli", "", "__main__"),
 )
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}

@@ -47,6 +47,10 @@ COVERED = {
     "runtime/cuda_graphs": "gpu/test_baselines",
     "runtime/profiling": "bench/candidate/test_layers",
     "version": "test_cli",
+    "verify/culprits": "verify/test_verify",
+    "verify/floor": "verify/test_verify",
+    "verify/page": "cli/test_verify",
+    "verify/text": "cli/test_verify",
 }
 """Source files without a test file of their own, and the one that covers them."""
 

@@ -23,6 +23,9 @@ _KEEPS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Uns
 
 _FLOATS: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
+SOURCE_LINE = "deploy.source"
+"""The metadata of a node that says which line of the model's code it comes from: `resnet.py:92`."""
+
 EXTERNAL_DATA_BYTES = 250_000_000
 """Weights above this size go into a file beside the graph, which is mapped into memory and not read.
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "quantize": ("quantize", "Turn an ONNX artifact into INT8, calibrated on images."),
     "build-trt": ("build_trt", "Build a TensorRT engine from an ONNX artifact."),
     "build-aoti": ("build_aoti", "Compile the module of an export with torch's AOTInductor."),
+    "verify": ("verify", "Find the layer on which two artifacts of one network part."),
     "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
     "predict": ("predict", "Show class names and probabilities of images."),

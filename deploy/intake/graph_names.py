@@ -3,12 +3,18 @@
 import re
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
+from deploy.artifact.onnxfile import SOURCE_LINE
 from deploy.artifact.tensors import TensorSpec
 
 _MODULE_KEY = "pkg.torch.onnx.name_scopes"
+_STACK_KEY = "pkg.torch.onnx.stack_trace"
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def name_graph(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> None:
@@ -68,9 +74,9 @@ def _name_dims(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name every node after its torch module (`layer1.0.conv1/Conv`), and delete the exporter's metadata.
+    """Name every node after its torch module (`layer1.0.conv1/Conv`), and delete the exporter's metadata but for the line of code.
 
-    Reports name nodes. The metadata contains paths of the machine that exported.
+    Reports name nodes. The metadata contains paths of the machine that exported; of a line, the name of its file is kept.
     """
     taken: dict[str, int] = {}
     for node in model.graph.all_nodes():
@@ -82,7 +88,12 @@ def _name_nodes(model: ir.Model) -> None:
         name = f"{owner}/{node.op_type}" if owner else node.op_type
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        lines = [
+            (file, line) for file, line in _FRAME.findall(node.metadata_props.get(_STACK_KEY, "")) if not file.startswith(_TORCH)
+        ]
         node.metadata_props.clear()
+        if lines:
+            node.metadata_props[SOURCE_LINE] = f"{Path(lines[-1][0]).name}:{lines[-1][1]}"
     for value in {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}:
         value.metadata_props.clear()
     for node in model.graph.all_nodes():

@@ -1,0 +1,35 @@
+"""`deploy.verify.graphs`: what is paired, and what is cut out."""
+
+import numpy as np
+
+from deploy.artifact.find import open_artifact
+from deploy.precision.cpu import CpuGraph
+from deploy.verify.graphs import Graph, cut, paired
+from tests.verify.conftest import Write
+
+
+def test_every_tensor_of_a_copy_is_paired_in_order(write: Write) -> None:
+    a, b = (Graph.read(open_artifact(write(name))) for name in ("a.onnx", "b.onnx"))
+    assert paired(a, b) == ["c1", "r1", "c2", "s", "p", "f", "y"]
+
+
+def test_a_cut_computes_each_target_from_what_is_fed_and_nothing_before(write: Write) -> None:
+    graph = Graph.read(open_artifact(write("a.onnx")))
+    part = cut(graph.model, ["s", "y"], ["c1", "r1", "c2", "f"])
+    assert sorted(value.name or "" for value in part.graph.inputs) == ["c2", "f", "r1"]
+    assert [node.op_type for node in part.graph] == ["Add", "Gemm"]
+    zeros = np.zeros((2, 8, 12, 12), dtype=np.float32)
+    out = CpuGraph(part)({"c2": zeros + 1, "r1": zeros + 2, "f": np.zeros((2, 8), dtype=np.float32)})
+    assert float(out["s:computed"].max()) == 3.0
+    assert len(graph.model.graph) == 7  # the model itself is left as it was
+    assert [value.name for value in graph.model.graph.inputs] == ["x"]
+
+
+def test_a_target_that_is_fed_to_others_is_computed_all_the_same(write: Write) -> None:
+    graph = Graph.read(open_artifact(write("a.onnx")))
+    part = cut(graph.model, ["r1", "c2"], ["c1", "r1", "c2"])
+    assert sorted(value.name or "" for value in part.graph.inputs) == ["c1", "r1"]
+    ones = np.ones((1, 8, 12, 12), dtype=np.float32)
+    out = CpuGraph(part)({"c1": -ones, "r1": ones})
+    assert not out["r1:computed"].any()
+    assert out["c2:computed"].any()
