@@ -34,6 +34,7 @@ COVERED = {
     "engine/buffers": "runtime/backends/test_tensorrt",
     "engine/loaded": "runtime/backends/test_tensorrt",
     "intake/options": "intake/test_fit",
+    "serving/grpc_service": "serving/test_grpc_door",
     "intake/recipe": "intake/test_torchvision",
     "models/convnet": "models/test_registry",
     "models/errors": "models/test_registry",
