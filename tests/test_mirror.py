@@ -33,6 +33,8 @@ COVERED = {
     "engine/cuda/pycuda_device": "gpu/test_devices",
     "engine/buffers": "runtime/backends/test_tensorrt",
     "engine/loaded": "runtime/backends/test_tensorrt",
+    "evaluation/many_options": "evaluation/test_many",
+    "evaluation/rows": "evaluation/test_many",
     "intake/options": "intake/test_fit",
     "serving/grpc_service": "serving/test_grpc_door",
     "intake/recipe": "intake/test_torchvision",
