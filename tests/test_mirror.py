@@ -37,6 +37,7 @@ COVERED = {
     "evaluation/rows": "evaluation/test_many",
     "intake/options": "intake/test_fit",
     "serving/grpc_service": "serving/test_grpc_door",
+    "serving/stages": "serving/test_tracing",
     "intake/recipe": "intake/test_torchvision",
     "models/convnet": "models/test_registry",
     "models/errors": "models/test_registry",

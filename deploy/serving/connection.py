@@ -58,6 +58,7 @@ class Connection(HttpToolsProtocol):
         self._room = room
         self._in_head = True
         self._begun = 0.0
+        self._asked = False
         self._quiet = self._fields = self._size = 0
         self._refusal: tuple[int, str] | None = None
         self._unread: tuple[int, float] | None = None
@@ -108,7 +109,7 @@ class Connection(HttpToolsProtocol):
             raise ValueError(self._refusal[1])  # the parser hands it to `send_400_response`
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._begun = False, 0.0
+        self._in_head, self._begun, self._asked = False, 0.0, True
         self._size = self._fields = self._quiet = 0
         self._room.idle.pop(self, None)
         super().on_headers_complete()
@@ -160,5 +161,5 @@ class Connection(HttpToolsProtocol):
             return
         if self._begun and now - self._begun > seconds:
             self.refuse(408, f"the request did not come within {seconds:g} s")
-        elif not self._begun and self.cycle is None and now - since > seconds:
+        elif not self._begun and not self._asked and now - since > seconds:
             self.transport.close()

@@ -13,11 +13,12 @@ from deploy.errors import DeadlineError, DeployError
 from deploy.serving import answers
 from deploy.serving.address import check_address
 from deploy.serving.grpc_messages import POOL, message, read_message
-from deploy.serving.grpc_service import ADMIN, HEALTH, OPEN, SERVICE, Service
+from deploy.serving.grpc_service import ADMIN, HEALTH, OPEN, SERVICE, Service, metadata
 from deploy.serving.grpc_stream import in_order
 from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
 from deploy.serving.regions import NO_REGIONS, Regions
+from deploy.serving.stages import Trace
 
 logger = logging.getLogger("deploy.serving")
 
@@ -45,7 +46,9 @@ class GrpcDoor:
         self._drain_s = drain_s
 
     @classmethod
-    async def open(cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS) -> "GrpcDoor":
+    async def open(
+        cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
+    ) -> "GrpcDoor":
         """Start the server. Raises OSError if the port is taken."""
         server = grpc.aio.server(
             options=[
@@ -58,7 +61,7 @@ class GrpcDoor:
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
             ]
         )
-        service = Service(models, regions)
+        service = Service(models, regions, trace)
         frame = Frame(service, options)
         server.add_generic_rpc_handlers((frame.handlers(SERVICE), frame.handlers(HEALTH)))
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -114,8 +117,7 @@ class Frame:
 
     def _check(self, name: str, context: Any) -> None:
         if name not in OPEN:
-            headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-            self._access.check({"authorization": headers.get("authorization", "")}, admin=name in ADMIN)
+            self._access.check({"authorization": metadata(context).get("authorization", "")}, admin=name in ADMIN)
 
     def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]], read: Callable[[bytes], Any]) -> Any:
         async def guarded(data: bytes, context: Any) -> Any:
@@ -154,7 +156,7 @@ class Frame:
             start = time.perf_counter()
             request = read_message(message("inference.ModelInferRequest"), data)
             try:
-                response = made(infer_response=await self._service.ModelInfer(request, None))
+                response = made(infer_response=await self._service.infer(request, context, is_stream=True))
                 self._log(name, start, grpc.StatusCode.OK, request.id)
             except Exception as error:
                 code, text = self._failed(name, start, error, request.id)

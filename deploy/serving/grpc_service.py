@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from deploy.errors import ModelNotFoundError, RefusedError, UnavailableError
 from deploy.serving import answers
 from deploy.serving.grpc_messages import build_response, message, parse_request
 from deploy.serving.models import Models
-from deploy.serving.regions import Regions, refuse_cuda
+from deploy.serving.regions import NO_REGIONS, Regions, refuse_cuda
+from deploy.serving.stages import Stages, Trace
 from deploy.version import __version__
 
 SERVICE = "inference.GRPCInferenceService"
@@ -29,9 +31,10 @@ _WATCH_S = 0.2
 class Service:
     """The methods of both services, under the names that they have in the protocol. closing: set when streams must come to an end."""
 
-    def __init__(self, models: Models, regions: Regions) -> None:
+    def __init__(self, models: Models, regions: Regions = NO_REGIONS, trace: Trace | None = None) -> None:
         self._models = models
         self._regions = regions
+        self._trace = trace
         self.closing = asyncio.Event()
 
     # The server, the models and their state.
@@ -143,13 +146,41 @@ class Service:
     # Inference.
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        return await self.infer(request, context)
+
+    async def infer(self, request: Any, context: Any, *, is_stream: bool = False) -> Any:
+        """The answer to a `ModelInferRequest`. is_stream: it is one of many of its call, whose deadline is not its own."""
+        stages = Stages()
+        error: BaseException | None = None
+        try:
+            return await self._infer(request, None if is_stream else context.time_remaining(), stages)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if self._trace is not None:
+                self._trace(metadata(context), stages, error)
+
+    async def _infer(self, request: Any, left_s: float | None, stages: Stages) -> Any:
+        stages.model, stages.version, stages.request_id = request.model_name, request.model_version, request.id
         served = self._models.get(request.model_name, request.model_version)
         asked = parse_request(request, served, self._regions)
+        stages.decoded = time.perf_counter()
         timeout_s = asked.timeout_s
-        left = context.time_remaining() if context is not None else None
-        if left is not None:  # nobody waits for a later answer
-            timeout_s = left if timeout_s is None else min(left, timeout_s)
+        if left_s is not None:  # nobody waits for a later answer
+            timeout_s = left_s if timeout_s is None else min(left_s, timeout_s)
         used, results = await self._models.infer(
-            served, asked.feed, pinned=bool(request.model_version), priority=asked.priority, timeout_s=timeout_s
+            served,
+            asked.feed,
+            pinned=bool(request.model_version),
+            priority=asked.priority,
+            timeout_s=timeout_s,
+            observe=stages.set_ran,
         )
+        stages.version = used.source.version
         return build_response(used, asked, results, self._regions)
+
+
+def metadata(context: Any) -> dict[str, str]:
+    """The metadata of a call that are text; gRPC has their names in lower case."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -1,7 +1,7 @@
 """The requests of one stream, answered together and in order."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from deploy.errors import UnavailableError
@@ -19,7 +19,7 @@ async def in_order(
     closing: asyncio.Event,
     most_bytes: int,
     most_requests: int = MOST_REQUESTS,
-) -> AsyncIterator[Answer]:
+) -> AsyncGenerator[Answer, None]:
     """The answers to `requests`, in their order. Requests are taken on while others are answered, so that they share batches.
 
     most_bytes: of requests that are under way together; one alone may be larger. Ends when all requests are answered: those of the

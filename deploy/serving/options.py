@@ -34,6 +34,7 @@ class ServerOptions:
     keep_alive_s: float = option(75.0, "Close a connection that is idle for so long.", flag="--keep-alive", metavar="S")
     connections: int = option(4096, "The most connections over REST; one more closes the longest idle.", metavar="N")
     shared_memory: bool = option(False, "Take tensors from and into system shared memory that clients register.")
+    otel: bool = option(False, "Send traces by OpenTelemetry; its own OTEL_ variables say where.")
     log_requests: bool = option(False, "Log every request, not only errors.")
     token: str | None = None
     admin_token: str | None = None

@@ -19,6 +19,7 @@ from deploy.serving.request import (
     DATATYPES,
     InferRequest,
     Wanted,
+    bytes_of,
     check_datatype,
     check_options,
     check_outputs,
@@ -117,7 +118,7 @@ def build_response(
                 "shared_memory_byte_size": array.nbytes,
             }
         elif output.binary:
-            data = pack(array) if output.classes else memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+            data = pack(array) if output.classes else bytes_of(array)
             entry["parameters"] = {"binary_data_size": len(data)}
             binary.append(data)
         elif output.classes:

@@ -18,7 +18,7 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError, RefusedError
-from deploy.serving.request import Place, from_bytes
+from deploy.serving.request import Place, bytes_of, from_bytes
 
 _FOLDER = Path("/dev/shm")  # noqa: S108  (where Linux has POSIX shared memory)
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
@@ -109,16 +109,16 @@ class Regions:
         with self._lock:  # so that the file is not closed, and its number given to another
             region = self._find(place)
             data = np.empty(place.size, dtype=np.uint8)  # not larger than the region
-            got = os.preadv(region.file, [data], region.offset + place.offset)
+            got = os.preadv(region.file, [data.data], region.offset + place.offset)
         if got != place.size:
             raise _shrunk(region)
-        return from_bytes(memoryview(data), spec, shape)
+        return from_bytes(data.data, spec, shape)
 
     def write(self, place: Place, array: np.ndarray) -> None:
         """Write an array. Raises InputError if its size is not that of the place, and RefusedError."""
         if array.nbytes > place.size:
             raise InputError(f"the output has {array.nbytes} bytes, and {place.size} were set aside in region {place.region!r}")
-        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+        data = bytes_of(array)
         with self._lock:
             region = self._find(place)
             start = region.offset + place.offset

@@ -168,6 +168,11 @@ def from_bytes(data: memoryview | bytes | bytearray, spec: TensorSpec, shape: Se
     return array.astype(spec.dtype, copy=False)
 
 
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, of any dtype; a copy only where it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def check_datatype(datatype: Any, spec: TensorSpec) -> None:
     """Raise InputError unless `datatype` is the input's datatype in the protocol."""
     expected = DATATYPES[spec.dtype]

@@ -1,6 +1,7 @@
 """The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from deploy.serving.protocol import build_response, parse_request
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import priority_of, timeout_of
 from deploy.serving.rest_memory import memory_routes
+from deploy.serving.stages import Stages, Trace
 from deploy.version import __version__
 
 _HEADER_LENGTH = "inference-header-content-length"
@@ -42,14 +44,16 @@ def make_app(
     replica: str | None = None,
     crowded: Callable[[], bool] = lambda: False,
     regions: Regions = NO_REGIONS,
+    trace: Trace | None = None,
 ) -> ASGIApp:
     """The ASGI application over `models`.
 
     replica: the name of this server, if it is one of several behind one address: its metrics have the name as a label, and it refuses
     to load and unload models.
     crowded: whether the server has too many connections; requests are then refused with 503. regions: of shared memory.
+    trace: called with the stages of each request.
     """
-    door = _Door(models, limits, replica, regions)
+    door = _Door(models, limits, replica, regions, trace)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
     routes = [
         Route("/v2", door.server, methods=["GET"]),
@@ -75,11 +79,12 @@ def make_app(
 
 
 class _Door:
-    def __init__(self, models: Models, limits: Limits, replica: str | None, regions: Regions) -> None:
+    def __init__(self, models: Models, limits: Limits, replica: str | None, regions: Regions, trace: Trace | None) -> None:
         self._models = models
         self._limits = limits
         self._replica = replica
         self._regions = regions
+        self._trace = trace
 
     # The server, the models and their state.
 
@@ -143,6 +148,21 @@ class _Door:
     # Inference.
 
     async def infer(self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive) -> Response:
+        stages = Stages()
+        error: BaseException | None = None
+        try:
+            return await self._infer(model, version, headers, receive, stages)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if self._trace is not None:
+                self._trace(headers, stages, error)
+
+    async def _infer(
+        self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive, stages: Stages
+    ) -> Response:
+        stages.model, stages.version = model, version or ""
         served = self._models.get(model, version or "")
         length = headers.get(_HEADER_LENGTH)
         if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 20):
@@ -152,13 +172,16 @@ class _Door:
         parse = partial(parse_request, body, None if length is None else head, served.inputs, served.outputs, self._regions)
         asked = await asyncio.to_thread(parse) if head > LARGE_BYTES else parse()
         del body, parse
+        stages.decoded, stages.request_id = time.perf_counter(), asked.id
         used, results = await self._models.infer(
             served,
             asked.feed,
             pinned=version is not None,
             priority=asked.priority,
             timeout_s=asked.timeout_s,
+            observe=stages.set_ran,
         )
+        stages.version = used.source.version
         build = partial(
             build_response,
             used.source.name,

@@ -17,6 +17,7 @@ from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.rest_app import make_app
+from deploy.serving.stages import Trace
 
 logger = logging.getLogger("deploy.serving")
 
@@ -44,7 +45,9 @@ class HttpDoor:
         self.address = address
 
     @classmethod
-    async def open(cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS) -> "HttpDoor":
+    async def open(
+        cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
+    ) -> "HttpDoor":
         """Start the server. Raises OSError if the port is taken, and UsageError for a host that is not known."""
         room = Room(_most_connections(options.connections))
 
@@ -58,6 +61,7 @@ class HttpDoor:
             log_requests=options.log_requests,
             crowded=crowded,
             regions=regions,
+            trace=trace,
         )
         config = uvicorn.Config(
             app,

@@ -13,6 +13,7 @@ from deploy.serving.models import ModelOptions, Models
 from deploy.serving.options import ServerOptions
 from deploy.serving.regions import Regions
 from deploy.serving.source import ModelSource
+from deploy.serving.stages import Trace
 
 _LATE_S = 5.0
 """Beyond the grace: time for what the doors cut off to unwind."""
@@ -27,16 +28,28 @@ def serve(sources: list[ModelSource], models: ModelOptions, options: ServerOptio
     """
     log_as_json()
     kinds = _kinds_of_doors(options)  # a missing library is reported before the models are loaded
+    trace = tracing(options)
     served = Models(sources, models)
     try:
         served.load_all()
         gc.collect()
         gc.freeze()  # the objects of now stay: the collector need not go through them while requests wait
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(served, options, kinds))
+            runner.run(_serve(served, options, kinds, trace))
     finally:
         served.close()
+        if trace is not None:
+            trace.close()
     return 0
+
+
+def tracing(options: ServerOptions) -> Any:
+    """What traces requests, None where that was not asked for. Raises ImportError for a library of the extra `otel` that is missing."""
+    if not options.otel:
+        return None
+    from deploy.serving.tracing import Tracing
+
+    return Tracing()
 
 
 def _kinds_of_doors(options: ServerOptions) -> list[Any]:
@@ -61,7 +74,7 @@ def _loop_factory() -> Any:
     return uvloop.new_event_loop
 
 
-async def _serve(models: Models, options: ServerOptions, kinds: list[Any]) -> None:
+async def _serve(models: Models, options: ServerOptions, kinds: list[Any], trace: Trace | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,7 +83,7 @@ async def _serve(models: Models, options: ServerOptions, kinds: list[Any]) -> No
     doors: list[Any] = []
     try:
         for kind in kinds:
-            doors.append(await kind.open(models, options, regions))
+            doors.append(await kind.open(models, options, regions, trace))
         for door in doors:
             logger.info("serving", extra={"door": door.name, "address": door.address, "models": list(models.names)})
         await stop.wait()
