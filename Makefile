@@ -21,7 +21,7 @@ test-gpu: $(INSTALLED)
 # Tests at full length. Of the server: 10,000 malformed requests, 100,000 while the model is swapped, 100,000 for its memory.
 # Of sessions on the simulated GPU: 10,000 random steps through each library.
 soak: $(INSTALLED)
-	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving tests/simulator/test_soak.py -o timeout=3600
+	DEPLOY_SOAK=1 $(BIN)/python -m pytest tests/serving tests/evaluation/test_ray_rows.py tests/simulator/test_soak.py -o timeout=3600
 
 # Tables of what is on this GPU machine, in parts that are kept: a run that was cut off continues. Writes benchmarks/results/<date>-<gpu>.json and .md.
 gpu-report: $(INSTALLED)

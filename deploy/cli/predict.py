@@ -1,10 +1,17 @@
 """`deploy predict`."""
 
 import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import MANIFEST
 from deploy.cli.common import (
     Failures,
@@ -17,24 +24,56 @@ from deploy.cli.common import (
     progress_bar,
     threads_option,
 )
+from deploy.cli.options import PATH, options
 from deploy.errors import UsageError
-from deploy.words import printable
+from deploy.evaluation.many_options import ActorOptions, BatchOptions
+from deploy.options import collect, option_names
+from deploy.words import as_utf8, count_of, printable
 
 SCHEMA = 1
+_SAY_S = 10.0
 
 
 @click.command("predict")
-@click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGE|DIR...")
+@click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGE|DIR|PATTERN|LIST...")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Classes shown an image.")
+@click.option(
+    "--out",
+    "rows_file",
+    type=PATH,
+    metavar="FILE",
+    help="Write a row for each image to FILE.jsonl or FILE.parquet; go on where it was interrupted.",
+)
+@options(BatchOptions)
+@click.option(
+    "--ray",
+    "address",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="With --out: compute on the Ray cluster at ADDRESS.  [without ADDRESS: this machine's cluster, or a new one]",
+)
+@options(ActorOptions)
 @backend_option
 @device_option
 @threads_option
 @json_option
 @debug_option
-def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads: int | None, as_json: bool) -> None:
+def command(
+    paths: tuple[str, ...],
+    top: int,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    rows_file: Path | None,
+    address: str | None,
+    **given: Any,
+) -> None:
     """Show the likeliest classes of images, with their probabilities.
 
-    Files that cannot be used are said at the end, with exit status 1; the others have their results.
+    Files that cannot be used are said at the end, with exit status 1; the others have their results. With --out, any number of files is
+    taken, .npz too: of folders, of patterns in quotes, and of lists of paths, .txt or .parquet.
     """
     from deploy.evaluation.predict import predict  # loads heavy libraries
 
@@ -42,7 +81,12 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
     images = [Path(path) for path in paths[named:]]
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
+    on = _actors(address, rows_file, given)
     artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
+    if rows_file is not None:
+        options = collect(BatchOptions, given, top=top, backend=backend, device=device, threads=threads)
+        _predict_many(artifact, paths[named:], rows_file, options, on, as_json)
+        return
     with Failures() as failures, progress_bar() as progress:
         predictions = predict(
             artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress, skip=failures.skip
@@ -56,3 +100,49 @@ def command(paths: tuple[str, ...], top: int, backend: str, device: str, threads
             classes = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
             click.echo(f"{printable(prediction.path)}: {classes}")
     failures.end()
+
+
+def _actors(address: str | None, rows_file: Path | None, given: dict[str, Any]) -> ActorOptions | None:
+    """None without `--ray`. Raises UsageError for options that do not fit together."""
+    source = click.get_current_context().get_parameter_source
+    typed = [name for name in given if source(name) is ParameterSource.COMMANDLINE]
+    if rows_file is None and (address is not None or typed):
+        raise UsageError(f"{'--ray' if address is not None else f'`{typed[0]}`'} needs --out")
+    if address is None:
+        if alone := [name for name in typed if name in option_names(ActorOptions)]:
+            raise UsageError(f"`{alone[0]}` needs --ray")
+        return None
+    return collect(ActorOptions, given, address=address or None)
+
+
+def _predict_many(
+    artifact: Artifact, sources: Sequence[str], out: Path, options: BatchOptions, on: ActorOptions | None, as_json: bool
+) -> None:
+    from deploy.evaluation.many import predict_many, rows_here
+
+    rows = rows_here
+    if on is not None:
+        from deploy.evaluation.ray_rows import rows_on_ray  # loads Ray
+
+        rows = partial(rows_on_ray, on=on)
+    with progress_bar() as progress:
+        said = start = time.monotonic()
+        before: int | None = None
+
+        def report(count: int, errors: int) -> None:
+            nonlocal said, before
+            before = count if before is None else before
+            now = time.monotonic()
+            text = f"{count_of(count, 'row')}, {count_of(errors, 'error')}, {(count - before) / max(now - start, 1e-3):,.0f} a second"
+            progress(text)
+            if not sys.stderr.isatty() and now - said > _SAY_S:
+                said = now
+                click.echo(text, err=True)
+
+        count, errors = predict_many(artifact, sources, out, options, rows=rows, report=report)
+    if as_json:
+        click.echo(json.dumps({"schema": SCHEMA, "out": as_utf8(out), "rows": count, "errors": errors}, indent=2))
+    else:
+        click.echo(f"{count_of(count, 'row')} in {printable(out)}, {count_of(errors, 'error')}")
+    if errors:
+        raise click.exceptions.Exit(1)

@@ -16,12 +16,18 @@ from deploy.errors import (
     UsageError,
 )
 from deploy.serving.models import Served
-from deploy.serving.protocol import DATATYPES
+from deploy.serving.regions import Regions
+from deploy.serving.request import DATATYPES
 
-EXTENSIONS = (
-    "binary_tensor_data", "classify_image", "metrics", "model_configuration", "model_repository", "model_repository(unload_dependents)",
-    "parameters", "schedule_policy", "statistics",
+_EXTENSIONS = (
+    "binary_tensor_data", "classification", "classify_image", "metrics", "model_configuration", "model_repository",
+    "model_repository(unload_dependents)", "parameters", "schedule_policy", "statistics",
 )  # fmt: skip
+
+
+def extensions(regions: Regions) -> list[str]:
+    """What the server can beyond the protocol."""
+    return sorted((*_EXTENSIONS, "system_shared_memory")) if regions.on else list(_EXTENSIONS)
 
 
 def metadata(served: Served, versions: Sequence[str]) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def statistics(served: Served) -> dict[str, Any]:
         "execution_count": counts.executions,
         "inference_stats": {
             "success": duration("request"),
-            "fail": {"count": sum(counts.failures.values()), "ns": 0},
+            "fail": {"count": sum(counts.failures.values()), "ns": counts.failed_ns},
             "queue": duration("queue"),
             "compute_input": duration("compute_input"),
             "compute_infer": duration("compute_infer"),

@@ -1,14 +1,24 @@
-"""Reading the body of a request over REST: within limits, and decompressed."""
+"""The bodies of requests and answers over REST: read within limits, decompressed, and compressed where that is asked for."""
 
+import asyncio
 import zlib
+from collections.abc import Iterator
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from deploy.errors import RefusedError
 
+SMALLEST_BYTES = 1024
+"""A smaller answer is not compressed: it fits into a packet."""
 
-async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> bytes:
+_LEVEL = 1  # answers are numbers, of which higher levels save little and take long
+_PIECE_BYTES = 1 << 20
+_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""The argument `wbits` of zlib for an encoding."""
+
+
+async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> bytes | bytearray:
     """Read and decompress the body of a request.
 
     declared, encoding: its headers Content-Length and Content-Encoding. Raises RefusedError as soon as the body has more than `limit`
@@ -16,9 +26,9 @@ async def read_body(receive: Receive, declared: str | None, encoding: str, limit
     """
     if declared is not None and declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
-    expand = _Expander(encoding, limit)
-    parts: list[bytes] = []
-    taken = size = 0
+    expander = _Expander(encoding)
+    body = bytearray()  # grows in place: joining parts at the end would stop all other requests for as long
+    taken = 0
     more = True
     while more:
         message = await receive()
@@ -27,46 +37,79 @@ async def read_body(receive: Receive, declared: str | None, encoding: str, limit
         chunk = message.get("body", b"")
         more = message.get("more_body", False)
         taken += len(chunk)
-        part = expand(chunk)
-        size += len(part)
-        if taken > limit or size > limit:
+        if taken > limit:
             raise _too_large(limit)
-        parts.append(part)
-    expand.end()
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        if not (more or body or expander.zlib):
+            return bytes(chunk)
+        for part in expander(chunk):
+            body += part
+            if len(body) > limit:
+                raise _too_large(limit)
+            if expander.zlib is not None:
+                await asyncio.sleep(0)  # a small chunk may become a large part
+    expander.end()
+    return body
 
 
 class _Expander:
-    """Decompresses a stream piece by piece. A piece never gives more than one byte beyond the limit."""
+    """Decompresses a stream in parts of at most 1 MiB."""
 
-    def __init__(self, encoding: str, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, encoding: str) -> None:
         encoding = encoding.strip().lower()
-        if encoding in ("", "identity"):
-            self._zlib = None
-        elif encoding in ("gzip", "x-gzip"):
-            self._zlib = zlib.decompressobj(31)
-        elif encoding == "deflate":
-            self._zlib = zlib.decompressobj()
-        else:
+        if encoding not in ("", "identity", *_WINDOWS):
             raise RefusedError(415, f"Content-Encoding {encoding!r} is not known; expected gzip or deflate")
+        self.zlib = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
         self._begun = False
 
-    def __call__(self, chunk: bytes) -> bytes:
-        if self._zlib is None:
-            return chunk
+    def __call__(self, chunk: bytes) -> Iterator[bytes]:
+        if self.zlib is None:
+            yield chunk
+            return
         self._begun = self._begun or bool(chunk)
-        try:
-            part = self._zlib.decompress(chunk, self._limit + 1)
-        except zlib.error as error:
-            raise RefusedError(400, f"the body cannot be decompressed: {error}") from None
-        if self._zlib.unused_data:
-            raise RefusedError(400, "there is more behind the end of the compressed body")
-        return part
+        part = b""
+        while chunk or len(part) == _PIECE_BYTES:
+            try:
+                part = self.zlib.decompress(chunk, _PIECE_BYTES)
+            except zlib.error as error:
+                raise RefusedError(400, f"the body cannot be decompressed: {error}") from None
+            if self.zlib.unused_data:
+                raise RefusedError(400, "there is more behind the end of the compressed body")
+            yield part
+            chunk = self.zlib.unconsumed_tail
 
     def end(self) -> None:
-        if self._zlib is not None and self._begun and not self._zlib.eof:
+        if self.zlib is not None and self._begun and not self.zlib.eof:
             raise RefusedError(400, "the compressed body is cut off")
+
+
+async def compress(content: bytes, accepted: str) -> tuple[dict[str, str], bytes]:
+    """The content in an encoding that the client's `Accept-Encoding` names, gzip before deflate, and the headers that say so.
+
+    Without that, and for less than `SMALLEST_BYTES`, the content itself.
+    """
+    if not accepted or len(content) < SMALLEST_BYTES:
+        return {}, content
+    weights = dict(map(_weight, accepted.lower().split(",")))
+    chosen = next((name for name in ("gzip", "deflate") if weights.get(name, 0) > 0), None)
+    if chosen is None:
+        return {}, content
+    packed = await asyncio.to_thread(_packed, content, _WINDOWS[chosen])
+    return {"Content-Encoding": chosen, "Vary": "Accept-Encoding"}, packed
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """An encoding and its weight, of `gzip;q=0.5`. Without a weight 1, and 0 for one that is no number."""
+    name, _, parameter = text.partition(";")
+    key, _, value = parameter.partition("=")
+    try:
+        return name.strip(), float(value) if key.strip() == "q" else 1.0
+    except ValueError:
+        return name.strip(), 0.0
+
+
+def _packed(content: bytes, window: int) -> bytes:
+    packing = zlib.compressobj(_LEVEL, zlib.DEFLATED, window)
+    return packing.compress(content) + packing.flush()
 
 
 def _too_large(limit: int) -> RefusedError:

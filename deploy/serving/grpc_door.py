@@ -1,6 +1,6 @@
-"""The gRPC door: Open Inference Protocol v2, Triton's extensions, and gRPC's health checks."""
+"""The gRPC door: the methods of `grpc_service` behind the rules of access, with statuses for errors and the log."""
 
-import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -8,31 +8,30 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf import json_format
 
-from deploy.errors import DeadlineError, DeployError, ModelNotFoundError, RefusedError, UnavailableError
+from deploy.errors import DeadlineError, DeployError
 from deploy.serving import answers
-from deploy.serving.grpc_messages import POOL, build_response, message, parse_request, read_message
-from deploy.serving.guard import Access
+from deploy.serving.address import check_address
+from deploy.serving.grpc_messages import POOL, message, read_message
+from deploy.serving.grpc_service import ADMIN, HEALTH, OPEN, SERVICE, Service, metadata
+from deploy.serving.grpc_stream import in_order
 from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
-from deploy.version import __version__
+from deploy.serving.regions import NO_REGIONS, Regions
+from deploy.serving.stages import Trace
 
 logger = logging.getLogger("deploy.serving")
 
-SERVICE = "inference.GRPCInferenceService"
-HEALTH = "grpc.health.v1.Health"
-
-_ADMIN = {"RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"}
-_OPEN = {"ServerLive", "ServerReady", "Check", "Watch"}
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.ALREADY_EXISTS,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
-_WATCH_S = 0.2
+_HANDSHAKE_S = 20
 
 
 class GrpcDoor:
@@ -40,51 +39,63 @@ class GrpcDoor:
 
     name = "grpc"
 
-    def __init__(self, server: Any, address: str, drain_s: float) -> None:
+    def __init__(self, server: Any, service: Service, address: str, drain_s: float) -> None:
         self._server = server
+        self._service = service
         self.address = address
         self._drain_s = drain_s
 
     @classmethod
-    async def open(cls, models: Models, options: ServerOptions) -> "GrpcDoor":
+    async def open(
+        cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
+    ) -> "GrpcDoor":
         """Start the server. Raises OSError if the port is taken."""
-        most = options.limits.request_bytes
         server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", most),
+                ("grpc.max_receive_message_length", options.limits.request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.max_connection_idle_ms", round(options.keep_alive_s * 1e3)),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
             ]
         )
-        door = _Door(models, options.access, log_requests=options.log_requests)
-        server.add_generic_rpc_handlers((door.handlers(SERVICE), door.handlers(HEALTH)))
+        service = Service(models, regions, trace)
+        frame = Frame(service, options)
+        server.add_generic_rpc_handlers((frame.handlers(SERVICE), frame.handlers(HEALTH)))
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.grpc_port}"
+        check_address(options.host, options.grpc_port or 0)
         try:
             if options.tls_cert is not None and options.tls_key is not None:
                 pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
                 port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
             else:
                 port = server.add_insecure_port(address)
-        except RuntimeError as error:
+        except RuntimeError as error:  # taken since it was checked
             raise OSError(98, "Address already in use", address) from error
         await server.start()
-        return cls(server, f"{host}:{port}", options.drain_s)
+        return cls(server, service, f"{host}:{port}", options.drain_s)
 
     async def close(self) -> None:
-        """Accept no more requests, and wait for those that have been accepted."""
+        """Accept no more requests, end the streams, and wait for the requests that have been accepted."""
+        self._service.closing.set()
         await self._server.stop(self._drain_s)
 
 
-class _Door:
-    """The methods of both services, under the names that they have in the protocol."""
+class _EndStream(Exception):  # noqa: N818
+    """A bug has ended a stream: the status and the text for its client. It is in the log already."""
 
-    def __init__(self, models: Models, access: Access, *, log_requests: bool) -> None:
-        self._models = models
-        self._access = access
-        self._log_requests = log_requests
+
+class Frame:
+    """The frame around every call: access, the status of an error, and the log."""
+
+    def __init__(self, service: Service, options: ServerOptions) -> None:
+        self._service = service
+        self._access = options.access
+        self._log_requests = options.log_requests
+        self._most_bytes = options.limits.request_bytes
 
     def handlers(self, service: str) -> Any:
         # The handlers take bytes and parse them: gRPC itself would answer UNKNOWN to bytes that are not a message.
@@ -92,12 +103,12 @@ class _Door:
         for method in POOL.FindServiceByName(service).methods:
             read = functools.partial(read_message, message(method.input_type.full_name))
             writes = message(method.output_type.full_name).SerializeToString
-            call = getattr(self, method.name)
             if method.client_streaming:
-                handler = grpc.stream_stream_rpc_method_handler(
-                    self._guarded_stream(method.name, call, functools.partial(_each, read)), None, writes
-                )
-            elif method.server_streaming:
+                handler = grpc.stream_stream_rpc_method_handler(self._infer_stream, None, writes)
+                methods[method.name] = handler
+                continue
+            call = getattr(self._service, method.name)
+            if method.server_streaming:
                 handler = grpc.unary_stream_rpc_method_handler(self._guarded_stream(method.name, call, read), None, writes)
             else:
                 handler = grpc.unary_unary_rpc_method_handler(self._guarded(method.name, call, read), None, writes)
@@ -105,9 +116,8 @@ class _Door:
         return grpc.method_handlers_generic_handler(service, methods)
 
     def _check(self, name: str, context: Any) -> None:
-        if name not in _OPEN:
-            headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-            self._access.check({"authorization": headers.get("authorization", "")}, admin=name in _ADMIN)
+        if name not in OPEN:
+            self._access.check({"authorization": metadata(context).get("authorization", "")}, admin=name in ADMIN)
 
     def _guarded(self, name: str, call: Callable[[Any, Any], Awaitable[Any]], read: Callable[[bytes], Any]) -> Any:
         async def guarded(data: bytes, context: Any) -> Any:
@@ -138,6 +148,37 @@ class _Door:
 
         return guarded
 
+    async def _infer_stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+        """`ModelStreamInfer`: an error of one request is its answer, and the stream goes on."""
+        name, made = "ModelStreamInfer", message("inference.ModelStreamInferResponse")
+
+        async def answer(data: bytes) -> Any:
+            start = time.perf_counter()
+            request = read_message(message("inference.ModelInferRequest"), data)
+            try:
+                response = made(infer_response=await self._service.infer(request, context, is_stream=True))
+                self._log(name, start, grpc.StatusCode.OK, request.id)
+            except Exception as error:
+                code, text = self._failed(name, start, error, request.id)
+                if not isinstance(error, DeployError):
+                    raise _EndStream(code, text) from error
+                response = made(error_message=text)
+                response.infer_response.id = request.id
+            response.infer_response.parameters["triton_final_response"].bool_param = True
+            return response
+
+        start = time.perf_counter()
+        try:
+            self._check(name, context)
+            answered = in_order(requests, answer, closing=self._service.closing, most_bytes=self._most_bytes)
+            async with contextlib.aclosing(answered):
+                async for response in answered:
+                    yield response
+        except _EndStream as end:
+            await context.abort(*end.args)
+        except Exception as error:
+            await context.abort(*self._failed(name, start, error))
+
     def _failed(self, name: str, start: float, error: Exception, request_id: str = "") -> tuple[Any, str]:
         """The status and the text that the client gets for an error, which goes into the log."""
         code = _code_of(error)
@@ -153,119 +194,6 @@ class _Door:
         extra = {"method": name, "status": code.name, "ms": took_ms}
         extra |= {key: value for key, value in (("request_id", request_id), ("error", error and str(error))) if value}
         logger.log(level, "rpc", extra=extra, exc_info=error if unexpected else None)
-
-    # The server, the models and their state.
-
-    async def ServerLive(self, request: Any, context: Any) -> Any:
-        return message("inference.ServerLiveResponse")(live=True)
-
-    async def ServerReady(self, request: Any, context: Any) -> Any:
-        return message("inference.ServerReadyResponse")(ready=self._models.ready)
-
-    async def ModelReady(self, request: Any, context: Any) -> Any:
-        ready = True
-        try:
-            self._models.get(request.name, request.version)
-        except UnavailableError:
-            ready = False
-        return message("inference.ModelReadyResponse")(ready=ready)
-
-    async def ServerMetadata(self, request: Any, context: Any) -> Any:
-        return message("inference.ServerMetadataResponse")(name="deploy", version=__version__, extensions=answers.EXTENSIONS)
-
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:
-        served = self._models.get(request.name, request.version)
-        return message("inference.ModelMetadataResponse")(**answers.metadata(served, self._models.versions(request.name)))
-
-    async def ModelConfig(self, request: Any, context: Any) -> Any:
-        served = self._models.get(request.name, request.version)
-        return json_format.ParseDict({"config": answers.config(served)}, message("inference.ModelConfigResponse")())
-
-    async def ModelStatistics(self, request: Any, context: Any) -> Any:
-        names = [request.name] if request.name else self._models.names
-        listed = [
-            self._models.get(name, version)
-            for name in names
-            for version in ([request.version] if request.version else self._models.versions(name) or [""])
-        ]
-        stats = [answers.statistics(served) for served in listed]
-        return json_format.ParseDict({"model_stats": stats}, message("inference.ModelStatisticsResponse")())
-
-    async def Check(self, request: Any, context: Any) -> Any:
-        status = self._status(request.service)
-        if status == "SERVICE_UNKNOWN":
-            raise ModelNotFoundError(f"unknown service {request.service!r}")
-        return message("grpc.health.v1.HealthCheckResponse")(status=status)
-
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        last = None
-        while True:
-            status = self._status(request.service)
-            if status != last:
-                yield message("grpc.health.v1.HealthCheckResponse")(status=status)
-                last = status
-            await asyncio.sleep(_WATCH_S)
-
-    def _status(self, service: str) -> str:
-        if service in ("", SERVICE):
-            return "SERVING" if self._models.ready else "NOT_SERVING"
-        try:
-            self._models.get(service)
-        except ModelNotFoundError:
-            return "SERVICE_UNKNOWN"
-        except UnavailableError:
-            return "NOT_SERVING"
-        return "SERVING"
-
-    # Admin.
-
-    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
-        entries = [entry for entry in self._models.index() if not request.ready or entry["state"] == "READY"]
-        return message("inference.RepositoryIndexResponse")(models=entries)
-
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        if request.parameters:
-            raise RefusedError(403, "a model is loaded from the path that the server was started with; nothing is uploaded")
-        await asyncio.to_thread(self._models.load, request.model_name)
-        return message("inference.RepositoryModelLoadResponse")()
-
-    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
-        await asyncio.to_thread(self._models.unload, request.model_name)
-        return message("inference.RepositoryModelUnloadResponse")()
-
-    # Inference.
-
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        served = self._models.get(request.model_name, request.model_version)
-        asked = parse_request(request, served)
-        timeout_s = asked.timeout_s
-        left = context.time_remaining() if context is not None else None
-        if left is not None:  # nobody waits for a later answer
-            timeout_s = left if timeout_s is None else min(left, timeout_s)
-        used, results = await self._models.infer(
-            served, asked.feed, pinned=bool(request.model_version), priority=asked.priority, timeout_s=timeout_s
-        )
-        return build_response(used, asked, results)
-
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        name, answer = "ModelStreamInfer", message("inference.ModelStreamInferResponse")
-        async for request in requests:
-            start = time.perf_counter()
-            try:
-                response = answer(infer_response=await self.ModelInfer(request, None))
-                self._log(name, start, grpc.StatusCode.OK, request.id)
-            except Exception as error:
-                code, text = self._failed(name, start, error, request.id)
-                if not isinstance(error, DeployError):
-                    await context.abort(code, text)
-                response = answer(error_message=text)
-                response.infer_response.id = request.id
-            yield response
-
-
-async def _each(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    async for data in requests:
-        yield read(data)
 
 
 def _code_of(error: Exception) -> Any:

@@ -26,11 +26,13 @@ _STEPS = ("request", "queue", "compute_input", "compute_infer", "compute_output"
 class Counts:
     """Totals of one model version since it was first loaded.
 
-    duration_ns: by step, summed over requests. As in Triton, a request counts the whole time of its batch's steps.
+    duration_ns: by step, summed over requests that succeeded. As in Triton, a request counts the whole time of its batch's steps.
+    failed_ns: the whole time of the others.
     """
 
     success: int = 0
     failures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    failed_ns: int = 0
     inferences: int = 0
     executions: int = 0
     duration_ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STEPS, 0))
@@ -50,7 +52,7 @@ class Meter:
     def batch(self, record: BatchRecord) -> None:
         """Count a batch that has been run; `Batcher` calls this."""
         if record.error is not None:
-            self.failed(record.error, count=len(record.queue_s))
+            self.failed(record.error, *record.total_s)
             return
         requests = len(record.queue_s)
         with self._lock:
@@ -73,10 +75,11 @@ class Meter:
             for seconds in record.total_s:
                 counts.buckets[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
 
-    def failed(self, error: BaseException, *, count: int = 1) -> None:
-        """Count requests that failed or were refused."""
+    def failed(self, error: BaseException, *total_s: float) -> None:
+        """Count requests that failed or were refused. total_s: seconds of each from its arrival to its answer."""
         with self._lock:
-            self._counts.failures[reason_of(error)] += count
+            self._counts.failures[reason_of(error)] += len(total_s)
+            self._counts.failed_ns += round(sum(total_s) * 1e9)
 
     def counts(self) -> Counts:
         """A copy of the totals."""
@@ -85,6 +88,7 @@ class Meter:
             return Counts(
                 success=counts.success,
                 failures=dict(counts.failures),
+                failed_ns=counts.failed_ns,
                 inferences=counts.inferences,
                 executions=counts.executions,
                 duration_ns=dict(counts.duration_ns),

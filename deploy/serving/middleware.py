@@ -64,9 +64,9 @@ class Guard:
         path = scope["path"]
         error: str | None = None
         try:
-            if self._crowded():
-                raise UnavailableError("the server has as many connections as it takes")
             if not _OPEN.fullmatch(path):
+                if self._crowded():
+                    raise UnavailableError("the server has as many connections as it takes")
                 self._access.check(headers, admin=_ADMIN.match(path) is not None)
             if match := _INFER.fullmatch(path):
                 if scope["method"] != "POST":

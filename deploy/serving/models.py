@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ from deploy.artifact.tensors import TensorSpec, batch_dim, random_feed
 from deploy.errors import BackendError, DeployError, ModelNotFoundError, SessionClosedError, UnavailableError, UsageError
 from deploy.options import option
 from deploy.runtime.batching.batcher import Batcher, BatcherOptions
-from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs, RequestTimes
 from deploy.runtime.load import load
 from deploy.runtime.session import Session
 from deploy.serving.metrics import Meter
@@ -175,14 +176,17 @@ class Models:
         pinned: bool,
         priority: int = NORMAL_PRIORITY,
         timeout_s: float | None = None,
+        observe: Callable[[RequestTimes], None] | None = None,
     ) -> tuple[Served, Outputs]:
         """The outputs, and the version that computed them: not `served` if that was replaced before it took the request.
 
-        pinned: the client asked for this version. Raises what `Batcher.submit` raises, and UnavailableError if it was unloaded.
+        pinned: the client asked for this version. observe: as `Batcher.run_async` has it. Raises what `Batcher.submit` raises, and
+        UnavailableError if it was unloaded.
         """
+        came = time.perf_counter()
         while True:
             try:
-                return served, await served.batcher.run_async(feed, priority=priority, timeout_s=timeout_s)
+                return served, await served.batcher.run_async(feed, priority=priority, timeout_s=timeout_s, observe=observe)
             except SessionClosedError:
                 now = self.get(served.source.name, served.source.version if pinned else "")
                 if now is served:
@@ -190,7 +194,7 @@ class Models:
                 served = now
             except (DeployError, asyncio.CancelledError) as error:
                 if not isinstance(error, DeployError) or not _observed(error):
-                    served.meter.failed(error)
+                    served.meter.failed(error, time.perf_counter() - came)
                 raise
 
     def load_all(self) -> None:

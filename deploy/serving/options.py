@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deploy.errors import UsageError
 from deploy.options import option
+from deploy.serving.address import check_tls
 from deploy.serving.guard import Access, Limits, is_loopback
 
 LOCAL = "local"
@@ -18,7 +19,8 @@ class ServerOptions:
     http_port, grpc_port: None opens no REST or gRPC door.
     stop_delay_s: after SIGTERM the server goes on taking requests for so long while it reports that it is not ready, so that
         load balancers can turn away.
-    connections: the most that are open at a time over REST.
+    keep_alive_s: a connection without a request is closed after so long. connections: the most that are open at a time over REST; one
+        more takes the place of that which has been idle for longest. shared_memory: whether clients may register system shared memory.
     """
 
     host: str = option("127.0.0.1", "Address to listen on.", metavar="H")
@@ -29,11 +31,14 @@ class ServerOptions:
     insecure: bool = option(False, "Allow a --host that other machines can reach without a token and TLS.")
     stop_delay_s: float = option(1.0, "On SIGTERM: time to report not ready before closing.", flag="--stop-delay", metavar="S")
     drain_s: float = option(30.0, "Then the time to finish running requests.", flag="--drain-timeout", metavar="S")
+    keep_alive_s: float = option(75.0, "Close a connection that is idle for so long.", flag="--keep-alive", metavar="S")
+    connections: int = option(4096, "The most connections over REST; one more closes the longest idle.", metavar="N")
+    shared_memory: bool = option(False, "Take tensors from and into system shared memory that clients register.")
+    otel: bool = option(False, "Send traces by OpenTelemetry; its own OTEL_ variables say where.")
     log_requests: bool = option(False, "Log every request, not only errors.")
     token: str | None = None
     admin_token: str | None = None
     limits: Limits = field(default_factory=Limits)
-    connections: int = 1024
 
     def __post_init__(self) -> None:
         for port in (self.http_port, self.grpc_port):
@@ -43,9 +48,8 @@ class ServerOptions:
             raise UsageError("both doors are shut: give `http_port` or `grpc_port` (leave out `no_http` or `no_grpc`)")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("`tls_cert` and `tls_key` go together")
-        for file in (self.tls_cert, self.tls_key):
-            if file is not None and not file.is_file():
-                raise UsageError(f"no file {file}")
+        if self.tls_cert is not None and self.tls_key is not None:
+            check_tls(self.tls_cert, self.tls_key)
         if not is_loopback(self.host) and self.token is None and self.tls_cert is None and not self.insecure:
             raise UsageError(
                 f"`host` {self.host} opens the server to other machines: give it a token (`token_file`) or TLS (`tls_cert`,"
@@ -54,6 +58,8 @@ class ServerOptions:
         for name in ("stop_delay_s", "drain_s"):
             if getattr(self, name) < 0:
                 raise UsageError(f"`{name}` must be 0 or more, not {getattr(self, name):g}")
+        if not self.keep_alive_s > 0:
+            raise UsageError(f"`keep_alive_s` must be more than 0, not {self.keep_alive_s:g}")
         if self.connections < 1:
             raise UsageError(f"`connections` must be 1 or more, not {self.connections}")
 

@@ -4,6 +4,7 @@ Ray places, scales and restarts the replicas, and routes the requests. Every rep
 nodes, and makes its own batches.
 """
 
+import contextlib
 import logging
 import signal
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 try:
     import ray
     from ray import serve as ray_serve
-    from ray.serve.context import _get_global_client
 except ImportError as error:  # Ray without its extra `serve` lacks one of several libraries: all come with ours
     raise ImportError(str(error), name="ray") from error
 
@@ -26,6 +26,7 @@ from deploy.serving.log import log_as_json
 from deploy.serving.models import ModelOptions, Models, check_code
 from deploy.serving.options import RayOptions, ServerOptions
 from deploy.serving.rest_app import make_app
+from deploy.serving.server import tracing
 from deploy.serving.source import ModelSource
 
 logger = logging.getLogger("deploy.serving")
@@ -33,6 +34,7 @@ logger = logging.getLogger("deploy.serving")
 APP = "deploy"
 """The name of the application on the cluster. An application that has this name already is replaced, replica by replica."""
 
+_NOTE = "deploy-doors"
 _START_ATTEMPTS = 3
 _LOOK_S = 1.0
 _DOORS_S = 120.0
@@ -82,6 +84,10 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
         raise UsageError("Ray serves over REST: give `http_port` (leave out `no_http`)")
     if options.http_port == 0:
         raise UsageError("`http_port` cannot be 0 on Ray, which opens the same port on every node")
+    if options.shared_memory:
+        raise UsageError("`shared_memory` is of one machine: a replica may be on another than its client")
+    if options.connections != ServerOptions.connections:
+        raise UsageError("`connections` cannot be set on Ray, which opens the doors")
     if options.admin_token is not None:
         raise UsageError("there are no admin calls on Ray: deploy again to load the models anew; no request is lost")
     Models(sources, models)  # raises UsageError for a name and version that is given twice
@@ -93,7 +99,12 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
         served = Models(sources, models)
         served.load_all()
         return make_app(
-            served, access=options.access, limits=options.limits, log_requests=options.log_requests, replica=_replica_name()
+            served,
+            access=options.access,
+            limits=options.limits,
+            log_requests=options.log_requests,
+            replica=_replica_name(),
+            trace=tracing(options),
         )
 
     if on.max_replicas is None or on.max_replicas == on.replicas:
@@ -138,30 +149,69 @@ def _open_door(options: ServerOptions) -> str:
     wanted = {
         "host": options.host,
         "port": options.http_port,
-        "ssl_certfile": None if options.tls_cert is None else str(options.tls_cert.resolve()),
-        "ssl_keyfile": None if options.tls_key is None else str(options.tls_key.resolve()),
+        "tls_cert": None if options.tls_cert is None else str(options.tls_cert.resolve()),
+        "tls_key": None if options.tls_key is None else str(options.tls_key.resolve()),
     }
-    # If Ray Serve runs already it keeps its address and ignores ours. The rules of access would then be those for an address that
-    # is not the real one, so that is refused below.
+    tls = {"ssl_certfile": wanted["tls_cert"], "ssl_keyfile": wanted["tls_key"]}
     try:
-        try:
-            ray_serve.start(proxy_location="EveryNode", http_options=wanted)
-        except TimeoutError:  # Ray gives its doors 60 s, which are few on a busy machine: they are still opening
-            ray_serve.start(proxy_location="EveryNode", http_options=wanted)
-            _wait_for_doors()
+        # If Ray Serve runs already it keeps its address and ignores ours. The rules of access would then be those for an address
+        # that is not the real one, so that is refused.
+        if ray_serve.status().proxies:
+            _check_note(wanted)
+        else:
+            _leave_note(wanted)
+            try:
+                ray_serve.start(
+                    proxy_location="EveryNode",
+                    http_options={
+                        "host": options.host,
+                        "port": options.http_port,
+                        "keep_alive_timeout_s": max(1, round(options.keep_alive_s)),
+                        **tls,
+                    },
+                )
+            except TimeoutError:  # Ray gives its doors 60 s, which are few on a busy machine: they are still opening
+                _wait_for_doors()
+    except UsageError:
+        raise
     except Exception as error:
         raise BackendError(f"Ray Serve did not start: {_one_line(error)}") from error
-    client = _get_global_client()
-    assert client is not None
-    running = client.http_config
-    for name, value in wanted.items():
-        if getattr(running, name) != value:
-            raise UsageError(
-                f"Ray Serve runs on this cluster with {name} {getattr(running, name)}, not {value}, and cannot change it: say the same"
-                " `host`, `http_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
-            )
     scheme = "https" if options.tls_cert else "http"
     return f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"
+
+
+class _Note:
+    """An actor that remembers where the doors were opened, for the next `deploy serve` on this cluster."""
+
+    def __init__(self, doors: dict[str, Any]) -> None:
+        self._doors = doors
+
+    def doors(self) -> dict[str, Any]:
+        return self._doors
+
+
+def _leave_note(wanted: dict[str, Any]) -> None:
+    with contextlib.suppress(ValueError):  # there was none
+        ray.kill(ray.get_actor(_NOTE, namespace=_NOTE))
+        time.sleep(_LOOK_S)
+    note = ray.remote(_Note).options(name=_NOTE, namespace=_NOTE, lifetime="detached", num_cpus=0).remote(wanted)
+    ray.get(note.doors.remote())
+
+
+def _check_note(wanted: dict[str, Any]) -> None:
+    """Raise UsageError unless Ray Serve was started by `deploy serve`, with the same doors."""
+    try:
+        running = ray.get(ray.get_actor(_NOTE, namespace=_NOTE).doors.remote())
+    except (ValueError, ray.exceptions.RayError):
+        raise UsageError(
+            "Ray Serve runs on this cluster, and was not started by `deploy serve`: its address is not known; run `serve shutdown` first"
+        ) from None
+    for name, value in wanted.items():
+        if running[name] != value:
+            raise UsageError(
+                f"Ray Serve runs on this cluster with {name} {running[name]}, not {value}, and cannot change it: say the same `host`,"
+                " `http_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
+            )
 
 
 def _wait_for_doors() -> None:

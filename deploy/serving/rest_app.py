@@ -1,7 +1,9 @@
 """The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,13 +17,18 @@ from deploy.data.images import ImageInput
 from deploy.errors import InputError, RefusedError, UnavailableError, UsageError
 from deploy.evaluation.classifier import classifier, likeliest
 from deploy.serving import answers, metrics
-from deploy.serving.body import read_body
+from deploy.serving.body import compress, read_body
 from deploy.serving.guard import Access, Limits
 from deploy.serving.images import check_image
 from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
-from deploy.serving.protocol import build_response, parse_request, priority_of, timeout_of
+from deploy.serving.numbers import LARGE_BYTES, is_large
+from deploy.serving.protocol import build_response, parse_request
+from deploy.serving.regions import NO_REGIONS, Regions
+from deploy.serving.request import priority_of, timeout_of
+from deploy.serving.rest_memory import memory_routes
+from deploy.serving.stages import Stages, Trace
 from deploy.version import __version__
 
 _HEADER_LENGTH = "inference-header-content-length"
@@ -36,14 +43,17 @@ def make_app(
     log_requests: bool = False,
     replica: str | None = None,
     crowded: Callable[[], bool] = lambda: False,
+    regions: Regions = NO_REGIONS,
+    trace: Trace | None = None,
 ) -> ASGIApp:
     """The ASGI application over `models`.
 
     replica: the name of this server, if it is one of several behind one address: its metrics have the name as a label, and it refuses
     to load and unload models.
-    crowded: whether the server has too many connections; requests are then refused with 503.
+    crowded: whether the server has too many connections; requests are then refused with 503. regions: of shared memory.
+    trace: called with the stages of each request.
     """
-    door = _Door(models, limits, replica)
+    door = _Door(models, limits, replica, regions, trace)
     model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
     routes = [
         Route("/v2", door.server, methods=["GET"]),
@@ -55,6 +65,7 @@ def make_app(
         Route("/v2/repository/models/{model}/load", door.load, methods=["POST"]),
         Route("/v2/repository/models/{model}/unload", door.unload, methods=["POST"]),
     ]
+    routes += memory_routes(regions, door.document)
     for base in (model, version):
         routes += [
             Route(f"{base}/classify", door.classify, methods=["POST"]),
@@ -68,15 +79,17 @@ def make_app(
 
 
 class _Door:
-    def __init__(self, models: Models, limits: Limits, replica: str | None) -> None:
+    def __init__(self, models: Models, limits: Limits, replica: str | None, regions: Regions, trace: Trace | None) -> None:
         self._models = models
         self._limits = limits
         self._replica = replica
+        self._regions = regions
+        self._trace = trace
 
     # The server, the models and their state.
 
     async def server(self, request: Request) -> Response:
-        return json_response({"name": "deploy", "version": __version__, "extensions": answers.EXTENSIONS})
+        return json_response({"name": "deploy", "version": __version__, "extensions": answers.extensions(self._regions)})
 
     async def live(self, request: Request) -> Response:
         return json_response({"live": True})
@@ -85,7 +98,9 @@ class _Door:
         return json_response({"ready": self._models.ready}, 200 if self._models.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(metrics.render(self._models.meters, self._replica), media_type=metrics.CONTENT_TYPE)
+        text = metrics.render(self._models.meters, self._replica).encode()
+        encoding, content = await compress(text, request.headers.get("accept-encoding", ""))
+        return Response(content, media_type=metrics.CONTENT_TYPE, headers=encoding)
 
     async def all_statistics(self, request: Request) -> Response:
         loaded = [self._models.get(name, version) for name in self._models.names for version in self._models.versions(name)]
@@ -111,18 +126,18 @@ class _Door:
     # Admin.
 
     async def index(self, request: Request) -> Response:
-        only_ready = _document(await self._body(request)).get("ready", False)
+        only_ready = (await self.document(request)).get("ready", False)
         return json_response([entry for entry in self._models.index() if not only_ready or entry["state"] == "READY"])
 
     async def load(self, request: Request) -> Response:
         self._check_alone()
-        _refuse_upload(_document(await self._body(request)))
+        _refuse_upload(await self.document(request))
         await asyncio.to_thread(self._models.load, request.path_params["model"])
         return json_response({})
 
     async def unload(self, request: Request) -> Response:
         self._check_alone()
-        _document(await self._body(request))
+        await self.document(request)
         await asyncio.to_thread(self._models.unload, request.path_params["model"])
         return json_response({})
 
@@ -133,25 +148,55 @@ class _Door:
     # Inference.
 
     async def infer(self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive) -> Response:
+        stages = Stages()
+        error: BaseException | None = None
+        try:
+            return await self._infer(model, version, headers, receive, stages)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if self._trace is not None:
+                self._trace(headers, stages, error)
+
+    async def _infer(
+        self, model: str, version: str | None, headers: Mapping[str, str], receive: Receive, stages: Stages
+    ) -> Response:
+        stages.model, stages.version = model, version or ""
         served = self._models.get(model, version or "")
         length = headers.get(_HEADER_LENGTH)
         if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 20):
             raise InputError(f"Inference-Header-Content-Length must be a number, not {length!r}")
         body = await self._read(headers, receive)
-        asked = parse_request(body, None if length is None else int(length), served.inputs, served.outputs)
+        head = len(body) if length is None else int(length)
+        parse = partial(parse_request, body, None if length is None else head, served.inputs, served.outputs, self._regions)
+        asked = await asyncio.to_thread(parse) if head > LARGE_BYTES else parse()
+        del body, parse
+        stages.decoded, stages.request_id = time.perf_counter(), asked.id
         used, results = await self._models.infer(
             served,
             asked.feed,
             pinned=version is not None,
             priority=asked.priority,
             timeout_s=asked.timeout_s,
+            observe=stages.set_ran,
         )
-        content, header_length = build_response(used.source.name, used.source.version, asked, results)
+        stages.version = used.source.version
+        build = partial(
+            build_response,
+            used.source.name,
+            used.source.version,
+            asked,
+            results,
+            regions=self._regions,
+            classes=used.artifact.manifest.classes,
+        )
+        content, header_length = await asyncio.to_thread(build) if is_large(results) else build()
+        encoding, content = await compress(content, headers.get("accept-encoding", ""))
         if header_length is None:
-            return Response(content, media_type="application/json")
-        return Response(
-            content, media_type="application/octet-stream", headers={"Inference-Header-Content-Length": str(header_length)}
-        )
+            return Response(content, media_type="application/json", headers=encoding)
+        length_header = {"Inference-Header-Content-Length": str(header_length)}
+        return Response(content, media_type="application/octet-stream", headers={**length_header, **encoding})
 
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body: the `?top=` likeliest classes, and their probabilities."""
@@ -164,7 +209,7 @@ class _Door:
         priority = priority_of(_number(request.query_params.get("priority", "0"), "priority", 2**32 - 1, least=0))
         timeout_s = timeout_of(_number(request.query_params.get("timeout", "0"), "timeout", 2**62, least=0))
         data = await self._body(request)
-        feed = await asyncio.to_thread(self._image, data, source)
+        feed = await asyncio.to_thread(self._image, bytes(data), source)
         used, results = await self._models.infer(
             served, feed, pinned="version" in request.path_params, priority=priority, timeout_s=timeout_s
         )
@@ -186,10 +231,14 @@ class _Door:
     def _served(self, request: Request) -> Served:
         return self._models.get(request.path_params["model"], request.path_params.get("version", ""))
 
-    async def _body(self, request: Request) -> bytes:
+    async def document(self, request: Request) -> dict[str, Any]:
+        """The JSON object in the body of a request. Raises InputError."""
+        return _document(await self._body(request))
+
+    async def _body(self, request: Request) -> bytes | bytearray:
         return await self._read(request.headers, request.receive)
 
-    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | bytearray:
         reading = read_body(
             receive, headers.get("content-length"), headers.get("content-encoding", ""), self._limits.request_bytes
         )
@@ -200,7 +249,7 @@ class _Door:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s") from None
 
 
-def _document(body: bytes) -> dict[str, Any]:
+def _document(body: bytes | bytearray) -> dict[str, Any]:
     if not body.strip():
         return {}
     try:

@@ -1,17 +1,25 @@
 """The REST door: uvicorn, running the application of `rest_app`."""
 
 import asyncio
-import os
-import socket
+import logging
+import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
 from deploy.errors import BackendError
+from deploy.serving.address import listen
+from deploy.serving.connection import Connection, Room
 from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
+from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.rest_app import make_app
+from deploy.serving.stages import Trace
+
+logger = logging.getLogger("deploy.serving")
 
 
 class _Http(uvicorn.Server):
@@ -27,36 +35,52 @@ class HttpDoor:
 
     name = "http"
 
-    def __init__(self, server: _Http, task: "asyncio.Task[None]", address: str) -> None:
+    def __init__(
+        self, server: _Http, task: "asyncio.Task[None]", looking: "asyncio.Task[None]", room: Room, address: str
+    ) -> None:
         self._server = server
         self._task = task
+        self._looking = looking
+        self.room = room
         self.address = address
 
     @classmethod
-    async def open(cls, models: Models, options: ServerOptions) -> "HttpDoor":
-        """Start the server. Raises OSError if the port is taken."""
+    async def open(
+        cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
+    ) -> "HttpDoor":
+        """Start the server. Raises OSError if the port is taken, and UsageError for a host that is not known."""
+        room = Room(_most_connections(options.connections))
 
         def crowded() -> bool:
-            # Counts as uvicorn's `limit_concurrency` does. Its answer is not used: it is not JSON, and it does not linger.
-            state = server.server_state
-            return max(len(state.connections), len(state.tasks)) >= options.connections
+            return len(server.server_state.connections) > room.most
 
-        app = make_app(models, access=options.access, limits=options.limits, log_requests=options.log_requests, crowded=crowded)
+        app = make_app(
+            models,
+            access=options.access,
+            limits=options.limits,
+            log_requests=options.log_requests,
+            crowded=crowded,
+            regions=regions,
+            trace=trace,
+        )
         config = uvicorn.Config(
             app,
+            http=partial(Connection, room=room),  # type: ignore[arg-type]
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             lifespan="off",
             ws="none",
+            timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=round(options.drain_s) or 1,
             ssl_certfile=options.tls_cert,
             ssl_keyfile=options.tls_key,
         )
         server = _Http(config)
-        sock = _listen(options.host, options.http_port or 0)
+        sock = listen(options.host, options.http_port or 0)
         task = asyncio.create_task(server.serve([sock]))
+        looking = asyncio.create_task(_look(server, options.limits.body_s))
         while not server.started:
             if task.done():
                 task.result()
@@ -64,18 +88,31 @@ class HttpDoor:
             await asyncio.sleep(0.005)
         host, port = sock.getsockname()[:2]
         scheme = "https" if options.tls_cert else "http"
-        return cls(server, task, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+        return cls(server, task, looking, room, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def close(self) -> None:
         """Accept no more connections, and wait for the requests that have been accepted."""
         self._server.should_exit = True
         await self._task
+        self._looking.cancel()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError with the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), f"{host}:{port}") from error
+async def _look(server: _Http, seconds: float) -> None:
+    """Look through the connections for those that are too slow, for ever."""
+    while True:
+        await asyncio.sleep(min(1.0, seconds / 4))
+        now = time.monotonic()
+        for connection in list(server.server_state.connections):
+            connection.look(now, seconds)  # type: ignore[union-attr]
+
+
+def _most_connections(wanted: int) -> int:
+    """`wanted`, or fewer where the process may not have so many files open; as many again stay for all else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < needed:
+        logger.warning("fewer connections", extra={"connections": soft // 2, "why": f"this process may open {soft} files"})
+    return min(wanted, soft // 2)

@@ -18,7 +18,7 @@ from deploy.artifact.manifest import ENGINE
 from deploy.artifact.onnxfile import external_files, load_graph
 from deploy.artifact.tensors import TensorSpec, batch_dim, default_dims, rows_join
 from deploy.errors import BackendError, OutputError, UsageError
-from deploy.serving.protocol import DATATYPES
+from deploy.serving.request import DATATYPES
 from deploy.serving.source import ModelSource
 
 KSERVE = "inferenceservice.yaml"

@@ -75,3 +75,17 @@ def test_a_name_is_printed_in_one_way_and_on_one_line(run: Run, folder: Path) ->
         assert any(name in line for line in shown), shown
     document = json.loads(run("predict", "build/lenet5", os.fsdecode(digit), "--json").out)
     assert any(each["path"].endswith("digit 7/two\nlines.png") for each in document["predictions"])
+
+
+def test_out_takes_lists_and_patterns_and_writes_a_row_for_each(run: Run, folder: Path) -> None:
+    assert run("export", "--arch", "lenet5").status == 0
+    (folder / "list.txt").write_text("images/digit 7/0.png\nimages/none.png\n", encoding="utf-8")
+    finished = run("predict", "images/*3", "list.txt", "--out", "rows.jsonl", "--top", "1")
+    assert (finished.status, finished.out) == (1, "4 rows in rows.jsonl, 1 error\n")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [(row["path"], "error" in row) for row in rows] == [
+        ("images/digit 3/0.png", False), ("images/digit 3/1.png", False), ("images/digit 7/0.png", False), ("images/none.png", True),
+    ]  # fmt: skip
+    refused(run("predict", "images", "--out", "rows.csv"), 2, "--out rows.csv must end with")
+    refused(run("predict", "images", "--batch-size", "2"), 2, "--batch-size needs --out")
+    refused(run("predict", "images", "--out", "other.jsonl", "--actors", "2"), 2, "--actors needs --ray")

@@ -1,6 +1,7 @@
 """Both doors with the clients that Triton's users have, and their answers against the session itself."""
 
 import asyncio
+import queue
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -173,6 +174,38 @@ def test_a_grpc_stream_answers_in_order_and_an_error_does_not_end_it(server: Ser
         "4",
     ]
     assert "unknown model 'nobody'" in str(answers[3])
+    assert answers[4].get_response().parameters["triton_final_response"].bool_param
+
+
+def test_the_requests_of_a_stream_share_batches(shared_lenet5: Artifact, serve: Any) -> None:
+    server = serve(f"digits={shared_lenet5.path}", "--delay-ms", "5")
+    answers: queue.Queue[Any] = queue.Queue()
+    with grpc_client.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: answers.put(error or result))
+        for _ in range(100):
+            client.async_stream_infer("digits", [tensor(grpc_client, "input", images(1))])
+        for _ in range(100):
+            assert not isinstance(answers.get(timeout=30), Exception)
+        client.stop_stream()
+        (entry,) = client.get_inference_statistics("digits").model_stats
+    assert entry.inference_count == 100
+    assert entry.execution_count < 50
+
+
+def test_outputs_come_as_classes_where_that_is_asked_for(door: Any) -> None:
+    module, client = door
+    x = images(2)
+    logits = client.infer("digits", [tensor(module, "input", x)]).as_numpy("logits")
+    output = module.InferRequestedOutput("logits", class_count=3)
+    found = client.infer("digits", [tensor(module, "input", x)], outputs=[output]).as_numpy("logits")
+    assert found.shape == (2, 3)
+    assert [[int(text.split(b":")[1]) for text in row] for row in found] == np.argsort(-logits, axis=1)[:, :3].tolist()
+
+
+def test_options_that_are_not_known_are_refused(door: Any) -> None:
+    module, client = door
+    with pytest.raises(InferenceServerException, match=r"'sequence_\w+', which is not supported"):
+        client.infer("digits", [tensor(module, "input", images(1))], sequence_id=7, sequence_start=True)
 
 
 def test_statistics_count_requests_rows_and_batches(server: Server, door: Any) -> None:

@@ -59,8 +59,9 @@ def test_failures_are_counted_by_reason(error: BaseException, reason: str) -> No
     assert reason_of(error) == reason
     meter = Meter("net", "1")
     meter.batch(record(0.1, 0.1, error=error))
-    meter.failed(error)
+    meter.failed(error, 0.3)
     assert value(render([meter]), f'nv_inference_request_failure{{model="net",version="1",reason="{reason}"}}') == 3
+    assert meter.counts().failed_ns == 500_000_000
 
 
 def test_labels_are_escaped_and_a_replica_is_named() -> None:

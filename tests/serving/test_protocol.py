@@ -8,8 +8,8 @@ import pytest
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
-from deploy.runtime.batching.queue import NORMAL_PRIORITY
-from deploy.serving.protocol import build_response, elements, parse_request, priority_of, timeout_of
+from deploy.serving.protocol import build_response, parse_request
+from deploy.serving.request import Wanted
 
 INPUTS = (TensorSpec(name="x", dtype="float32", shape=("batch", 2)), TensorSpec(name="n", dtype="int64", shape=("batch",)))
 OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=("batch", 2)), TensorSpec(name="z", dtype="int64", shape=("batch",)))
@@ -38,7 +38,7 @@ def test_a_request_is_read_whatever_its_form(binary: bool) -> None:
     np.testing.assert_array_equal(parsed.feed["n"], N)
     assert (parsed.feed["x"].dtype, parsed.feed["n"].dtype) == (np.float32, np.int64)
     assert (parsed.id, parsed.priority, parsed.timeout_s) == ("7", 1, 2.0)
-    assert parsed.outputs == (("y", False), ("z", False))
+    assert parsed.outputs == (Wanted(name="y"), Wanted(name="z"))
 
 
 def test_an_answer_mixes_json_and_binary_as_it_was_asked_for() -> None:
@@ -70,14 +70,3 @@ def test_what_is_wrong_with_a_request_is_said(change: dict[str, object], message
 def test_a_length_beyond_the_body_is_refused(length: int) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length"):
         parse_request(request(False)[0], length, INPUTS, OUTPUTS)
-
-
-@pytest.mark.parametrize("shape", [[1] * 33, [2, -1], [2**30, 2**30]])
-def test_shapes_that_no_tensor_has_are_refused(shape: list[int]) -> None:
-    with pytest.raises(InputError):
-        elements(shape, "x")
-
-
-def test_none_and_zero_are_the_usual_priority_and_no_timeout() -> None:
-    assert [priority_of(value) for value in (None, 0, 3)] == [NORMAL_PRIORITY, NORMAL_PRIORITY, 3]
-    assert [timeout_of(value) for value in (None, 0, 500_000)] == [None, None, 0.5]

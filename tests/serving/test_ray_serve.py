@@ -265,6 +265,8 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
         ({"http_port": None}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
         ({"admin_token": "x" * 20}, "no admin calls"),
+        ({"shared_memory": True}, "is of one machine"),
+        ({"connections": 7}, "cannot be set on Ray"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], message: str, versions: list[Artifact]) -> None:

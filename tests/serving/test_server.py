@@ -8,9 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
 
 from deploy.artifact.artifact import Artifact
+from deploy.serving.grpc_messages import message
 
 from .conftest import INFER, Server, body, call
 
@@ -100,3 +104,74 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(shared_lenet5: Artifact, 
     assert not wrong
     assert answered > 50
     assert [line["message"] for line in server.log if line["message"] in ("stopping", "stopped")] == ["stopping", "stopped"]
+
+
+def infer_message(request_id: str) -> bytes:
+    request = message("inference.ModelInferRequest")(model_name="digits", id=request_id)
+    request.inputs.add(name="input", datatype="FP32", shape=[1, 1, 28, 28])
+    request.raw_input_contents.append(np.zeros((1, 1, 28, 28), np.float32).tobytes())
+    return bytes(request.SerializeToString())
+
+
+def test_sigterm_answers_what_streams_and_calls_had_sent_and_ends_them(
+    shared_lenet5: Artifact, serve: Callable[..., Server]
+) -> None:
+    server = serve(f"digits={shared_lenet5.path}", "--stop-delay", "0.5", "--delay-ms", "2")
+    sent: list[list[str]] = [[] for _ in range(4)]
+    heard: list[list[str]] = [[] for _ in range(4)]
+    codes: list[object] = []
+    stop = threading.Event()
+    method = "/inference.GRPCInferenceService/"
+    read = message("inference.ModelStreamInferResponse").FromString
+
+    def stream(number: int) -> None:
+        def requests() -> Iterator[bytes]:
+            while not stop.is_set():
+                sent[number].append(str(len(sent[number])))
+                yield infer_message(sent[number][-1])
+                time.sleep(0.005)
+            ended.wait(30)  # the client leaves its side of the stream open
+
+        with grpc.insecure_channel(server.grpc) as channel:
+            try:
+                for answer in channel.stream_stream(f"{method}ModelStreamInfer")(requests()):
+                    response = read(answer)
+                    assert not response.error_message
+                    heard[number].append(response.infer_response.id)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+
+    def watch() -> None:
+        with grpc.insecure_channel(server.grpc) as channel, contextlib.suppress(grpc.RpcError):
+            list(channel.unary_stream("/grpc.health.v1.Health/Watch")(b""))
+
+    ended = threading.Event()
+    threads = [threading.Thread(target=stream, args=(number,)) for number in range(4)] + [threading.Thread(target=watch)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    stop.set()  # what was sent until now is sent before the door closes
+    start = time.monotonic()
+    assert server.process.wait(30) == 0
+    assert time.monotonic() - start < 10, "the grace is 30 s, and the streams stay open"
+    ended.set()
+    for thread in threads:
+        thread.join(30)
+    assert heard == sent
+    assert all(len(each) > 10 for each in sent)
+    assert codes == [grpc.StatusCode.UNAVAILABLE] * 4
+
+
+def test_a_second_signal_ends_the_server_at_once(shared_lenet5: Artifact, serve: Callable[..., Server]) -> None:
+    server = serve(f"digits={shared_lenet5.path}", "--stop-delay", "60")
+    server.process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + 20
+    while not any(line["message"] == "stopping" for line in server.log):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    start = time.monotonic()
+    assert server.stop(signal.SIGINT) == 130
+    assert time.monotonic() - start < 5
+    assert server.log[-1]["error"] == "ended at once by a second signal"

@@ -26,7 +26,7 @@ from deploy.artifact.tensors import rows_join
 from deploy.errors import DeadlineError, InputError, QueueFullError, SessionClosedError, UsageError
 from deploy.options import option
 from deploy.runtime.batching.execution import Done, execute, hand_out, ours, run
-from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue
+from deploy.runtime.batching.queue import NORMAL_PRIORITY, BatchRecord, Joiner, Outputs, Request, RequestQueue, RequestTimes
 from deploy.runtime.lifetime import ProcessBound, ServiceThread, bind, leave_if_ending
 from deploy.runtime.session import Session
 from deploy.runtime.tasks import RunFuture
@@ -139,9 +139,17 @@ class Batcher(ProcessBound):
         return self.submit(feed, priority=priority, timeout_s=timeout_s).result()
 
     async def run_async(
-        self, feed: Mapping[str, np.ndarray], *, priority: int = NORMAL_PRIORITY, timeout_s: float | None = None
+        self,
+        feed: Mapping[str, np.ndarray],
+        *,
+        priority: int = NORMAL_PRIORITY,
+        timeout_s: float | None = None,
+        observe: Callable[[RequestTimes], None] | None = None,
     ) -> Outputs:
-        """`run` for asyncio: other tasks go on meanwhile. If the task is cancelled, the request leaves the queue."""
+        """`run` for asyncio: other tasks go on meanwhile. If the task is cancelled, the request leaves the queue.
+
+        observe: called with the times of the request once it has run, whether it succeeded or not.
+        """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Outputs] = loop.create_future()
 
@@ -161,13 +169,18 @@ class Batcher(ProcessBound):
         request = self._request(feed, priority, timeout_s, lambda: not waiter.cancelled(), finish)
         # Two thread switches take longer than a small model, so it runs here and blocks the loop no longer than they would.
         if self._alone_s <= INLINE_S and request.rows == 1 and self._enter():
-            return self._run_here(request)
+            try:
+                return self._run_here(request)
+            finally:
+                _observe_times(request, observe)
         self._put(request)
         try:
             return await waiter
         except asyncio.CancelledError:
             self._discard(request)
             raise
+        finally:
+            _observe_times(request, observe)
 
     def _enter(self) -> bool:
         """Take the session for a run in the caller's thread; False if anything runs or waits, or batches wait for more requests."""
@@ -350,6 +363,11 @@ class Batcher(ProcessBound):
             self._observe(record)
         except Exception:  # a fault of the observer: the requests have their answers, and the batcher goes on
             logger.exception("what observes the batches of %r failed", self.session.name)
+
+
+def _observe_times(request: Request, observe: Callable[[RequestTimes], None] | None) -> None:
+    if observe is not None and request.times is not None:
+        observe(request.times)
 
 
 def _most_rows(session: Session, options: BatcherOptions) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from deploy.errors import BackendError, DeployError
-from deploy.runtime.batching.queue import Joiner, Outputs, Request, apart
+from deploy.runtime.batching.queue import Joiner, Outputs, Request, RequestTimes, apart
 from deploy.runtime.session import Session
 
 
@@ -44,8 +44,10 @@ def run(session: Session, batch: Sequence[Request], joiner: Joiner | None) -> Do
         outputs = session.run(feed)
     except Exception as caught:
         error = caught
-    here = joiner is None
-    return Done(batch=batch, here=here, outputs=outputs, error=error, began=began, joined=joined, ran=time.perf_counter())
+    ran = time.perf_counter()
+    for request in batch:
+        request.times = RequestTimes(came=request.came, began=began, ran=ran)
+    return Done(batch=batch, here=joiner is None, outputs=outputs, error=error, began=began, joined=joined, ran=ran)
 
 
 def hand_out(done: Done, name: str) -> Done:

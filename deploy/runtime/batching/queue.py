@@ -19,14 +19,24 @@ NORMAL_PRIORITY = 100
 Outputs = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestTimes:
+    """When a request came, when its batch was begun, and when that had run: seconds on the performance counter."""
+
+    came: float
+    began: float
+    ran: float
+
+
 class Request:
     """A request. rows: of its feed. key: equal for requests that can share a batch. deadline: on the performance counter, or None.
+    times: set before it is finished, unless it never ran.
 
     start: called when the request is taken; returns False if it was cancelled. finish: called once after that, with the outputs or
     an error.
     """
 
-    __slots__ = ("came", "deadline", "feed", "finish", "key", "number", "priority", "rows", "start")
+    __slots__ = ("came", "deadline", "feed", "finish", "key", "number", "priority", "rows", "start", "times")
 
     def __init__(
         self,
@@ -48,6 +58,7 @@ class Request:
         self.finish = finish
         self.came = time.perf_counter()
         self.number = -1
+        self.times: RequestTimes | None = None
 
 
 class RequestQueue:

@@ -1,0 +1,228 @@
+"""Rows of predictions in a file that grows, JSON Lines or Parquet, from which an interrupted run continues.
+
+Beside `OUT` lies `OUT.run.json`: what was asked for, and whether it is finished. Parquet grows in parts, whole files of their own in
+`OUT.parts`, which become one file at the end: a Parquet file without its end cannot be read.
+"""
+
+import json
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deploy.errors import BackendError, OutputError, UsageError
+from deploy.evaluation.batch import Item, Row
+from deploy.host.extras import missing
+from deploy.words import as_utf8
+
+SUFFIXES = (".jsonl", ".parquet")
+_ROWS_OF_A_PART = 4096
+_SECONDS_OF_A_PART = 5.0
+
+Done = tuple[str, int | None, bool]
+"""Of a row that is there: its path, its row in an `.npz` file, and whether it is an error."""
+
+
+class RowsFile(ABC):
+    """A file of rows. rows, errors: how many it has."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = self.errors = 0
+
+    @abstractmethod
+    def done(self) -> Iterator[Done]:
+        """The rows that are there, in order. What was not written to its end is taken away first."""
+
+    @abstractmethod
+    def write(self, rows: Sequence[Row]) -> None:
+        """Add rows."""
+
+    @abstractmethod
+    def close(self, *, finished: bool) -> None:
+        """finished: all rows are there."""
+
+    @abstractmethod
+    def clean(self) -> None:
+        """Remove what is of no more use once the file is finished."""
+
+    def count(self, rows: Sequence[Row]) -> None:
+        self.rows += len(rows)
+        self.errors += sum(row.error is not None for row in rows)
+
+
+class JsonLines(RowsFile):
+    """One JSON object on a line, as `Row.to_json` has it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = path.open("ab")
+
+    def done(self) -> Iterator[Done]:
+        whole = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                found = json.loads(line)
+                yield found["path"], found.get("row"), "error" in found
+        os.truncate(self.path, whole)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._file.write(b"".join(msgspec.json.encode(row.to_json()) + b"\n" for row in rows))
+        self._file.flush()
+        self.count(rows)
+
+    def close(self, *, finished: bool) -> None:
+        self._file.close()
+
+    def clean(self) -> None:
+        pass
+
+
+class Parquet(RowsFile):
+    """Columns path, row, classes, probabilities and error. Needs pyarrow."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise missing(error, str(path)) or BackendError(f"{path} needs pyarrow: {error}") from error
+        self._arrow, self._parquet = pyarrow, parquet
+        text = pyarrow.string()
+        self._schema = pyarrow.schema(
+            {
+                "path": text,
+                "row": pyarrow.int64(),
+                "classes": pyarrow.list_(text),
+                "probabilities": pyarrow.list_(pyarrow.float64()),
+                "error": text,
+            }
+        )
+        self._folder = path.with_name(path.name + ".parts")
+        self._folder.mkdir(exist_ok=True)
+        self._held: list[Row] = []
+        self._written = time.monotonic()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob("[0-9]*.parquet"))
+
+    def done(self) -> Iterator[Done]:
+        for part in self._parts():
+            table = self._parquet.read_table(part, columns=["path", "row", "error"])
+            for found in table.to_pylist():
+                yield found["path"], found["row"], found["error"] is not None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._held += rows
+        self.count(rows)
+        if len(self._held) >= _ROWS_OF_A_PART or time.monotonic() - self._written > _SECONDS_OF_A_PART:
+            self._write_part()
+
+    def _write_part(self) -> None:
+        if not self._held:
+            return
+        columns = {
+            "path": [row.path for row in self._held],
+            "row": [row.row for row in self._held],
+            "classes": [None if row.classes is None else [name for name, _ in row.classes] for row in self._held],
+            "probabilities": [None if row.classes is None else [share for _, share in row.classes] for row in self._held],
+            "error": [row.error for row in self._held],
+        }
+        half = self._folder / "unfinished"
+        self._parquet.write_table(self._arrow.table(columns, schema=self._schema), half)
+        half.rename(self._folder / f"{len(self._parts()):08d}.parquet")
+        self._held, self._written = [], time.monotonic()
+
+    def close(self, *, finished: bool) -> None:
+        self._write_part()
+        if finished:
+            half = self._folder / "unfinished"
+            with self._parquet.ParquetWriter(half, self._schema) as writer:
+                for part in self._parts():
+                    writer.write_table(self._parquet.read_table(part))
+            half.rename(self.path)
+
+    def clean(self) -> None:
+        shutil.rmtree(self._folder)
+
+
+def check_out(path: Path) -> None:
+    """Raise UsageError for a name whose suffix is not known, and OutputError where nothing can be written."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"`out` {path} must end with {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise OutputError(f"no folder at {path.parent}")
+
+
+class Run:
+    """The file of one run of predictions, new or continued. request: what tells whether it is the same run.
+
+    Raises OutputError for a file that is of something else.
+    """
+
+    def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
+        check_out(out)
+        self._note = out.with_name(out.name + ".run.json")
+        self._request = dict(request)
+        noted = self._read()
+        if noted is None and out.exists():
+            raise OutputError(f"{out} is there already, and is not of `deploy predict`: remove it, or choose another name")
+        if noted is not None and noted["request"] != self._request:
+            changed = ", ".join(key for key in self._request if noted["request"].get(key) != self._request[key])
+            raise OutputError(f"{out} is of another run ({changed}): remove it and {self._note.name}, or choose another name")
+        self.finished: dict[str, int] | None = noted["finished"] if noted else None
+        """The counts of a run that has been finished before: `rows` and `errors`."""
+        if self.finished is not None and not out.exists():
+            self.finished = None
+        if self.finished is None:
+            self._write(None)
+            self.file: RowsFile = Parquet(out) if out.suffix.lower() == ".parquet" else JsonLines(out)
+
+    def _read(self) -> Any:
+        try:
+            return json.loads(self._note.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self._note} cannot be read: {error}") from error
+
+    def _write(self, finished: Mapping[str, int] | None) -> None:
+        half = self._note.with_name(self._note.name + ".unfinished")
+        half.write_text(json.dumps({"request": self._request, "finished": finished}, indent=2), encoding="utf-8")
+        half.rename(self._note)
+
+    def left(self, paths: Iterator[Path]) -> Iterator[Item]:
+        """What is left to do of `paths`, which come in the same order as before. Raises OutputError where they do not."""
+        last: tuple[Path, int] | None = None  # an .npz file, whose rows may not be all there, and how many are
+        found = None
+        for path, row, is_error in self.file.done():
+            self.file.rows += 1
+            self.file.errors += is_error
+            if last is not None and path == as_utf8(last[0]) and row in (last[1], None):
+                last = None if row is None else (last[0], row + 1)  # None: the rest of it failed
+                continue
+            found = next(paths, None)
+            if found is None or as_utf8(found) != path:
+                raise OutputError(
+                    f"{self.file.path} continues with {path}, and the sources with {found}: the files have changed; remove"
+                    f" {self.file.path.name} and {self._note.name} to begin anew"
+                )
+            last = None if row is None else (found, 1)
+        if last is not None:
+            yield Item(path=last[0], start=last[1])
+        for each in paths:
+            yield Item(path=each)
+
+    def finish(self) -> None:
+        self.file.close(finished=True)
+        self._write({"rows": self.file.rows, "errors": self.file.errors})
+        self.file.clean()
