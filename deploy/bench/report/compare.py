@@ -132,7 +132,7 @@ def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str,
         because = "; ".join(f"disturbed in the {name} run: {row['uncertain_because']}" for name, row in disturbed)
     elif verdict not in ("no difference", verdict_of(own)):
         verdict = UNCERTAIN
-        because = f"its own time did not move the same way ({own.value:.2f} times as fast): the baseline did, or was disturbed in one of the runs"
+        because = "its own time did not move the same way: the baseline did, or was disturbed in one of the runs"
     return Change(
         artifact=key[0],
         backend=key[1],
