@@ -4,8 +4,8 @@
 
 IMAGES.txt names the calibration images, one path a line: the same that our calibration draws. They go through
 `deploy.artifact.preprocess` and the threads of `deploy.calibration.imagefolder`, which need numpy and Pillow only. Each tool is
-used as its own documents advise for INT8 convolutional nets; ONNX Runtime's is set to symmetric ranges, because TensorRT
-accepts only those. The versions in use go to standard output as JSON.
+used as its own documents advise for INT8 convolutional nets, and NNCF also for transformers; ONNX Runtime's is set to symmetric
+ranges, because TensorRT accepts only those, `onnxruntime-asymmetric` aside. The versions in use go to standard output as JSON.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def onnxruntime(tool: str, model: Path, stream: Iterator[np.ndarray], name: str,
 
     methods = {
         "onnxruntime-minmax": CalibrationMethod.MinMax,
+        "onnxruntime-asymmetric": CalibrationMethod.MinMax,
         "onnxruntime-entropy": CalibrationMethod.Entropy,
         "onnxruntime-percentile": CalibrationMethod.Percentile,
     }
@@ -61,7 +62,11 @@ def onnxruntime(tool: str, model: Path, stream: Iterator[np.ndarray], name: str,
             per_channel=not tool.endswith("-tensor"),
             calibrate_method=methods[tool.removesuffix("-tensor")],
             # Symmetric and without INT32 biases, as TensorRT's parser requires.
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+            extra_options={
+                "ActivationSymmetric": tool != "onnxruntime-asymmetric",
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+            },
         )
 
 
@@ -87,20 +92,23 @@ def nncf(tool: str, model: Path, stream: Iterator[np.ndarray], name: str, count:
     import onnx
 
     dataset = nncf.Dataset(list(stream), lambda batch: {name: batch})
-    preset = nncf.QuantizationPreset.MIXED if tool == "nncf-mixed" else nncf.QuantizationPreset.PERFORMANCE
-    onnx.save(nncf.quantize(onnx.load(str(model)), dataset, preset=preset, subset_size=count), str(out))
+    preset = nncf.QuantizationPreset.PERFORMANCE if tool == "nncf" else nncf.QuantizationPreset.MIXED
+    kind = nncf.ModelType.TRANSFORMER if tool == "nncf-transformer" else None
+    onnx.save(nncf.quantize(onnx.load(str(model)), dataset, preset=preset, model_type=kind, subset_size=count), str(out))
 
 
 Run = Callable[[str, Path, Iterator[np.ndarray], str, int, Path], None]
 TOOLS: dict[str, Run] = {
     "onnxruntime-minmax": onnxruntime,
     "onnxruntime-minmax-tensor": onnxruntime,
+    "onnxruntime-asymmetric": onnxruntime,
     "onnxruntime-entropy": onnxruntime,
     "onnxruntime-percentile": onnxruntime,
     "modelopt-max": modelopt,
     "modelopt-entropy": modelopt,
     "nncf": nncf,
     "nncf-mixed": nncf,
+    "nncf-transformer": nncf,
 }
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "nvidia-modelopt", "nncf", "onnx", "numpy")
 
