@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 from bench_harness import (
     Goal,
@@ -46,13 +45,11 @@ from bench_harness import (
     unpack,
 )
 from int8_cases import FP32, LITE0, NAMES, RESCALED, Case, fashion_case, photos_case
+from int8_share import int8_share
 
-from deploy.artifact.onnxfile import load_model
 from deploy.calibration.imagefolder import Sample, batches
 from deploy.host.cpu import has_vnni
 from deploy.precision.int8.options import METHOD
-from deploy.precision.int8.placement import PASS_THROUGH, WEIGHTED
-from deploy.precision.macs import count_macs
 
 RESULT = "int8-accuracy"
 DEFAULT = f"deploy {METHOD}"
@@ -83,6 +80,7 @@ ONLY = {
 }
 """Tools that are for these nets alone."""
 TOOLS = (*OURS, *PEERS)
+INPUT = "input"
 HARD, GOAL_DROP, GOAL_DROP_HARD, GOAL_PER_TENSOR = (LITE0, "vit_outliers"), 0.3, 0.5, 1.0
 SUMMED, GOAL_LOST = ("lenet5", "convnet", "mobilenet_v1", "resnet18", RESCALED, LITE0), 25
 """The nets of which so many more images may be lost in all."""
@@ -111,32 +109,6 @@ def score(model: Path, feeds: Feeds) -> np.ndarray:
     return np.concatenate([session.run(None, {name: images})[0].argmax(1) == labels for images, labels in feeds])
 
 
-def int8_share(path: Path, shape: Sequence[int]) -> float:
-    """The share, 0 to 1, of the multiply-accumulates of layers with weights whose operands are both INT8. shape: of the input."""
-    model = load_model(path)
-    for index, node in enumerate(model.graph):
-        node.name = node.name or f"{node.op_type}_{index}"
-    macs = count_macs(model, {model.graph.inputs[0].name or "": tuple(shape)})
-    done = total = 0
-    for node in model.graph:
-        if node.op_type in WEIGHTED and _origin(node.inputs[1])[0]:
-            count = macs[node.name or ""] or 0
-            total += count
-            done += count * all(_origin(value)[1] for value in node.inputs[:2])
-    return done / total
-
-
-def _origin(value: ir.Value | None) -> tuple[bool, bool]:
-    """Whether a tensor is a constant, and whether it was INT8 on the way."""
-    quantized = False
-    while value is not None and (node := value.producer()) is not None:
-        quantized |= node.op_type == "DequantizeLinear"
-        if node.op_type not in (*PASS_THROUGH, "DequantizeLinear", "QuantizeLinear") or not node.inputs:
-            return node.op_type == "Constant", quantized
-        value = node.inputs[0]
-    return value is not None and value.is_initializer(), quantized
-
-
 class Scores:
     """What one case has so far, as it goes to the results.
 
@@ -152,14 +124,14 @@ class Scores:
         self.fp32 = score(case.artifact.onnx_path, self.judging)
         if not document:
             sizes = {"images": len(case.judging), "calibrating": len(case.calibrating), "choosing": len(case.choosing)}
-            document |= sizes | {key: {} for key in ("top1", "chosen", "int8_share", "gained", "lost", "refused")}
+            document |= {**sizes, "refused": {}}
             self._add(FP32, case.artifact.onnx_path, self.fp32)
 
     def _feeds(self, samples: Sequence[Sample]) -> Feeds:
         return list(batches(samples, self.preprocess.open, BATCH))
 
     def missing(self, tools: Sequence[str]) -> list[str]:
-        return [tool for tool in tools if tool not in self.document["top1"] and tool not in self.document["refused"]]
+        return [tool for tool in tools if tool not in self.document["top1"] | self.document["refused"]]
 
     def measure(self, tool: str, peers: Path, work: Path) -> None:
         """Quantize with `tool`, and judge what it wrote."""
@@ -190,16 +162,23 @@ class Scores:
 
     def _add(self, tool: str, path: Path, right: np.ndarray) -> None:
         shape = next(iter(self.judging))[0].shape
-        figures = {
-            "top1": 100 * float(right.mean()),
-            "chosen": 100 * float(score(path, self.choosing).mean()),
-            "int8_share": int8_share(path, shape),
-            "gained": pack(right & ~self.fp32),
-            "lost": pack(self.fp32 & ~right),
-        }
-        for key, value in figures.items():
-            self.document[key][tool] = value
-        print(f"{self.case.name}: {tool} {figures['top1']:.2f} %", flush=True)
+        enter(
+            self.document,
+            tool,
+            judged(right, self.fp32)
+            | {"chosen": 100 * float(score(path, self.choosing).mean()), "int8_share": int8_share(path, {INPUT: shape})},
+        )
+        print(f"{self.case.name}: {tool} {self.document['top1'][tool]:.2f} %", flush=True)
+
+
+def judged(right: np.ndarray, fp32: np.ndarray) -> dict[str, Any]:
+    """Top-1, and the images that were gained and lost; right, fp32: whether each image is classified right, (N,) bool."""
+    return {"top1": 100 * float(right.mean()), "gained": pack(right & ~fp32), "lost": pack(fp32 & ~right)}
+
+
+def enter(case: dict[str, Any], tool: str, figures: Mapping[str, Any]) -> None:
+    for key, value in figures.items():
+        case.setdefault(key, {})[tool] = value
 
 
 def changes(case: Mapping[str, Any]) -> dict[str, np.ndarray]:

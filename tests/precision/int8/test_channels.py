@@ -165,7 +165,6 @@ def planted(net, pairs):
             norm.weight[channels] *= factors
             norm.bias[channels] *= factors
             layer.weight[:, channels] /= factors
-        net.features[0][-1].bias[[5, 9]] += torch.tensor([300.0, -300.0])  # and two of the residual stream
     return net
 """
 
