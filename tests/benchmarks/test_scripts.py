@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,10 @@ def test_accuracy_is_compared_by_image_from_what_the_results_keep(script: Script
     module = script("int8_accuracy")
     rng = np.random.default_rng(seed)
     right = {tool: rng.random(1003) < share for tool, share in (("fp32", 0.9), (module.DEFAULT, 0.88), ("nncf", 0.2))}
-    case = json.loads(json.dumps(module.summary(right, {})))
+    case: dict[str, Any] = {"images": 1003, "calibrating": 512, "choosing": 100, "refused": {}}
+    for tool, flags in right.items():
+        module.enter(case, tool, module.judged(flags, right["fp32"]) | {"chosen": 90.0, "int8_share": 1.0})
+    case = json.loads(json.dumps(case))
     changed = module.changes(case)
     for a in right:
         for b in right:
@@ -80,4 +84,21 @@ def test_accuracy_is_compared_by_image_from_what_the_results_keep(script: Script
             assert low <= points <= high
     assert f"{100 * right['nncf'].mean():.2f} %" in module.table(case)
     default = module.goals("lenet5", case)[0]
-    assert default.startswith(f"{100 * (right[module.DEFAULT].mean() - right['fp32'].mean()):+.2f} (")
+    assert str(default).startswith(f"{100 * (right[module.DEFAULT].mean() - right['fp32'].mean()):+.2f} (")
+
+
+def test_the_best_peer_is_the_one_that_is_best_on_the_images_that_choose(script: Script) -> None:
+    module = script("int8_accuracy")
+    right = {
+        tool: np.arange(1000) < count
+        for tool, count in (("fp32", 900), (module.DEFAULT, 890), ("nncf", 895), ("modelopt-max", 500))
+    }
+    case: dict[str, Any] = {"images": 1000, "calibrating": 512, "choosing": 100, "refused": {}}
+    for tool, chosen in (("fp32", 90.0), (module.DEFAULT, 99.0), ("nncf", 80.0), ("modelopt-max", 85.0)):
+        module.enter(case, tool, module.judged(right[tool], right["fp32"]) | {"chosen": chosen, "int8_share": 1.0})
+    drop, against, *_ = module.goals("vit", case)
+    assert "modelopt-max" in str(against)
+    assert (drop.met, against.met) == (False, True)
+    assert not module.goals("vit_outliers", case)[0].met
+    case["chosen"]["nncf"] = 86.0
+    assert not module.goals("vit", case)[1].met

@@ -84,7 +84,6 @@ def _candidates(model: ir.Model, placement: Placement) -> dict[str, list[ir.Node
     """Tensors with channels along the last axis, and the layers with a matrix that read them quantized: no others do."""
     nodes = {node.name or "": node for node in model.graph.all_nodes()}
     makers = {value.name: node for node in nodes.values() for value in node.outputs}
-    grouped = {name for group in placement.groups for name in group}
 
     def reads_channels(name: str, index: int) -> bool:
         node = nodes[name]
@@ -100,8 +99,7 @@ def _candidates(model: ir.Model, placement: Placement) -> dict[str, list[ir.Node
     return {
         tensor: [nodes[name] for name, _ in uses]
         for tensor, uses in placement.edges.items()
-        if tensor not in grouped
-        and all(nodes[name].op_type in ("Gemm", "MatMul") and reads_channels(name, index) for name, index in uses)
+        if all(nodes[name].op_type in ("Gemm", "MatMul") and reads_channels(name, index) for name, index in uses)
         and not is_plain(tensor)
     }
 
@@ -186,7 +184,8 @@ class _Trial:
             off = rounded @ (codes.astype(np.float32) * scale) - (wanted - channels.shift @ matrix)
             if self._corrected:
                 off -= off.mean(axis=0)
-            total += float((np.square(off, dtype=np.float64).sum(axis=1) / (energy + np.median(energy))).mean())
+            usual = np.median(energy[energy > 0])  # padding makes vectors of zeros
+            total += float((np.square(off, dtype=np.float64).sum(axis=1) / (energy + usual)).mean())
         return total
 
 

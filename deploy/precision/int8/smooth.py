@@ -69,8 +69,11 @@ def reads_all(value: ir.Value, readers: list[ir.Node]) -> bool:
 def norm_of(value: ir.Value) -> list[tuple[ir.Node, int]]:
     """The nodes and the inputs of them that hold the constant scale, and then the shift, of the norm that makes `value`.
 
-    A norm in steps ends in a Mul and an Add. Empty, or the shift alone, or the scale alone, if there is no more.
+    A norm in steps ends in a Mul and an Add; Reshape and Transpose may follow that leave the channels last. Empty, or the shift
+    alone, or the scale alone, if there is no more.
     """
+    while (before := _before_moved(value)) is not None and len(before.uses()) == 1 and not before.is_graph_output():
+        value = before
     node = value.producer()
     if node is None or node.domain not in STANDARD:
         return []
@@ -92,6 +95,19 @@ def norm_of(value: ir.Value) -> list[tuple[ir.Node, int]]:
             if maker.op_type == "Mul" and maker.domain in STANDARD and inner is not None:
                 return [(maker, inner), (node, place)]
     return []
+
+
+def _before_moved(value: ir.Value) -> ir.Value | None:
+    """What a Reshape or Transpose made `value` of, if the vectors along the last axis are the same; else None."""
+    node = value.producer()
+    before = node.inputs[0] if node is not None and node.op_type in ("Reshape", "Transpose") else None
+    if node is None or before is None or node.domain not in STANDARD or before.shape is None or value.shape is None:
+        return None
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", tuple(reversed(range(len(before.shape)))))
+        return before if order[-1] == len(order) - 1 else None
+    sizes = [shape[-1] if len(shape) else None for shape in (before.shape, value.shape)]
+    return before if isinstance(sizes[0], int) and sizes[0] == sizes[1] else None
 
 
 def _vector_of(node: ir.Node) -> int | None:

@@ -12,6 +12,9 @@ from deploy.precision.int8.smooth import Channels, Smooth
 LAYER_NORM = "<float[4] g, float[4] s, float[4, 6] w, float[4, 5] v, float[6] b> {"
 NETS = {
     "a norm takes both in": f"{LAYER_NORM} h = LayerNormalization(x, g, s) m = MatMul(h, w) n = Add(m, b) y = Relu(n) }}",
+    "a norm that is moved": f"{LAYER_NORM} n = LayerNormalization(x, g, s) r = Constant<value_ints = [-1, 1, 4]>() t = Reshape(n, r) h = Transpose<perm = [1, 0, 2]>(t) y = MatMul(h, w) }}",
+    "a norm that is moved and read before": f"{LAYER_NORM} n = LayerNormalization(x, g, s) h = Transpose<perm = [1, 0, 2]>(n) y = MatMul(h, w) z = Relu(n) }}",
+    "channels that are moved": f"{LAYER_NORM} n = LayerNormalization(x, g, s) t = Transpose<perm = [0, 2, 1]>(n) r = Constant<value_ints = [2, -1, 4]>() h = Reshape(t, r) y = MatMul(h, w) }}",
     "a norm without a shift": f"{LAYER_NORM} h = LayerNormalization(x, g) y = MatMul(h, w) }}",
     "two layers": f"{LAYER_NORM} h = LayerNormalization(x, g, s) m = MatMul(h, w) n = MatMul(h, v) y = Concat<axis = 2>(m, n) }}",
     "one weight twice": f"{LAYER_NORM} h = LayerNormalization(x, g, s) m = MatMul(h, w) n = MatMul(h, w) y = Add(m, n) }}",
@@ -24,6 +27,7 @@ NETS = {
 }
 FREE = (
     "a norm takes both in",
+    "a norm that is moved",
     "a norm without a shift",
     "two layers",
     "one weight twice",
