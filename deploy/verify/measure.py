@@ -127,15 +127,15 @@ class Comparison:
         """The errors of `targets`, each computed from A's tensors; those of `without` are not fed, but computed."""
         fed = [name for name in self.pairs if name not in without]
         graphs = [cut(model, targets, fed) for model in (self.b.model, *self._noisy)]
-        given = self._exact({value.name or "" for graph in graphs for value in graph.graph.inputs} | set(targets))
-        results = [CpuGraph(graph)({value.name: given[value.name] for value in graph.graph.inputs}) for graph in graphs]
+        given = self._exact({name for graph in graphs for name in _inputs(graph)} | set(targets))
+        results = [CpuGraph(graph)({name: given[name] for name in _inputs(graph)}) for graph in graphs]
         return {name: self._judged(name, [result[f"{name}{LOCAL}"] for result in results], given[name]) for name in targets}
 
     def one(self, target: str) -> tuple[ir.Model, ir.Model, Feed, np.ndarray]:
         """What computes one tensor in A and in B, from the same inputs; these, and A's tensor."""
         graphs = [cut(model, [target], self.pairs) for model in (self.a.model, self.b.model)]
-        given = self._exact({value.name or "" for graph in graphs for value in graph.graph.inputs} | {target})
-        names = {value.name for graph in graphs for value in graph.graph.inputs}
+        names = {name for graph in graphs for name in _inputs(graph)}
+        given = self._exact(names | {target})
         return graphs[0], graphs[1], {name: array for name, array in given.items() if name in names}, given[target]
 
     def _cumulative(self, names: Sequence[str]) -> dict[str, Error]:
@@ -164,6 +164,10 @@ class Comparison:
                 part, held = [], 0
         if part:
             yield part
+
+
+def _inputs(model: ir.Model) -> list[str]:
+    return [value.name or "" for value in model.graph.inputs]
 
 
 def _run(model: ir.Model, names: Sequence[str], feed: Feed) -> dict[str, np.ndarray]:
@@ -230,7 +234,7 @@ def _times(
 def _off(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """The difference, 0 where both are the same infinity or NaN; infinite where one alone is not finite."""
     with np.errstate(invalid="ignore"):
-        off = np.subtract(actual, exact, dtype=np.float64)
+        off = np.asarray(np.subtract(actual, exact, dtype=np.float64))
     odd = ~np.isfinite(off)
     if odd.any():
         same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
@@ -239,4 +243,6 @@ def _off(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def _rms(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    return np.sqrt(np.mean(np.square(array, dtype=np.float64), axis=axes)) if array.size else np.asarray(0.0)
+    if not array.size:
+        return np.asarray(0.0)
+    return np.asarray(np.sqrt(np.mean(np.square(array, dtype=np.float64), axis=axes)))
