@@ -17,6 +17,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "serving": {"grpc": "grpcio", "google": "protobuf", "starlette": "starlette", "uvicorn": "uvicorn"},
     "ray": {"ray": "ray"},
     "parquet": {"pyarrow": "pyarrow"},
+    "metrics": {"pycocotools": "pycocotools"},
     "loadgen": {"mlperf_loadgen": "mlcommons-loadgen"},
 }
 """By extra, the modules of its libraries and the distributions that these come in: `pip install 'deploy[export]'`."""
