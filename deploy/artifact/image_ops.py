@@ -15,6 +15,10 @@ from deploy.words import printable
 Fill = int | tuple[int, ...]
 """The colour of padding, 0 to 255: one number, or one a channel of the image."""
 
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+"""The values of the EXIF orientation that make an image's width its height."""
+
 
 def read_image(source: Path | str | bytes) -> Image.Image:
     """The pixels of an image file, or of its bytes, as they are stored. Raises DataError with the name of the file."""
@@ -29,6 +33,19 @@ def read_image(source: Path | str | bytes) -> Image.Image:
         raise DataError(f"{name} is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders fail in many ways on damaged files
         raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def picture_size(source: Path | str | bytes) -> tuple[int, int, tuple[int, int]]:
+    """Width and height of an image as it is stored, and both as its EXIF orientation turns it; no pixel is decoded.
+
+    Raises DataError.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+            return image.width, image.height, image.size[::-1] if sideways else image.size
+    except Exception as error:  # Pillow fails in many ways on damaged files
+        raise DataError(f"{image_name(source)} cannot be read: {error}") from error
 
 
 def image_name(source: Path | str | bytes) -> str:

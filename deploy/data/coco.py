@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from deploy.artifact.image_ops import picture_size
 from deploy.errors import DataError
 from deploy.words import count_of, printable
-
-_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
-"""The values of the EXIF orientation that make a picture's width its height."""
 
 
 class Boxes(NamedTuple):
@@ -136,19 +132,6 @@ def _picture(path: Path, folder: Path, image: Mapping[str, Any], annotations: Se
         np.array([bool(each.get("iscrowd", 0)) for each in annotations], bool),
     )
     return Picture(path=file, width=width, height=height, boxes=boxes)
-
-
-def picture_size(file: Path) -> tuple[int, int, tuple[int, int]]:
-    """Width and height of a picture as it is stored, and both as its EXIF orientation turns it; the pixels are not decoded.
-
-    Raises DataError.
-    """
-    try:
-        with Image.open(file) as image:
-            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
-            return image.width, image.height, image.size[::-1] if sideways else image.size
-    except Exception as error:  # Pillow fails in many ways on damaged files
-        raise DataError(f"{printable(file)} cannot be read: {error}") from error
 
 
 def class_of_category(file: CocoFile, names: Sequence[str] | None, model: str) -> dict[int, int]:

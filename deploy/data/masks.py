@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deploy.artifact.image_ops import read_image
-from deploy.data.coco import picture_size
+from deploy.artifact.image_ops import picture_size, read_image
 from deploy.data.image_folder import IMAGES, MASKS, images_under
 from deploy.errors import DataError
 from deploy.words import count_of, printable

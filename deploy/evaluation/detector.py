@@ -7,9 +7,9 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.decode import Decode, Detections
+from deploy.artifact.image_ops import picture_size
 from deploy.artifact.placement import Placement
 from deploy.artifact.preprocess import Preprocess
-from deploy.data.coco import picture_size
 from deploy.errors import DataError, UsageError
 
 
@@ -18,7 +18,7 @@ def decode_of(artifact: Artifact) -> Decode:
     manifest = artifact.manifest
     if manifest.decode is None:
         raise UsageError(
-            f"{artifact.location} does not say how its outputs become boxes: export it with `decode`: yolo, ssd or FILE.py:FUNCTION"
+            f"{artifact.location} does not say how its outputs become boxes: export it with --decode: yolo, ssd or FILE.py:FUNCTION"
         )
     manifest.decode.check(manifest.outputs, _classes(artifact))
     return manifest.decode
@@ -44,9 +44,9 @@ def detect(artifact: Artifact, results: Mapping[str, np.ndarray], placements: Se
     ]
 
 
-def placement_of(preprocess: Preprocess, path: Path) -> Placement:
-    """Where the picture in a file lies in its array. Raises DataError, and UsageError where a function makes the array."""
-    width, height, turned = picture_size(path)
+def placement_of(preprocess: Preprocess, source: Path | bytes) -> Placement:
+    """Where the picture in a file, or in its bytes, lies in its array. Raises DataError, and UsageError where a function makes it."""
+    width, height, turned = picture_size(source)
     return preprocess.placement(*(turned if preprocess.exif_orientation else (width, height)))
 
 

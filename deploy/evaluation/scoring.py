@@ -95,7 +95,7 @@ def _miou(artifact: Artifact, place: Path, options: MetricOptions) -> Scoring:
     output = map_output(artifact)
     count = class_count(artifact, output)
     if count is None:
-        raise UsageError(f"{artifact.location} does not say how many classes it has: export it with class names (`classes` FILE)")
+        raise UsageError(f"{artifact.location} does not say how many classes it has: export it with --classes FILE")
     ignore = options.ignore_index
     data = labelled(artifact, place, "masks", classes=count, ignore=ignore)
 

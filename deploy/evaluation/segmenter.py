@@ -1,9 +1,12 @@
 """Segmenters: the output that is read as class maps, and the maps of its numbers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from PIL import Image
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.placement import Placement
 from deploy.artifact.tensors import TensorSpec, format_specs
 from deploy.errors import UsageError
 
@@ -64,3 +67,12 @@ def _is_map(spec: TensorSpec, axis: int) -> bool:
     if spec.dtype.startswith("float"):
         return len(spec.shape) == 4 and spec.shape[axis] != 1
     return spec.dtype != "bool" and (len(spec.shape) == 3 or (len(spec.shape) == 4 and spec.shape[1] == 1))
+
+
+def picture_map(
+    artifact: Artifact, results: Mapping[str, np.ndarray], row: int, placement: Placement, outside: int
+) -> np.ndarray:
+    """The class map of one row in the size of its picture, (height, width) int64; `outside` where that was cut off."""
+    array = results[map_output(artifact).name][row : row + 1]
+    (found,) = class_maps(artifact, array, (placement.input_height, placement.input_width))
+    return placement.map_to_picture(found, outside)

@@ -19,8 +19,8 @@ from deploy.serving.models import Served
 from deploy.serving.protocol import DATATYPES
 
 EXTENSIONS = (
-    "binary_tensor_data", "classify_image", "metrics", "model_configuration", "model_repository", "model_repository(unload_dependents)",
-    "parameters", "schedule_policy", "statistics",
+    "binary_tensor_data", "classify_image", "detect_image", "metrics", "model_configuration", "model_repository",
+    "model_repository(unload_dependents)", "parameters", "schedule_policy", "segment_image", "statistics",
 )  # fmt: skip
 
 
