@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from deploy.bench.plan import Candidate
@@ -161,6 +162,7 @@ def _row(
         top1=accuracy.top1 if accuracy else None,
         top5=accuracy.top5 if accuracy else None,
         accuracy_from="manifest" if accuracy else None,
+        score=msgspec.to_builtins(accuracy.judged) if accuracy else None,
         gflops=None,
         roof_gflops=None,
         gpu_ms=None,

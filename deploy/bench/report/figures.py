@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from deploy.bench.report.charts import Bar, Dot, Line, Spread, durations, pareto, roofs, speedups, spreads, throughputs
-from deploy.bench.report.labels import Labels, Row, digits, speed_up
+from deploy.bench.report.labels import Labels, Row, digits, goodness, metric_name, score_of, speed_up
 
 TOP = 10
 LABEL = 34
@@ -53,17 +53,19 @@ def throughput_and_accuracy(rows: Sequence[Row], labels: Labels, batches: Sequen
             points = [(row["batch"], row["images_per_s"]) for row in rows if (row["artifact"], row["backend"]) == key]
             lines.append(Line(label=label, colour=colour, points=sorted(points)))
         figures.append(throughputs("Throughput against batch size", lines))
-    known = [row for row in rows if row["top1"] is not None and row["batch"] == batches[0]]
+    known = [row for row in rows if score_of(row) is not None and row["batch"] == batches[0]]
     if known:
         dots = []
         for row in known:
+            good = goodness(row)
             beaten = any(
-                (other["top1"] >= row["top1"] and other["p50_ms"] < row["p50_ms"])
-                or (other["top1"] > row["top1"] and other["p50_ms"] <= row["p50_ms"])
+                (goodness(other) >= good and other["p50_ms"] < row["p50_ms"])
+                or (goodness(other) > good and other["p50_ms"] <= row["p50_ms"])
                 for other in known
             )
-            dots.append(Dot(**_of(row, labels), x=row["p50_ms"], y=row["top1"], front=not beaten))
-        figures.append(pareto(f"Accuracy against latency, batch {batches[0]}", dots))
+            dots.append(Dot(**_of(row, labels), x=row["p50_ms"], y=score_of(row) or 0.0, front=not beaten))
+        name, unit = metric_name(known), known[0]["score"]["unit"]
+        figures.append(pareto(f"{name} against latency, batch {batches[0]}", dots, f"{name} in {unit}" if unit else name, unit))
     return figure_section(
         "Throughput and accuracy", "Ringed and joined: candidates that no other beats in both." if known else "", figures
     )

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from deploy.bench.report.labels import Labels, Row, digits, label_of, speed_up
+from deploy.artifact.summary import points_text
+from deploy.bench.report.labels import Labels, Row, digits, label_of, metric_name, score_of, speed_up
 from deploy.words import count_of
 
 _COLUMNS = (
     ("batch", "batch", "{:d}"), ("p50 ms", "p50_ms", None), ("p90", "p90_ms", None), ("p99", "p99_ms", None), ("p99.9", "p999_ms", None),
     ("mean", "mean_ms", None), ("images/s", "images_per_s", "{:,.0f}"), ("first ms", "first_ms", None), ("load s", "load_s", "{:.2f}"),
-    ("top-1", "top1", "{:.2f}"), ("error", "max_abs_error", "{:.1e}"),
+    ("error", "max_abs_error", "{:.1e}"),
 )  # fmt: skip
 
 _GPU_COLUMNS = (("GPU ms", "gpu_ms", None), ("H2D", "h2d_ms", None), ("D2H", "d2h_ms", None))
@@ -66,13 +67,23 @@ def all_figures(rows: Sequence[Row], labels: Labels) -> str:
     """Every figure of every row; those of a GPU only where one was used."""
     on_gpu = any(row["gpu_ms"] is not None for row in rows)
     columns = (*_COLUMNS, *(_GPU_COLUMNS if on_gpu else ()))
-    head = ("", *(column[0] for column in columns), "memory", *(("GPU memory",) if on_gpu else ()), "on disk", "speed-up")
+    head = (
+        "",
+        *(column[0] for column in columns),
+        metric_name(rows),
+        "memory",
+        *(("GPU memory",) if on_gpu else ()),
+        "on disk",
+        "speed-up",
+    )
     body = []
     for row in rows:
         cells = []
         for _, key, form in columns:
             value = row[key]
             cells.append("\u2013" if value is None else form.format(value) if form else digits(value))
+        value = score_of(row)
+        cells.append("\u2013" if value is None else points_text(value, row["score"]["unit"]))
         cells.append(_megabytes(row["peak_bytes"]))
         if on_gpu:
             cells.append("\u2013" if row["gpu_bytes"] is None else _megabytes(row["gpu_bytes"]))
