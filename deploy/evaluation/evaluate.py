@@ -144,12 +144,25 @@ def evaluate(
     other = against if isinstance(against, Artifact) or against is None else open_artifact(against)
     if other is None and metric in FIDELITY:
         other = _fp32(artifact, metric)
+    if other is not None:
+        _check_comparable(artifact, other)
     found = scoring(artifact, Path(folder), options)
     found.data.check()
     return measure(
         artifact, found, against=other, backend=backend, batch_size=batch_size, device=device, threads=threads, progress=progress,
         skip=skip,
     )  # fmt: skip
+
+
+def _check_comparable(artifact: Artifact, other: Artifact) -> None:
+    """Raise UsageError unless two artifacts take the same images in the same way, and mean the same classes."""
+    one, two = artifact.manifest, other.manifest
+    if (one.preprocess, one.other_images) != (two.preprocess, two.other_images):
+        raise UsageError(
+            f"{artifact.location} and {other.location} preprocess images in different ways, and get the same arrays here"
+        )
+    if one.classes != two.classes:
+        raise UsageError(f"{artifact.location} and {other.location} have different class names: their answers cannot be compared")
 
 
 def _fp32(artifact: Artifact, metric: str) -> Artifact:

@@ -40,6 +40,8 @@ class UserMetric(Metric):
         self._parts = [self._made() for _ in range(GROUPS)]
         if any(part is self._whole for part in self._parts):
             self._parts = []
+            if not callable(getattr(self._whole, "reset", None)):
+                raise UserCodeError(f"{name} returns the same object every time, and it has no reset(); make a new one each time")
         self._images = 0
         self._value: float | None = None
         self._scores: np.ndarray | None = None
