@@ -14,7 +14,10 @@ def images(page: str) -> list[Image.Image]:
 
 
 def test_the_page_has_the_score_the_classes_the_confusions_and_both_answers_of_what_differs(make_segmenter, scenes, tmp_path):
-    one, other = make_segmenter(tmp_path / "one", names=["<dark>", "grey", "bright"]), make_segmenter(tmp_path / "two", noise=0.6)
+    one, other = (
+        make_segmenter(tmp_path / "one", names=["<dark>", "grey", "bright"]),
+        make_segmenter(tmp_path / "two", noise=0.6, names=["<dark>", "grey", "bright"]),
+    )
     result = evaluate(one, scenes, metric="miou", against=other)
     page = render(one, result)
     HTMLParser().feed(page)
