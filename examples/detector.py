@@ -45,8 +45,8 @@ class Detector(nn.Module):
         features = self.backbone(x)
         offsets, logits = self.offsets(features), self.classes(features)
         return (
-            offsets.permute(0, 2, 3, 1).reshape(len(x), -1, 4),
-            logits.permute(0, 2, 3, 1).reshape(len(x), -1, 1 + self.num_classes),
+            offsets.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4),
+            logits.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 1 + self.num_classes),
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
