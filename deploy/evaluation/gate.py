@@ -195,8 +195,8 @@ class Reference:
         interval = "" if score.loss_low is None else f", 95 % interval {score.loss_low:.2f} to {score.loss_high:.2f}"
         return (
             f"loses {drop_text(score).removesuffix(' lost')} of {_called(score.metric)} on {gate.folder} ({score.parent:.2f}{unit} to"
-            f" {score.value:.2f}{unit} on {found.backend}{interval}); at most {score.limit:g} {'is' if score.limit == 1 else 'are'}"
-            f" allowed{_certified(found) if score.loss <= score.limit else ''}"
+            f" {score.value:.2f}{unit} on {found.backend}{interval}); at most {score.limit:g} are allowed"
+            f"{_certified(found) if score.loss <= score.limit else ''}"
         )
 
     def _on_backends(self, after: Artifact) -> list[Accuracy]:
