@@ -21,7 +21,7 @@ def test_every_figure_is_there_and_says_in_words_what_it_shows(document: dict[st
     titles = [figure.findtext("title") for figure in found]
     assert titles == ["Batch 1", "Batch 4"] * 2 + [
         "Throughput against batch size",
-        "Accuracy against latency, batch 1",
+        "top-1 against latency, batch 1",
         "Batch 1",
         "Batch 4",
         "lenet5 fp32, eager, batch 1",
