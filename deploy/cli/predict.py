@@ -92,7 +92,7 @@ def command(
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
     on = _actors(address, rows_file, given)
-    common = {"top": top, "backend": backend, "device": device, "threads": threads}
+    common: dict[str, Any] = {"top": top, "backend": backend, "device": device, "threads": threads}
     if rows_file is not None:
         _check_rows()
         artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 from weakref import WeakValueDictionary
 
@@ -161,7 +162,7 @@ def _at_exit() -> None:
         logger.warning("the program ends while a run goes on that takes longer than %g s", LIMIT_S)
         return
     for thing in things:
-        _report_errors(lambda thing=thing: thing._ended(deadline))
+        _report_errors(partial(thing._ended, deadline))
 
 
 def _report_errors(step: Callable[[], None]) -> None:

@@ -231,8 +231,8 @@ class _Door:
         check_task(served, task)
         priority = priority_of(_number(request.query_params.get("priority", "0"), "priority", 2**32 - 1, least=0))
         timeout_s = timeout_of(_number(request.query_params.get("timeout", "0"), "timeout", 2**62, least=0))
-        data = await self._body(request)
-        feed = await asyncio.to_thread(image_feed, bytes(data), image_input(served.artifact), self._limits.image_pixels)
+        data = bytes(await self._body(request))
+        feed = await asyncio.to_thread(image_feed, data, image_input(served.artifact), self._limits.image_pixels)
         used, results = await self._models.infer(
             served, feed, pinned="version" in request.path_params, priority=priority, timeout_s=timeout_s
         )

@@ -128,7 +128,7 @@ def _dequantized(node: ir.Node, index: int) -> ir.Node | None:
 
 def _format(node: ir.Node, b: Graph) -> str:
     """The format that a node of B computes in, by what it gives."""
-    return next((b.halves[value.name] for value in node.outputs if value.name in b.halves), "fp32")
+    return next((b.halves[name] for value in node.outputs if (name := value.name or "") in b.halves), "fp32")
 
 
 def _weight_step(array: np.ndarray, dequantize: ir.Node) -> np.ndarray:

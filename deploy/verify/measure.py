@@ -128,7 +128,8 @@ class Comparison:
         fed = [name for name in self.pairs if name not in without]
         graphs = [cut(model, targets, fed) for model in (self.b.model, *self._noisy)]
         given = self._exact({value.name or "" for graph in graphs for value in graph.graph.inputs} | set(targets))
-        results = [CpuGraph(graph)({value.name: given[value.name] for value in graph.graph.inputs}) for graph in graphs]
+        feeds = [{name: given[name] for value in graph.graph.inputs if (name := value.name)} for graph in graphs]
+        results = [CpuGraph(graph)(feed) for graph, feed in zip(graphs, feeds, strict=True)]
         return {name: self._judged(name, [result[f"{name}{LOCAL}"] for result in results], given[name]) for name in targets}
 
     def one(self, target: str) -> tuple[ir.Model, ir.Model, Feed, np.ndarray]:
@@ -230,7 +231,7 @@ def _times(
 def _off(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """The difference, 0 where both are the same infinity or NaN; infinite where one alone is not finite."""
     with np.errstate(invalid="ignore"):
-        off = np.subtract(actual, exact, dtype=np.float64)
+        off: np.ndarray = np.subtract(actual, exact, dtype=np.float64)
     odd = ~np.isfinite(off)
     if odd.any():
         same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))

@@ -104,7 +104,8 @@ def _better(row: Row, other: Row) -> bool:
 
 def _reference(score: Row) -> float:
     """The score of what a loss is measured from: a row without a loss is that itself."""
-    return score["value"] if score["parent"] is None else score["parent"]
+    reference: float = score["value"] if score["parent"] is None else score["parent"]
+    return reference
 
 
 def _losses(score: Row) -> tuple[float | None, float | None]:

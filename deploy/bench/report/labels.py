@@ -68,13 +68,6 @@ def score_of(row: Row) -> float | None:
     return None if row["score"] is None else row["score"]["value"]
 
 
-def goodness(row: Row) -> float:
-    """The score of a row that has one, turned so that more is better."""
-    value = score_of(row)
-    assert value is not None
-    return -value if row["score"]["lower"] else value
-
-
 def metric_name(rows: Sequence[Row]) -> str:
     """The metric that rows have scores of, as it is called on axes and tables."""
     return next((metric_text(row["score"]["metric"]) for row in rows if row["score"] is not None), "accuracy")
