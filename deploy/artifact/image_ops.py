@@ -15,6 +15,10 @@ from deploy.words import printable
 Fill = int | tuple[int, ...]
 """The colour of padding, 0 to 255: one number, or one a channel of the image."""
 
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+"""The values of the EXIF orientation that make an image's width its height."""
+
 
 def read_image(source: Path | str | bytes) -> Image.Image:
     """The pixels of an image file, or of its bytes, as they are stored. Raises DataError with the name of the file."""
@@ -29,6 +33,19 @@ def read_image(source: Path | str | bytes) -> Image.Image:
         raise DataError(f"{name} is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders fail in many ways on damaged files
         raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def picture_size(source: Path | str | bytes) -> tuple[int, int, tuple[int, int]]:
+    """Width and height of an image as it is stored, and both as its EXIF orientation turns it; no pixel is decoded.
+
+    Raises DataError.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+            return image.width, image.height, image.size[::-1] if sideways else image.size
+    except Exception as error:  # Pillow fails in many ways on damaged files
+        raise DataError(f"{image_name(source)} cannot be read: {error}") from error
 
 
 def image_name(source: Path | str | bytes) -> str:
@@ -64,10 +81,13 @@ def resize(image: Image.Image, height: int, width: int, resampling: Image.Resamp
 
 def resize_shorter(image: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
     """torchvision's `Resize`: the shorter side to `side`, the longer in proportion, truncated to whole pixels."""
-    short, long = min(image.size), max(image.size)
-    scaled = int(side * long / short)
-    height, width = (side, scaled) if image.height <= image.width else (scaled, side)
-    return resize(image, height, width, resampling)
+    return resize(image, *shorter_size(image.height, image.width, side), resampling)
+
+
+def shorter_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """The (height, width) that `resize_shorter` makes of an image of `height` x `width`."""
+    scaled = int(side * max(height, width) / min(height, width))
+    return (side, scaled) if height <= width else (scaled, side)
 
 
 def letterbox(
@@ -78,22 +98,37 @@ def letterbox(
     centred: in the middle, with the odd pixel of padding below and on the right; else at the top left. Smaller images are
     enlarged. The rounding is that of `ultralytics.data.augment.LetterBox` with `auto=False`.
     """
-    ratio = min(height / image.height, width / image.width)
-    inner_height = min(max(round(image.height * ratio), 1), height)
-    inner_width = min(max(round(image.width * ratio), 1), width)
-    image = resize(image, inner_height, inner_width, resampling)
+    inner_height, inner_width, top, left = letterbox_place(image.height, image.width, height, width, centred=centred)
+    return _padded(resize(image, inner_height, inner_width, resampling), height, width, top, left, fill)
+
+
+def letterbox_place(image_height: int, image_width: int, height: int, width: int, *, centred: bool) -> tuple[int, int, int, int]:
+    """The height and width of the image inside its letterbox, and the padding above and on the left of it."""
+    ratio = min(height / image_height, width / image_width)
+    inner_height = min(max(round(image_height * ratio), 1), height)
+    inner_width = min(max(round(image_width * ratio), 1), width)
     top = round((height - inner_height) / 2 - 0.1) if centred else 0
     left = round((width - inner_width) / 2 - 0.1) if centred else 0
-    return _padded(image, height, width, top, left, fill)
+    return inner_height, inner_width, top, left
 
 
 def center_crop(image: Image.Image, height: int, width: int, fill: Fill) -> Image.Image:
     """torchvision's `CenterCrop`, its rounding included, and its padding of smaller images, which is with zeros there."""
+    (above, top), (before, left) = _crop_side(image.height, height), _crop_side(image.width, width)
     if image.height < height or image.width < width:
-        left, top = max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)
-        image = _padded(image, max(height, image.height), max(width, image.width), top, left, fill)
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        image = _padded(image, max(height, image.height), max(width, image.width), above, before, fill)
     return image.crop((left, top, left + width, top + height))
+
+
+def crop_place(size: int, wanted: int) -> int:
+    """Where an image side of `size` pixels begins in the `wanted` pixels of `center_crop`; below 0 where that cuts it off."""
+    before, cut = _crop_side(size, wanted)
+    return before - cut
+
+
+def _crop_side(size: int, wanted: int) -> tuple[int, int]:
+    """Of one side: the padding before the image, and what is cut off before the padded image."""
+    return max((wanted - size) // 2, 0), round((max(size, wanted) - wanted) / 2)
 
 
 def _padded(image: Image.Image, height: int, width: int, top: int, left: int, fill: Fill) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 import msgspec
 
+from deploy.artifact.decode import Decode
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.artifact.usercode import UserFunction
@@ -203,19 +204,44 @@ class CpuEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     left_out: str | None = None
 
 
+class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a metric makes of an artifact on some data, in the metric's own unit, and what was lost of its parent's.
+
+    metric: as it was asked for, such as `miou`, `map` or `metrics.py:dice`. unit: `%`, `dB` or none.
+    lower: less is better. low, high: the 95 % interval; None where there is none.
+    loss: how much worse than the parent, negative where better; None without a parent, and for what is measured against it.
+    limit: of a gate: the most that may be lost, or for sqnr and cosine the least that must be reached.
+    """
+
+    metric: str
+    value: float
+    unit: str = ""
+    lower: bool = False
+    low: float | None = None
+    high: float | None = None
+    parent: float | None = None
+    loss: float | None = None
+    loss_low: float | None = None
+    loss_high: float | None = None
+    limit: float | None = None
+
+
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Accuracy in per cent on labelled images, and that of the FP32 artifact it was made from on the same ones.
+    """Accuracy on labelled images, and that of the FP32 artifact it was made from on the same ones.
 
     backend, file: what was measured: the backend, and the ONNX file that it ran where an artifact has several.
-    top1_low, top1_high: the 95 % interval of top-1: see `evaluation.gate.wilson`.
+    top1, top5: in per cent; None where another metric was asked for, whose figures are in `score`; `judged` has either.
+    top1_low, top1_high: the 95 % interval of top-1: see `evaluation.intervals.wilson`.
     expected_top1: of an export, what training reported, where that was given.
     parent_..., top1_drop: None for an export, which has no parent.
-    top1_drop: points of top-1 accuracy lost, with its 95 % interval: see `evaluation.gate.paired_drop`.
+    top1_drop: points of top-1 accuracy lost, with its 95 % interval: see `evaluation.intervals.paired_drop`.
+    max_drop: of a gate, the points of top-1 that may be lost.
+    undecided: how many more images would decide whether the limit is kept, where its 95 % interval does not; -1: no number would.
     """
 
     images: int
-    top1: float
-    top5: float
+    top1: float | None = None
+    top5: float | None = None
     backend: str
     file: str | None = None
     top1_low: float | None = None
@@ -226,13 +252,35 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top1_drop: float | None = None
     top1_drop_low: float | None = None
     top1_drop_high: float | None = None
+    max_drop: float | None = None
+    undecided: int | None = None
+    score: Score | None = None
+
+    @property
+    def judged(self) -> Score:
+        """The score that was asked for: top-1 where that is `top1`."""
+        if self.score is not None:
+            return self.score
+        assert self.top1 is not None
+        return Score(
+            metric="top1",
+            value=self.top1,
+            unit="%",
+            low=self.top1_low,
+            high=self.top1_high,
+            parent=self.parent_top1,
+            loss=self.top1_drop,
+            loss_low=self.top1_drop_low,
+            loss_high=self.top1_drop_high,
+            limit=self.max_drop,
+        )
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that an artifact records about itself. `digest` is the SHA-256 of everything but itself and `created`.
 
     preprocess: how an image becomes the input `image`, which is None where there is one input alone.
-    other_images: how images become further inputs, by name.
+    other_images: how images become further inputs, by name. decode: how a detector's outputs become boxes.
     parity: of the ONNX file with the parent's, or of a package with the eager module. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
     accuracy: the worst where several backends were judged; all are in `accuracies` then.
     cpu_form: of an INT8 artifact for which it was asked.
@@ -265,13 +313,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     other_images: dict[str, Preprocess] = {}
     accuracies: list[Accuracy] = []
     cpu_form: CpuEvidence | None = None
+    decode: Decode | None = None
     digest: str = ""
 
     @property
     def functions(self) -> list[UserFunction]:
         """The functions of the user's that go with the artifact: a file of each is among `files`, or it is imported."""
-        images = [self.preprocess, *self.other_images.values()]
-        return [image.function for image in images if image is not None and image.function is not None]
+        steps = [self.preprocess, *self.other_images.values(), self.decode]
+        return [step.function for step in steps if step is not None and step.function is not None]
 
     def sealed(self) -> Self:
         """A copy with the right `digest`."""

@@ -14,7 +14,19 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from deploy.artifact.image_ops import center_crop, eight_bit, image_name, letterbox, read_image, resize, resize_shorter, upright
+from deploy.artifact.image_ops import (
+    Fill,
+    center_crop,
+    eight_bit,
+    image_name,
+    letterbox,
+    read_image,
+    resize,
+    resize_shorter,
+    shorter_size,
+    upright,
+)
+from deploy.artifact.placement import Placement, place
 from deploy.artifact.usercode import UserFunction
 from deploy.errors import DataError, UsageError, UserCodeError
 from deploy.words import a_type
@@ -236,7 +248,11 @@ class Preprocess:
             image = upright(image)
         if self.function is not None:
             return self._user_array(self.function, image)
-        pixels = np.asarray(self._sized(eight_bit(image, "L" if self.channels == 1 else "RGB")))
+        pixels = np.asarray(
+            self._sized(
+                eight_bit(image, "L" if self.channels == 1 else "RGB"), INTERPOLATIONS[self.interpolation], self._colour()
+            )
+        )
         planes = pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
         if self.order == "bgr":
             planes = planes[::-1]
@@ -248,11 +264,11 @@ class Preprocess:
         result /= np.array(self.std, dtype=np.float32)[:, None, None]
         return result if self.layout == "chw" else np.ascontiguousarray(result.transpose(1, 2, 0))
 
-    def _sized(self, image: Image.Image) -> Image.Image:
-        resampling = INTERPOLATIONS[self.interpolation]
+    def _colour(self) -> Fill:
         fill = self.fill[::-1] if isinstance(self.fill, tuple) and self.order == "bgr" else self.fill
-        if isinstance(fill, tuple) and len(fill) == 1:
-            fill = fill[0]
+        return fill[0] if isinstance(fill, tuple) and len(fill) == 1 else fill
+
+    def _sized(self, image: Image.Image, resampling: Image.Resampling, fill: Fill) -> Image.Image:
         if self.resize is not None:
             if self.resize_mode == "letterbox":
                 centred = self.position == "center"
@@ -262,6 +278,27 @@ class Preprocess:
             else:
                 image = resize(image, *_pair(self.resize), resampling)
         return image if self.crop is None else center_crop(image, *_pair(self.crop), fill)
+
+    def mask(self, mask: Image.Image, outside: int) -> np.ndarray:
+        """A map of class indices of an image, resized (nearest pixel), cropped and padded as that is: (height, width) int64.
+
+        outside: the padding. Raises UsageError where a function makes the array.
+        """
+        if self.function is not None:
+            raise UsageError(
+                f"{self.function} makes the array of an image, and a mask cannot follow it: give .npz feeds with masks"
+            )
+        return np.asarray(self._sized(mask, Image.Resampling.NEAREST, outside), dtype=np.int64)
+
+    def placement(self, width: int, height: int) -> Placement:
+        """Where an image of this size lies in its array. Raises UsageError where a function makes the array."""
+        if self.function is not None:
+            raise UsageError(f"{self.function} makes the array of an image, and boxes and masks do not find the way back from it")
+        resized = None if self.resize is None else _pair(self.resize)
+        if isinstance(self.resize, int) and self.resize_mode in (None, "shorter"):
+            resized = shorter_size(height, width, self.resize)
+        letterbox = self.position if self.resize_mode == "letterbox" else None
+        return place(width, height, resized, letterbox, None if self.crop is None else _pair(self.crop))
 
     def _user_array(self, function: UserFunction, image: Image.Image) -> np.ndarray:
         if function.file is not None and self.folder is None:

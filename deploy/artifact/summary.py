@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import COMPUTE_PRECISIONS, CPU_ONNX, Accuracy, Manifest, PackageTarget, PrecisionShare
+from deploy.artifact.manifest import (
+    COMPUTE_PRECISIONS,
+    CPU_ONNX,
+    Accuracy,
+    Manifest,
+    PackageTarget,
+    PrecisionShare,
+    Score,
+)
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
 from deploy.evidence.parity import Parity, ParityCase, worst_of
@@ -206,14 +214,48 @@ def preprocess_text(preprocess: Preprocess) -> str:
 def accuracy_text(accuracy: Accuracy) -> str:
     """Accuracy, and what is known beside it: that of FP32 with the interval of the difference, or what training reported."""
     where = accuracy.backend + (f", {accuracy.file}" if accuracy.file else "")
-    text = f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {count_of(accuracy.images, 'image')}"
-    if accuracy.top1_drop is not None:
-        return (
-            f"{text}; FP32 {accuracy.parent_top1:.2f} %, {accuracy.parent_top5:.2f} %: {drop_text(accuracy.top1_drop)} (95 % interval"
-            f" of the loss {accuracy.top1_drop_low:.2f} to {accuracy.top1_drop_high:.2f}; {where})"
+    score, images = accuracy.judged, count_of(accuracy.images, "image")
+    if score.metric != "top1":
+        text, parent = f"{score_text(score)} of {images}", points_text(score.parent or 0.0, score.unit)
+    else:
+        text, parent = (
+            f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {images}",
+            f"{accuracy.parent_top1 or 0:.2f} %, {accuracy.parent_top5 or 0:.2f} %",
         )
+    if score.loss is not None:
+        interval = (
+            f"95 % interval of the loss {score.loss_low:.2f} to {score.loss_high:.2f}; " if score.loss_low is not None else ""
+        )
+        return f"{text}; FP32 {parent}: {drop_text(score)} ({interval}{where}){undecided_text(accuracy)}"
+    if score.metric != "top1":
+        return f"{text} against FP32 ({where}){undecided_text(accuracy)}"
     reported = "" if accuracy.expected_top1 is None else f"; training reported {accuracy.expected_top1:.2f} %"
     return f"{text}{reported} (95 % interval of top-1 {accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}; {where})"
+
+
+def score_text(score: Score) -> str:
+    """`miou 71.20 % (95 % interval 69.80 to 72.50)`."""
+    interval = "" if score.low is None else f" (95 % interval {score.low:.2f} to {score.high:.2f})"
+    return f"{metric_text(score.metric)} {points_text(score.value, score.unit)}{interval}"
+
+
+def metric_text(metric: str) -> str:
+    """A metric as it is called in texts and on axes."""
+    return {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "sqnr": "SQNR"}.get(metric, metric)
+
+
+def undecided_text(accuracy: Accuracy) -> str:
+    """What is said where the interval of a loss reaches beyond its limit; "" where it does not."""
+    if accuracy.undecided is None:
+        return ""
+    if accuracy.undecided < 0:
+        return "; undecided, and no number of images would decide"
+    return f"; undecided: about {count_of(accuracy.undecided, 'more image')} would decide"
+
+
+def points_text(value: float, unit: str) -> str:
+    """`71.20 %`, `23.10 dB`, or the number alone."""
+    return f"{f'{value:.2f}' if unit else f'{value:.4g}'} {unit}".rstrip()
 
 
 def quantized_text(manifest: Manifest) -> str:
@@ -223,12 +265,14 @@ def quantized_text(manifest: Manifest) -> str:
     return f"; {manifest.precision.upper()}: {manifest.calibration.share:.1%} of the multiply-accumulates of layers with weights"
 
 
-def drop_text(points: float) -> str:
-    """`0.10 points lost`, `0.10 points gained` for a negative number, `no points lost`."""
-    text = f"{abs(points):.2f} points"
-    if text == "0.00 points":
-        return "no points lost"
-    return f"{text} {'lost' if points > 0 else 'gained'}"
+def drop_text(score: Score) -> str:
+    """`0.10 points lost`, `0.10 points gained` for a negative number, `no points lost`; without points where it is not in per cent."""
+    points = score.loss or 0.0
+    number = f"{abs(points):.2f}" if score.unit else f"{abs(points):.4g}"
+    unit = {"%": " points", "": ""}.get(score.unit, f" {score.unit}")
+    if float(number) == 0:
+        return f"{'no' + unit if unit == ' points' else 'nothing'} lost"
+    return f"{number}{unit} {'lost' if points > 0 else 'gained'}"
 
 
 def exclusions_text(manifest: Manifest) -> list[str]:

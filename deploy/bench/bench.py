@@ -6,6 +6,7 @@ rounds, in an order that rotates; the others block on their pipes. Speed-ups com
 `timing.paired_ratio`.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Score
 from deploy.artifact.summary import evidence, kind_text, megabytes
 from deploy.bench.candidate.loadgen import check_installed
 from deploy.bench.conditions import conditions, disturbance
@@ -27,7 +31,9 @@ from deploy.bench.run import Run
 from deploy.bench.shapes import shown_shapes
 from deploy.bench.workers import Workers
 from deploy.errors import ArtifactError
-from deploy.evaluation.evaluate import evaluate
+from deploy.evaluation.evaluate import Evaluation, evaluate
+from deploy.evaluation.options import MetricOptions
+from deploy.evaluation.scoring import FIDELITY, check_scoring
 from deploy.host.cpu import usable_cores
 from deploy.host.nvidia_smi import summed_up
 from deploy.progress import Progress, silent
@@ -53,6 +59,10 @@ def bench(
     plan = make_plan(artifacts, options, named=named)
     if options.scenarios:
         check_installed()
+    if options.evaluate is not None:
+        metric = MetricOptions(metric=options.metric, ignore_index=options.ignore_index)
+        for artifact in {str(each.artifact.location): each.artifact for each in plan.candidates}.values():
+            check_scoring(artifact, options.evaluate, metric)
     threads = options.threads or usable_cores()
     measured = _Measured()
     where = conditions(threads=threads, device=plan.baseline.device)
@@ -80,7 +90,7 @@ def bench(
     where["gpu_during"] = summed_up(run.gpu)
     where["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     if options.evaluate is not None and not interrupted:
-        rows = _evaluated(rows, workers.candidates, options.evaluate, threads, progress)
+        rows = _evaluated(rows, workers.candidates, workers.baseline, options, progress)
     return BenchResult(
         conditions=where,
         results=tuple(rows),
@@ -156,14 +166,45 @@ def _described(artifacts: Sequence[Artifact]) -> tuple[dict[str, Any], ...]:
 
 
 def _evaluated(
-    rows: Sequence[BenchRow], candidates: Sequence[Candidate], folder: Path, threads: int, progress: Progress
+    rows: Sequence[BenchRow], candidates: Sequence[Candidate], baseline: Candidate, options: BenchOptions, progress: Progress
 ) -> list[BenchRow]:
-    """The rows with the accuracy of their candidates on `folder`; every candidate is evaluated once."""
+    """The rows with the accuracy of their candidates on the data of `options`; every candidate is evaluated once, the baseline first."""
+    assert options.evaluate is not None
+    first: Evaluation | None = None
     accuracy: dict[tuple[str, str], dict[str, Any]] = {}
-    for candidate in candidates:
+    for candidate in sorted(candidates, key=lambda each: each is not baseline):
         key = (candidate.artifact.shown, candidate.backend)
-        if any((row.artifact, row.backend) == key for row in rows):
-            progress(f"accuracy of {key[0]} on {key[1]}")
-            done = evaluate(candidate.artifact, folder, backend=candidate.backend, device=candidate.device, threads=threads)
-            accuracy[key] = {"top1": done.top1, "top5": done.top5, "top1_images": done.images}
+        if not any((row.artifact, row.backend) == key for row in rows):
+            continue
+        progress(f"accuracy of {key[0]} on {key[1]}")
+        done = evaluate(
+            candidate.artifact,
+            options.evaluate,
+            metric=options.metric,
+            ignore_index=options.ignore_index,
+            backend=candidate.backend,
+            device=candidate.device,
+            threads=options.threads or usable_cores(),
+        )
+        first = done if candidate is baseline else first
+        accuracy[key] = {"top1": done.top1, "top5": done.top5, "score": _score(done, first)}
     return [replace(row, **accuracy[row.artifact, row.backend], accuracy_from="measured") for row in rows]
+
+
+def _score(done: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
+    """The score as JSON, with the loss to the baseline; infinity, of outputs without any difference, is None."""
+    compared: dict[str, float] = {}
+    if baseline is not None and done is not baseline and baseline.files == done.files and done.metric not in FIDELITY:
+        compared = {"parent": baseline.value, "loss": done.measured.loss(baseline.measured)}
+        if (interval := done.measured.loss_interval(baseline.measured)) is not None:
+            compared |= {"loss_low": interval.low, "loss_high": interval.high}
+    score = Score(
+        metric=done.metric,
+        value=done.value,
+        unit=done.unit,
+        lower=done.measured.lower,
+        low=done.low,
+        high=done.high,
+        **compared,
+    )
+    return {name: None if value in (math.inf, -math.inf) else value for name, value in msgspec.to_builtins(score).items()}

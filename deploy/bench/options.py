@@ -8,6 +8,7 @@ from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.shapes import read_shapes
 from deploy.errors import UsageError
+from deploy.evaluation.options import MetricOptions
 from deploy.options import option
 from deploy.runtime.catalog import AUTO, BACKENDS, split_backend
 
@@ -16,7 +17,7 @@ BASELINE = "eager"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(MetricOptions):
     """How to benchmark.
 
     batches: empty for `BATCHES`, or the fixed batch of the artifacts.
@@ -47,7 +48,7 @@ class BenchOptions:
     baseline: str = option(BASELINE, "What all is compared with, with a variant if any.", metavar="B")
     data: Path | None = option(None, "Images to run on.", metavar="IMAGEFOLDER", default="random numbers")
     evaluate: Path | None = option(
-        None, "Measure the accuracy of every candidate on these.", flag="--eval", metavar="IMAGEFOLDER"
+        None, "Measure the accuracy of every candidate on this: see `deploy eval`.", flag="--eval", metavar="DIR|FILE.json"
     )
     logs: Path = option(Path("build/loadgen"), "Where LoadGen's logs go.", metavar="DIR")
     load_seconds: float = option(3.0, "Time of each load and scenario, for each candidate; MLPerf asks for 600.", metavar="S")
@@ -60,6 +61,9 @@ class BenchOptions:
     scenarios: tuple[Scenario, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate is None and (self.metric, self.ignore_index) != (MetricOptions().metric, MetricOptions().ignore_index):
+            raise UsageError("`metric` and `ignore_index` need `evaluate`, the data that accuracy is measured on")
         for backend in (self.baseline, *self.backends):
             split_backend(backend)
         if split_backend(self.baseline)[0].runs in ("engine", "package"):

@@ -26,7 +26,9 @@ class BenchRow:
     max_abs_error: the largest difference to the baseline's outputs on the same input, None if only one of the two is
     finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: memory of
     the candidate's process, libraries included; gpu_bytes is None without a GPU. size_bytes: size on disk of what runs.
-    top1, top5: accuracy in per cent on `top1_images` images, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    top1, top5: accuracy in per cent, measured, or, with `accuracy_from` `manifest`, that of the artifact's accuracy gate.
+    score: of the metric that was asked for, as `artifact.manifest.Score` has it, and from the same source; a loss is that to the
+    baseline's where it was measured, to the FP32 parent's where it is the manifest's. None where nothing is known.
     gflops: operations a second at p50, in 10^9; roof_gflops: the most that the machine allows in FP32, see
     `bench.roofline`; INT8 may go beyond it. Both are None on a GPU, and if the operations of the graph cannot be counted.
     gpu_ms, h2d_ms, d2h_ms: p50 of the computation on the GPU and of the copies to and from it, by CUDA events; None on the
@@ -59,8 +61,8 @@ class BenchRow:
     size_bytes: int
     top1: float | None
     top5: float | None
-    top1_images: int | None
     accuracy_from: str | None
+    score: dict[str, Any] | None
     gflops: float | None
     roof_gflops: float | None
     gpu_ms: float | None

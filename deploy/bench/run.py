@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from deploy.bench.candidate.process import CandidateProcess
@@ -176,8 +177,8 @@ def _row(candidate: Candidate, batch: int, measured: Measured[Candidate], baseli
         size_bytes=candidate.artifact.size,
         top1=accuracy.top1 if accuracy else None,
         top5=accuracy.top5 if accuracy else None,
-        top1_images=accuracy.images if accuracy else None,
         accuracy_from="manifest" if accuracy else None,
+        score=msgspec.to_builtins(accuracy.judged) if accuracy else None,
         gflops=None,
         roof_gflops=None,
         gpu_ms=None,

@@ -28,6 +28,8 @@ def command(artifact: str | None, as_json: bool) -> None:
     for name, preprocess in ((manifest.image, manifest.preprocess), *manifest.other_images.items()):
         if preprocess:
             rows.append(("images", (f"{name}: " if name else "") + preprocess_text(preprocess)))
+    if manifest.decode:
+        rows.append(("boxes", f"decoded by {manifest.decode}"))
     if manifest.classes:
         more = f" ... {manifest.classes[-1]}" if len(manifest.classes) > 5 else ""
         rows.append(("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes[:5])}{more}"))

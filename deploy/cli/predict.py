@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -30,13 +30,21 @@ from deploy.evaluation.many_options import ActorOptions, BatchOptions
 from deploy.options import collect, option_names
 from deploy.words import as_utf8, count_of, printable
 
+if TYPE_CHECKING:
+    from deploy.evaluation.predict import Predicted
+
 SCHEMA = 1
+_CLASSES = 5
 _SAY_S = 10.0
 
 
 @click.command("predict")
 @click.argument("paths", nargs=-1, metavar="[ARTIFACT] IMAGE|DIR|PATTERN|LIST...")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Classes shown an image.")
+@click.option(
+    "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, metavar="P", help="Leave out boxes below it."
+)
+@click.option("-o", "out", type=PATH, metavar="DIR", help="Write a PNG of each image: its mask, or the image with its boxes.")
 @click.option(
     "--out",
     "rows_file",
@@ -62,6 +70,8 @@ _SAY_S = 10.0
 def command(
     paths: tuple[str, ...],
     top: int,
+    min_score: float,
+    out: Path | None,
     backend: str,
     device: str,
     threads: int | None,
@@ -70,7 +80,7 @@ def command(
     address: str | None,
     **given: Any,
 ) -> None:
-    """Show the likeliest classes of images, with their probabilities.
+    """Show what a model makes of images: the likeliest classes, the classes of a mask, or boxes in pixels (x1 y1 x2 y2).
 
     Files that cannot be used are said at the end, with exit status 1; the others have their results. With --out, any number of files is
     taken, .npz too: of folders, of patterns in quotes, and of lists of paths, .txt or .parquet.
@@ -82,14 +92,16 @@ def command(
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
     on = _actors(address, rows_file, given)
-    artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
+    common: dict[str, Any] = {"top": top, "backend": backend, "device": device, "threads": threads}
     if rows_file is not None:
-        options = collect(BatchOptions, given, top=top, backend=backend, device=device, threads=threads)
-        _predict_many(artifact, paths[named:], rows_file, options, on, as_json)
+        _check_rows()
+        artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
+        _predict_many(artifact, paths[named:], rows_file, collect(BatchOptions, given, **common), on, as_json)
         return
+    artifact = open_or_newest(paths[0] if named else None, "artifact that takes images", classifier)
     with Failures() as failures, progress_bar() as progress:
-        predictions = predict(
-            artifact, images, top=top, backend=backend, device=device, threads=threads, progress=progress, skip=failures.skip
+        predictions: Sequence[Predicted] = predict(
+            artifact, images, min_score=min_score, out=out, progress=progress, skip=failures.skip, **common
         )
     if as_json:
         found = [prediction.to_json() for prediction in predictions]
@@ -97,15 +109,25 @@ def command(
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         for prediction in predictions:
-            classes = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
-            click.echo(f"{printable(prediction.path)}: {classes}")
+            click.echo(f"{printable(prediction.path)}: {_text(prediction)}")
     failures.end()
+
+
+def _typed(names: Sequence[str]) -> list[str]:
+    """Those of the parameters that stand on the command line."""
+    source = click.get_current_context().get_parameter_source
+    return [name for name in names if source(name) is ParameterSource.COMMANDLINE]
+
+
+def _check_rows() -> None:
+    """Raise UsageError for options of pictures beside `--out`."""
+    if typed := _typed(("min_score", "out")):
+        raise UsageError(f"--out writes rows of classes: leave out {'-o' if typed[-1] == 'out' else '--min-score'}")
 
 
 def _actors(address: str | None, rows_file: Path | None, given: dict[str, Any]) -> ActorOptions | None:
     """None without `--ray`. Raises UsageError for options that do not fit together."""
-    source = click.get_current_context().get_parameter_source
-    typed = [name for name in given if source(name) is ParameterSource.COMMANDLINE]
+    typed = _typed(list(given))
     if rows_file is None and (address is not None or typed):
         raise UsageError(f"{'--ray' if address is not None else f'`{typed[0]}`'} needs --out")
     if address is None:
@@ -146,3 +168,15 @@ def _predict_many(
         click.echo(f"{count_of(count, 'row')} in {printable(out)}, {count_of(errors, 'error')}")
     if errors:
         raise click.exceptions.Exit(1)
+
+
+def _text(prediction: "Predicted") -> str:
+    from deploy.evaluation.predict import Detected, Prediction
+
+    if isinstance(prediction, Prediction):
+        return ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+    picture = f" -> {printable(prediction.picture)}" if prediction.picture else ""
+    if isinstance(prediction, Detected):
+        boxes = [f"{name} {score:.0%} at {' '.join(f'{part:.0f}' for part in box)}" for name, score, box in prediction.boxes]
+        return (", ".join(boxes) or "nothing") + picture
+    return ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes[:_CLASSES]) + picture

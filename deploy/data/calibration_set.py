@@ -13,7 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest, request_digest
 from deploy.artifact.tensors import Feed, TensorSpec, batch_dim, batched, format_specs, slice_rows
 from deploy.calibration.imagefolder import Sample
-from deploy.data.image_folder import image_batches, read_folder, samples_digest
+from deploy.data.image_folder import image_batches, read_images, samples_digest
 from deploy.data.npz_folder import holds_npz, read_npz, read_npz_folder
 from deploy.data.records import record_input
 from deploy.errors import DataError, InputError, UsageError
@@ -58,7 +58,8 @@ class _Images(CalibrationSet):
 
     def __init__(self, artifact: Artifact, folder: Path, count: int | None, most: int) -> None:
         super().__init__(artifact.manifest.inputs)
-        images = read_folder(folder)
+        images = read_images(folder)
+        folder = images.root
         self._source = record_input(artifact, [folder])
         self._folder = folder
         self._samples: Sequence[Sample] = images.sample(count or most)
@@ -67,7 +68,7 @@ class _Images(CalibrationSet):
             logger.warning("%d images were asked for; %s holds %d: all of them are used", count, folder, self.count)
         if gone := self._source.missing([path for path, _ in images.samples]):
             logger.warning("%s%s", gone[0], f", nor {len(gone) - 1} more" if gone[1:] else "")
-        if len(images.classes) == 1 and most == IMAGES:
+        if len(images.classes) == 1 and images.classes[0] and most == IMAGES:
             logger.warning("%s holds one class only, %r: the scales will fit its images", folder, images.classes[0])
 
     def digest(self) -> str:

@@ -15,6 +15,9 @@ from deploy.data.table import FILE_NAME, find_table, normal, read_table
 from deploy.errors import DataError, UsageError
 from deploy.words import as_utf8
 
+IMAGES, MASKS = "images", "masks"
+"""The folders of images with a mask each."""
+
 
 def read_folder(folder: Path | str) -> ImageFolder:
     """The images under `folder`, with their classes. Raises DataError."""
@@ -22,6 +25,22 @@ def read_folder(folder: Path | str) -> ImageFolder:
         return imagefolder.scan(Path(folder))
     except ImageFolderError as error:
         raise DataError(str(error)) from error
+
+
+def read_images(folder: Path | str) -> ImageFolder:
+    """The images under `folder` where no labels are needed: of an ImageFolder by class, else all of them as one class, "".
+
+    Those of `images/` where that lies beside `masks/` or a JSON of boxes, and those in the folder itself where it has no folders.
+    `root` is where a table would be. Raises DataError.
+    """
+    folder = Path(folder)
+    inner = folder / IMAGES
+    if inner.is_dir() and ((folder / MASKS).is_dir() or any(folder.glob("*.json"))):
+        folder = inner
+    elif not folder.is_dir() or any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+        return read_folder(folder)
+    files = images_under(folder)
+    return ImageFolder(root=folder, classes=("",), samples=tuple((file, 0) for file in files), ignored=0)
 
 
 def images_under(folder: Path) -> list[Path]:
@@ -67,17 +86,18 @@ def _filled(feed: Feed, rows: int) -> Feed:
 
 
 def image_feeds(artifact: Artifact, folder: Path | str, *, batch_size: int, count: int, seed: int = 0) -> Iterator[Feed]:
-    """Feeds of `count` images of an ImageFolder, drawn at random evenly over its classes; all images if there are fewer.
+    """Feeds of `count` images of a folder, drawn at random evenly over its classes; all images if there are fewer.
 
     Every feed has `batch_size` images, or as many as the model's fixed batch; the last may be smaller. If the preprocessing
     leaves images in many sizes, a feed has one image. Raises UsageError when the artifact takes no images, and DataError
     for a folder that cannot be used; a DataError for an image comes when its feed is taken.
     """
-    source = record_input(artifact, [Path(folder)])
+    images = read_images(folder)
+    source = record_input(artifact, [images.root])
     size, _ = source.batch_size(batch_size)
     if count < 1:
         raise UsageError(f"the number of images must be 1 or more, not {count}")
-    samples = read_folder(folder).sample(count, seed)
+    samples = images.sample(count, seed)
     return (feed for feed, _ in image_batches(source, samples, size))
 
 
@@ -86,7 +106,8 @@ def data_digest(folder: Path, count: int, *, table: bool = False) -> str:
 
     Raises DataError.
     """
-    return samples_digest(read_folder(folder).sample(count), folder if table else None)
+    images = read_images(folder)
+    return samples_digest(images.sample(count), images.root if table else None)
 
 
 def samples_digest(samples: Sequence[tuple[Path, int]], folder: Path | None) -> str:

@@ -1,7 +1,8 @@
 """Folders of `.npz` files: feeds that need no preprocessing, with labels where accuracy is measured on them.
 
 The files lie directly in the folder, or in one folder a class. A file has one array an input, of one sample or several rows.
-Where the files are in no class folders, an array `label` may hold the index of each row's class.
+Where the files are in no class folders, an array `label` (or `target`) may hold the index of each row's class, its mask, or whatever
+else a metric of the user's takes.
 """
 
 import os
@@ -18,7 +19,8 @@ from deploy.calibration.npzfolder import NpzFolderError
 from deploy.errors import DataError
 
 LABEL = "label"
-"""The array with the indices of the classes."""
+LABELS = (LABEL, "target")
+"""The names of the array with the indices of the classes, or other targets, of which a file has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,11 @@ def read_npz_folder(folder: Path) -> NpzFolder:
 
 
 def read_npz(path: Path, specs: Sequence[TensorSpec]) -> tuple[Feed, np.ndarray | None]:
-    """The arrays of a file, and its labels, (rows,), None without them. Raises DataError."""
+    """The arrays of a file, and its labels, one a row, None without them. Raises DataError."""
     try:
         arrays = npzfolder.read(path)
     except NpzFolderError as error:
         raise DataError(str(error)) from error
-    labels = None if any(spec.name == LABEL for spec in specs) else arrays.pop(LABEL, None)
+    names = [name for name in LABELS if name in arrays and all(spec.name != name for spec in specs)]
+    labels = arrays.pop(names[0]) if names else None
     return arrays, None if labels is None else np.atleast_1d(labels)

@@ -1,59 +1,96 @@
 """The accuracy gates: what a lower precision may cost, and what an export must reach."""
 
 import logging
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Accuracy
+from deploy.artifact.manifest import Accuracy, Score
+from deploy.artifact.summary import drop_text, score_text
 from deploy.errors import AccuracyError, BackendError, UsageError
-from deploy.evaluation.evaluate import Evaluation, check_evaluation, evaluate
+from deploy.evaluation.annotated import labelled
+from deploy.evaluation.evaluate import Evaluation, measure
+from deploy.evaluation.intervals import wilson
 from deploy.evaluation.labelled import files_request
+from deploy.evaluation.options import MetricOptions
+from deploy.evaluation.scoring import FIDELITY, check_scoring, scoring
+from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.progress import Progress
 from deploy.runtime.catalog import AUTO, CPU_FORMS, onnx_file
 from deploy.words import count_of
 
 logger = logging.getLogger(__name__)
 
-_Z95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
+NEVER = -1
+"""In place of a number of images: no number would decide."""
+
+_DEFAULT_DROP = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """The images and the limit of an accuracy gate.
+    """The data and the limit of an accuracy gate.
 
-    folder: an ImageFolder to evaluate on. max_drop: how many points of top-1 accuracy may be lost on it.
+    folder: what to evaluate on, as `evaluate` takes it. metric: what is measured.
+    max_drop: how much of it may be lost, in its own unit; None: one point of a metric in per cent. `sqnr` and `cosine` have the
+        limits of `tolerance` instead.
     backend: where it is judged; None: on every backend of the CPU that is installed, and the worst counts.
+    certify: a loss that may be beyond the limit, by its 95 % interval, fails too.
     """
 
     folder: Path
-    max_drop: float = 1.0
+    max_drop: float | None = None
     backend: str | None = None
+    metric: MetricOptions = field(default_factory=MetricOptions)
+    certify: bool = False
+    tolerance: Tolerance = TOLERANCES["int8"]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_drop <= 100:
+        name = self.metric.metric
+        if name in FIDELITY:
+            if self.max_drop is not None:
+                raise UsageError(
+                    f"{name} is measured against the FP32 artifact, and nothing of it is lost: the limit is `min_{name}`"
+                )
+        elif self.metric.own is not None:
+            if self.max_drop is None:
+                raise UsageError(f"say how much of {name} may be lost, in its own unit: `max_drop`")
+            if not self.max_drop >= 0:
+                raise UsageError(f"`max_drop` must be 0 or more, not {self.max_drop:g}")
+        elif not 0 <= self.limit <= 100:
             raise UsageError(f"`max_drop` must be 0 to 100 points, not {self.max_drop:g}")
 
+    @property
+    def limit(self) -> float:
+        """The most that may be lost, or of `sqnr` and `cosine` the least that must be reached."""
+        least = {"sqnr": self.tolerance.min_sqnr, "cosine": self.tolerance.min_cosine}
+        if self.metric.metric in least:
+            return least[self.metric.metric] or 0.0
+        return _DEFAULT_DROP if self.max_drop is None else self.max_drop
+
     def check(self, artifact: Artifact) -> None:
-        """Raise UsageError or DataError, before any work, where `artifact` cannot be judged by top-1 on these images."""
-        check_evaluation(artifact, self.folder)
+        """Raise UsageError, DataError or UserCodeError, before any work, where `artifact` cannot be judged on this data."""
+        check_scoring(artifact, self.folder, self.metric)
 
     def request(self, artifact: Artifact) -> dict[str, Any]:
         """All that the verdict on `artifact` depends on: the path, size and modification time of the files, the limit, and where."""
-        return {"images": files_request(artifact, self.folder), "max_drop": self.max_drop, "backend": self.backend}
+        data = scoring(artifact, self.folder, self.metric).data
+        return {
+            "images": files_request(data),
+            "limit": self.limit,
+            "backend": self.backend,
+            "certify": self.certify,
+            **self.metric.request(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """The images that an export is evaluated on, and the accuracy that it must reach.
 
-    folder: as in `Gate`. top1: what training reported, in per cent; None: accuracy is recorded, and held to nothing.
+    folder: an ImageFolder. top1: what training reported, in per cent; None: accuracy is recorded, and held to nothing.
     """
 
     folder: Path
@@ -63,14 +100,18 @@ class Expected:
         if self.top1 is not None and not 1 < self.top1 <= 100:
             raise UsageError(f"`expect_top1` is in per cent, more than 1 and at most 100, such as 84.2, not {self.top1:g}")
 
+    def check(self, artifact: Artifact) -> None:
+        """As `Gate.check`."""
+        check_scoring(artifact, self.folder, MetricOptions())
+
     def request(self, artifact: Artifact) -> dict[str, Any]:
         """All that the verdict on `artifact` depends on: as `Gate.request`."""
-        return {"images": files_request(artifact, self.folder), "expect_top1": self.top1}
+        return {"images": files_request(labelled(artifact, self.folder)), "expect_top1": self.top1}
 
 
 def check_expected(artifact: Artifact, expected: Expected, progress: Progress) -> Accuracy:
     """Evaluate an export. Raises AccuracyError where what training reported is above the 95 % interval of its top-1."""
-    found = evaluate(artifact, expected.folder, progress=progress)
+    found = measure(artifact, scoring(artifact, expected.folder, MetricOptions()), progress=progress)
     accuracy = _accuracy(found, expected_top1=expected.top1)
     low, high = accuracy.top1_low, accuracy.top1_high
     assert low is not None
@@ -103,34 +144,31 @@ def _preprocessing(artifact: Artifact) -> str:
     return "; ".join(texts) or "none"
 
 
-def _accuracy(found: Evaluation, **others: Any) -> Accuracy:
-    low, high = wilson(int((found.ranks == 0).sum()), len(found.ranks))
-    return Accuracy(
-        images=len(found.ranks), top1=found.top1, top5=found.top5, top1_low=low, top1_high=high, backend=found.backend, **others
-    )
-
-
 class Reference:
-    """The accuracy of the artifact that others are made from, on the images of a gate; measured once."""
+    """The score of the artifact that others are made from, on the data of a gate; measured once."""
 
     def __init__(self, artifact: Artifact, gate: Gate, progress: Progress) -> None:
         self._artifact = artifact
         self._gate = gate
         self._progress = progress
-        self._found = evaluate(artifact, gate.folder, backend=gate.backend or "auto", progress=progress)
+        self._found: Evaluation | None = None
+        if gate.metric.metric not in FIDELITY:
+            found = scoring(artifact, gate.folder, gate.metric)
+            self._found = measure(artifact, found, backend=gate.backend or "auto", progress=progress)
 
     def check(self, after: Artifact, hint: str) -> list[Accuracy]:
-        """The accuracy of `after` on the backend of the gate, or on every backend of the CPU that can run it, the worst first.
+        """The score of `after` on the backend of the gate, or on every backend of the CPU that can run it, the worst first.
 
         Raises AccuracyError, which ends with `hint`, if too much is lost on one, and BackendError if none runs it.
         """
         found = worst_first(self._on_backends(after))
-        if lost := self._too_much(found[0]):
-            raise AccuracyError(f"{self._artifact.shown} {lost}. Nothing was written;\n{hint}")
+        for each in found:
+            if lost := self._too_much(each):
+                raise AccuracyError(f"{self._artifact.shown} {lost}. Nothing was written;\n{hint}")
         return found
 
     def check_cpu_form(self, after: Artifact) -> Accuracy:
-        """The accuracy of the CPU form of `after`. Raises AccuracyError if too much is lost, or no backend runs it here."""
+        """The score of the CPU form of `after`. Raises AccuracyError if too much is lost, or no backend runs it here."""
         if onnx_file(after, CPU_FORMS) != after.cpu_path:
             raise AccuracyError("its accuracy cannot be judged here: this processor has no VNNI")
         found = self._compared(after, CPU_FORMS)
@@ -139,13 +177,26 @@ class Reference:
         return found
 
     def _too_much(self, found: Accuracy) -> str:
-        assert found.top1_drop is not None
-        if found.top1_drop <= self._gate.max_drop:
+        """What is wrong with a score; "" where it keeps within the limit, by its estimate or with `certify` by its interval."""
+        score, gate = found.judged, self._gate
+        assert score.limit is not None
+        if gate.metric.metric in FIDELITY:
+            if not score.value < score.limit and not (gate.certify and found.undecided):
+                return ""
+            return (
+                f"has {score_text(score)} on {gate.folder} on {found.backend}; at least {score.limit:g} is asked for"
+                f" (`min_{score.metric}`){_certified(found)}"
+            )
+        assert score.loss is not None
+        assert score.parent is not None
+        if score.loss <= score.limit and not (gate.certify and found.undecided):
             return ""
+        unit = f" {score.unit}" if score.unit else ""
+        interval = "" if score.loss_low is None else f", 95 % interval {score.loss_low:.2f} to {score.loss_high:.2f}"
         return (
-            f"loses {found.top1_drop:.2f} points of top-1 accuracy on {self._gate.folder} ({found.parent_top1:.2f} % to"
-            f" {found.top1:.2f} % on {found.backend}, 95 % interval {found.top1_drop_low:.2f} to {found.top1_drop_high:.2f}); at"
-            f" most {self._gate.max_drop:g} are allowed"
+            f"loses {drop_text(score).removesuffix(' lost')} of {_called(score.metric)} on {gate.folder} ({score.parent:.2f}{unit} to"
+            f" {score.value:.2f}{unit} on {found.backend}{interval}); at most {score.limit:g} are allowed"
+            f"{_certified(found) if score.loss <= score.limit else ''}"
         )
 
     def _on_backends(self, after: Artifact) -> list[Accuracy]:
@@ -162,43 +213,77 @@ class Reference:
         return found
 
     def _compared(self, after: Artifact, backend: str) -> Accuracy:
-        first, second = self._found, evaluate(after, self._gate.folder, backend=backend, progress=self._progress)
-        drop, low, high = paired_drop(first.ranks == 0, second.ranks == 0)
-        return _accuracy(
-            second,
-            file=second.file if after.cpu_path is not None else None,
-            parent_top1=first.top1,
-            parent_top5=first.top5,
-            top1_drop=drop,
-            top1_drop_low=low,
-            top1_drop_high=high,
-        )
+        gate = self._gate
+        judged = scoring(after, gate.folder, gate.metric)
+        against = self._artifact if self._found is None else None
+        second = measure(after, judged, against=against, backend=backend, progress=self._progress)
+        file = second.file if after.cpu_path is not None else None
+        if self._found is None:
+            short = second.low is not None and second.low < gate.limit <= second.value
+            undecided = second.measured.images_to_reach(gate.limit) if short else None
+            score = _score(second, gate.limit)
+            return Accuracy(images=second.images, backend=second.backend, file=file, score=score, undecided=undecided)
+        return self._verdict(self._found, second, file)
+
+    def _verdict(self, first: Evaluation, second: Evaluation, file: str | None) -> Accuracy:
+        """What was lost, with its interval, and how many more images would decide, where that is not known."""
+        limit = self._gate.limit
+        loss, interval = second.measured.loss(first.measured), second.measured.loss_interval(first.measured)
+        undecided = None
+        if loss <= limit and (interval is None or interval.high > limit):
+            more = second.measured.images_to_decide(first.measured, limit) if interval is not None else None
+            undecided = NEVER if more is None else more
+        low, high = (interval.low, interval.high) if interval is not None else (None, None)
+        top = {"parent_top1": first.top1, "parent_top5": first.top5}
+        if second.metric == "top1":
+            return _accuracy(
+                second,
+                file=file,
+                **top,
+                top1_drop=loss,
+                top1_drop_low=low,
+                top1_drop_high=high,
+                max_drop=limit,
+                undecided=undecided,
+            )
+        score = _score(second, limit, parent=first.value, loss=loss, loss_low=low, loss_high=high)
+        if second.top1 is not None:
+            return _accuracy(second, file=file, **top, score=score, undecided=undecided)
+        return Accuracy(images=second.images, backend=second.backend, file=file, score=score, undecided=undecided)
+
+
+def _certified(found: Accuracy) -> str:
+    if not found.undecided:
+        return ""
+    needed = "no number of images" if found.undecided == NEVER else count_of(found.undecided, "more image")
+    return f", which these images do not show: {needed} would decide (`certify`)"
+
+
+def _called(metric: str) -> str:
+    return "top-1 accuracy" if metric == "top1" else "top-5 accuracy" if metric == "top5" else metric
+
+
+def _score(found: Evaluation, limit: float, **others: Any) -> Score:
+    return Score(
+        metric=found.metric,
+        value=found.value,
+        unit=found.unit,
+        lower=found.measured.lower,
+        low=found.low,
+        high=found.high,
+        limit=limit,
+        **others,
+    )
+
+
+def _accuracy(found: Evaluation, **others: Any) -> Accuracy:
+    """The record of a classifier."""
+    low, high = wilson(int((found.ranks == 0).sum()), len(found.ranks))
+    return Accuracy(
+        images=len(found.ranks), top1=found.top1, top5=found.top5, top1_low=low, top1_high=high, backend=found.backend, **others
+    )
 
 
 def worst_first(accuracies: Iterable[Accuracy]) -> list[Accuracy]:
-    return sorted(accuracies, key=lambda each: -(each.top1_drop or 0.0))
-
-
-def paired_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """The points of accuracy lost, and the ends of the 95 % interval; before, after: (images,) bool, whether each is right.
-
-    The interval is that of Bonett and Price 2012 (Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data, J. Educ. Behav. Stat. 37(4)): it holds for few images, and without disagreement.
-    """
-    count = len(before)
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
-    p, q = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-    margin = _Z95 * math.sqrt((p + q - (p - q) ** 2) / (count + 2))
-    return 100 * (lost - won) / count, 100 * max(p - q - margin, -1.0), 100 * min(p - q + margin, 1.0)
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The ends of the 95 % interval of an accuracy in per cent, of `count` images of which `right` are right.
-
-    The score interval of Wilson 1927 (Probable inference, the law of succession, and statistical inference, J. Am. Stat.
-    Assoc. 22(158)): it holds for few images, and where all or none are right.
-    """
-    share, z2 = right / count, _Z95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    margin = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return 100 * (centre - margin) if right else 0.0, 100 * (centre + margin) if right < count else 100.0
+    """Those that lost most first; of `sqnr` and `cosine`, those that reach least."""
+    return sorted(accuracies, key=lambda each: each.judged.value if each.judged.loss is None else -each.judged.loss)

@@ -1,9 +1,10 @@
-"""Labelled data as batches: images of an ImageFolder, with the table beside them, or `.npz` files."""
+"""Data with targets as batches: images of an ImageFolder, with masks or with boxes, and the table beside them, or `.npz` files."""
 
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,11 @@ import numpy as np
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Feed, row_count
 from deploy.data.calibration_set import fit_feed
-from deploy.data.image_folder import image_batches, read_folder, table_files
-from deploy.data.npz_folder import LABEL, holds_npz, read_npz, read_npz_folder
-from deploy.data.records import record_input
+from deploy.data.image_folder import image_batches, table_files
+from deploy.data.npz_folder import LABEL, read_npz, read_npz_folder
+from deploy.data.records import RecordInput
 from deploy.errors import BackendError, DataError, InputError
+from deploy.evaluation.metric import Kind
 from deploy.runtime.session import Session
 from deploy.words import as_utf8
 
@@ -24,70 +26,127 @@ Skip = Callable[[Path, Exception], None]
 
 
 class Batch(NamedTuple):
-    """A feed, the indices of the classes of its first rows (the others fill it up), and the files they come from."""
+    """A feed, the targets of its first rows (the others fill it up), and the files they come from.
+
+    targets: indices of classes (N,), masks (N, H, W), a list of N `Boxes`, or an array (N, ...); None without any.
+    """
 
     feed: Feed
-    labels: np.ndarray
+    targets: Any
     files: tuple[Path, ...]
 
 
 class Labelled(ABC):
-    """Labelled data for a model.
+    """Data for a model, with targets.
 
-    classes: the names of the class folders in the order of the indices; None where the files say the indices themselves.
-    files: all that hold the data, in order.
+    kind: what the targets are; None: there are none, and none were asked for. root: the folder or file that was named.
+    classes: the names of the class folders in the order of the indices; None where it has none. files: all that hold the data, in order.
     """
 
+    kind: Kind | None
     root: Path
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None = None
     files: tuple[Path, ...]
 
     @abstractmethod
-    def batches(self, classes: Sequence[int], batch_size: int, skip: Skip | None) -> Iterator[Batch]:
-        """The data in order; `classes` has the index among the model's classes for each class folder.
+    def batches(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        """The data in order. Raises DataError and UsageError for a file that cannot be used, unless `skip` takes the error."""
 
-        Raises DataError and UsageError for a file that cannot be used, unless `skip` takes the error.
-        """
+    @abstractmethod
+    def some(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        """One batch from all over the data, to try things on; none where no file can be used."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise DataError where the targets cannot be used; all of them are read, if they are not in memory."""
+
+    @abstractmethod
+    def needed(self) -> Sequence[Path]:
+        """All files that an evaluation depends on, those of targets and tables too."""
 
     def batch_size(self, wanted: int) -> tuple[int, str]:
         """The batch size to use in place of `wanted`, and the reason if it is another, else ""."""
         return wanted, ""
 
 
-class _Images(Labelled):
-    def __init__(self, artifact: Artifact, folder: Path) -> None:
-        images = read_folder(folder)
-        self.root, self.classes = folder, images.classes
-        self.files = tuple(path for path, _ in images.samples)
-        self._folders = [label for _, label in images.samples]
-        self._source = record_input(artifact, [folder])
+class Images(Labelled):
+    """Image files, with the table of the folder `home`; `targets_of` gives the targets of some of them, by position."""
+
+    def __init__(self, root: Path, home: Path, files: Sequence[Path], source: RecordInput) -> None:
+        self.root, self.files = root, tuple(files)
+        self._home = home
+        self._source = source
+
+    def targets_of(self, indices: Sequence[int]) -> Any:
+        return None
 
     def batch_size(self, wanted: int) -> tuple[int, str]:
         return self._source.batch_size(wanted)
 
-    def batches(self, classes: Sequence[int], batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
         for error in self._source.missing(self.files):
             if skip is None:
                 raise error
             skip(self.root, error)
-        samples = [(path, index) for index, path in enumerate(self.files)]
+        yield from self._batches(range(len(self.files)), batch_size, skip)
+
+    def some(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        step = max(len(self.files) // batch_size, 1)
+        return islice(self._batches(range(0, len(self.files), step)[:batch_size], batch_size, skip), 1)
+
+    def check(self) -> None:
+        pass
+
+    def needed(self) -> Sequence[Path]:
+        return [*self.files, *(table_files(self._home, self.files) if self._source.tables else [])]
+
+    def _batches(self, chosen: Sequence[int], batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        samples = [(self.files[index], index) for index in chosen]
         for feed, indices in image_batches(self._source, samples, batch_size, skip=skip):
-            labels = np.array([classes[self._folders[index]] for index in indices])
-            yield Batch(feed, labels, tuple(self.files[index] for index in indices))
+            yield Batch(feed, self.targets_of(indices.tolist()), tuple(self.files[index] for index in indices))
 
 
-class _Npz(Labelled):
-    def __init__(self, artifact: Artifact, folder: Path) -> None:
+class Classed(Images):
+    """An ImageFolder, with the index of the model's class for each class folder."""
+
+    kind = "classes"
+
+    def __init__(
+        self, root: Path, samples: Sequence[tuple[Path, int]], names: tuple[str, ...], indices: Sequence[int], source: RecordInput
+    ) -> None:
+        super().__init__(root, root, [path for path, _ in samples], source)
+        self.classes = names
+        self._labels = np.array([indices[folder] for _, folder in samples])
+
+    def targets_of(self, indices: Sequence[int]) -> np.ndarray:
+        return np.asarray(self._labels[indices])
+
+
+class Npz(Labelled):
+    """A folder of `.npz` files; `kind` is what their targets must be, `arrays` for any, None for none at all."""
+
+    def __init__(
+        self, artifact: Artifact, folder: Path, kind: Kind | None, indices: Callable[[tuple[str, ...]], Sequence[int]]
+    ) -> None:
         found = read_npz_folder(folder)
+        self.kind = kind
         self.root, self.classes = folder, found.classes
         self.files = tuple(path for path, _ in found.samples)
         self._samples = found.samples
         self._specs = artifact.manifest.inputs
-        if self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
+        self._indices = indices(found.classes) if found.classes is not None else ()
+        if kind is not None and self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
+            what = {"classes": "the index of each row's class", "masks": "the class indices of each row's pixels"}
             raise DataError(
-                f"{folder} holds .npz files without labels: {self.files[0].name} has no array {LABEL!r} with the index of each row's"
-                " class, and is in no class folder"
+                f"{folder} holds .npz files without labels: {self.files[0].name} has no array {LABEL!r} with"
+                f" {what.get(kind, 'the target of each row')}{', and is in no class folder' if kind == 'classes' else ''}"
             )
+
+    def check(self) -> None:
+        pass
+
+    def needed(self) -> Sequence[Path]:
+        return self.files
 
     def _may_have_labels(self, path: Path) -> bool:
         try:
@@ -95,10 +154,10 @@ class _Npz(Labelled):
         except DataError:
             return True  # damaged: it is told of when its turn comes
 
-    def batches(self, classes: Sequence[int], batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
         for path, folder in self._samples:
             try:
-                batches = list(self._read(path, None if self.classes is None else classes[folder], batch_size))
+                batches = list(self._read(path, None if self.classes is None else self._indices[folder], batch_size))
             except DataError as error:
                 if skip is None:
                     raise
@@ -106,32 +165,44 @@ class _Npz(Labelled):
             else:
                 yield from batches
 
+    def some(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        return islice(self.batches(batch_size, skip), 1)
+
     def _read(self, path: Path, label: int | None, batch_size: int) -> Iterator[Batch]:
         arrays, labels = read_npz(path, self._specs)
         feeds = list(fit_feed(arrays, self._specs, batch_size, str(path)))
         rows = [row_count(feed) for feed in feeds]
-        if label is not None:
-            labels = np.full(sum(rows), label)
-        elif labels is None:
-            raise DataError(f"{path} has no array {LABEL!r} with the index of each row's class")
-        if labels.dtype.kind not in "iu" or labels.shape != (sum(rows),):
-            raise DataError(f"{path}: {LABEL!r} is {labels.dtype} {labels.shape}; expected {sum(rows)} indices of classes")
+        if self.kind is None:
+            yield from (Batch(feed, None, (path,) * count) for feed, count in zip(feeds, rows, strict=True))
+            return
+        labels = np.full(sum(rows), label) if label is not None else self._fitting(path, labels, sum(rows))
         for feed, part in zip(feeds, np.split(labels, np.cumsum(rows)[:-1]), strict=True):
             yield Batch(feed, part, (path,) * len(part))
 
+    def _fitting(self, path: Path, labels: np.ndarray | None, rows: int) -> np.ndarray:
+        """The targets of a file with `rows` rows. Raises DataError where they are not what they must be."""
+        if labels is None:
+            what = "the index of each row's class" if self.kind == "classes" else "the target of each row"
+            raise DataError(f"{path} has no array {LABEL!r} with {what}")
+        if self.kind == "classes" or (self.kind == "arrays" and labels.ndim == 0):
+            labels = np.atleast_1d(labels)
+        if self.kind == "masks" and labels.ndim == 2:
+            labels = labels[None]
+        shape = f"{labels.dtype} {labels.shape}"
+        if self.kind == "classes" and (labels.dtype.kind not in "iu" or labels.shape != (rows,)):
+            raise DataError(f"{path}: {LABEL!r} is {shape}; expected {rows} indices of classes")
+        if self.kind == "masks" and (labels.dtype.kind not in "iu" or labels.ndim != 3 or len(labels) != rows):
+            raise DataError(f"{path}: {LABEL!r} is {shape}; expected {rows} masks of class indices, height x width")
+        if len(labels) != rows:
+            raise DataError(f"{path}: {LABEL!r} is {shape}; expected one target for each of {rows} rows")
+        return labels
 
-def labelled(artifact: Artifact, folder: Path) -> Labelled:
-    """The labelled data of `folder` for `artifact`. Raises DataError for a folder that cannot be used, and UsageError."""
-    return (_Npz if holds_npz(folder) else _Images)(artifact, folder)
 
-
-def files_request(artifact: Artifact, folder: Path) -> list[list[Any]]:
-    """The path, size and modification time of all files that an evaluation on `folder` depends on. Raises DataError."""
-    files = [path for path, _ in (read_npz_folder(folder) if holds_npz(folder) else read_folder(folder)).samples]
-    if len(artifact.manifest.inputs) > 1:
-        files += table_files(folder, files)
-    stats = [(path, path.stat()) for path in files]
-    return [[as_utf8(os.path.relpath(path, folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+def files_request(data: Labelled) -> list[list[Any]]:
+    """The path, size and modification time of all files that an evaluation on `data` depends on."""
+    stats = [(path, path.stat()) for path in data.needed()]
+    home = data.root if data.root.is_dir() else data.root.parent
+    return [[as_utf8(os.path.relpath(path, home)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def run_batch(session: Session, batch: Batch, skip: Skip | None) -> Feed | None:

@@ -18,6 +18,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "ray": {"ray": "ray"},
     "otel": {"opentelemetry": "opentelemetry-sdk"},
     "parquet": {"pyarrow": "pyarrow"},
+    "metrics": {"pycocotools": "pycocotools"},
     "loadgen": {"mlperf_loadgen": "mlcommons-loadgen"},
 }
 """By extra, the modules of its libraries and the distributions that these come in: `pip install 'deploy[export]'`."""

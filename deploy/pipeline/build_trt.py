@@ -23,6 +23,7 @@ from deploy.engine.flavour import Flavour, load_flavour
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, UsageError
 from deploy.evaluation.gate import Gate, Reference
+from deploy.evaluation.options import IGNORE
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import Tolerance
 from deploy.host.versions import tool_versions
@@ -31,7 +32,7 @@ from deploy.pipeline.artifact_cache import ENGINE_CACHE
 from deploy.pipeline.build_trt_options import BuildTrtOptions
 from deploy.pipeline.convert import warn_made_up
 from deploy.pipeline.profiles import make_profiles
-from deploy.pipeline.quantize import GateOptions
+from deploy.pipeline.quantize import GateOptions, gate_options
 from deploy.pipeline.stage import PathLike, check_engine_source, default_out, fp32_source, open_source, run_stage
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.half.options import HalfPrecision
@@ -57,7 +58,10 @@ def build_trt(
     calib: PathLike | Iterable[Mapping[str, np.ndarray]] | None = None,
     images: int | None = None,
     eval_folder: PathLike | None = None,
+    metric: str = "top1",
+    ignore_index: int = IGNORE,
     max_drop: float | None = None,
+    certify: bool = False,
     backend: str | None = None,
     quantization: QuantizeOptions | None = None,
     flavour: str = "auto",
@@ -82,18 +86,19 @@ def build_trt(
 ) -> Artifact:
     """Build a TensorRT engine artifact; `out` is `build/<name>[-<precision>]-trt` by default.
 
-    `int8` or `fp8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `max_drop`,
-    `backend` and the options in `quantization`. What the others mean: `BuildTrtOptions` and `deploy.engine.options.BuildOptions`. Raises a
+    `int8` or `fp8` quantizes an FP32 artifact first, as `quantize` does with `calib`, `images`, `eval_folder`, `metric`, `ignore_index`,
+    `max_drop`, `certify`, `backend` and the options in `quantization`. What the others mean: `BuildTrtOptions` and
+    `deploy.engine.options.BuildOptions`. Raises a
     DeployError; nothing that stood at `out` is lost then.
     """
     given = dict(locals())
     source = open_source(artifact)
     options = _options(given)
-    if not options.quantizes and (eval_folder is not None or max_drop is not None or backend is not None):
-        raise UsageError("`eval_folder`, `max_drop` and `backend` need `int8` or `fp8`")
+    if not options.quantizes and (eval_folder is not None or gate_options(given)):
+        raise UsageError("`eval_folder`, and all that is for the accuracy on it, need `int8` or `fp8`")
     calibration = _calibration(source, options, calib, images)
     suffixes = [*filter(None, (options.quantizes, precision)), "trt"]
-    gate = collect(GateOptions, given).gate()
+    gate = collect(GateOptions, given).gate(options.tolerance.tolerance(options.quantizes or "int8"))
     return build_trt_artifact(source, default_out(out, source, *suffixes), options, calibration, gate, progress)
 
 
@@ -251,13 +256,15 @@ class _BuildTrt:
 
         options, progress = self._options, self._progress
         path = writer.path / ONNX
+        reference = None
+        if self._gate is not None:  # first: a metric that fails is to be known before the work
+            assert self._reference is not None
+            reference = Reference(self._reference, self._gate, progress)
         typed = self._typed().saved(path)
         made = typed.manifest
         made = msgspec.structs.replace(made, parity=typed.proven(writer.describe(made), self._tolerance(made), progress))
-        if self._gate is not None:
-            assert self._reference is not None
-            described = writer.describe(made)
-            accuracies = Reference(self._reference, self._gate, progress).check(described, hint(made.calibration))
+        if reference is not None:
+            accuracies = reference.check(writer.describe(made), hint(made.calibration))
             made = msgspec.structs.replace(made, accuracy=accuracies[0], accuracies=accuracies)
         if self._stripped is not None:
             built = refitted(self._stripped, path, self._flavour, self._source.shown)

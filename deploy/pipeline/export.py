@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.decode import Decode
 from deploy.artifact.find import BUILD
 from deploy.artifact.manifest import FORMAT, ONNX, WEIGHTS, Manifest, Precision, Source, Stage
 from deploy.artifact.onnxfile import check_onnx, model_precision, model_specs, save_model
@@ -20,9 +21,7 @@ from deploy.data.calibration_set import calibration_set
 from deploy.data.evidence_feeds import NamedFeed, folder_digest, kind_of, odd_cut
 from deploy.data.npz_folder import holds_npz
 from deploy.errors import ArtifactError, DataError, ExportError, OutputError, UsageError
-from deploy.evaluation.evaluate import check_evaluation
 from deploy.evaluation.gate import Expected, check_expected
-from deploy.evaluation.labelled import labelled
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import PARITY_BATCHES
 from deploy.host.versions import tool_versions
@@ -36,6 +35,8 @@ from deploy.options import collect
 from deploy.pipeline.export_advice import repeated
 from deploy.pipeline.export_interface import (
     check_classes,
+    check_decode,
+    copy_decode,
     copy_functions,
     default_preprocess,
     image_fields,
@@ -71,6 +72,7 @@ def export(
     static_batch: bool = False,
     preprocess: str | None = None,
     exif_orientation: bool = False,
+    decode: str | None = None,
     classes: PathLike | None = None,
     data: PathLike | None = None,
     eval_folder: PathLike | None = None,
@@ -87,7 +89,7 @@ def export(
     """Export a trained state_dict to the ONNX artifact `out` (default `build/<name>`), checked against eager.
 
     What the options mean: `deploy.pipeline.export_options.ExportOptions`. `onnx` makes an artifact of a bare ONNX file
-    instead, with `inputs`, `preprocess`, `exif_orientation`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
+    instead, with `inputs`, `preprocess`, `exif_orientation`, `decode`, `classes`, `data`, `eval_folder`, `expect_top1` and `name` only. Raises a DeployError; nothing
     that stood at `out` is lost then.
     """
     given = dict(locals())
@@ -152,16 +154,17 @@ class _Export:
             self._preprocesses = upright(self._preprocesses)
         self._expected = _expected(options)
         self._classes = read_classes(options.classes) if options.classes else None
+        self._decode = Decode.load(options.decode) if options.decode else None
         request = {
             **_request(options, self._built, self._specs, self._preprocesses, self._classes),
+            "decode": None if self._decode is None else self._decode.to_json(),
             "limits": vars(self._limits),
         }
         if self._expected is not None:
             described = Artifact(
                 Path("the export"), self._manifest(list(self._specs), [], Path("export"), Stage(name=self.name, request=""))
             )
-            labelled(described, self._expected.folder)  # raises now what makes no sense
-            request["eval"] = self._expected.request(described)
+            request["eval"] = self._expected.request(described)  # raises now what makes no sense
         return request
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
@@ -174,6 +177,7 @@ class _Export:
         dims = example_dims(self._specs, batch_dim(self._specs))
         self._specs = bounded(self._specs, module, dims, self._preprocesses)
         copy_functions(self._preprocesses, options.preprocess, self._specs, writer.path)
+        copy_decode(self._decode, options.decode, writer.path)
         outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.path, stage))
         progress("exporting to ONNX")
         example = {name: torch.from_numpy(array) for name, array in feed.items()}
@@ -185,9 +189,10 @@ class _Export:
         inputs, results = model_specs(graph)
         precision = model_precision(graph)
         del graph  # its weights are as large as the file
+        check_decode(self._decode, self._classes, results)
         written = writer.describe(self._manifest(with_bounds(inputs, self._specs), results, writer.out, stage, precision))
         if self._expected is not None:
-            check_evaluation(written, self._expected.folder)
+            self._expected.check(written)
         parity = prove(
             written,
             cases,
@@ -298,6 +303,7 @@ class _Export:
             outputs=outputs,
             profiles=[profile] if profile else [],
             **image_fields(self._preprocesses, inputs),
+            decode=self._decode,
             classes=self._classes,
             parity=None,
             accuracy=None,

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deploy.artifact.decode import Decode
 from deploy.artifact.image_ops import read_image
+from deploy.artifact.manifest import file_digest
 from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
 from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, batch_dim, format_shape, parse_shapes
 from deploy.artifact.usercode import UserFunction, split_spec
@@ -169,6 +171,28 @@ def copy_functions(preprocesses: Mapping[str, Preprocess], spec: str | None, inp
         if function.file is not None and copied.setdefault(function.file, function.sha256) != function.sha256:
             raise UsageError(f"`preprocess` names two files {function.file}: in the artifact, they need names of their own")
         function.copy(_folder_of(text), target)
+
+
+def check_decode(decode: Decode | None, classes: Sequence[str] | None, outputs: Sequence[TensorSpec]) -> None:
+    """Raise UsageError where `--decode` cannot read the outputs of a model."""
+    if decode is not None:
+        decode.check(outputs, None if classes is None else len(classes))
+
+
+def copy_decode(decode: Decode | None, spec: str | None, target: Path) -> None:
+    """Copy the file of the user's function, which `--decode` names as `spec`, to the folder `target`, and import it there.
+
+    Raises UsageError where another file of its name is there, and what `UserFunction.load` raises.
+    """
+    function = decode.function if decode is not None else None
+    if function is None or spec is None:
+        return
+    if function.file is not None and (target / function.file).exists() and file_digest(target / function.file) != function.sha256:
+        raise UsageError(
+            f"`preprocess` and `decode` name two files {function.file}: in the artifact, they need names of their own"
+        )
+    function.copy(_folder_of(spec), target)
+    function.load(target)
 
 
 def _try_function(preprocess: Preprocess, function: UserFunction, spec: str, image: TensorSpec, *, probe: bool) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
+from deploy.artifact.decode import Decode
 from deploy.artifact.manifest import ONNX, Manifest
 from deploy.artifact.onnxfile import declare_shapes, external_files, load_graph, load_model, model_specs, open_onnx, save_model
 from deploy.artifact.tensors import Dim, default_profile, format_shape, parse_shapes, row_count
@@ -19,11 +20,19 @@ from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import parity_feeds
 from deploy.data.npz_folder import holds_npz
 from deploy.errors import PrecisionError
-from deploy.evaluation.evaluate import check_evaluation
 from deploy.evaluation.gate import Expected, check_expected
 from deploy.evidence.parity import TOLERANCES, Tolerance, judge
 from deploy.host.versions import tool_versions
-from deploy.pipeline.export_interface import check_classes, copy_functions, image_fields, load_preprocesses, read_classes, upright
+from deploy.pipeline.export_interface import (
+    check_classes,
+    check_decode,
+    copy_decode,
+    copy_functions,
+    image_fields,
+    load_preprocesses,
+    read_classes,
+    upright,
+)
 from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.export_parity import REAL_ROWS
 from deploy.pipeline.written import Case, copied, prove
@@ -59,6 +68,8 @@ def export_onnx_file(
     check_output(out, bare)
     names = read_classes(options.classes) if options.classes else None
     check_classes(names, [spec.shape for spec in bare.manifest.outputs])
+    decode = Decode.load(options.decode) if options.decode else None
+    check_decode(decode, names, bare.manifest.outputs)
     inputs = bare.manifest.inputs
     preprocesses = load_preprocesses(options.preprocess, inputs, probe=options.data is None or holds_npz(options.data))
     if options.exif_orientation:
@@ -68,19 +79,21 @@ def export_onnx_file(
         name=options.name or out.resolve().name,
         files={},
         **image_fields(preprocesses, inputs),
+        decode=decode,
         classes=names,
         tools=tool_versions(),
     )
     source = dataclasses.replace(bare, manifest=manifest)
     with ArtifactWriter(out) as writer:
         copy_functions(preprocesses, options.preprocess, inputs, writer.path)
+        copy_decode(decode, options.decode, writer.path)
         data = None
         if options.data is not None:
             data = calibration_set(dataclasses.replace(source, path=writer.path), options.data, most=REAL_ROWS)
         manifest = _written(source, writer, data, shapes, progress)
         if expected is not None:
             written = writer.describe(manifest)
-            check_evaluation(written, expected.folder)
+            expected.check(written)
             manifest = msgspec.structs.replace(written.manifest, accuracy=check_expected(written, expected, progress))
         return writer.commit(manifest)
 

@@ -48,6 +48,11 @@ class ExportOptions:
     exif_orientation: bool = option(
         False, "First turn images upright by their EXIF orientation.", default="left as stored, as by torchvision's ImageFolder"
     )
+    decode: str | None = option(
+        None,
+        "How a detector's outputs become boxes: yolo, ssd, or a function of yours, which goes into the artifact.",
+        metavar="yolo|ssd|FILE.py:FUNCTION",
+    )
     classes: Path | None = option(None, "Class names, one a line.", metavar="FILE")
     data: Path | None = option(None, "Check parity on real input too: an ImageFolder, or a folder of .npz feeds.", metavar="DIR")
     eval_folder: Path | None = option(
@@ -88,7 +93,18 @@ class ExportOptions:
 
     def _check_bare(self) -> None:
         """Raise UsageError for what says how to make a graph, where there is one already."""
-        taken = ("onnx", "inputs", "preprocess", "exif_orientation", "classes", "data", "eval_folder", "expect_top1", "name")
+        taken = (
+            "onnx",
+            "inputs",
+            "preprocess",
+            "exif_orientation",
+            "decode",
+            "classes",
+            "data",
+            "eval_folder",
+            "expect_top1",
+            "name",
+        )
         unfit = [
             f"`{each.name}`" for each in fields(self) if each.name not in taken and getattr(self, each.name) != _default(each)
         ]

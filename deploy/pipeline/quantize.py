@@ -1,7 +1,7 @@
 """The stage `quantize`: an FP32 ONNX artifact in INT8 or FP8 with explicit Q/DQ, calibrated, corrected and checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import calibration_feeds
 from deploy.errors import UsageError
 from deploy.evaluation.gate import Gate, Reference
+from deploy.evaluation.options import IGNORE, MetricOptions
 from deploy.evidence.options import ToleranceOptions
 from deploy.evidence.parity import TOLERANCES, Tolerance
 from deploy.options import collect, option
@@ -43,13 +44,19 @@ class CpuFormOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateOptions:
-    """The accuracy gate: top-1 accuracy before and after, on labelled images."""
+class GateOptions(MetricOptions):
+    """The accuracy gate: a metric before and after, on data with labels (`sqnr` and `cosine` need none)."""
 
-    eval_folder: Path | None = option(None, "Compare accuracy before and after on it.", flag="--eval", metavar="IMAGEFOLDER")
-    max_drop: float | None = option(
-        None, "Points of top-1 accuracy that may be lost on the images of --eval.", metavar="POINTS", default="1"
+    eval_folder: Path | None = option(
+        None, "Compare accuracy before and after on it: see `deploy eval`.", flag="--eval", metavar="DIR|FILE.json"
     )
+    max_drop: float | None = option(
+        None,
+        "Points of the metric that may be lost on the data of --eval; sqnr and cosine have --min-sqnr and --min-cosine instead.",
+        metavar="POINTS",
+        default="1 of what is in per cent",
+    )
+    certify: bool = option(False, "Fail too where the 95 % interval of the loss does not show that it is within --max-drop.")
     backend: str | None = option(
         None,
         "Where accuracy is judged.",
@@ -58,19 +65,35 @@ class GateOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("max_drop", self.max_drop), ("backend", self.backend)):
-            if value is not None and self.eval_folder is None:
-                raise UsageError(f"`{name}` needs `eval_folder`, the images that accuracy is measured on")
+        super().__post_init__()
+        if given := gate_options(vars(self)):
+            raise UsageError(f"`{given[0]}` needs `eval_folder`, the images that accuracy is measured on")
         if self.backend is not None:
             named, _ = split_backend(self.backend)
             if named.runs != "onnx" or not named.computes:
                 raise UsageError(f"accuracy cannot be judged on {self.backend}: name a backend that runs ONNX files")
 
-    def gate(self) -> Gate | None:
+    def gate(self, tolerance: Tolerance = TOLERANCES["int8"]) -> Gate | None:
+        """The gate, None where there is nothing to measure on. tolerance: has the limits of `sqnr` and `cosine`."""
         if self.eval_folder is None:
             return None
-        drop = 1.0 if self.max_drop is None else self.max_drop
-        return Gate(folder=self.eval_folder, max_drop=drop, backend=self.backend)
+        metric = MetricOptions(metric=self.metric, ignore_index=self.ignore_index)
+        return Gate(
+            folder=self.eval_folder,
+            max_drop=self.max_drop,
+            backend=self.backend,
+            metric=metric,
+            certify=self.certify,
+            tolerance=tolerance,
+        )
+
+
+def gate_options(given: Mapping[str, Any]) -> list[str]:
+    """The options of a gate that are given without the data that it needs."""
+    if given["eval_folder"] is not None:
+        return []
+    defaults = {each.name: each.default for each in fields(GateOptions)}
+    return [name for name in ("max_drop", "backend", "certify", "metric", "ignore_index") if given[name] != defaults[name]]
 
 
 def quantize(
@@ -94,7 +117,10 @@ def quantize(
     fp16: bool = False,
     cpu_form: bool = True,
     eval_folder: PathLike | None = None,
+    metric: str = "top1",
+    ignore_index: int = IGNORE,
     max_drop: float | None = None,
+    certify: bool = False,
     backend: str | None = None,
     rtol: float | None = None,
     atol: float | None = None,
@@ -108,15 +134,17 @@ def quantize(
     `calib`: an ImageFolder, a folder of `.npz` feeds, or feeds (arrays by input name). `fp16`: what is not quantized is FP16
     (`build/<name>-int8-fp16`). `cpu_form`: of INT8, also write `model.cpu.onnx`, which ONNX Runtime runs on processors with VNNI; where it
     is too far off it is left out, and the manifest says why. What the other options mean: `QuantizeOptions`. With `eval_folder`,
-    an ImageFolder, accuracy is compared before and after on `backend`, or on every backend of the CPU that is installed, and more
-    than `max_drop` points (default 1) of top-1 lost is an AccuracyError. The limits of parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost then.
+    `metric` is compared before and after on it (see `deploy.evaluate`), on `backend`, or on every backend of the CPU that is installed,
+    and more than `max_drop` points (default 1) lost is an AccuracyError; with `certify` so is a loss whose 95 % interval reaches
+    beyond that. The limits of parity: `deploy.evidence.parity.Tolerance`. Raises a DeployError; nothing that stood at `out` is lost
+    then.
     """
     given = dict(locals())
     options = collect(QuantizeOptions, given)
     if fp8 and not cpu_form:
         raise UsageError("`cpu_form` is of INT8 alone: with `fp8` there is none to leave out")
     tolerance = collect(ToleranceOptions, given).tolerance(options.precision)
-    gate = collect(GateOptions, given).gate()
+    gate = collect(GateOptions, given).gate(tolerance)
     source = open_source(artifact)
     check_fp32(source)
     data = calibration_set(source, calib, images)
@@ -199,6 +227,8 @@ class _Quantize:
         from deploy.precision.int8.quantize import hint, quantize_onnx
 
         source, progress = self._source, self._progress
+        # First: a metric that fails is to be known before the work.
+        reference = Reference(source, self._gate, progress) if self._gate is not None else None
         quantized = quantize_onnx(source, self._data, self._options, progress, cpu=self._cpu_form)
         quantized.save(writer.path / ONNX)
         manifest = descendant(
@@ -229,9 +259,7 @@ class _Quantize:
             progress=progress,
         )
         manifest = msgspec.structs.replace(manifest, parity=parity)
-        reference = None
-        if self._gate is not None:
-            reference = Reference(source, self._gate, progress)
+        if reference is not None:
             proven = msgspec.structs.replace(manifest, files=written.manifest.files)
             accuracies = reference.check(Artifact(written.path, proven), remedy)
             manifest = msgspec.structs.replace(manifest, accuracy=accuracies[0], accuracies=accuracies)

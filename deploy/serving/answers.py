@@ -19,15 +19,15 @@ from deploy.serving.models import Served
 from deploy.serving.regions import Regions
 from deploy.serving.request import DATATYPES
 
-_EXTENSIONS = (
-    "binary_tensor_data", "classification", "classify_image", "metrics", "model_configuration", "model_repository",
-    "model_repository(unload_dependents)", "parameters", "schedule_policy", "statistics",
+EXTENSIONS = (
+    "binary_tensor_data", "classification", "classify_image", "detect_image", "metrics", "model_configuration", "model_repository",
+    "model_repository(unload_dependents)", "parameters", "schedule_policy", "segment_image", "statistics",
 )  # fmt: skip
 
 
 def extensions(regions: Regions) -> list[str]:
     """What the server can beyond the protocol."""
-    return sorted((*_EXTENSIONS, "system_shared_memory")) if regions.on else list(_EXTENSIONS)
+    return sorted((*EXTENSIONS, "system_shared_memory")) if regions.on else list(EXTENSIONS)
 
 
 def metadata(served: Served, versions: Sequence[str]) -> dict[str, Any]:

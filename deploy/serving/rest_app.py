@@ -1,25 +1,27 @@
-"""The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, metrics."""
+"""The REST door: Open Inference Protocol v2, Triton's extensions, images to classify, segment and find boxes in, metrics."""
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive
 
-from deploy.data.images import ImageInput
-from deploy.errors import InputError, RefusedError, UnavailableError, UsageError
-from deploy.evaluation.classifier import classifier, likeliest
+from deploy.data.images import image_input
+from deploy.errors import InputError, RefusedError, UnavailableError
+from deploy.evaluation.classifier import class_scores, likeliest
+from deploy.evaluation.predict import boxes_json, shares
+from deploy.evaluation.tasks import Task
 from deploy.serving import answers, metrics
 from deploy.serving.body import compress, read_body
 from deploy.serving.guard import Access, Limits
-from deploy.serving.images import check_image
+from deploy.serving.images import Ran, check_task, image_feed
 from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
@@ -69,6 +71,8 @@ def make_app(
     for base in (model, version):
         routes += [
             Route(f"{base}/classify", door.classify, methods=["POST"]),
+            Route(f"{base}/segment", door.segment, methods=["POST"]),
+            Route(f"{base}/detect", door.detect, methods=["POST"]),
             Route(base, door.metadata, methods=["GET"]),
             Route(f"{base}/ready", door.model_ready, methods=["GET"]),
             Route(f"{base}/config", door.config, methods=["GET"]),
@@ -200,33 +204,39 @@ class _Door:
 
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body: the `?top=` likeliest classes, and their probabilities."""
-        served = self._served(request)
-        try:
-            source, logits = classifier(served.artifact)
-        except UsageError as error:
-            raise InputError(f"{served.source.name!r} classifies no images: {error}") from error
         top = _number(request.query_params.get("top", "5"), "top", _MOST_TOP)
+        ran = await self._run_image(request, "classify")
+        (classes,) = likeliest(ran.results[class_scores(ran.artifact).name][:1], ran.artifact.manifest.classes, top)
+        return ran.answer({"classes": [{"class": name, "probability": share} for name, share in classes]})
+
+    async def segment(self, request: Request) -> Response:
+        """The mask of the image in the body, a PNG of class indices in its size: in JSON, or alone where `Accept` is image/png."""
+        ran = await self._run_image(request, "segment")
+        mask, content = await asyncio.to_thread(ran.mask)
+        if request.headers.get("accept", "").partition(";")[0].strip() == "image/png":
+            return Response(content, media_type="image/png")
+        classes = [{"class": name, "share": share} for name, share in shares(ran.artifact, mask)]
+        size = {"height": mask.shape[0], "width": mask.shape[1]}
+        return ran.answer({**size, "classes": classes, "mask": base64.b64encode(content).decode()})
+
+    async def detect(self, request: Request) -> Response:
+        """The boxes in the image of the body with a score of `?min_score=` or more, as corners in its pixels."""
+        least = _share(request.query_params.get("min_score", "0.3"), "min_score")
+        ran = await self._run_image(request, "detect")
+        return ran.answer({"boxes": boxes_json(await asyncio.to_thread(ran.boxes, least))})
+
+    async def _run_image(self, request: Request, task: Task) -> Ran:
+        """Run the image in the body through a model that is for `task`."""
+        served = self._served(request)
+        check_task(served, task)
         priority = priority_of(_number(request.query_params.get("priority", "0"), "priority", 2**32 - 1, least=0))
         timeout_s = timeout_of(_number(request.query_params.get("timeout", "0"), "timeout", 2**62, least=0))
-        data = await self._body(request)
-        feed = await asyncio.to_thread(self._image, bytes(data), source)
+        data = bytes(await self._body(request))
+        feed = await asyncio.to_thread(image_feed, data, image_input(served.artifact), self._limits.image_pixels)
         used, results = await self._models.infer(
             served, feed, pinned="version" in request.path_params, priority=priority, timeout_s=timeout_s
         )
-        (classes,) = likeliest(results[logits.name][:1], used.artifact.manifest.classes, top)
-        return json_response(
-            {
-                "model_name": used.source.name,
-                "model_version": used.source.version,
-                "classes": [{"class": name, "probability": share} for name, share in classes],
-            }
-        )
-
-    def _image(self, data: bytes, source: ImageInput) -> dict[str, np.ndarray]:
-        check_image(data, self._limits.image_pixels)
-        image = source.load(data)
-        rows = source.spec.shape[0] if isinstance(source.spec.shape[0], int) else 1
-        return {source.spec.name: np.repeat(image[None], rows, axis=0).astype(source.spec.dtype, copy=False)}
+        return Ran(used, results, data)
 
     def _served(self, request: Request) -> Served:
         return self._models.get(request.path_params["model"], request.path_params.get("version", ""))
@@ -271,3 +281,13 @@ def _number(text: str, name: str, most: int, *, least: int = 1) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
         raise InputError(f"{name} must be a number from {least} to {most}, not {text!r}")
     return int(text)
+
+
+def _share(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} must be a number from 0 to 1, not {text!r}")
+    return value

@@ -1,77 +1,21 @@
-import math
+import dataclasses
 
-import numpy as np
 import pytest
 
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import Accuracy
 from deploy.artifact.preprocess import Preprocess
+from deploy.artifact.summary import accuracy_text
 from deploy.errors import AccuracyError, UsageError
-from deploy.evaluation.gate import Expected, Gate, check_expected, paired_drop, wilson
+from deploy.evaluation.gate import Expected, Gate, Reference, check_expected
+from deploy.evaluation.options import MetricOptions
+from deploy.evidence.parity import TOLERANCES
 from deploy.progress import silent
-
-
-def right(*flags: int) -> np.ndarray:
-    return np.array(flags, dtype=bool)
-
-
-def test_the_drop_is_the_difference_of_the_accuracies_in_points():
-    drop, low, high = paired_drop(right(1, 1, 1, 0), right(1, 0, 1, 0))
-    assert drop == 25
-    assert low < 25 < high
-    assert paired_drop(right(0, 0), right(0, 1))[0] == -50
-
-
-def test_the_interval_is_that_of_bonett_and_price():
-    """Their formula by hand: 10 pairs, 3 lost, 1 won: p = 4/12, q = 2/12, margin = 1.96 sqrt((6/12 - (2/12)^2) / 12)."""
-    before = right(1, 1, 1, 1, 1, 1, 0, 0, 0, 0)
-    after = right(0, 0, 0, 1, 1, 1, 1, 0, 0, 0)
-    drop, low, high = paired_drop(before, after)
-    margin = 1.959964 * ((6 / 12 - (2 / 12) ** 2) / 12) ** 0.5
-    assert (drop, low, high) == pytest.approx((20, 100 * (2 / 12 - margin), 100 * (2 / 12 + margin)), rel=1e-5)
-
-
-def test_without_any_disagreement_the_interval_still_has_a_width_that_shrinks_with_the_images():
-    few = paired_drop(np.ones(10, bool), np.ones(10, bool))
-    many = paired_drop(np.ones(1000, bool), np.ones(1000, bool))
-    assert few[0] == many[0] == 0
-    assert few[2] - few[1] > many[2] - many[1] > 0
-
-
-def test_the_interval_covers_the_true_drop_in_19_of_20_samples():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(500):
-        draws = rng.random(200)
-        before = draws < 0.9
-        after = (draws < 0.86) | (draws > 0.98)  # 4 points lost, 2 won
-        _, low, high = paired_drop(before, after)
-        covered += low <= 2 <= high
-    assert covered >= 465
 
 
 def test_a_limit_outside_0_to_100_points_is_refused(tmp_path):
     with pytest.raises(UsageError, match="`max_drop` must be 0 to 100 points"):
         Gate(folder=tmp_path, max_drop=-1)
-
-
-def test_the_interval_of_an_accuracy_is_wilsons():
-    """His formula by hand, of 8 right in 10, and published values for 81 of 263 (Newcombe 1998, table I: 0.2553 to 0.3662)."""
-    z2 = 1.959964**2
-    centre, margin = 0.8 + z2 / 20, (z2 * (0.8 * 0.2 / 10 + z2 / 400)) ** 0.5
-    assert wilson(8, 10) == pytest.approx((100 * (centre - margin) / (1 + z2 / 10), 100 * (centre + margin) / (1 + z2 / 10)))
-    assert wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.005)
-    assert wilson(0, 20) == pytest.approx((0, 16.11), abs=0.005)
-    assert wilson(20, 20)[1] == 100
-
-
-def test_the_interval_covers_the_true_accuracy_in_19_of_20_samples():
-    """By the binomial distribution of 200 images; on average over accuracies, for the share goes up and down between them."""
-    ends = [wilson(right, 200) for right in range(201)]
-    covered = [
-        sum(math.comb(200, k) * p**k * (1 - p) ** (200 - k) for k, (low, high) in enumerate(ends) if low <= 100 * p <= high)
-        for p in np.linspace(0.5, 0.95, 46)
-    ]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.004)
-    assert min(covered) > 0.93
 
 
 @pytest.mark.parametrize("top1", [0.842, 1, 0, -3, 100.5, float("nan")])
@@ -108,3 +52,93 @@ def test_preprocessing_that_is_not_that_of_the_training_is_noticed_and_shown(tmp
     bad = make_model(tmp_path / "bad", preprocess=Preprocess(**{**right, **wrong}), shape=("batch", 1, "H", "W"))
     with pytest.raises(AccuracyError, match=f"its preprocessing: .*{next(iter(wrong))} "):
         check_expected(bad, Expected(folder=folder, top1=100), silent)
+
+
+def judged(before: Artifact, after: Artifact, gate: Gate) -> list[Accuracy]:
+    return Reference(before, gate, silent).check(after, "a hint")
+
+
+def test_a_loss_beyond_the_limit_fails_one_within_it_passes_and_between_it_is_undecided(make_segmenter, scenes, tmp_path):
+    good, worse = make_segmenter(tmp_path / "good"), make_segmenter(tmp_path / "worse", noise=0.6)
+    miou = MetricOptions(metric="miou")
+    (found, *_) = judged(good, worse, Gate(folder=scenes, max_drop=100, metric=miou))
+    score = found.score
+    assert (score.metric, score.unit, found.top1, found.undecided) == ("miou", "%", None, None)
+    assert score.loss == pytest.approx(score.parent - score.value)
+    assert score.loss_low < score.loss < score.loss_high < 100
+    with pytest.raises(
+        AccuracyError,
+        match=r"loses .* points of miou on .*scenes .*95 % interval .*; at most 0\.5 are allowed\. Nothing was written;\na hint",
+    ):
+        judged(good, worse, Gate(folder=scenes, max_drop=0.5, metric=miou))
+    between = Gate(folder=scenes, max_drop=(score.loss + score.loss_high) / 2, metric=miou, backend="onnxruntime")
+    (found,) = judged(good, worse, between)
+    assert found.undecided == pytest.approx(18, abs=1)  # the width must be halved: four times six images
+    with pytest.raises(AccuracyError, match=r"which these images do not show: 18 more images would decide \(`certify`\)"):
+        judged(good, worse, dataclasses.replace(between, certify=True))
+
+
+def test_a_net_that_loses_nothing_passes_also_where_the_images_are_too_few_to_be_sure(model, tmp_path, make_folder):
+    folder = make_folder(tmp_path, ant=[0] * 10, bee=[1] * 10)
+    gate = Gate(folder=folder, backend="onnxruntime")
+    (found,) = judged(model, model, gate)
+    assert (found.top1_drop, found.max_drop) == (0, 1)
+    assert 200 < found.undecided < 400
+    assert found.judged.loss_high > 1
+    assert "; undecided: about" in accuracy_text(found)
+    with pytest.raises(AccuracyError, match="loses no points of top-1 accuracy"):
+        judged(model, model, dataclasses.replace(gate, certify=True))
+
+
+def test_map_is_gated_too(make_detector, boxes, tmp_path):
+    names = ["grey", "bright"]
+    good, worse = make_detector(tmp_path / "good", names=names), make_detector(tmp_path / "worse", names=names, shift=30)
+    gate = Gate(folder=boxes, metric=MetricOptions(metric="map"), backend="onnxruntime")
+    (found,) = judged(good, good, gate)
+    assert (found.score.loss, found.score.loss_low, found.score.loss_high, found.undecided) == (0, 0, 0, None)
+    with pytest.raises(AccuracyError, match="points of map"):
+        judged(good, worse, gate)
+
+
+def test_a_metric_of_the_users_has_a_limit_in_its_own_unit_and_less_may_be_better(make_segmenter, scenes, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nclass Wrong:\n    wrong = count = 0\n    def update(self, outputs, targets):\n"
+        "        seen = targets != 255\n        self.wrong += int((outputs.argmax(1) != targets)[seen].sum())\n"
+        "        self.count += int(seen.sum())\n    def compute(self):\n        return self.wrong / self.count\n"
+    )
+    metric = MetricOptions(metric=f"lower:{tmp_path}/own.py:Wrong")
+    good, worse = make_segmenter(tmp_path / "good"), make_segmenter(tmp_path / "worse", noise=0.6)
+    with pytest.raises(UsageError, match=r"say how much of lower:.* may be lost, in its own unit: `max_drop`"):
+        Gate(folder=scenes, metric=metric)
+    gate = Gate(folder=scenes, metric=metric, max_drop=0.9, backend="onnxruntime")
+    (found,) = judged(good, worse, gate)
+    assert found.score.loss == pytest.approx(found.score.value - found.score.parent)
+    assert found.score.loss > 0.02
+    assert judged(worse, good, dataclasses.replace(gate, max_drop=0))[0].score.loss < 0
+    with pytest.raises(AccuracyError, match=r"loses 0\.\d+ of lower:"):
+        judged(good, worse, dataclasses.replace(gate, max_drop=0.01))
+
+
+def test_sqnr_is_held_to_the_limit_of_parity(make_segmenter, scenes, tmp_path):
+    good, worse = make_segmenter(tmp_path / "good"), make_segmenter(tmp_path / "worse", noise=0.1)
+    gate = Gate(folder=scenes, metric=MetricOptions(metric="sqnr"), backend="onnxruntime")
+    assert gate.limit == TOLERANCES["int8"].min_sqnr
+    (found,) = judged(good, worse, gate)
+    assert found.score.value > gate.limit
+    assert found.score.loss is None
+    strict = dataclasses.replace(gate, tolerance=dataclasses.replace(gate.tolerance, min_sqnr=found.score.value + 1))
+    with pytest.raises(AccuracyError, match=r"has SQNR .* dB .* at least .* is asked for \(`min_sqnr`\)"):
+        judged(good, worse, strict)
+    with pytest.raises(UsageError, match="nothing of it is lost: the limit is `min_sqnr`"):
+        Gate(folder=scenes, metric=MetricOptions(metric="sqnr"), max_drop=1)
+
+
+def test_the_verdict_depends_on_the_metric_and_on_the_file_of_the_users(make_segmenter, scenes, tmp_path):
+    artifact = make_segmenter(tmp_path / "net")
+    gate = Gate(folder=scenes, metric=MetricOptions(metric="miou"))
+    first = gate.request(artifact)
+    assert first == gate.request(artifact)
+    assert first != dataclasses.replace(gate, certify=True).request(artifact)
+    assert first != Gate(folder=scenes, metric=MetricOptions(metric="miou", ignore_index=0)).request(artifact)
+    (scenes / "masks/0.png").touch()
+    assert first != gate.request(artifact)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from deploy.errors import BackendError, DataError
-from deploy.evaluation.labelled import Batch, labelled, out_of_order, run_batch
+from deploy.evaluation.annotated import labelled
+from deploy.evaluation.labelled import Batch, out_of_order, run_batch
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,9 @@ def test_images_come_with_the_indices_of_their_classes_and_their_files(model, tm
     folder = make_folder(tmp_path, bee=[1, 1], cat=[2])
     data = labelled(model, folder)
     assert data.classes == ("bee", "cat")
-    (first, second) = data.batches([4, 7], 2, None)
-    assert first.labels.tolist() == [4, 4]
-    assert second.labels.tolist() == [7]
+    (first, second) = data.batches(2, None)
+    assert first.targets.tolist() == [1, 1]
+    assert second.targets.tolist() == [2]
     assert [path.name for path in (*first.files, *second.files)] == ["00.png", "01.png", "00.png"]
 
 
@@ -42,10 +43,10 @@ def test_npz_files_have_labels_of_their_own_or_of_their_folder(model, tmp_path, 
         path = tmp_path / (name if layout == "folders" else ".") / f"{name}.npz"
         path.parent.mkdir(exist_ok=True)
         np.savez(path, input=pixels, **({"label": labels} if layout == "flat" else {}))
-    batches = list(labelled(model, tmp_path).batches([3, 4], 2, None))
+    batches = list(labelled(model, tmp_path).batches(2, None))
     assert [len(batch.feed["input"]) for batch in batches] == [2, 1, 2, 1]
-    expected = [2, 0, 1, 1, 1, 5] if layout == "flat" else [3, 3, 3, 4, 4, 4]
-    assert [label for batch in batches for label in batch.labels] == expected
+    expected = [2, 0, 1, 1, 1, 5] if layout == "flat" else [0, 0, 0, 1, 1, 1]
+    assert [label for batch in batches for label in batch.targets] == expected
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [[0], [1], [2]], [0.0, 1.0, 2.0], ["a", "b", "c"]])
@@ -53,9 +54,9 @@ def test_labels_that_are_not_one_index_a_row_are_refused_or_left_out(model, tmp_
     np.savez(tmp_path / "0.npz", input=np.zeros((3, 1, 8, 8), np.float32), label=labels)
     data = labelled(model, tmp_path)
     with pytest.raises(DataError, match=r"0\.npz: 'label' is .*; expected 3 indices of classes"):
-        list(data.batches([], 2, None))
+        list(data.batches(2, None))
     told = []
-    assert list(data.batches([], 2, lambda path, error: told.append(path.name))) == []
+    assert list(data.batches(2, lambda path, error: told.append(path.name))) == []
     assert told == ["0.npz"]
 
 

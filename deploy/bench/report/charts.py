@@ -207,8 +207,8 @@ def durations(name: str, bars: Sequence[Bar]) -> str:
     return _figure(name, f"Time by layer, the longest first: {description}.", step * len(bars), parts)
 
 
-def pareto(name: str, dots: Sequence[Dot]) -> str:
-    """Accuracy against latency; a line joins those of the front. What is uncertain is hollow."""
+def pareto(name: str, dots: Sequence[Dot], axis: str, unit: str) -> str:
+    """A score against latency, with the name of its axis; a line joins those of the front. What is uncertain is hollow."""
     height, top, bottom, left = 260, 14, 228, 46
     across = _Axis(min(dot.x for dot in dots) * 0.8, max(dot.x for dot in dots) * 1.25, left, WIDTH - _RIGHT)
     low, high = min(dot.y for dot in dots), max(dot.y for dot in dots)
@@ -226,7 +226,7 @@ def pareto(name: str, dots: Sequence[Dot]) -> str:
             _text(across(value), bottom + 16, f"{value:g}", "tick middle"),
         ]
     parts.append(_text(WIDTH - _RIGHT, bottom + 30, "p50 in ms", "tick end"))
-    parts.append(_text(left, 10, "top-1 in %", "tick"))
+    parts.append(_text(left, 10, axis, "tick"))
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
     points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in front)
     parts.append(f'<polyline points="{points}" class="front"/>')
@@ -236,10 +236,11 @@ def pareto(name: str, dots: Sequence[Dot]) -> str:
             ring = f' fill-opacity="0" stroke="var(--c{dot.colour})" stroke-width="1.5"'
         parts.append(f'<circle cx="{across(dot.x):.1f}" cy="{up(dot.y):.1f}" r="6" fill="var(--c{dot.colour})"{ring}/>')
     description = "; ".join(
-        f"{dot.label}: {dot.y:.2f} % at {digits(dot.x)} ms{', on the front' if dot.front else ''}{'' if dot.certain else ', uncertain'}"
+        f"{dot.label}: {f'{dot.y:.2f} {unit}'.rstrip()} at {digits(dot.x)} ms"
+        f"{', on the front' if dot.front else ''}{'' if dot.certain else ', uncertain'}"
         for dot in dots
     )
-    return _figure(name, f"Accuracy against latency: {description}.", height, parts)
+    return _figure(name, f"{name}: {description}.", height, parts)
 
 
 class _Axis:

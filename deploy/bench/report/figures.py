@@ -5,14 +5,12 @@ from html import escape
 from typing import Any
 
 from deploy.bench.report.charts import Bar, Dot, Line, Roofed, Spread, durations, pareto, roofs, speedups, spreads, throughputs
-from deploy.bench.report.labels import Labels, Row, digits, speed_up
+from deploy.bench.report.labels import Labels, Row, digits, metric_name, score_of, speed_up
 from deploy.bench.rows import UNCERTAIN
 
 TOP = 10
 LABEL = 34
 """Letters of a layer's name."""
-IMAGES = 6
-"""The least difference of a sign test at 95 %: 2 / 2**6 < 0.05."""
 
 
 def figure_section(title: str, intro: str, figures: Sequence[str]) -> str:
@@ -61,11 +59,12 @@ def throughput_and_accuracy(rows: Sequence[Row], labels: Labels, batches: Sequen
             ]
             lines.append(Line(label=label, colour=colour, points=sorted(points), doubtful=doubtful))
         figures.append(throughputs("Throughput against batch size", lines))
-    known = [row for row in rows if row["top1"] is not None and row["batch"] == batches[0]]
+    known = [row for row in rows if score_of(row) is not None and row["batch"] == batches[0]]
     if known:
         on_front = front(known)
-        dots = [Dot(**_of(row, labels), x=row["p50_ms"], y=row["top1"], front=row in on_front) for row in known]
-        figures.append(pareto(f"Accuracy against latency, batch {batches[0]}", dots))
+        dots = [Dot(**_of(row, labels), x=row["p50_ms"], y=score_of(row) or 0.0, front=row in on_front) for row in known]
+        name, unit = metric_name(known), known[0]["score"]["unit"]
+        figures.append(pareto(f"{name} against latency, batch {batches[0]}", dots, f"{name} in {unit}" if unit else name, unit))
     return figure_section(
         "Throughput and accuracy",
         "Ringed and joined: the fastest, and those that are slower and more accurate, by more than chance." if known else "",
@@ -74,11 +73,10 @@ def throughput_and_accuracy(rows: Sequence[Row], labels: Labels, batches: Sequen
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """The Pareto front of accuracy against latency, of what is certain: those that no other beats, by more than chance.
+    """The Pareto front of scores against latency, of what is certain: those that no other beats, by more than chance.
 
-    The fastest is one. A slower one is where it got more images right than every faster one, by at least `IMAGES`: with fewer, a
-    sign test of the images on which two candidates differ (McNemar's, exact) cannot tell them apart at 95 %, however few those
-    are. Two whose intervals of the speed-up overlap are equally fast, and the more accurate is taken, then the faster.
+    The fastest is one. A slower one is where it scores better than every faster one, by more than chance. Two whose intervals of
+    the speed-up overlap are equally fast, and the better is taken, then the faster.
     """
     chosen: list[Row] = []
     for row in sorted((row for row in rows if row["certain"]), key=lambda row: row["p50_ms"]):
@@ -89,9 +87,30 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def _better(row: Row, other: Row) -> bool:
-    """Whether a row is more accurate than another, by more than chance."""
-    images = min(row["top1_images"] or 0, other["top1_images"] or 0)
-    return bool(round((row["top1"] - other["top1"]) / 100 * images) >= IMAGES)
+    """Whether a row scores better than another, by more than chance: the 95 % intervals do not overlap.
+
+    Those of their losses, where these are of one baseline, which are narrow since they are paired; else those of the scores
+    themselves. Where there is no interval, chance cannot be told.
+    """
+    score, against = row["score"], other["score"]
+    if _reference(score) == _reference(against):
+        best, least = _losses(score)[1], _losses(against)[0]
+    elif score["lower"]:
+        best, least = score["high"], against["low"]
+    else:
+        best, least = against["high"], score["low"]
+    return best is not None and least is not None and bool(best < least)
+
+
+def _reference(score: Row) -> float:
+    """The score of what a loss is measured from: a row without a loss is that itself."""
+    reference: float = score["value"] if score["parent"] is None else score["parent"]
+    return reference
+
+
+def _losses(score: Row) -> tuple[float | None, float | None]:
+    """The interval of the loss; none is lost of what losses are measured from."""
+    return (0.0, 0.0) if score["loss"] is None else (score["loss_low"], score["loss_high"])
 
 
 def _as_fast(row: Row, other: Row) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.artifact.summary import metric_text
 from deploy.bench.rows import UNCERTAIN
 
 COLOURS = 8
@@ -60,3 +61,13 @@ def speed_up(row: Row) -> str:
     if row["verdict"] == "baseline":
         return "1"
     return f"{row['speedup']:.2f} ({row['speedup_low']:.2f}\u2013{row['speedup_high']:.2f})"
+
+
+def score_of(row: Row) -> float | None:
+    """The score of a row, of whatever metric; None where it has none, or it is infinite."""
+    return None if row["score"] is None else row["score"]["value"]
+
+
+def metric_name(rows: Sequence[Row]) -> str:
+    """The metric that rows have scores of, as it is called on axes and tables."""
+    return next((metric_text(row["score"]["metric"]) for row in rows if row["score"] is not None), "accuracy")

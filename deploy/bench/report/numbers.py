@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from deploy.bench.report.labels import Labels, Row, digits, label_of, speed_up
+from deploy.artifact.summary import points_text
+from deploy.bench.report.labels import Labels, Row, digits, label_of, metric_name, score_of, speed_up
 from deploy.words import count_of
 
-_FIRST = (
-    ("p50 ms", "p50_ms", None), ("p99", "p99_ms", None), ("images/s", "images_per_s", "{:,.0f}"), ("top-1", "top1", "{:.2f}"),
-    ("error", "max_abs_error", "{:.1e}"),
-)  # fmt: skip
-"""What matters first; then the rest."""
+_FIRST = (("p50 ms", "p50_ms", None), ("p99", "p99_ms", None), ("images/s", "images_per_s", "{:,.0f}"))
+"""What matters first, and the score; then the rest."""
 _REST = (
-    ("p90", "p90_ms", None), ("p99.9", "p999_ms", None), ("mean", "mean_ms", None), ("first ms", "first_ms", None),
-    ("load s", "load_s", "{:.2f}"),
+    ("error", "max_abs_error", "{:.1e}"), ("p90", "p90_ms", None), ("p99.9", "p999_ms", None), ("mean", "mean_ms", None),
+    ("first ms", "first_ms", None), ("load s", "load_s", "{:.2f}"),
 )  # fmt: skip
 
 _GPU_COLUMNS = (("GPU ms", "gpu_ms", None), ("H2D", "h2d_ms", None), ("D2H", "d2h_ms", None))
@@ -76,12 +74,14 @@ def scenario_table(results: Sequence[Row], labels: Labels) -> str:
 def all_figures(rows: Sequence[Row], labels: Labels) -> str:
     """Every figure of every row; those of a GPU only where one was used."""
     on_gpu = any(row["gpu_ms"] is not None for row in rows)
-    columns = (*_FIRST, *_REST, *(_GPU_COLUMNS if on_gpu else ()))
+    rest = (*_REST, *(_GPU_COLUMNS if on_gpu else ()))
     head = (
         "",
         "batch",
         "speed-up",
-        *(column[0] for column in columns),
+        *(column[0] for column in _FIRST),
+        metric_name(rows),
+        *(column[0] for column in rest),
         "memory",
         *(("GPU memory",) if on_gpu else ()),
         "on disk",
@@ -89,15 +89,20 @@ def all_figures(rows: Sequence[Row], labels: Labels) -> str:
     body = []
     for row in rows:
         cells = [str(row["batch"]), speed_up(row)]
-        for _, key, form in columns:
-            value = row[key]
-            cells.append("\u2013" if value is None else form.format(value) if form else digits(value))
+        cells += [_cell_text(row[key], form) for _, key, form in _FIRST]
+        score = score_of(row)
+        cells.append("\u2013" if score is None else points_text(score, row["score"]["unit"]))
+        cells += [_cell_text(row[key], form) for _, key, form in rest]
         cells.append(_megabytes(row["peak_bytes"]))
         if on_gpu:
             cells.append("\u2013" if row["gpu_bytes"] is None else _megabytes(row["gpu_bytes"]))
         cells.append(_megabytes(row["size_bytes"]))
         body.append((label_of(row, labels), *cells))
     return table_section("All figures", "", head, body)
+
+
+def _cell_text(value: float | None, form: str | None) -> str:
+    return "\u2013" if value is None else form.format(value) if form else digits(value)
 
 
 def _megabytes(size: int) -> str:

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from deploy.artifact.summary import metric_text
 from deploy.bench.report import certainty
 from deploy.bench.report.figures import (
     figure_section,
@@ -93,11 +94,19 @@ def verdict(document: Mapping[str, Any]) -> str:
 
 
 def _accuracy(best: Row, baseline: Row | None) -> str:
-    """The top-1 accuracy of a row beside that of the baseline, where both are known."""
-    if baseline is None or best["top1"] is None or baseline["top1"] is None:
+    """The accuracy of a row beside that of the baseline, with the interval of the difference, where that is known."""
+    score = best["score"]
+    if baseline is None or score is None or score["loss"] is None:
         return ""
-    lost = round(baseline["top1"] - best["top1"], 2)
-    return f", at {abs(lost):.2f} points {'less' if lost > 0 else 'more'} of top-1 accuracy" if lost else ", at the same top-1"
+    name = metric_text(score["metric"])
+    interval = ""
+    if score["loss_low"] is not None:
+        interval = f" (95 % interval of the loss {score['loss_low']:.2f} to {score['loss_high']:.2f})"
+    lost = round(score["loss"], 2)
+    points = " points" if score["unit"] == "%" else ""
+    if not lost:
+        return f", at the same {name}{interval}"
+    return f", at {abs(lost):.2f}{points} {'worse' if lost > 0 else 'better'} {name}{interval}"
 
 
 def _legend(labels: Labels) -> str:

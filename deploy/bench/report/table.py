@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deploy.artifact.summary import points_text
 from deploy.bench.candidate.layers import shares
 from deploy.bench.report.certainty import gaps, warnings
 from deploy.bench.report.compare import Comparison
-from deploy.bench.report.labels import baseline_name, digits, short_names
+from deploy.bench.report.labels import baseline_name, digits, metric_name, short_names
 from deploy.bench.rows import UNCERTAIN, BenchResult, BenchRow, LayersRow
 from deploy.words import count_of
 
@@ -170,7 +171,8 @@ def _table(result: BenchResult) -> Table:
     table.add_column("artifact", overflow="fold", min_width=8)
     table.add_column("prec.", no_wrap=True)
     table.add_column("backend", overflow="fold", min_width=12)
-    for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", "error"):
+    scored = [metric_name([vars(row) for row in result.results])] if any(row.score for row in result.results) else []
+    for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", "error", *scored):
         table.add_column(name, justify="right", no_wrap=True)
     labels = short_names([row.artifact for row in result.results])
     batch = None
@@ -179,7 +181,7 @@ def _table(result: BenchResult) -> Table:
             table.add_row()
         batch = row.batch
         style = "yellow" if not row.certain else "bold" if _best(result, row) else None
-        table.add_row(escape(labels[row.artifact]), *_cells(row), style=style)
+        table.add_row(escape(labels[row.artifact]), *_cells(row), *(_scored(row) for _ in scored), style=style)
     return table
 
 
@@ -190,6 +192,13 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
     error = "not finite" if row.max_abs_error is None else f"{row.max_abs_error:.1e}" if row.max_abs_error else "0"
     times = [digits(value) for value in (row.p50_ms, row.p90_ms, row.p99_ms)]
     return (row.precision, row.backend, str(row.batch), *times, digits(row.images_per_s), speed, error)
+
+
+def _scored(row: BenchRow) -> str:
+    """The score of a row, with its unit."""
+    if row.score is None:
+        return "-"
+    return "infinite" if row.score["value"] is None else points_text(row.score["value"], row.score["unit"])
 
 
 def _best(result: BenchResult, row: BenchRow) -> bool:

@@ -24,8 +24,8 @@ def row(
         artifact=artifact, precision="fp32", backend=backend, batch=batch, p50_ms=1234.5, p90_ms=35.31, p99_ms=0.01234,
         p999_ms=0.02, mean_ms=1.0, images_per_s=123456.7, speedup=speedup, speedup_low=speedup * 0.9,
         speedup_high=speedup * 1.1, verdict="baseline" if backend == "eager" else "uncertain" if because else "faster" if speedup > 1.2 else "no difference",
-        certain=because is None, uncertain_because=because, others_cores=0.0, waited_share=0.0, top1_images=None,
-        max_abs_error=error, first_ms=2.0, load_s=0.5, peak_bytes=10**8, gpu_bytes=None, size_bytes=10**6, top1=None, top5=None,
+        certain=because is None, uncertain_because=because, others_cores=0.0, waited_share=0.0,
+        max_abs_error=error, first_ms=2.0, load_s=0.5, peak_bytes=10**8, gpu_bytes=None, size_bytes=10**6, top1=None, top5=None, score=None,
         accuracy_from=None, gflops=None, roof_gflops=None, gpu_ms=None, h2d_ms=None, d2h_ms=None, samples_ms=(1.0,), rounds=(1,),
     )  # fmt: skip
 
