@@ -23,7 +23,6 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import click
@@ -183,20 +182,12 @@ def weights_of_resnet34(folder: Path) -> None:
     torch.save(ARCHITECTURES["resnet34"].create(num_classes=2).state_dict(), folder / "resnet34.pth")
 
 
-def weights_of_the_detector(folder: Path) -> None:
-    torch.manual_seed(0)
-    torch.save(run_path(str(ROOT / "examples/detector.py"))["Detector"]().state_dict(), folder / "detector.pth")
-
-
 STAND_INS: dict[str, Callable[[Path], Any]] = {
     "resnet34.pth": weights_of_resnet34,
     "best.pth": weights_of_the_page,
     "classes.txt": lambda folder: (folder / "classes.txt").write_text("cat\ndog\n"),
     "cat.jpg": lambda folder: Image.new("RGB", (50, 40)).save(folder / "cat.jpg"),
     "photographs": photographs,
-    "scenes": lambda folder: run_path(str(ROOT / "examples/scenes.py"))["make"](folder / "scenes", (6, 4)),
-    "examples": lambda folder: shutil.copytree(ROOT / "examples", folder / "examples"),
-    "detector.pth": weights_of_the_detector,
     "old.json": lambda folder: shutil.copy(folder / "new.json", folder / "old.json"),
 }
 
