@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,6 @@ import torch
 from PIL import Image
 
 from deploy.models.registry import ARCHITECTURES
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def digits(folder: Path) -> None:
@@ -52,11 +49,6 @@ def weights_of_the_page(folder: Path) -> None:
     torch.save(names["Net"](width=64, num_classes=2).state_dict(), folder / "best.pth")
 
 
-def weights_of_the_detector(folder: Path) -> None:
-    torch.manual_seed(0)
-    torch.save(run_path(str(EXAMPLES / "detector.py"))["Detector"]().state_dict(), folder / "detector.pth")
-
-
 STAND_INS: dict[str, Callable[[Path], Any]] = {
     "resnet34.pth": saved("resnet34", num_classes=2),
     "resnet34-imagenet.pth": saved("resnet34"),
@@ -67,8 +59,5 @@ STAND_INS: dict[str, Callable[[Path], Any]] = {
     "classes.txt": lambda folder: (folder / "classes.txt").write_text("cat\ndog\n"),
     "cat.jpg": lambda folder: Image.new("RGB", (50, 40)).save(folder / "cat.jpg"),
     "photographs": photographs,
-    "scenes": lambda folder: run_path(str(EXAMPLES / "scenes.py"))["make"](folder / "scenes", (6, 4)),
-    "examples": lambda folder: shutil.copytree(EXAMPLES, folder / "examples"),
-    "detector.pth": weights_of_the_detector,
     "old.json": lambda folder: shutil.copy(folder / "new.json", folder / "old.json"),
 }

@@ -26,7 +26,7 @@ from deploy.cli.common import (
 )
 from deploy.cli.options import PATH, options
 from deploy.errors import UsageError
-from deploy.evaluation.many_options import ActorOptions, BatchOptions
+from deploy.evaluation.many_options import SUFFIXES, ActorOptions, BatchOptions
 from deploy.options import collect, option_names
 from deploy.words import as_utf8, count_of, printable
 
@@ -44,13 +44,13 @@ _SAY_S = 10.0
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True, metavar="P", help="Leave out boxes below it."
 )
-@click.option("-o", "out", type=PATH, metavar="DIR", help="Write a PNG of each image: its mask, or the image with its boxes.")
 @click.option(
+    "-o",
     "--out",
-    "rows_file",
     type=PATH,
-    metavar="FILE",
-    help="Write a row for each image to FILE.jsonl or FILE.parquet; go on where it was interrupted.",
+    metavar="FILE|DIR",
+    help="Write a row for each image to FILE.jsonl or FILE.parquet, and go on where it was interrupted; or into DIR a PNG of each, its mask"
+    " or the image with its boxes.",
 )
 @options(BatchOptions)
 @click.option(
@@ -76,13 +76,12 @@ def command(
     device: str,
     threads: int | None,
     as_json: bool,
-    rows_file: Path | None,
     address: str | None,
     **given: Any,
 ) -> None:
     """Show what a model makes of images: the likeliest classes, the classes of a mask, or boxes in pixels (x1 y1 x2 y2).
 
-    Files that cannot be used are said at the end, with exit status 1; the others have their results. With --out, any number of files is
+    Files that cannot be used are said at the end, with exit status 1; the others have their results. With --out FILE, any number of files is
     taken, .npz too: of folders, of patterns in quotes, and of lists of paths, .txt or .parquet.
     """
     from deploy.evaluation.predict import predict  # loads heavy libraries
@@ -91,10 +90,12 @@ def command(
     images = [Path(path) for path in paths[named:]]
     if not images:
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
+    rows_file = out if out is not None and out.suffix.lower() in SUFFIXES else None
     on = _actors(address, rows_file, given)
     common: dict[str, Any] = {"top": top, "backend": backend, "device": device, "threads": threads}
     if rows_file is not None:
-        _check_rows()
+        if _typed(("min_score",)):
+            raise UsageError("`min_score` is for boxes, and the rows in a file are of classes: leave it out")
         artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
         _predict_many(artifact, paths[named:], rows_file, collect(BatchOptions, given, **common), on, as_json)
         return
@@ -119,17 +120,11 @@ def _typed(names: Sequence[str]) -> list[str]:
     return [name for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
-def _check_rows() -> None:
-    """Raise UsageError for options of pictures beside `--out`."""
-    if typed := _typed(("min_score", "out")):
-        raise UsageError(f"--out writes rows of classes: leave out {'-o' if typed[-1] == 'out' else '--min-score'}")
-
-
 def _actors(address: str | None, rows_file: Path | None, given: dict[str, Any]) -> ActorOptions | None:
     """None without `--ray`. Raises UsageError for options that do not fit together."""
     typed = _typed(list(given))
     if rows_file is None and (address is not None or typed):
-        raise UsageError(f"{'--ray' if address is not None else f'`{typed[0]}`'} needs --out")
+        raise UsageError(f"{'--ray' if address is not None else f'`{typed[0]}`'} needs --out FILE.jsonl or FILE.parquet")
     if address is None:
         if alone := [name for name in typed if name in option_names(ActorOptions)]:
             raise UsageError(f"`{alone[0]}` needs --ray")

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from deploy.errors import UsageError
 from deploy.options import option
 
+SUFFIXES = (".jsonl", ".parquet")
+"""Of files of rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:

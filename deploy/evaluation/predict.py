@@ -120,7 +120,10 @@ def predict(
     task = task_of(artifact)
     preprocess = image_inputs(artifact)[0].preprocess  # raises now what no path can mend
     if out is not None and task == "classify":
-        raise UsageError(f"{artifact.location} is a classifier, and there are no pictures of its answers: leave out `out`")
+        raise UsageError(
+            f"{artifact.location} is a classifier, and there are no pictures of its answers: leave out `out`;"
+            " `deploy predict` writes rows of them to FILE.jsonl or FILE.parquet"
+        )
     paths = [paths] if isinstance(paths, str | Path) else paths
     found = [entry for path in paths for entry in _expand(Path(path), len(artifact.manifest.inputs) > 1, skip)]
     if not found:

@@ -17,10 +17,10 @@ import msgspec
 
 from deploy.errors import BackendError, OutputError, UsageError
 from deploy.evaluation.batch import Item, Row
+from deploy.evaluation.many_options import SUFFIXES
 from deploy.host.extras import missing
 from deploy.words import as_utf8
 
-SUFFIXES = (".jsonl", ".parquet")
 _ROWS_OF_A_PART = 4096
 _SECONDS_OF_A_PART = 5.0
 

@@ -182,7 +182,7 @@ def test_an_input_of_the_wrong_rank(run: Run, lenet5: Artifact, tmp_path: Path) 
         (("convert", "--fp16", "--bf16"), "--fp16"),
         (("convert", "--fp16"), "no FP32 ONNX artifact under build"),
         (("build-trt", "--fp16", "--bf16"), "exclude"),
-        (("eval",), "IMAGEFOLDER"),
+        (("eval",), "DIR|FILE.json"),
         (("predict",), "no image"),
         (("bench", "--batch", "1,x"), "--batch"),
         (("exprot",), "export"),

@@ -13,7 +13,7 @@ Run = Callable[..., Any]
 def test_the_session_of_the_help_text_works_as_it_stands(run: Run, folder: Path) -> None:
     exported = run("export", "--arch", "lenet5", "--weights", "w.pth", "--classes", "classes.txt")
     assert exported.status == 0, exported.err
-    assert exported.out.startswith("build/lenet5: ONNX, fp32, 249 kB\n")
+    assert exported.out.startswith("build/lenet5: ONNX, fp32, 250 kB\n")
     assert "warning" not in exported.err
 
     built = run("build-trt", "--fp16")

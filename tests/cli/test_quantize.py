@@ -107,7 +107,7 @@ def test_a_net_of_products_is_quantized_and_built_in_fp8(
     [
         ((), 2, "--calib"),
         (("--calib", "missing"), 1, "no folder at missing"),
-        (("--calib", "empty"), 1, "empty holds nothing"),
+        (("--calib", "empty"), 1, "empty holds no images"),
         (("--calib", "digits", "--images", "0"), 2, "1 or more"),
         (("--calib", "digits", "--method", "least"), 2, "max, percentile, mse, entropy"),
         (("--calib", "digits", "--max-drop", "1"), 2, "--eval"),

@@ -155,5 +155,5 @@ def test_what_cannot_be_calibrated_on_is_refused_at_once(make, images, tmp_path)
     with pytest.raises(DataError, match="no folder"):
         calibration_set(make(("N", 1, 4, 4)), tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds nothing"):
+    with pytest.raises(DataError, match="holds no images"):
         calibration_set(make(("N", 1, 4, 4)), tmp_path / "empty")

@@ -109,18 +109,18 @@ def speedups(name: str, bars: Sequence[Bar]) -> str:
 def spreads(name: str, rows: Sequence[Spread]) -> str:
     """Histograms of latencies on one axis, with p50 and p99 marked."""
     top, step = 6, 50
-    height = top + step * len(rows) + 24
+    height = top + step * len(rows) + 38
     low = min(min(row.samples_ms) for row in rows) * 0.95
     high = max(float(np.percentile(row.samples_ms, 99.9)) for row in rows) * 1.05
     axis = _Axis(low, high, _LEFT, WIDTH - _RIGHT)
     parts = []
-    bottom = height - 20
+    bottom = height - 34
     for value in axis.ticks():
         parts += [
             _line(axis(value), top, axis(value), bottom, "grid"),
-            _text(axis(value), height - 6, f"{value:g}", "tick middle"),
+            _text(axis(value), bottom + 14, f"{value:g}", "tick middle"),
         ]
-    parts.append(_text(WIDTH - 2, height - 6, "ms", "tick end"))
+    parts.append(_text(WIDTH - _RIGHT, bottom + 28, "ms", "tick end"))
     for index, row in enumerate(rows):
         base = top + (index + 1) * step - 8
         edges = axis.edges(_BINS)
