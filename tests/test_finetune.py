@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_are_refused_and_in_part_loaded_when_asked(mobil
     assert [mismatch.name for mismatch in report.mismatched] == ["fc.weight", "fc.bias"]
     assert len(report.loaded) == 135
     with pytest.raises(CheckpointError, match="no tensor of the checkpoint has a shape of this one's"):
-        load_weights(create("mlp"), path, allow_partial=True)
+        load_weights(nn.Linear(7, 3), path, allow_partial=True)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_weights(net, path.with_name("other.pth"))
     with pytest.raises(UsageError, match="unknown match 'size'"):

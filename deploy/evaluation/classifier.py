@@ -63,3 +63,9 @@ def warn_if_null(backend: str) -> None:
     """Log a warning that the classes mean nothing where `backend` computes nothing."""
     if not BACKENDS[backend].computes:
         logger.warning("%s computes nothing: all logits are 0, so that only the speed means something", backend)
+
+
+def class_name(artifact: Artifact, index: int) -> str:
+    """The name of a class; its number where it has none."""
+    names = artifact.manifest.classes
+    return names[index] if names and index < len(names) else str(index)

@@ -11,6 +11,7 @@ from deploy.artifact.image_ops import picture_size
 from deploy.artifact.placement import Placement
 from deploy.artifact.preprocess import Preprocess
 from deploy.errors import DataError, UsageError
+from deploy.evaluation.classifier import class_name
 
 
 def decode_of(artifact: Artifact) -> Decode:
@@ -52,3 +53,17 @@ def placement_of(preprocess: Preprocess, source: Path | bytes) -> Placement:
 
 def _classes(artifact: Artifact) -> int | None:
     return None if artifact.manifest.classes is None else len(artifact.manifest.classes)
+
+
+def named_boxes(artifact: Artifact, found: Detections) -> tuple[tuple[str, float, tuple[float, float, float, float]], ...]:
+    """Boxes with the names of their classes."""
+    made = []
+    for box, score, label in zip(*found, strict=True):
+        x1, y1, x2, y2 = (float(part) for part in box)
+        made.append((class_name(artifact, int(label)), float(score), (x1, y1, x2, y2)))
+    return tuple(made)
+
+
+def boxes_json(boxes: Sequence[tuple[str, float, tuple[float, ...]]]) -> list[dict[str, Any]]:
+    """Boxes as they stand in JSON."""
+    return [{"class": name, "score": score, "box": list(box)} for name, score, box in boxes]

@@ -19,11 +19,11 @@ from deploy.data.records import record_input
 from deploy.data.table import find_table
 from deploy.errors import DataError, OutputError, UsageError
 from deploy.evaluation.classifier import check_names, class_scores, likeliest, warn_if_null
-from deploy.evaluation.detector import detect, placement_of
+from deploy.evaluation.detector import boxes_json, detect, named_boxes, placement_of
 from deploy.evaluation.differences import shown
 from deploy.evaluation.labelled import Batch, Skip, run_batch
 from deploy.evaluation.pictures import OUTSIDE, boxed, mask_image, picture
-from deploy.evaluation.segmenter import picture_map
+from deploy.evaluation.segmenter import picture_map, shares
 from deploy.evaluation.tasks import task_of
 from deploy.progress import Progress, silent
 from deploy.runtime.load import load
@@ -72,11 +72,6 @@ class Detected:
 
     def to_json(self) -> dict[str, Any]:
         return {"path": as_utf8(self.path), "boxes": boxes_json(self.boxes), **_written(self.picture)}
-
-
-def boxes_json(boxes: Sequence[tuple[str, float, tuple[float, ...]]]) -> list[dict[str, Any]]:
-    """Boxes as they stand in JSON."""
-    return [{"class": name, "score": score, "box": list(box)} for name, score, box in boxes]
 
 
 def _written(path: Path | None) -> dict[str, str]:
@@ -171,31 +166,9 @@ def _segmented(artifact: Artifact, preprocess: Preprocess, results: Feed, files:
     return made
 
 
-def shares(artifact: Artifact, mask: np.ndarray) -> tuple[tuple[str, float], ...]:
-    """The classes in a mask, the largest first, with their shares of the pixels that the model saw."""
-    seen = mask[mask != OUTSIDE]
-    indices, counts = np.unique(seen, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return tuple((_name(artifact, int(indices[each])), float(counts[each] / max(seen.size, 1))) for each in order)
-
-
 def _detected(artifact: Artifact, preprocess: Preprocess, results: Feed, files: Sequence[Path], least: float) -> list[Detected]:
     found = detect(artifact, results, [placement_of(preprocess, path) for path in files])
     return [Detected(path=path, boxes=named_boxes(artifact, shown(each, least))) for path, each in zip(files, found, strict=True)]
-
-
-def named_boxes(artifact: Artifact, found: Detections) -> tuple[tuple[str, float, tuple[float, float, float, float]], ...]:
-    """Boxes with the names of their classes."""
-    made = []
-    for box, score, label in zip(*found, strict=True):
-        x1, y1, x2, y2 = (float(part) for part in box)
-        made.append((_name(artifact, int(label)), float(score), (x1, y1, x2, y2)))
-    return tuple(made)
-
-
-def _name(artifact: Artifact, index: int) -> str:
-    names = artifact.manifest.classes
-    return names[index] if names and index < len(names) else str(index)
 
 
 def _drawn(made: Segmented | Detected, target: Path, artifact: Artifact, preprocess: Preprocess) -> Segmented | Detected:

@@ -9,6 +9,8 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.placement import Placement
 from deploy.artifact.tensors import TensorSpec, format_specs
 from deploy.errors import UsageError
+from deploy.evaluation.classifier import class_name
+from deploy.evaluation.pictures import OUTSIDE
 
 
 def map_output(artifact: Artifact) -> TensorSpec:
@@ -76,3 +78,11 @@ def picture_map(
     array = results[map_output(artifact).name][row : row + 1]
     (found,) = class_maps(artifact, array, (placement.input_height, placement.input_width))
     return placement.map_to_picture(found, outside)
+
+
+def shares(artifact: Artifact, mask: np.ndarray) -> tuple[tuple[str, float], ...]:
+    """The classes in a mask, the largest first, with their shares of the pixels that the model saw."""
+    seen = mask[mask != OUTSIDE]
+    indices, counts = np.unique(seen, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return tuple((class_name(artifact, int(indices[each])), float(counts[each] / max(seen.size, 1))) for each in order)

@@ -15,10 +15,9 @@ from deploy.artifact.placement import Placement
 from deploy.artifact.tensors import Feed
 from deploy.data.images import ImageInput, image_input
 from deploy.errors import DataError, InputError, UsageError
-from deploy.evaluation.detector import detect, placement_of
+from deploy.evaluation.detector import detect, named_boxes, placement_of
 from deploy.evaluation.differences import shown
 from deploy.evaluation.pictures import OUTSIDE, mask_image, png
-from deploy.evaluation.predict import named_boxes
 from deploy.evaluation.segmenter import picture_map
 from deploy.evaluation.tasks import Task, task_of
 from deploy.serving.middleware import json_response

@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Receive
 from deploy.data.images import image_input
 from deploy.errors import InputError, RefusedError, UnavailableError
 from deploy.evaluation.classifier import class_scores, likeliest
-from deploy.evaluation.predict import boxes_json, shares
+from deploy.evaluation.detector import boxes_json
+from deploy.evaluation.segmenter import shares
 from deploy.evaluation.tasks import Task
 from deploy.serving import answers, metrics
 from deploy.serving.body import compress, read_body

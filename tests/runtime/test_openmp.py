@@ -6,6 +6,7 @@ import os, signal, sys
 
 import torch
 
+import deploy
 import deploy.runtime.openmp as openmp
 
 torch.set_num_threads(2)
