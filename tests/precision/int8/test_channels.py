@@ -105,7 +105,7 @@ def test_vectors_of_zeros_which_padding_makes_do_not_judge() -> None:
     for row in (data[index] for index in range(64) if index % 16 in (3, 7, 11)):  # of every four that judge, one is left
         row["x"][:] = 0
     graph = ir.from_proto(prepare(net(BODIES["activation"]), opset=20))
-    assert set(choose_channels(graph, place(graph, Selection()), data, per_tensor=False, corrected=True)) == {"h"}
+    assert set(choose_channels(graph, place(graph, Selection()), data, INT8, per_tensor=False, corrected=True)) == {"h"}
 
 
 def sqnr(body: str, folder: Path, *, fp16: bool, batch_size: int = 2) -> float:
@@ -184,4 +184,4 @@ def test_nets_with_planted_outlier_channels_keep_25_dB(name: str, tmp_path: Path
     result = difference(found - usual, exact - usual).sqnr_db
     assert result is not None
     assert result >= 25
-    assert made.calibration.int8_share == 1
+    assert made.calibration.share == 1
