@@ -87,5 +87,6 @@ def test_out_takes_lists_and_patterns_and_writes_a_row_for_each(run: Run, folder
         ("images/digit 3/0.png", False), ("images/digit 3/1.png", False), ("images/digit 7/0.png", False), ("images/none.png", True),
     ]  # fmt: skip
     refused(run("predict", "images", "--out", "rows.csv"), 2, "lenet5 is a classifier, and there are no pictures", "FILE.jsonl")
+    refused(run("predict", "images", "--out", "other.jsonl", "--min-score", "0.5"), 2, "--min-score is for boxes")
     refused(run("predict", "images", "--batch-size", "2"), 2, "--batch-size needs --out")
     refused(run("predict", "images", "--out", "other.jsonl", "--actors", "2"), 2, "--actors needs --ray")

@@ -217,12 +217,12 @@ def test_a_gate_that_other_programs_disturb_refuses_only_what_is_slower_all_the_
     engine = deploy.build_trt(lenet5, tmp_path / "engine")
     with OnTheCpu(engine, delay_s=0.03) as slow, OnTheCpu(engine, delay_s=0.0075) as fast, caplog.at_level(logging.WARNING):
         with processors(waiting=0.7):
-            ratio = check_faster(slow, fast, "net")  # type: ignore[arg-type]
+            ratio = check_faster(slow, fast, "net", "INT8")  # type: ignore[arg-type]
         assert ratio.value < 1 < ratio.high  # either may have been 5 times too slow
         assert "net: whether INT8 is faster than FP16 at batch 32 is uncertain, 0." in caplog.text
         assert "threads waited for a core in" in caplog.text
         with processors(waiting=0.1), pytest.raises(EngineError, match="INT8 is slower"):
-            check_faster(slow, fast, "net")  # type: ignore[arg-type]
+            check_faster(slow, fast, "net", "INT8")  # type: ignore[arg-type]
 
 
 def test_the_two_are_timed_at_the_largest_batch_of_all_profiles(

@@ -118,13 +118,13 @@ def test_the_accuracy_of_int8_is_compared_with_the_fp32_artifact(
 ) -> None:
     source = deploy.quantize(classifier, tmp_path / "int8", calib=digits) if quantized_before else classifier
     evaluated: list[str] = []
-    real = gate.evaluate
+    real = gate.measure
 
     def spy(artifact: Artifact, *args: Any, **options: Any) -> Any:
         evaluated.append(artifact.manifest.precision)
         return real(artifact, *args, **options)
 
-    monkeypatch.setattr(gate, "evaluate", spy)
+    monkeypatch.setattr(gate, "measure", spy)
     calib = None if quantized_before else digits
     engine = deploy.build_trt(source, tmp_path / "engine", int8=True, calib=calib, eval_folder=digits, max_drop=100)
     assert evaluated == ["fp32", "int8", "int8"]  # on both backends of the CPU
