@@ -11,6 +11,7 @@ from html import escape
 
 import numpy as np
 
+from deploy.artifact.summary import points_text
 from deploy.bench.report.labels import digits
 
 WIDTH = 360
@@ -212,7 +213,7 @@ def pareto(name: str, dots: Sequence[Dot], axis: str, unit: str) -> str:
     height, top, bottom, left = 260, 14, 228, 46
     across = _Axis(min(dot.x for dot in dots) * 0.8, max(dot.x for dot in dots) * 1.25, left, WIDTH - _RIGHT)
     low, high = min(dot.y for dot in dots), max(dot.y for dot in dots)
-    margin = max(0.25, (high - low) * 0.15)
+    margin = max(0.25 if unit else abs(high) * 0.01, (high - low) * 0.15) or 0.01
     up = _Axis(low - margin, high + margin, bottom, top, even=True)
     parts = []
     for value in up.ticks():
@@ -236,7 +237,7 @@ def pareto(name: str, dots: Sequence[Dot], axis: str, unit: str) -> str:
             ring = f' fill-opacity="0" stroke="var(--c{dot.colour})" stroke-width="1.5"'
         parts.append(f'<circle cx="{across(dot.x):.1f}" cy="{up(dot.y):.1f}" r="6" fill="var(--c{dot.colour})"{ring}/>')
     description = "; ".join(
-        f"{dot.label}: {f'{dot.y:.2f} {unit}'.rstrip()} at {digits(dot.x)} ms"
+        f"{dot.label}: {points_text(dot.y, unit)} at {digits(dot.x)} ms"
         f"{', on the front' if dot.front else ''}{'' if dot.certain else ', uncertain'}"
         for dot in dots
     )
