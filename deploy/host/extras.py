@@ -16,7 +16,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "serving": {"grpc": "grpcio", "google": "protobuf", "starlette": "starlette", "uvicorn": "uvicorn"},
     "ray": {"ray": "ray"},
-    "otel": {"opentelemetry": "opentelemetry-sdk"},
+    "otel": {"opentelemetry": "opentelemetry-sdk", "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-http"},
     "parquet": {"pyarrow": "pyarrow"},
     "loadgen": {"mlperf_loadgen": "mlcommons-loadgen"},
 }
