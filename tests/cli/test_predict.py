@@ -86,6 +86,6 @@ def test_out_takes_lists_and_patterns_and_writes_a_row_for_each(run: Run, folder
     assert [(row["path"], "error" in row) for row in rows] == [
         ("images/digit 3/0.png", False), ("images/digit 3/1.png", False), ("images/digit 7/0.png", False), ("images/none.png", True),
     ]  # fmt: skip
-    refused(run("predict", "images", "--out", "rows.csv"), 2, "--out rows.csv must end with")
+    refused(run("predict", "images", "--out", "rows.csv"), 2, "rows.csv must end with .jsonl or .parquet")
     refused(run("predict", "images", "--batch-size", "2"), 2, "--batch-size needs --out")
     refused(run("predict", "images", "--out", "other.jsonl", "--actors", "2"), 2, "--actors needs --ray")
