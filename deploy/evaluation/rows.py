@@ -158,7 +158,7 @@ class Parquet(RowsFile):
 def check_out(path: Path) -> None:
     """Raise UsageError for a name whose suffix is not known, and OutputError where nothing can be written."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"`out` {path} must end with {' or '.join(SUFFIXES)}")
+        raise UsageError(f"{path} must end with {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise OutputError(f"no folder at {path.parent}")
 

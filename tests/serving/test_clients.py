@@ -1,6 +1,7 @@
 """Both doors with the clients that Triton's users have, and their answers against the session itself."""
 
 import asyncio
+import json
 import queue
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.serving.numbers import LARGE_BYTES
 
 from .conftest import Server
 
@@ -200,6 +202,21 @@ def test_outputs_come_as_classes_where_that_is_asked_for(door: Any) -> None:
     found = client.infer("digits", [tensor(module, "input", x)], outputs=[output]).as_numpy("logits")
     assert found.shape == (2, 3)
     assert [[int(text.split(b":")[1]) for text in row] for row in found] == np.argsort(-logits, axis=1)[:, :3].tolist()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_json_that_is_read_in_pieces_is_answered_as_any_other(server: Server, shared_lenet5: Artifact, flat: bool) -> None:
+    x = images(16)
+    data = x.reshape(-1).tolist() if flat else x.tolist()
+    tensors = [{"name": "input", "datatype": "FP32", "shape": list(x.shape), "data": data}]
+    content = json.dumps({"id": "7", "inputs": tensors}, separators=("," + " " * 100, ":")).encode()
+    assert len(content) > LARGE_BYTES
+    request = urllib.request.Request(f"http://{server.http}/v2/models/digits/infer", content)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        document = json.loads(answer.read())
+    assert document["id"] == "7"
+    with deploy.load(shared_lenet5) as session:
+        np.testing.assert_allclose(document["outputs"][0]["data"], session(x).reshape(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_options_that_are_not_known_are_refused(door: Any) -> None:
