@@ -1,4 +1,4 @@
-"""Outlier channels planted into a trained transformer, without changing what it computes.
+"""Outlier channels planted into a trained transformer, which computes nearly the same afterwards.
 
 Large transformers have channels of the residual stream at a thousand times the others, on every token (Dettmers et al. 2022,
 arXiv:2208.07339; Sun et al. 2024, arXiv:2402.17762); small ones that are trained for minutes do not. Two channels of opposite
