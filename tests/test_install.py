@@ -105,7 +105,9 @@ def test_the_commands_of_a_service_host_work(lean: Lean, host: Path) -> None:
     assert json.loads(evaluated.stdout)["top1"] == deploy.evaluate(host / "net", host / "digits").top1
     inspected = lean.run("deploy", "inspect", "net", "--json", cwd=host)
     assert json.loads(inspected.stdout)["digest"] == Artifact.open(host / "net").manifest.digest
-    report = json.loads(lean.run("deploy", "doctor", "--json", cwd=host).stdout)
+    doctor = lean.run("deploy", "doctor", "--json", cwd=host)
+    assert doctor.returncode == 0, doctor.stderr
+    report = json.loads(doctor.stdout)
     available = {backend["name"] for backend in report["backends"] if backend["available"]}
     assert available == {"onnxruntime", "null"}
 

@@ -115,4 +115,8 @@ def _install(extra: str) -> str:
 
 def _installed(module: str, distribution: str) -> str | None:
     """The version of a distribution whose module can be found; None if it is missing."""
-    return versions((distribution,))[distribution] if importlib.util.find_spec(module) else None
+    return (
+        versions((distribution,))[distribution]
+        if all(map(importlib.util.find_spec, (module.partition(".")[0], module)))
+        else None
+    )
