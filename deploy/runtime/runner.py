@@ -46,7 +46,6 @@ class Runner(ProcessBound):
         nested = self._under_way.count(thread) > 1  # in a run whose end the fork waits for
         while self._barred:
             if self._closed:
-                lifetime.leave_if_ending()
                 raise closed_error(self.name)
             if not nested:
                 self._under_way.remove(thread)
@@ -106,4 +105,6 @@ class Runner(ProcessBound):
 
 
 def closed_error(name: str) -> SessionClosedError:
+    """What to raise of a closed session called `name`; at the end of the program, a thread of the program's own ends here instead."""
+    lifetime.leave_if_ending()
     return SessionClosedError(f"the session on {name!r} is closed")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+import deploy
 from deploy.artifact.artifact import Artifact
+from deploy.runtime import lifetime
 
 
 @pytest.fixture
@@ -154,3 +157,31 @@ def test_a_program_with_work_queued_ends_with_its_own_status(artifact_for: Calla
     assert (done.returncode, done.stdout) == (0, "")
     lines = [line for line in done.stderr.splitlines() if not line.startswith((" ", "Traceback"))]
     assert lines == ["RuntimeError: the program's own"]  # and no word of threads that were ended
+
+
+@pytest.mark.parametrize("use", ["check", "run", "run_async", "stream", "submit", "pipeline"])
+def test_at_the_end_of_the_program_a_thread_leaves_whatever_it_finds_closed(
+    shared_lenet5: Artifact, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    feed = {"input": np.zeros((1, 1, 28, 28), np.float32)}
+    session = deploy.load(shared_lenet5, backend="null")
+    batcher = deploy.Batcher(session)
+    pipeline = deploy.Pipeline(batcher, dict, dict)
+    uses = {
+        "check": lambda: session.check(feed),
+        "run": lambda: session.run(feed),
+        "run_async": lambda: session.run_async(feed),
+        "stream": lambda: next(stream),
+        "submit": lambda: batcher.submit(feed),
+        "pipeline": lambda: pipeline.submit(feed).result(),
+    }
+    stream = session.stream([feed, feed])
+    next(stream)
+    for each in (pipeline, batcher, session):
+        each.close()
+    with pytest.raises(deploy.DeployError, match="closed"):
+        uses[use]()
+    stream = session.stream([feed, feed])
+    monkeypatch.setattr(lifetime, "_ender", -1)  # another thread ends the program
+    with pytest.raises(SystemExit):
+        uses[use]()

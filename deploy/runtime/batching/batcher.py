@@ -234,6 +234,7 @@ class Batcher(ProcessBound):
         self.close()
 
     def _closed_error(self) -> SessionClosedError:
+        leave_if_ending()
         return SessionClosedError(f"the batcher of {self.session.name!r} is closed")
 
     def _request(
@@ -262,7 +263,6 @@ class Batcher(ProcessBound):
     def _put(self, request: Request) -> None:
         with self._condition:
             if self._closed:
-                leave_if_ending()
                 raise self._closed_error()
             if self._queue.rows + request.rows > self.options.queue_rows:
                 raise QueueFullError(

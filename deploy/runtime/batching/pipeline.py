@@ -11,7 +11,7 @@ import numpy as np
 from deploy.errors import SessionClosedError, UsageError
 from deploy.runtime.batching.batcher import Batcher
 from deploy.runtime.batching.queue import NORMAL_PRIORITY, Outputs
-from deploy.runtime.lifetime import ProcessBound, bind
+from deploy.runtime.lifetime import ProcessBound, bind, leave_if_ending
 from deploy.runtime.tasks import RunFuture, TaskPool
 
 
@@ -82,6 +82,7 @@ class Pipeline(ProcessBound):
             raise self._closed_error()
 
     def _closed_error(self) -> SessionClosedError:
+        leave_if_ending()
         return SessionClosedError(f"the pipeline of {self.batcher.session.name!r} is closed")
 
     def _end(self) -> None:
