@@ -2,13 +2,15 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 
 from deploy.host import cpu_use
+from deploy.host.core_probe import CoreProbe, CoreState
 
 STAT = """\
 cpu  6114912 658733 1056876 2258097 52113 0 9041 11347 0 0
@@ -25,6 +27,9 @@ procs_blocked 0
 SCHEDSTAT = "6712439021 318722104 5210\n"
 """Nanoseconds that a thread ran and waited, and how often it was put on a processor."""
 
+CORES = CoreState(step_ns=10.9, handoff_us=0.16)
+"""Of two cores that share a cache and serve nobody else."""
+
 
 def stat(idle_s: float, stolen_s: float = 0.0) -> str:
     """`STAT` so many seconds of each processor later, for the processors that this process may run on."""
@@ -36,11 +41,12 @@ def stat(idle_s: float, stolen_s: float = 0.0) -> str:
 
 
 @contextmanager
-def processors(*, others: float = 0.0, waiting: float = 0.0) -> Iterator[None]:
+def processors(*, others: float = 0.0, waiting: float = 0.0, cores: Iterable[CoreState] = (CORES,)) -> Iterator[None]:
     """Let the kernel count `others` cores used by other programs, and every process waiting for one in this share of the time.
 
-    Everything above the files of proc(5) is real.
+    cores: what they are like, one measurement after the other, and again. Everything above the files of proc(5) and that is real.
     """
+    states = cycle(cores)
     start = time.monotonic()
     idle = 1 - others / len(os.sched_getaffinity(0))
 
@@ -57,4 +63,5 @@ def processors(*, others: float = 0.0, waiting: float = 0.0) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_use, "_text", text)
         patch.setattr(cpu_use, "_used_s", lambda pid: 0.0)
+        patch.setattr(CoreProbe, "measure", lambda probe: next(states))
         yield

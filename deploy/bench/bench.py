@@ -86,7 +86,7 @@ def bench(
         peak = measure_peak()  # after the candidates: their processes are gone
         where["peak"] = {"gflops": peak.flops / 1e9, "gbytes_per_s": peak.bytes_per_s / 1e9}
         rows = _under_roof(rows, workers.candidates, peak)
-    where["disturbance"] = disturbance(run.uses, run.repeated)
+    where["disturbance"] = disturbance(run.uses, run.repeated, run.cores)
     where["gpu_during"] = summed_up(run.gpu)
     where["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     if options.evaluate is not None and not interrupted:

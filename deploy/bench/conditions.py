@@ -4,12 +4,13 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from deploy.evidence.disturbance import LIMIT, Use, fewer_threads, together, unmeasured
+from deploy.host.core_probe import CoreState
 from deploy.host.cpu import cache_bytes, cpu_model, governor, usable_cores
 from deploy.host.cpu_limit import cpu_limit
 from deploy.host.nvidia_smi import gpu_state
@@ -36,10 +37,11 @@ def conditions(*, threads: int, device: str) -> dict[str, Any]:
     }
 
 
-def disturbance(uses: Sequence[Use], repeated: int) -> dict[str, Any]:
-    """What other programs did in the rounds, JSON-able. uses: by batch size. repeated: the rounds that were taken in the place of others.
+def disturbance(uses: Sequence[Use], repeated: int, cores: Sequence[CoreState]) -> dict[str, Any]:
+    """What other programs did in the rounds, JSON-able.
 
-    others_cores: of `cores`, on average; fewer_threads: so many `threads` would leave them free, None where that does not help.
+    uses: by batch size. repeated: the rounds that were taken in the place of others. cores: as they were for each batch size.
+    step_ns, handoff_us: the least and the most of them; None if not known. others_cores: of `cores`, on average; fewer_threads: so many `threads` would leave them free, None where that does not help.
     limit: the share of the time that others may take. not_measured: what this machine does not tell, in words.
     """
     whole = together(uses)
@@ -49,9 +51,16 @@ def disturbance(uses: Sequence[Use], repeated: int) -> dict[str, Any]:
         "cores": whole.cores,
         "limit": LIMIT,
         "repeated_rounds": repeated,
+        "step_ns": _ends(state.step_ns for state in cores),
+        "handoff_us": _ends(state.handoff_us for state in cores),
         "fewer_threads": fewer_threads(whole),
         "not_measured": unmeasured(whole),
     }
+
+
+def _ends(values: Iterable[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return [min(known), max(known)] if known else None
 
 
 def revision(folder: Path | None = None) -> str | None:

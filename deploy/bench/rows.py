@@ -22,7 +22,8 @@ class BenchRow:
     `no difference` if the interval spans 1, or `uncertain`. certain: whether what others did leaves the times of the row and of its
     baseline as they are, within `disturbance.MOST`; uncertain_because: why not. others_cores: cores that other programs used in the
     rounds. waited_share: of the time in which a thread of the candidate, or of the baseline, waited for a core. Of the
-    two, these are of the one that was disturbed more; None if not known.
+    two, these are of the one that was disturbed more; None if not known. step_ns, handoff_us: how fast the cores were in these
+    rounds, and how far apart, see `host.core_probe.CoreState`; None if not known.
     max_abs_error: the largest difference to the baseline's outputs on the same input, None if only one of the two is
     finite. first_ms: the first run of the first batch size after opening, which took load_s. peak_bytes, gpu_bytes: memory of
     the candidate's process, libraries included; gpu_bytes is None without a GPU. size_bytes: size on disk of what runs.
@@ -53,6 +54,8 @@ class BenchRow:
     uncertain_because: str | None
     others_cores: float | None
     waited_share: float | None
+    step_ns: float | None
+    handoff_us: float | None
     max_abs_error: float | None
     first_ms: float
     load_s: float

@@ -13,9 +13,10 @@ from deploy.bench.candidate.process import CandidateProcess
 from deploy.bench.plan import Candidate
 from deploy.bench.rows import UNCERTAIN, BenchRow, verdict_of
 from deploy.bench.workers import Workers
-from deploy.evidence.disturbance import Measured, Round, Turn, Use, reason, take_rounds, take_turn
+from deploy.evidence.disturbance import Measured, Round, Turn, Use, take_rounds, take_turn
 from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency
+from deploy.host.core_probe import CoreState
 from deploy.host.nvidia_smi import gpu_watched
 from deploy.runtime.catalog import recorded_accuracy
 from deploy.runtime.profiling import DeviceTimes
@@ -29,7 +30,7 @@ class Run:
     """The rounds of one benchmark.
 
     rows: what has been measured. inputs: by batch size, how many inputs and of how many bytes. gpu: its states during the rounds.
-    uses: what others did to the baseline, by batch size. repeated: rounds that were taken beyond those planned, since others were disturbed.
+    uses: what others did to the baseline, by batch size. cores: as they were, if known. repeated: rounds that were taken beyond those planned, in the place of others.
     """
 
     def __init__(self, workers: Workers, folder: Path) -> None:
@@ -37,6 +38,7 @@ class Run:
         self.inputs: dict[str, dict[str, int]] = {}
         self.gpu: list[dict[str, str]] = []
         self.uses: list[Use] = []
+        self.cores: list[CoreState] = []
         self.repeated = 0
         self._workers = workers
         self._folder = folder
@@ -105,8 +107,10 @@ class Run:
     ) -> None:
         baseline = self._workers.baseline
         still = self._workers.still(list(rounds[0]))
-        measured = Measured.of([Round({each: turns[each] for each in still}) for turns in rounds], count)
+        measured = Measured.of([turns.only(still) for turns in rounds], count)
         self.uses.append(measured.use(baseline))
+        if measured.cores is not None:
+            self.cores.append(measured.cores)
         self.repeated += max(0, len(rounds) - count)
         for candidate in still:
             host, gpu = memory.get(candidate) or (0, None)
@@ -151,7 +155,8 @@ def _row(candidate: Candidate, batch: int, measured: Measured[Candidate], baseli
     speed = measured.ratio(baseline, candidate)
     accuracy = recorded_accuracy(candidate.artifact, candidate.backend)
     certain = measured.certain(candidate) and measured.certain(baseline)
-    use = max(measured.use(candidate), measured.use(baseline), key=lambda use: use.share or 0.0)
+    use = measured.most_disturbed(candidate, baseline)
+    cores = measured.cores
     return BenchRow(
         **candidate.named,
         batch=batch,
@@ -166,9 +171,11 @@ def _row(candidate: Candidate, batch: int, measured: Measured[Candidate], baseli
         speedup_high=speed.high,
         verdict="baseline" if candidate is baseline else verdict_of(speed) if certain else UNCERTAIN,
         certain=certain,
-        uncertain_because=None if certain else reason(use),
+        uncertain_because=None if certain else measured.reason(candidate, baseline),
         others_cores=use.others_cores,
         waited_share=use.waited_share,
+        step_ns=cores and cores.step_ns,
+        handoff_us=cores and cores.handoff_us,
         max_abs_error=None,
         first_ms=0.0,
         load_s=0.0,

@@ -15,15 +15,22 @@ wait, /proc/PID/task/*/schedstat), all threads together, since one of them holds
 that is not our own (/proc/stat less the time of this process and its descendants), beyond the cores that our threads leave free: the
 scheduler puts another program there. The former is exact and is of one candidate's turn; the latter also sees caches, siblings and
 virtual machines, comes in steps of 10 ms, and is of whole rounds.
+
+A hypervisor also disturbs without taking time: it moves the processors of a virtual machine apart and together, so that threads that wait
+for each other run at two speeds (lenet5 on two cores of one: 0.028 and 0.056 ms), and it lets another guest use the other half of a
+core. `host.core_probe` measures both before and after each round, and a round in which the cores were slower or farther apart than in
+others is taken again as a disturbed one is. If they were in all rounds nobody knows: what they were like stands beside the figures.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from deploy.evidence.timing import Ratio, paired_ratio
+from deploy.host.core_probe import CoreProbe, CoreState
 from deploy.host.cpu import physical_cores
 from deploy.host.cpu_use import Reading, take_reading, tick_s
 from deploy.words import count_of
@@ -36,6 +43,10 @@ LEAST = 5
 """Undisturbed rounds without which a measurement is uncertain."""
 MOST_SHARE = 0.99
 """Beyond, nothing is known of a time; figures stay finite."""
+APART = 1.6
+"""Cores are farther apart from so many times the time of a handoff on."""
+SLOW = 1.25
+"""Cores are slower from so many times the time of a step on."""
 
 SHOWN = 0.05
 """Cores of other programs from which they are named as a reason: less is shown as 0.0."""
@@ -171,7 +182,20 @@ def take_turn(process: int, threads: int, run: Callable[[], list[float]]) -> Tur
 
 
 class Round(dict[K, Turn]):
-    """The turns of one round, by candidate."""
+    """The turns of one round, by candidate. cores: what they were like before and after it; empty if not known."""
+
+    cores: tuple[CoreState, ...] = ()
+
+    def only(self, candidates: Iterable[K]) -> "Round[K]":
+        """The round without the turns of others."""
+        part = Round({candidate: self[candidate] for candidate in candidates})
+        part.cores = self.cores
+        return part
+
+    @property
+    def threads(self) -> int:
+        """The most threads of a candidate."""
+        return max((turn.use.threads for turn in self.values()), default=1)
 
     def use(self, candidate: K) -> Use:
         """What others did to a candidate: the waits of its own turn, and what they used in the whole round, as if spread over all turns."""
@@ -195,15 +219,44 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
     """
     start = time.monotonic()
     limit_s = math.inf
-    while sum(each.quiet for each in into) < count and time.monotonic() - start < limit_s:
-        into.append(take(len(into)))
-        if len(into) == count:
-            limit_s = 2 * (time.monotonic() - start)
+    with CoreProbe() as probe:
+        before = probe.measure()
+        while len(undisturbed(into)) < count and time.monotonic() - start < limit_s:
+            each = take(len(into))
+            after = probe.measure()
+            each.cores = (before, after) if before is not None and after is not None else ()
+            before = after
+            into.append(each)
+            if len(into) == count:
+                limit_s = 2 * (time.monotonic() - start)
+
+
+def undisturbed(rounds: Sequence[Round[K]], least: int = 1) -> list[Round[K]]:
+    """The rounds that nobody disturbed, and in which the cores were as near to each other and as fast as in the best `least` of these."""
+    quiet = [each for each in rounds if each.quiet]
+    if not all(each.cores for each in quiet):
+        return quiet
+    if all(each.threads > 1 for each in quiet):
+        quiet = _best(quiet, least, APART, lambda state: state.handoff_us or 0.0)
+    return _best(quiet, least, SLOW, lambda state: state.step_ns)
+
+
+def _best(rounds: list[Round[K]], least: int, times: float, of: Callable[[CoreState], float]) -> list[Round[K]]:
+    """At least so many of the rounds, those in which a time of the cores is at most so many times that of another one of these."""
+    longest = [max(map(of, each.cores)) for each in rounds]
+    for reference in sorted(longest):
+        best = [each for each, long in zip(rounds, longest, strict=True) if long <= times * reference]
+        if len(best) >= least:
+            return best
+    return rounds
 
 
 @dataclass(frozen=True)
 class Measured(Generic[K]):
-    """The rounds that figures are made of: undisturbed ones if there are `LEAST`, else the least disturbed. quiet: which of the two."""
+    """The rounds that figures are made of: undisturbed ones if there are `LEAST`, else the least disturbed.
+
+    quiet: which of the two.
+    """
 
     rounds: Sequence[Round[K]]
     quiet: bool
@@ -211,12 +264,22 @@ class Measured(Generic[K]):
     @classmethod
     def of(cls, rounds: Sequence[Round[K]], count: int) -> "Measured[K]":
         """At most `count` of `rounds`."""
-        quiet = [each for each in rounds if each.quiet]
-        if len(quiet) >= min(LEAST, count):
-            return cls(quiet[:count], quiet=True)
+        least = min(LEAST, count)
+        if len(best := undisturbed(rounds, least)) >= least:
+            return cls(best[:count], quiet=True)
         shares = [max(each.use(candidate).share or 0.0 for candidate in each) for each in rounds]
-        least = sorted(sorted(range(len(rounds)), key=shares.__getitem__)[:count])
-        return cls([rounds[index] for index in least], quiet=False)
+        calmest = sorted(sorted(range(len(rounds)), key=shares.__getitem__)[:count])
+        return cls([rounds[index] for index in calmest], quiet=False)
+
+    @property
+    def cores(self) -> CoreState | None:
+        """What the cores were like, in the median; None if not known."""
+        states = [state for each in self.rounds for state in each.cores]
+        handoffs = [state.handoff_us for state in states if state.handoff_us is not None]
+        if not states:
+            return None
+        step_ns = statistics.median(state.step_ns for state in states)
+        return CoreState(step_ns=step_ns, handoff_us=statistics.median(handoffs) if handoffs else None)
 
     def samples_s(self, candidate: K) -> list[list[float]]:
         """The seconds of each run of a candidate, round by round."""
@@ -229,6 +292,14 @@ class Measured(Generic[K]):
     def certain(self, candidate: K) -> bool:
         """Whether the times of a candidate are at most `MOST` times too long."""
         return self.quiet and self.use(candidate).quiet
+
+    def reason(self, *candidates: K) -> str:
+        """Why the times of these candidates are uncertain, the one that was disturbed most."""
+        return reason(self.most_disturbed(*candidates))
+
+    def most_disturbed(self, *candidates: K) -> Use:
+        """What others did to the one of these candidates that they disturbed most."""
+        return max(map(self.use, candidates), key=lambda use: use.share or 0.0)
 
     def ratio(self, baseline: K, candidate: K) -> Ratio:
         """`timing.paired_ratio`, its interval no narrower than what others did allows."""

@@ -78,7 +78,15 @@ def usable_cores() -> int:
 
 def physical_cores() -> int:
     """The number of physical cores that this process may run on."""
-    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+    return len(physical_core_cpus())
+
+
+def physical_core_cpus() -> list[int]:
+    """One logical CPU of each physical core that this process may run on, in order."""
+    first: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        first.setdefault(_siblings(cpu), cpu)
+    return list(first.values())
 
 
 def _siblings(cpu: int) -> str:

@@ -23,7 +23,7 @@ from deploy.engine.flavour import Flavour
 from deploy.engine.layers import engine_layers
 from deploy.engine.options import BuildOptions
 from deploy.errors import BackendError, EngineError
-from deploy.evidence.disturbance import Measured, Round, Turn, reason, take_rounds, take_turn
+from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
 from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare, constant_outputs, tiny_outputs
 from deploy.evidence.timing import Ratio, sample
 from deploy.pipeline.stage import fp32_source
@@ -157,7 +157,7 @@ def check_faster(quantized: TensorRTSession, fp16: Session, what: str, label: st
     else:
         logger.warning(
             "%s: whether %s is faster than FP16%s is uncertain, %s: %s; compare the two with `deploy bench` on a quieter machine",
-            what, label, where, spread, reason(max(map(measured.use, sessions), key=lambda use: use.share or 0.0)),
+            what, label, where, spread, measured.reason(*sessions),
         )  # fmt: skip
     return ratio
 

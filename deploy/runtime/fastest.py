@@ -13,7 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import request_digest
 from deploy.artifact.tensors import default_dims
 from deploy.errors import BackendError
-from deploy.evidence.disturbance import Measured, Round, Turn, reason, take_rounds, take_turn
+from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
 from deploy.host.cache import cache_folder, keep
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.host.versions import versions
@@ -58,14 +58,14 @@ def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
     remedy = "name a backend in place of fastest"
     dims = default_dims(manifest.inputs, manifest.profiles, image, known={}, remedy=remedy)
     measured = _time(artifact, auto_order(artifact), options, dims)
-    disturbed = next((measured.use(name) for name in measured.rounds[0] if not measured.certain(name)), None)
+    disturbed = next((name for name in measured.rounds[0] if not measured.certain(name)), None)
     if disturbed is not None and len(measured.rounds[0]) > 1:
         first = next(iter(measured.rounds[0]))
         logger.warning(
             "which backend is fastest for %s cannot be measured now: %s; %s is taken, the first in the order of auto, until it is opened"
             " on a quieter machine",
             artifact.shown,
-            reason(disturbed),
+            measured.reason(disturbed),
             first,
         )
         return first

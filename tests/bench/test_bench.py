@@ -55,7 +55,7 @@ def test_the_document_has_the_keys_of_the_contract_and_is_json(result: BenchResu
     for row in document["results"]:
         assert list(row) == [
             "artifact", "precision", "backend", "batch", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "mean_ms", "images_per_s",
-            "speedup", "speedup_low", "speedup_high", "verdict", "certain", "uncertain_because", "others_cores", "waited_share",
+            "speedup", "speedup_low", "speedup_high", "verdict", "certain", "uncertain_because", "others_cores", "waited_share", "step_ns", "handoff_us",
             "max_abs_error", "first_ms", "load_s", "peak_bytes", "gpu_bytes", "size_bytes", "top1", "top5", "accuracy_from", "score",
             "gflops", "roof_gflops", "gpu_ms", "h2d_ms", "d2h_ms", "samples_ms", "rounds",
         ]  # fmt: skip

@@ -3,7 +3,9 @@
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,12 +25,14 @@ from deploy.evidence.disturbance import (
     take_rounds,
     take_turn,
     together,
+    undisturbed,
     unmeasured,
     use_between,
 )
 from deploy.evidence.timing import Ratio, paired_ratio
+from deploy.host.core_probe import CoreState
 from deploy.host.cpu_use import Reading
-from tests.processors import processors
+from tests.processors import CORES, processors
 
 QUIET = Use(seconds=1.0, cores=2, threads=2, others_s=0.0, stolen_s=0.0, step_s=0.01, waited_s=0.0)
 
@@ -139,10 +143,11 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     made = Clock()
     monkeypatch.setattr("deploy.evidence.disturbance.time", made)
-    return made
+    with processors():
+        yield made
 
 
 def test_disturbed_rounds_are_taken_again(clock: Clock) -> None:
@@ -187,6 +192,82 @@ def test_a_few_undisturbed_rounds_are_enough_and_fewer_are_not() -> None:
         measured = Measured.of(rounds, 15)
         assert measured.certain("base") == certain
         assert len(measured.rounds) == (quiet if certain else 15)
+
+
+FAR, SLOW_CORES = replace(CORES, handoff_us=0.34), replace(CORES, step_ns=18.1)
+
+
+def like(*states: CoreState, threads: int = 2) -> Round[str]:
+    """An undisturbed round with the cores like this; its times are those that lenet5 has then."""
+    use = replace(QUIET, threads=threads)
+    base_s, own_s = (
+        (0.297e-3, 0.056e-3) if FAR in states else (0.41e-3, 0.035e-3) if SLOW_CORES in states else (0.252e-3, 0.028e-3)
+    )
+    made = Round({"base": Turn(samples_s=[base_s], use=use), "own": Turn(samples_s=[own_s], use=use)})
+    made.cores = states
+    return made
+
+
+@pytest.mark.parametrize(
+    ("states", "least", "kept"),
+    [
+        ([(CORES, CORES)] * 3, 1, [0, 1, 2]),
+        ([(CORES, FAR), (FAR, FAR), (CORES, CORES), (FAR, CORES)], 1, [2]),
+        ([(CORES, FAR), (FAR, FAR), (CORES, CORES), (FAR, CORES)], 2, [0, 1, 2, 3]),  # there are no two others
+        ([(SLOW_CORES, CORES), (CORES, CORES), (CORES, CORES)], 2, [1, 2]),
+        ([(SLOW_CORES, CORES), (FAR, CORES), (CORES, CORES), (CORES, CORES)], 2, [2, 3]),
+        ([(CORES, replace(CORES, step_ns=12.5, handoff_us=0.2)), (CORES, CORES)], 1, [0, 1]),  # within the limits
+        ([(replace(CORES, handoff_us=None),), (replace(SLOW_CORES, handoff_us=None),)], 1, [0]),  # one core
+        ([(CORES, CORES), (), (FAR, FAR)], 1, [0, 1, 2]),  # not known
+        ([], 1, []),
+    ],
+)
+def test_rounds_with_the_cores_slower_or_farther_apart_than_in_others_are_disturbed(
+    states: list[tuple[CoreState, ...]], least: int, kept: list[int]
+) -> None:
+    rounds = [like(*each) for each in states]
+    assert [id(each) for each in undisturbed(rounds, least)] == [id(rounds[index]) for index in kept]
+
+
+def test_a_thread_alone_hands_nothing_over() -> None:
+    rounds = [like(CORES, threads=1), like(FAR, threads=1), like(SLOW_CORES, threads=1)]
+    assert undisturbed(rounds) == rounds[:2]
+
+
+def test_figures_are_made_of_the_rounds_at_the_cores_best_and_the_others_are_taken_again(clock: Clock) -> None:
+    states = [FAR] * 5 + [CORES] * 4 + [SLOW_CORES] * 2 + [CORES] * 99
+    taken: list[Round[str]] = []
+
+    def take(turn: int) -> Round[str]:
+        clock.now += 1
+        return like(*states[turn : turn + 2])
+
+    with processors(cores=states):
+        take_rounds(take, 7, taken)
+    assert [each.cores for each in taken] == [(before, after) for before, after in pairwise(states[: len(taken) + 1])]
+    assert len(taken) == 14  # of the first 14, these are at their best: 5 to 7, and 11 to 13
+    measured = Measured.of(taken, 7)
+    assert len(measured.rounds) == 6
+    assert measured.certain("own")
+    assert measured.cores == CORES
+    assert measured.ratio("base", "own").value == pytest.approx(0.252 / 0.028)
+    assert taken[0].only(["own"]).cores == taken[0].cores
+
+
+def test_cores_that_are_never_at_their_best_for_long_leave_what_they_mostly_are() -> None:
+    rounds = [like(CORES, CORES)] * (LEAST - 1) + [like(FAR, FAR)] * 11
+    measured = Measured.of(rounds, 15)
+    assert len(measured.rounds) == 15
+    assert measured.cores == FAR
+    ratio = measured.ratio("base", "own")
+    assert ratio.low <= 0.297 / 0.056 * 1.001
+    assert ratio.high >= 0.252 / 0.028 * 0.999
+
+
+def test_the_reason_is_that_of_the_one_that_was_disturbed_most() -> None:
+    measured = Measured.of([round_of(0.3)] * 5, 5)
+    assert measured.reason("own", "base") == measured.reason("base") == "threads waited for a core in 30% of the time"
+    assert measured.cores is None
 
 
 def test_what_others_use_is_spread_over_the_turns_of_a_round() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deploy.evidence.disturbance import APART
 from deploy.words import count_of
 
 
@@ -34,3 +35,11 @@ def advice(disturbance: Mapping[str, Any]) -> str:
 def gaps(disturbance: Mapping[str, Any]) -> list[str]:
     """What could not be measured of other programs."""
     return [f"Not measured here: {what}." for what in disturbance["not_measured"]]
+
+
+def distance(disturbance: Mapping[str, Any]) -> str | None:
+    """How far apart the cores were; None if nobody knows, or there is one."""
+    if (ends := disturbance.get("handoff_us")) is None:
+        return None
+    least, most = ends
+    return f"{least:.2f} us from core to core" if most <= APART * least else f"{least:.2f} to {most:.2f} us from core to core"

@@ -10,6 +10,7 @@ import numpy as np
 
 from deploy.bench.rows import SCHEMA, UNCERTAIN, verdict_of
 from deploy.errors import UsageError
+from deploy.evidence.disturbance import APART, SLOW
 from deploy.evidence.timing import Ratio, bootstrap, interval
 
 TOLERANCE = 0.05
@@ -28,7 +29,8 @@ class Change:
     speed: how many times as fast as before, both relative to the baseline of their own run, so that a change of the machine's
     clock rate does not count; for the baseline itself, by its time. p50_ms: before and now. verdict: `faster` or `slower` where the
     candidate's own time moved the same way, both beyond their intervals; `uncertain` where it did not, for then it is the
-    baseline that moved, and where one of the runs was disturbed. uncertain_because: which of the two.
+    baseline that moved, where one of the runs was disturbed, and where the cores were slower or farther apart in one of them.
+    uncertain_because: which of the three.
     """
 
     artifact: str
@@ -130,6 +132,8 @@ def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str,
     if disturbed := [(name, row) for name, row in (("old", before), ("new", now)) if not row.get("certain", True)]:
         verdict = UNCERTAIN
         because = "; ".join(f"disturbed in the {name} run: {row['uncertain_because']}" for name, row in disturbed)
+    elif verdict != "no difference" and (moved := _moved(before, now)):
+        verdict, because = UNCERTAIN, moved
     elif verdict not in ("no difference", verdict_of(own)):
         verdict = UNCERTAIN
         because = "its own time did not move the same way: the baseline did, or was disturbed in one of the runs"
@@ -143,6 +147,16 @@ def _change(old: Mapping[Key, Mapping[str, Any]], new: Mapping[Key, Mapping[str,
         verdict=verdict,
         uncertain_because=because,
     )
+
+
+def _moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """That the cores were slower or farther apart in one of the runs, in words; None if they were not, or nobody knows."""
+    said = []
+    for key, limit, what in (("step_ns", SLOW, "ns for a step of a loop"), ("handoff_us", APART, "us from core to core")):
+        both = before.get(key), now.get(key)
+        if None not in both and max(both) > limit * min(both):
+            said.append(f"{both[0]:.3g} {what} in the old run and {both[1]:.3g} in the new one")
+    return f"the cores were not alike: {', '.join(said)}" if said else None
 
 
 def _baseline(rows: Mapping[Key, Mapping[str, Any]], batch: int) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from deploy.artifact.summary import points_text
+from deploy.bench.report import certainty
 from deploy.bench.report.labels import Labels, Row, digits, label_of, metric_name, score_of, speed_up
 from deploy.words import count_of
 
@@ -146,6 +147,7 @@ def conditions_list(document: Mapping[str, Any]) -> str:
         "governor": where["governor"] or "not reported by the kernel",
         "CPU limit": f"{where['cpu_limit']:g} cores, by control groups" if where["cpu_limit"] is not None else "none",
         "other programs": _others(where["disturbance"]),
+        "cores": _cores(where["disturbance"]),
         "load average": f"{where['load_average'][0]} before, {where['load_average_after'][0]} after",
         "GPU": _listed(where["gpu"] or {}) or "none used",
         "GPU during the rounds": _listed(where.get("gpu_during") or {}) or "\u2013",
@@ -158,13 +160,20 @@ def conditions_list(document: Mapping[str, Any]) -> str:
     return f"<section><h2>Conditions</h2><dl>{entries}</dl></section>"
 
 
+def _cores(disturbance: Mapping[str, Any]) -> str:
+    """What the cores were like."""
+    steps = disturbance.get("step_ns")
+    said = [] if steps is None else [f"{steps[1]:.1f} ns for a step of an interpreter's loop"]
+    return ", ".join([*said, certainty.distance(disturbance) or ""]).strip(", ") or "not measured"
+
+
 def _others(disturbance: Mapping[str, Any]) -> str:
     """What other programs did in the rounds that were taken."""
     used, waited = disturbance["others_cores"], disturbance["waited_share"]
     said = ["not measured" if used is None else f"{used:.2f} of {count_of(disturbance['cores'], 'core')}"]
     if waited is not None:
         said.append(f"the baseline's threads waited for a core in {waited:.1%} of the time")
-    return f"{', '.join(said)}; {count_of(disturbance['repeated_rounds'], 'disturbed round')} measured again"
+    return f"{', '.join(said)}; {count_of(disturbance['repeated_rounds'], 'round')} measured again"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deploy.artifact.summary import points_text
 from deploy.bench.candidate.layers import shares
-from deploy.bench.report.certainty import gaps, warnings
+from deploy.bench.report.certainty import distance, gaps, warnings
 from deploy.bench.report.compare import Comparison
 from deploy.bench.report.labels import baseline_name, digits, metric_name, short_names
 from deploy.bench.rows import UNCERTAIN, BenchResult, BenchRow, LayersRow
@@ -26,9 +26,10 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     console = Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)
     console.print(_table(result))
     conditions = result.conditions
-    where = f"{conditions['cpu']}, {count_of(conditions['threads'], 'thread')}, load average {conditions['load_average'][0]} at the start."
-    console.print(where, style="dim", markup=False)
     disturbance = conditions["disturbance"]
+    where = [conditions["cpu"], count_of(conditions["threads"], "thread"), f"load average {conditions['load_average'][0]} at the start"]
+    where += [] if (apart := distance(disturbance)) is None else [apart]
+    console.print(f"{', '.join(where)}.", style="dim", markup=False)
     uncertain = [(row.batch, row.uncertain_because) for row in result.results if row.uncertain_because is not None]
     if uncertain:
         console.print(" ".join(warnings(uncertain, disturbance)), style="yellow", markup=False)

@@ -74,6 +74,28 @@ def test_a_disturbed_run_is_marked_and_no_verdict_is_drawn_from_it(tmp_path: Pat
     assert "Uncertain: disturbed in the old run: other programs used 0.9 of 2 cores." in " ".join(shown(found).split())
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "said"),
+    [
+        ("handoff_us", 0.16, 0.34, "0.16 us from core to core in the old run and 0.34 in the new one"),
+        ("handoff_us", 0.34, 0.16, "0.34 us from core to core in the old run and 0.16 in the new one"),
+        ("step_ns", 10.9, 18.1, "10.9 ns for a step of a loop in the old run and 18.1 in the new one"),
+        ("handoff_us", 0.16, 0.18, None),
+        ("step_ns", 9.8, 10.9, None),
+        ("step_ns", None, 18.1, None),
+    ],
+)
+def test_cores_that_were_not_alike_in_the_runs_leave_it_open(
+    tmp_path: Path, key: str, old: float, new: float, said: str | None
+) -> None:
+    documents = document(10, 2, 0), document(10, 2.4, 9)
+    for made, value in zip(documents, (old, new), strict=True):
+        made["results"][1][key] = value
+    found = compare(tmp_path, *documents)
+    assert found.changes[1].verdict == ("slower" if said is None else "uncertain")
+    assert said is None or f"Uncertain: the cores were not alike: {said}." in " ".join(shown(found).split())
+
+
 def test_a_slower_machine_is_none(tmp_path: Path) -> None:
     found = compare(tmp_path, document(10, 2, 0), document(15, 3, 9))
     eager, fast = found.changes

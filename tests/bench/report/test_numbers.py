@@ -1,5 +1,6 @@
 """The tables, the lineage and the conditions of the report."""
 
+import html
 import json
 import re
 from typing import Any
@@ -41,11 +42,13 @@ def test_the_conditions_say_what_limits_us_and_what_others_did(document: dict[st
     changed["conditions"]["disturbance"] |= {"others_cores": 0.94, "waited_share": 0.125, "cores": 2, "repeated_rounds": 3}
     page = render(changed)
     assert "<dd>1.5 cores, by control groups</dd>" in page
-    assert (
-        "0.94 of 2 cores, the baseline&#x27;s threads waited for a core in 12.5% of the time; 3 disturbed rounds measured" in page
-    )
+    assert "0.94 of 2 cores, the baseline&#x27;s threads waited for a core in 12.5% of the time; 3 rounds measured" in page
     changed["conditions"]["disturbance"] |= {"others_cores": None, "waited_share": None, "repeated_rounds": 1}
-    assert "<dd>not measured; 1 disturbed round measured again</dd>" in render(changed)
+    changed["conditions"]["disturbance"] |= {"handoff_us": [0.16, 0.18], "step_ns": [9.8, 10.9]}
+    assert "<dt>cores</dt><dd>10.9 ns for a step of an interpreter's loop, 0.16 us from core to core</dd>" in html.unescape(
+        render(changed)
+    )
+    assert "<dd>not measured; 1 round measured again</dd>" in render(changed)
 
 
 def test_what_matters_comes_first_and_every_cell_knows_its_column(document: dict[str, Any]) -> None:

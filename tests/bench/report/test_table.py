@@ -9,6 +9,8 @@ from deploy.bench.rows import BenchResult, BenchRow
 QUIET = {
     "others_cores": 0.0,
     "waited_share": 0.0,
+    "step_ns": [10.9, 10.9],
+    "handoff_us": [0.16, 0.17],
     "cores": 2,
     "limit": 0.05,
     "repeated_rounds": 0,
@@ -24,7 +26,7 @@ def row(
         artifact=artifact, precision="fp32", backend=backend, batch=batch, p50_ms=1234.5, p90_ms=35.31, p99_ms=0.01234,
         p999_ms=0.02, mean_ms=1.0, images_per_s=123456.7, speedup=speedup, speedup_low=speedup * 0.9,
         speedup_high=speedup * 1.1, verdict="baseline" if backend == "eager" else "uncertain" if because else "faster" if speedup > 1.2 else "no difference",
-        certain=because is None, uncertain_because=because, others_cores=0.0, waited_share=0.0,
+        certain=because is None, uncertain_because=because, others_cores=0.0, waited_share=0.0, step_ns=10.9, handoff_us=0.16,
         max_abs_error=error, first_ms=2.0, load_s=0.5, peak_bytes=10**8, gpu_bytes=None, size_bytes=10**6, top1=None, top5=None, score=None,
         accuracy_from=None, gflops=None, roof_gflops=None, gpu_ms=None, h2d_ms=None, d2h_ms=None, samples_ms=(1.0,), rounds=(1,),
     )  # fmt: skip
@@ -65,6 +67,14 @@ def test_artifacts_go_by_their_last_part_and_brackets_are_kept(result: BenchResu
     assert "[net]" in shown
     assert "build/[net]" not in shown
     assert "Some [CPU]" in shown
+
+
+def test_the_distance_of_the_cores_is_told_where_somebody_knows_it(result: BenchResult) -> None:
+    assert "Some [CPU] @ 2 GHz, 2 threads, load average 0.5 at the start, 0.16 us from core to core." in text(result)
+    result.conditions["disturbance"] = {**QUIET, "handoff_us": [0.16, 0.34]}
+    assert ", 0.16 to 0.34 us from core to core." in text(result)
+    result.conditions["disturbance"] = {**QUIET, "handoff_us": None}
+    assert "at the start." in text(result)
 
 
 def test_artifacts_of_one_name_go_by_their_path(result: BenchResult) -> None:
