@@ -153,9 +153,9 @@ def _moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """That the cores were slower or farther apart in one of the runs, in words; None if they were not, or nobody knows."""
     said = []
     for key, limit, what in (("step_ns", SLOW, "ns for a step of a loop"), ("handoff_us", APART, "us from core to core")):
-        both = before.get(key), now.get(key)
-        if None not in both and max(both) > limit * min(both):
-            said.append(f"{both[0]:.3g} {what} in the old run and {both[1]:.3g} in the new one")
+        old, new = before.get(key), now.get(key)
+        if old is not None and new is not None and max(old, new) > limit * min(old, new):
+            said.append(f"{old:.3g} {what} in the old run and {new:.3g} in the new one")
     return f"the cores were not alike: {', '.join(said)}" if said else None
 
 

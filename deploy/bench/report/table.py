@@ -27,7 +27,11 @@ def print_table(result: BenchResult, file: TextIO) -> None:
     console.print(_table(result))
     conditions = result.conditions
     disturbance = conditions["disturbance"]
-    where = [conditions["cpu"], count_of(conditions["threads"], "thread"), f"load average {conditions['load_average'][0]} at the start"]
+    where = [
+        conditions["cpu"],
+        count_of(conditions["threads"], "thread"),
+        f"load average {conditions['load_average'][0]} at the start",
+    ]
     where += [] if (apart := distance(disturbance)) is None else [apart]
     console.print(f"{', '.join(where)}.", style="dim", markup=False)
     uncertain = [(row.batch, row.uncertain_because) for row in result.results if row.uncertain_because is not None]
