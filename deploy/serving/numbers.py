@@ -21,15 +21,20 @@ from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
 from deploy.serving.request import DATATYPES
 
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 18
 """JSON larger than this is read in pieces, off the event loop."""
+
+REST_BYTES = 1 << 20
+"""How much of large JSON may be something else than lists of numbers."""
 
 LARGE_ELEMENTS = 1 << 16
 """A tensor with more elements than this is written in pieces, off the event loop."""
 
+PIECE_ELEMENTS = 1 << 13
+"""How many numbers are read or written without letting other threads have the interpreter, and for how many seconds they have it."""
+
+YIELD_S = 1e-4
 _PIECE_BYTES = 1 << 16
-_PIECE_ELEMENTS = 1 << 13
-_YIELD_S = 1e-4
 _NOT_FINITE = re.compile(rb"NaN|Infinity")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _BRACKETS_AS_SPACES = bytes.maketrans(b"[]", b"  ")
@@ -134,7 +139,7 @@ class Cut:
     """A large JSON document, without its arrays of numbers.
 
     document: decoded, with a string of `arrays` in place of each list under a key `data`. Raises InputError if more than
-    `LARGE_BYTES` are left of it: numbers alone can be many.
+    `REST_BYTES` are left of it: numbers alone can be many.
     """
 
     def __init__(self, body: bytes | bytearray, end: int) -> None:
@@ -157,9 +162,9 @@ class Cut:
                 parts += [view[done : opened.end()], f'"{name}"'.encode()]
                 at = done = close
         parts.append(view[done:end])
-        if sum(map(len, parts)) > LARGE_BYTES:
+        if sum(map(len, parts)) > REST_BYTES:
             raise InputError(
-                f"more than {LARGE_BYTES} bytes of the JSON are not lists of numbers under the key data: send binary tensors"
+                f"more than {REST_BYTES} bytes of the JSON are not lists of numbers under the key data: send binary tensors"
             )
         self.document = decode(b"".join(parts))
 
@@ -192,7 +197,7 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
         matched += len(found)
         result[filled : filled + len(values)] = values
         filled += len(values)
-        time.sleep(_YIELD_S)
+        time.sleep(YIELD_S)
     if filled != count or matched != len(brackets):
         raise _misfit(spec, shape)
     return result.reshape(shape)
@@ -212,9 +217,9 @@ def to_json(numbers: np.ndarray) -> msgspec.Raw:
     if flat.size <= LARGE_ELEMENTS:
         return msgspec.Raw(msgspec.json.encode(flat.tolist()))
     pieces = []
-    for start in range(0, flat.size, _PIECE_ELEMENTS):
-        pieces.append(msgspec.json.encode(flat[start : start + _PIECE_ELEMENTS].tolist())[1:-1])
-        time.sleep(_YIELD_S)
+    for start in range(0, flat.size, PIECE_ELEMENTS):
+        pieces.append(msgspec.json.encode(flat[start : start + PIECE_ELEMENTS].tolist())[1:-1])
+        time.sleep(YIELD_S)
     return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
 
 

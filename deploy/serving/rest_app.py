@@ -148,7 +148,7 @@ class _Door:
 
     def _check_alone(self) -> None:
         if self._replica is not None:
-            raise RefusedError(403, "this is one replica of several: to load models anew, deploy again")
+            raise answers.refuse_one_of_several()
 
     # Inference.
 

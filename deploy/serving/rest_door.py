@@ -49,7 +49,7 @@ class HttpDoor:
         cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
     ) -> "HttpDoor":
         """Start the server. Raises OSError if the port is taken, and UsageError for a host that is not known."""
-        room = Room(_most_connections(options.connections))
+        room = Room(_most_connections(options.connections), options.connections_per_address)
 
         def crowded() -> bool:
             return len(server.server_state.connections) > room.most
