@@ -19,6 +19,7 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
+from deploy.serving.body import Body
 from deploy.serving.request import DATATYPES
 
 LARGE_BYTES = 1 << 18
@@ -142,7 +143,7 @@ class Cut:
     `REST_BYTES` are left of it: numbers alone can be many.
     """
 
-    def __init__(self, body: bytes | bytearray, end: int) -> None:
+    def __init__(self, body: Body, end: int) -> None:
         self.arrays: dict[str, memoryview] = {}
         mark = os.urandom(16).hex()
         parts: list[Bytes] = []
@@ -177,7 +178,7 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
     nested = bytes(text[:256])[1:].lstrip()[:1] == b"["
     if max((count, *itertools.accumulate(shape, lambda a, b: a * b))) > len(text):  # each takes a comma or a bracket
         raise _misfit(spec, shape)
-    brackets = _brackets(shape if nested else [count])
+    brackets = _Brackets(shape if nested else [count])
     result = np.empty(count, dtype=spec.dtype)
     at = filled = matched = 0
     while at < len(text):
@@ -192,23 +193,54 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
         found = piece.translate(None, _NO_BRACKETS_OR_COMMAS)
         numbers = piece.translate(_BRACKETS_AS_SPACES).strip()
         values = _typed(decode(b"[" + (numbers[:-1] if at < len(text) else numbers) + b"]"), spec)
-        if found != brackets[matched : matched + len(found)] or filled + len(values) > count:
+        if found != brackets.part(matched, matched + len(found)) or filled + len(values) > count:
             raise _misfit(spec, shape)
         matched += len(found)
         result[filled : filled + len(values)] = values
         filled += len(values)
         time.sleep(YIELD_S)
-    if filled != count or matched != len(brackets):
+    if filled != count or matched != brackets.length:
         raise _misfit(spec, shape)
     return result.reshape(shape)
 
 
-def _brackets(shape: Sequence[int]) -> bytes:
-    """The brackets and commas of nested lists of this shape."""
-    text = b"[" + b"," * (shape[-1] - 1) + b"]" if shape else b""
-    for size in reversed(shape[:-1]):
-        text = b"[" + ((text + b",") * size)[:-1] + b"]"
-    return text
+class _Brackets:
+    """The brackets and commas of nested lists of a shape; all of them would be as long as the text itself. length: how many."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._size = shape[0] if shape else 0
+        self._inner = _Brackets(shape[1:]) if len(shape) > 1 else None
+        period = 1 if self._inner is None else self._inner.length + 1
+        self.length = (1 + self._size * period if self._size else 2) if shape else 0
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Those from `start` to `stop`, or to the end."""
+        stop = min(stop, self.length)
+        if start >= stop:
+            return b""
+        # "[", and then for each element its own brackets and a comma, of which the last is "]" in place of the comma.
+        text = self._elements(max(start, 1) - 1, stop - 1)
+        if stop == self.length:
+            text = text[:-1] + b"]" if self._size else b"]"[: stop - max(start, 1)]
+        return b"[" + text if start == 0 else text
+
+    def _elements(self, start: int, stop: int) -> bytes:
+        """A part of what stands behind the first bracket."""
+        inner = self._inner
+        if inner is None:
+            return b"," * (stop - start)
+        period = inner.length + 1
+        if period <= _PIECE_BYTES:
+            first = start // period
+            text = (inner.part(0, inner.length) + b",") * (-(-stop // period) - first)
+            return text[start - first * period : stop - first * period]
+        parts = []
+        while start < stop:
+            at = start % period
+            until = min(at + stop - start, period)
+            parts += (inner.part(at, until), b"," if until == period else b"")
+            start += until - at
+        return b"".join(parts)
 
 
 def to_json(numbers: np.ndarray) -> msgspec.Raw:

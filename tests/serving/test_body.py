@@ -5,10 +5,13 @@ import contextlib
 import gzip
 import http.client
 import json
+import mmap
 import zlib
 
 import pytest
 
+from deploy.errors import UnavailableError
+from deploy.serving import body as serving_body
 from deploy.serving.body import compress, read_body
 
 from .conftest import INFER, Server, body, call
@@ -85,3 +88,41 @@ def test_a_body_that_expands_is_read_piece_by_piece_and_whole() -> None:
     packed = gzip.compress(plain)
     assert asyncio.run(read([packed])) == plain
     assert asyncio.run(read([packed[:100], b"", packed[100:]])) == plain
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_comes_together_without_moving(declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bytes(range(251)) * (20 << 10)
+    made: list[mmap.mmap] = []
+    pages = serving_body._pages
+    monkeypatch.setattr(serving_body, "_pages", lambda size: (made.append(pages(size)), made[-1])[1])
+
+    async def read() -> object:
+        chunks = [plain[at : at + 77_777] for at in range(0, len(plain), 77_777)]
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
+
+        return await read_body(receive, str(len(plain)) if declared else None, "", 8 << 20)
+
+    found = asyncio.run(read())
+    assert [found] == made, "the pages that it was written to at first"
+    assert isinstance(found, mmap.mmap)
+    assert (len(found), found[:]) == (len(plain), plain)
+
+
+def test_no_memory_for_a_body_is_the_servers_trouble_and_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(UnavailableError, match="no memory for a request of"):
+        serving_body._Growing(1 << 30).add(b"a" * (2 << 20))
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/repository/index", "/v2/repository/models/digits/unload", "/v2/systemsharedmemory/unregister"]
+)
+def test_a_document_without_tensors_is_small(limited: Server, path: str) -> None:
+    status, answer, _ = call(limited, path, b'{"ready": %s}' % (b" " * (100 << 10)))
+    assert (status, "larger than 65536 bytes" in answer["error"]) == (413, True)
