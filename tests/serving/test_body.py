@@ -15,6 +15,7 @@ from deploy.serving import body as serving_body
 from deploy.serving.body import compress, read_body
 
 from .conftest import INFER, Server, body, call
+from .test_rest_door import talk_to
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -120,9 +121,13 @@ def test_no_memory_for_a_body_is_the_servers_trouble_and_not_the_clients(monkeyp
         serving_body._Growing(1 << 30).add(b"a" * (2 << 20))
 
 
-@pytest.mark.parametrize(
-    "path", ["/v2/repository/index", "/v2/repository/models/digits/unload", "/v2/systemsharedmemory/unregister"]
-)
-def test_a_document_without_tensors_is_small(limited: Server, path: str) -> None:
-    status, answer, _ = call(limited, path, b'{"ready": %s}' % (b" " * (100 << 10)))
-    assert (status, "larger than 65536 bytes" in answer["error"]) == (413, True)
+@pytest.mark.parametrize("path", ["/v2/repository/index", "/v2/repository/models/net/unload", "/v2/cudasharedmemory/unregister"])
+def test_a_document_without_tensors_is_small(path: str) -> None:
+    def talk(host: str, port: int) -> tuple[int, bytes]:
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=30)) as connection:
+            connection.request("POST", path, b'{"x": %s}' % (b" " * (2 << 20)))
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    status, content = talk_to(talk)
+    assert (status, b"larger than 1048576 bytes" in content) == (413, True)
