@@ -42,7 +42,7 @@ _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Serve on the Ray cluster at ADDRESS, over gRPC with --grpc-port only; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
+    help="Serve on the Ray cluster at ADDRESS, and over gRPC where --grpc-port is given; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
 )
 @options(RayOptions)
 @options(ModelOptions)

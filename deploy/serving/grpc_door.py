@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 
-from deploy.serving.address import check_address
+from deploy.serving.address import check_address, most_connections
 from deploy.serving.grpc_frame import Frame, handlers
 from deploy.serving.grpc_service import HEALTH, SERVICE, Service
 from deploy.serving.models import Models
@@ -40,6 +40,7 @@ class GrpcDoor:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.max_connection_idle_ms", round(options.keep_alive_s * 1e3)),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
+                ("grpc.max_allowed_incoming_connections", most_connections(options.connections)),
             ]
         )
         service = Service(models, regions, trace)
