@@ -211,7 +211,7 @@ class _Brackets:
         self._size = shape[0] if shape else 0
         self._inner = _Brackets(shape[1:]) if len(shape) > 1 else None
         period = 1 if self._inner is None else self._inner.length + 1
-        self.length = (1 + self._size * period if self._size else 2) if shape else 0
+        self.length: int = (1 + self._size * period if self._size else 2) if shape else 0
 
     def part(self, start: int, stop: int) -> bytes:
         """Those from `start` to `stop`, or to the end."""
@@ -234,7 +234,7 @@ class _Brackets:
             first = start // period
             text = (inner.part(0, inner.length) + b",") * (-(-stop // period) - first)
             return text[start - first * period : stop - first * period]
-        parts = []
+        parts: list[bytes] = []
         while start < stop:
             at = start % period
             until = min(at + stop - start, period)

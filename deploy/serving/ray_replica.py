@@ -78,7 +78,7 @@ class _Answer:
         return self._data
 
 
-class _Aborted(grpc.aio.AbortError):
+class _Aborted(Exception):  # noqa: N818
     """A call has ended with the status in its context."""
 
 
