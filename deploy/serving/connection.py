@@ -172,6 +172,9 @@ class Connection(HttpToolsProtocol):
             self._in_head = True
             self._room.enter(self)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client that would rather speak another protocol gets an answer over HTTP, and needs no line in the log."""
+
     # What is refused.
 
     def send_400_response(self, msg: str) -> None:

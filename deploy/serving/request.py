@@ -128,7 +128,7 @@ def _place(options: Options, name: str) -> Place | None:
 
 def _number(value: Any, what: str, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"{what} must be a number from {least}, not {value!r}")
+        raise InputError(f"{what} must be a number from {least} to {most}, not {value!r}")
     return value
 
 

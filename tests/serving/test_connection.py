@@ -158,3 +158,16 @@ def test_a_connection_too_many_of_a_busy_address_is_closed_and_the_busy_are_answ
 )  # fmt: skip
 def test_an_address_of_ipv6_counts_by_its_network(host: str, network: str) -> None:
     assert network_of(host) == network
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_a_client_that_would_speak_another_protocol_gets_http_and_no_line_in_the_log(
+    protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(host: str, port: int) -> None:
+        with socket.create_connection((host, port), 10) as client:
+            client.sendall(HEAD + b"Connection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol.encode())
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+    talk_to(talk)
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn") and record.levelname == "WARNING"]
