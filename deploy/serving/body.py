@@ -10,11 +10,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from deploy.errors import RefusedError, UnavailableError
+from deploy.serving.numbers import Body
 
 SMALLEST_BYTES = 1024
 """A smaller answer is not compressed: it fits into a packet."""
-
-Body = bytes | bytearray | mmap.mmap
 
 _LEVEL = 1  # answers are numbers, of which higher levels save little and take long
 _PIECE_BYTES = 1 << 20

@@ -8,6 +8,7 @@ import array
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import time
@@ -19,7 +20,6 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
-from deploy.serving.body import Body
 from deploy.serving.request import DATATYPES
 
 LARGE_BYTES = 1 << 18
@@ -42,6 +42,9 @@ _BRACKETS_AS_SPACES = bytes.maketrans(b"[]", b"  ")
 _NO_BRACKETS_OR_COMMAS = bytes(byte for byte in range(256) if byte not in b"[],")
 
 Bytes = bytes | bytearray | memoryview
+
+Body = bytes | bytearray | mmap.mmap
+"""The body of a request."""
 
 
 def decode(text: Bytes) -> Any:

@@ -12,9 +12,8 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
-from deploy.serving.body import Body
 from deploy.serving.classes import classes_of, pack
-from deploy.serving.numbers import LARGE_BYTES, Cut, decode, from_json, from_text, to_json
+from deploy.serving.numbers import LARGE_BYTES, Body, Cut, decode, from_json, from_text, to_json
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import (
     DATATYPES,

@@ -20,13 +20,13 @@ from deploy.evaluation.detector import boxes_json
 from deploy.evaluation.segmenter import shares
 from deploy.evaluation.tasks import Task
 from deploy.serving import answers, metrics
-from deploy.serving.body import Body, compress, read_body
+from deploy.serving.body import compress, read_body
 from deploy.serving.guard import Access, Limits
 from deploy.serving.images import Ran, check_task, image_feed
 from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
-from deploy.serving.numbers import LARGE_BYTES, is_large
+from deploy.serving.numbers import LARGE_BYTES, Body, is_large
 from deploy.serving.protocol import build_response, parse_request
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import priority_of, timeout_of
