@@ -35,11 +35,13 @@ _WIDER = {"float16": "float32", "bfloat16": "float32"}
 class Result:
     """What a model makes of one image, or of one row of an `.npz` file.
 
-    values: as they stand in JSON. mask: a PNG of class indices, which goes into a file of its own.
+    values: as they stand in JSON. mask: a PNG of class indices, which goes into a file of its own. numbers: how many there are, where
+    they may be many.
     """
 
     values: dict[str, Any]
     mask: bytes | None = None
+    numbers: int = 0
 
 
 def kind_of(artifact: Artifact, options: BatchOptions) -> Kind:
@@ -107,8 +109,9 @@ class Reader:
         for name, array in arrays.items():
             if len(array) < len(places):
                 raise DataError(f"{name!r} of {self._artifact.location} has {len(array)} rows for {len(places)} images")
+        numbers = sum(array[0].size for array in arrays.values() if len(array))
         return [
-            Result(values={"outputs": {name: array[row].tolist() for name, array in arrays.items()}})
+            Result(values={"outputs": {name: array[row].tolist() for name, array in arrays.items()}}, numbers=numbers)
             for row in range(len(places))
         ]
 

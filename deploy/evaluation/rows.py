@@ -24,6 +24,7 @@ from deploy.host.extras import missing
 from deploy.words import as_utf8
 
 _ROWS_OF_A_PART = 4096
+_NUMBERS_OF_A_PART = 1 << 20
 _SECONDS_OF_A_PART = 5.0
 _OWN_COLUMNS = {"path", "row", "error"}
 
@@ -106,6 +107,7 @@ class Parquet(RowsFile):
         self._folder = path.with_name(path.name + ".parts")
         self._folder.mkdir(exist_ok=True)
         self._held: list[Row] = []
+        self._numbers = 0
         self._written = time.monotonic()
 
     def _parts(self) -> list[Path]:
@@ -118,9 +120,13 @@ class Parquet(RowsFile):
                 yield found["path"], found["row"], found["error"] is not None
 
     def write(self, rows: Sequence[Row]) -> None:
-        self._held += rows
+        for row in rows:
+            self._held.append(row)
+            self._numbers += 0 if row.result is None else row.result.numbers
+            if len(self._held) >= _ROWS_OF_A_PART or self._numbers >= _NUMBERS_OF_A_PART:
+                self._write_part()
         self.count(rows)
-        if len(self._held) >= _ROWS_OF_A_PART or time.monotonic() - self._written > _SECONDS_OF_A_PART:
+        if time.monotonic() - self._written > _SECONDS_OF_A_PART:
             self._write_part()
 
     def _write_part(self) -> None:
@@ -133,7 +139,7 @@ class Parquet(RowsFile):
         half = self._folder / "unfinished"
         self._parquet.write_table(self._arrow.Table.from_pylist(listed, schema=self._schema), half)
         half.rename(self._folder / f"{len(self._parts()):08d}.parquet")
-        self._held, self._written = [], time.monotonic()
+        self._held, self._numbers, self._written = [], 0, time.monotonic()
 
     def close(self, *, finished: bool) -> None:
         self._write_part()
@@ -209,7 +215,12 @@ class Run:
         half.rename(self._note)
 
     def left(self, paths: Iterator[Path]) -> Iterator[Item]:
-        """What is left to do of `paths`, which come in the same order as before. Raises OutputError where they do not."""
+        """What is left to do of `paths`, which come in the same order as before, and without the masks of this run.
+
+        Raises OutputError where they do not.
+        """
+        own = os.path.join(os.path.abspath(self._masks), "")
+        paths = (path for path in paths if not os.path.abspath(path).startswith(own))
         last: tuple[Path, int] | None = None  # an .npz file, whose rows may not be all there, and how many are
         found = None
         for path, row, is_error in self.file.done():

@@ -1,6 +1,7 @@
 """What stands in the rows of predictions: classes, masks, boxes, or the outputs as they are."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pyarrow import parquet
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.preprocess import Preprocess
 from deploy.errors import UsageError
-from deploy.evaluation.many import predict_many
+from deploy.evaluation import rows as evaluation_rows
+from deploy.evaluation.batch import Row
+from deploy.evaluation.many import predict_many, rows_here
 from deploy.evaluation.many_options import BatchOptions
 from deploy.evaluation.predict import predict
 
@@ -111,3 +114,32 @@ def test_what_cannot_stand_in_rows_is_said_before_the_work(tmp_path, make_segmen
     with pytest.raises(UsageError, match="3 classes and 2 class names"):
         predict_many(named, [image], tmp_path / "x.jsonl")
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_run_in_the_folder_of_its_images_does_not_take_its_masks_for_images(
+    make_segmenter, scenes, monkeypatch, suffix
+) -> None:
+    artifact = make_segmenter(scenes.parent / "net")
+    monkeypatch.chdir(scenes / "images")
+
+    def some(*given: Any) -> Iterator[list[Row]]:
+        yield next(row for row in rows_here(*given) if row)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_many(artifact, ["."], f"x.{suffix}", BatchOptions(batch_size=4), rows=some)
+    assert len(list(Path(f"x.{suffix}.masks").iterdir())) == 1
+    assert predict_many(artifact, ["."], f"x.{suffix}", BatchOptions(batch_size=4)) == (6, 0)
+    assert len(list(Path(f"x.{suffix}.masks").iterdir())) == 6
+
+
+def test_many_numbers_are_not_held_until_there_are_many_rows(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation_rows, "_NUMBERS_OF_A_PART", 20)  # three rows of seven
+    np.savez(tmp_path / "x.npz", input=np.zeros((16, 1, 8, 8), np.float32))
+    parts: list[int] = []
+    clean = evaluation_rows.Parquet.clean
+    counted = lambda self: (parts.extend(parquet.read_table(part).num_rows for part in self._parts()), clean(self))  # noqa: E731
+    monkeypatch.setattr(evaluation_rows.Parquet, "clean", counted)
+    assert len(rows_of(model, [tmp_path / "x.npz"], tmp_path / "x.parquet", raw=True)) == 16
+    assert parts == [3, 3, 3, 3, 3, 1]
