@@ -31,6 +31,10 @@ _STATUS = {
 }
 
 
+_MOST_DOCUMENT = 1 << 20
+"""Bytes of a request without tensors, which is read in the event loop."""
+
+
 class _EndStream(Exception):  # noqa: N818
     """A bug has ended a stream: the status and the text for its client. It is in the log already."""
 
@@ -66,11 +70,11 @@ class Frame:
     def _check(self, name: str, context: Any, size: int) -> None:
         if name not in OPEN:
             self._access.check({"authorization": metadata(context).get("authorization", "")}, admin=name in ADMIN)
-        self._check_size(size)
+        self._check_size(size, self._most_bytes if name == "ModelInfer" else min(self._most_bytes, _MOST_DOCUMENT))
 
-    def _check_size(self, size: int) -> None:
-        if size > self._most_bytes:  # where the door does not see to it
-            raise RefusedError(413, f"the request is larger than {self._most_bytes} bytes, which is all that is taken")
+    def _check_size(self, size: int, most: int) -> None:
+        if size > most:
+            raise RefusedError(413, f"the request is larger than {most} bytes, which is all that is taken")
 
     def _guarded(self, name: str, call: Callable[..., Any], kind: Any) -> Any:
         async def guarded(data: bytes, context: Any) -> bytes:
@@ -134,7 +138,7 @@ class Frame:
     async def _streamed(self, name: str, data: bytes, context: Any) -> bytes:
         """The answer to one request of a stream."""
         start, is_large = time.perf_counter(), False
-        self._check_size(len(data))
+        self._check_size(len(data), self._most_bytes)  # where the door does not see to it
         received = await read_request(data)  # what is no request ends the stream
         del data
         request_id = received.message.id

@@ -213,3 +213,24 @@ def test_large_requests_and_answers_are_exact_typed_and_raw(tmp_path: Path, meth
         assert refused == grpc.StatusCode.INVALID_ARGUMENT
     else:
         assert "has 69999 values; its shape takes 70000" in answers[2].error_message
+
+
+def test_a_request_without_tensors_is_small(limited: Server) -> None:
+    with grpc.insecure_channel(limited.grpc) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ServerReady")
+        assert ask(b"\x7a\x01a" * 1000, timeout=30) == b"\x08\x01"
+    models = Models([], ModelOptions())
+
+    async def main() -> None:
+        door = await GrpcDoor.open(models, ServerOptions(http_port=None, grpc_port=0))
+        try:
+            async with grpc.aio.insecure_channel(door.address) as channel:
+                with pytest.raises(grpc.RpcError) as caught:
+                    await channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")(
+                        b"\x7a\x01a" * (1 << 19), timeout=30
+                    )
+                assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        finally:
+            await door.close()
+
+    asyncio.run(main())
