@@ -114,21 +114,25 @@ def one_caller(port: int, request: tuple[str, bytes]) -> Iterator[list[float]]:
         thread.join()
 
 
-def large_json(port: int, name: str, folder: Path, mib: int) -> dict[str, Any]:
-    """The slowest small request while another process sends JSON of `mib` MiB, and without it, in milliseconds."""
-    row = np.random.default_rng(0).standard_normal((1, 1, 28, 28))
-    text = ", ".join(map(repr, row.reshape(-1).tolist()))
-    rows = (mib << 20) // len(text)
-    head = '{"inputs": [{"name": "input", "datatype": "FP32", "shape": [%d, 1, 28, 28], "data": [%s]}]}'
+def large_json(port: int, large: str, small: str, folder: Path, mib: int) -> dict[str, Any]:
+    """The slowest request for the model `small` while another process sends JSON of `mib` MiB for `large`, and without it, in milliseconds."""
+    head = '{"inputs": [{"name": "input", "datatype": "FP32", "shape": %s, "data": [%s]}]}'
+    rng = np.random.default_rng(0)
+    text = ", ".join(map(repr, rng.standard_normal(SIDE * SIDE).tolist()))
+    rows = max(1, (mib << 20) // len(text))
     file = folder / "large.json"
-    file.write_text(head % (rows, ", ".join([text] * rows)))
-    small = (f"/v2/models/{name}/infer", (head % (1, text)).encode())
+    file.write_text(head % ([rows, SIDE, SIDE], ", ".join([text] * rows)))
+    asked = (
+        f"/v2/models/{small}/infer",
+        (head % ([1, 1, 28, 28], ", ".join(map(repr, rng.standard_normal(784).tolist())))).encode(),
+    )
     program = (
         "import http.client, sys; client = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=300);"
-        " client.request('POST', sys.argv[2], open(sys.argv[3], 'rb').read()); client.getresponse().read()"
+        " client.request('POST', sys.argv[2], open(sys.argv[3], 'rb').read()); answer = client.getresponse(); answer.read();"
+        " sys.exit(answer.status != 200)"
     )
-    with one_caller(port, small) as alone:
+    with one_caller(port, asked) as alone:
         time.sleep(2)
-    with one_caller(port, small) as beside:
-        subprocess.run([sys.executable, "-c", program, str(port), small[0], str(file)], check=True)
+    with one_caller(port, asked) as beside:
+        subprocess.run([sys.executable, "-c", program, str(port), f"/v2/models/{large}/infer", str(file)], check=True)
     return {"mib": mib, "alone_ms": max(alone), "beside_ms": max(beside), "p50_alone_ms": statistics.median(alone)}

@@ -92,18 +92,13 @@ def command(
         raise UsageError("expected [ARTIFACT] IMAGE|DIR..., and no image was named")
     rows_file = out if out is not None and out.suffix.lower() in SUFFIXES else None
     on = _actors(address, rows_file, given)
-    common: dict[str, Any] = {"top": top, "backend": backend, "device": device, "threads": threads}
+    common: dict[str, Any] = {"top": top, "min_score": min_score, "backend": backend, "device": device, "threads": threads}
+    artifact = open_or_newest(paths[0] if named else None, "artifact that takes images", classifier)
     if rows_file is not None:
-        if _typed(("min_score",)):
-            raise UsageError("`min_score` is for boxes, and the rows in a file are of classes: leave it out")
-        artifact = open_or_newest(paths[0] if named else None, "classifier", classifier)
         _predict_many(artifact, paths[named:], rows_file, collect(BatchOptions, given, **common), on, as_json)
         return
-    artifact = open_or_newest(paths[0] if named else None, "artifact that takes images", classifier)
     with Failures() as failures, progress_bar() as progress:
-        predictions: Sequence[Predicted] = predict(
-            artifact, images, min_score=min_score, out=out, progress=progress, skip=failures.skip, **common
-        )
+        predictions: Sequence[Predicted] = predict(artifact, images, out=out, progress=progress, skip=failures.skip, **common)
     if as_json:
         found = [prediction.to_json() for prediction in predictions]
         document = {"schema": SCHEMA, "predictions": found, "failed": failures.to_json()}
@@ -136,7 +131,14 @@ def _predict_many(
     artifact: Artifact, sources: Sequence[str], out: Path, options: BatchOptions, on: ActorOptions | None, as_json: bool
 ) -> None:
     from deploy.evaluation.many import predict_many, rows_here
+    from deploy.evaluation.results import kind_of
 
+    kind = kind_of(artifact, options)
+    for name, of, what in (("top", "classify", "the classes of classifiers"), ("min_score", "detect", "the boxes of detectors")):
+        if kind != of and _typed((name,)):
+            raise UsageError(f"`{name}` is for {what}, and the rows of {artifact.shown} have none: leave it out")
+    if kind == "raw" and not options.raw:
+        click.echo(f"{artifact.shown} is no classifier, segmenter or detector: its outputs are written as they are", err=True)
     rows = rows_here
     if on is not None:
         from deploy.evaluation.ray_rows import rows_on_ray  # loads Ray

@@ -42,7 +42,7 @@ _ADMIN_TOKEN = "DEPLOY_ADMIN_TOKEN"  # noqa: S105
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Serve over REST on the Ray cluster at ADDRESS; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
+    help="Serve on the Ray cluster at ADDRESS, and over gRPC where --grpc-port is given; `local` starts Ray here.  [without ADDRESS: this machine's cluster, or local]",
 )
 @options(RayOptions)
 @options(ModelOptions)
@@ -55,7 +55,7 @@ def command(models: tuple[str, ...], address: str | None, **given: Any) -> int:
 
     A model is called like its artifact unless NAME= says otherwise. Logs go to standard error, a line of JSON each.
     """
-    server = _server_options(given)
+    server = _server_options(given, on_ray=address is not None)
     ray = _ray_options(address, given)
     if not models:
         raise UsageError("Missing argument 'ARTIFACT|NAME=PATH[@VERSION]...'.")
@@ -77,9 +77,12 @@ def command(models: tuple[str, ...], address: str | None, **given: Any) -> int:
     return serve(sources, opened, server)
 
 
-def _server_options(given: dict[str, Any]) -> ServerOptions:
+def _server_options(given: dict[str, Any], *, on_ray: bool) -> ServerOptions:
+    """on_ray: the gRPC door, which is open to other machines there, is opened where its port is typed."""
     doors = {"http_port": None} if given["no_http"] else {}
-    doors |= {"grpc_port": None} if given["no_grpc"] else {}
+    source = click.get_current_context().get_parameter_source
+    shut = given["no_grpc"] or (on_ray and source("grpc_port") is not ParameterSource.COMMANDLINE)
+    doors |= {"grpc_port": None} if shut else {}
     return collect(
         ServerOptions,
         {**given, **doors},
@@ -100,6 +103,4 @@ def _ray_options(address: str | None, given: dict[str, Any]) -> RayOptions | Non
         if typed := [name for name in option_names(RayOptions) if source(name) is ParameterSource.COMMANDLINE]:
             raise UsageError(f"`{typed[0]}` needs --ray")
         return None
-    if source("grpc_port") is ParameterSource.COMMANDLINE:
-        raise UsageError("--ray serves over REST alone: leave --grpc-port out")
     return collect(RayOptions, given, address=address or None)

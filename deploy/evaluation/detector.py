@@ -26,8 +26,9 @@ def decode_of(artifact: Artifact) -> Decode:
     return manifest.decode
 
 
-def detect(artifact: Artifact, results: Mapping[str, np.ndarray], placements: Sequence[Placement]) -> list[Detections]:
-    """The boxes of the first rows of `results`, one for each of `placements`, as corners in the pixels of its picture.
+def detect(artifact: Artifact, results: Mapping[str, np.ndarray], placements: Sequence[Placement | None]) -> list[Detections]:
+    """The boxes of the first rows of `results`, one for each of `placements`, as corners in the pixels of its picture; those of the
+    array where the placement is None.
 
     Raises UserCodeError where the user's function fails, and DataError for a label that is no class.
     """
@@ -41,7 +42,7 @@ def detect(artifact: Artifact, results: Mapping[str, np.ndarray], placements: Se
                 " right ones"
             )
     return [
-        Detections(placement.boxes_to_picture(each.boxes), each.scores, each.labels)
+        each if placement is None else Detections(placement.boxes_to_picture(each.boxes), each.scores, each.labels)
         for each, placement in zip(found, placements, strict=True)
     ]
 

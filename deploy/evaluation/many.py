@@ -3,17 +3,27 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
 from deploy.data.sources import check_sources, paths_of
 from deploy.evaluation.batch import Item, Predictor, Row, check_artifact
 from deploy.evaluation.many_options import BatchOptions
+from deploy.evaluation.results import Kind
 from deploy.evaluation.rows import Run
 from deploy.words import as_utf8
 
 Rows = Callable[[Artifact, BatchOptions, Iterator[Item]], Iterator[list[Row]]]
 """What computes the rows of items, in order."""
+
+_ASKED: dict[Kind, Callable[[BatchOptions], dict[str, Any]]] = {
+    "classify": lambda options: {"top": options.top},
+    "segment": lambda options: {},
+    "detect": lambda options: {"min_score": options.min_score},
+    "raw": lambda options: {"raw": True},
+}
+"""The options that decide on what stands in the rows."""
 
 Report = Callable[[int, int], None]
 """Called with the number of rows that there are, and of the errors among them."""
@@ -42,16 +52,16 @@ def predict_many(
     """
     artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     options = options or BatchOptions()
-    check_artifact(artifact, options)
+    reader = check_artifact(artifact, options)
     check_sources(sources)
     request = {
         "artifact": artifact.manifest.digest,
         "backend": options.backend,
-        "top": options.top,
+        **_ASKED[reader.kind](options),
         "sources": [as_utf8(source) for source in sources],
         "folder": as_utf8(os.getcwd()),
     }
-    run = Run(Path(out), request)
+    run = Run(Path(out), request, reader)
     if run.finished is not None:
         return run.finished["rows"], run.finished["errors"]
     finished = False
@@ -61,7 +71,7 @@ def predict_many(
         if first is not None:
             for made in rows(artifact, options, _again(first, items)):
                 if made:
-                    run.file.write(made)
+                    run.write(made)
                     report(run.file.rows, run.file.errors)
         finished = True
     finally:

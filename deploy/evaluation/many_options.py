@@ -11,9 +11,15 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How to predict many files. workers: threads that decode; None: one for each CPU core, at most 8."""
+    """How to predict many files.
+
+    top: of a classifier, the likeliest classes. min_score: of a detector, boxes with less are left out. workers: threads that decode;
+    None: one for each CPU core, at most 8.
+    """
 
     top: int = 5
+    min_score: float = 0.3
+    raw: bool = option(False, "With --out FILE: write the outputs as they are, whatever the model is for.")
     batch_size: int = option(32, "With --out: images of a batch.", metavar="B")
     backend: str = "auto"
     device: str = "auto"
@@ -23,6 +29,8 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.top < 1 or self.batch_size < 1 or (self.workers is not None and self.workers < 1):
             raise UsageError("`top`, `batch_size` and `workers` must be 1 or more")
+        if not 0 <= self.min_score <= 1:
+            raise UsageError(f"`min_score` must be 0 to 1, not {self.min_score:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 try:
     import pyarrow
     import ray
@@ -24,15 +26,8 @@ from deploy.evaluation.batch import Item, Predictor, Row
 from deploy.evaluation.many_options import ActorOptions, BatchOptions
 
 _SCHEMA = pyarrow.schema({"path": pyarrow.binary(), "start": pyarrow.int64()})
-_RESULT = pyarrow.schema(
-    {
-        "path": pyarrow.string(),
-        "row": pyarrow.int64(),
-        "classes": pyarrow.list_(pyarrow.string()),
-        "probabilities": pyarrow.list_(pyarrow.float64()),
-        "error": pyarrow.string(),
-    }
-)
+_RESULT = pyarrow.schema({"row": pyarrow.binary()})
+"""A `Row` in MessagePack."""
 
 
 class _Actor:
@@ -46,17 +41,8 @@ class _Actor:
             Item(path=Path(path.decode("utf-8", "surrogateescape")), start=start)
             for path, start in zip(block["path"].to_pylist(), block["start"].to_pylist(), strict=True)
         )
-        rows = list(itertools.chain.from_iterable(self._predictor.rows(items)))
-        return pyarrow.table(
-            {
-                "path": [row.path for row in rows],
-                "row": [row.row for row in rows],
-                "classes": [None if row.classes is None else [name for name, _ in row.classes] for row in rows],
-                "probabilities": [None if row.classes is None else [share for _, share in row.classes] for row in rows],
-                "error": [row.error for row in rows],
-            },
-            schema=_RESULT,
-        )
+        rows = itertools.chain.from_iterable(self._predictor.rows(items))
+        return pyarrow.table({"row": [msgspec.msgpack.encode(row) for row in rows]}, schema=_RESULT)
 
 
 def rows_on_ray(artifact: Artifact, options: BatchOptions, items: Iterator[Item], on: ActorOptions) -> Iterator[list[Row]]:
@@ -68,10 +54,7 @@ def rows_on_ray(artifact: Artifact, options: BatchOptions, items: Iterator[Item]
         if began:
             ray.init(address=on.address, configure_logging=False, log_to_driver=False)
         for table in _tables(artifact, options, items, on):
-            yield [
-                Row(path=path, row=row, error=error, classes=None if names is None else tuple(zip(names, shares, strict=True)))
-                for path, row, names, shares, error in zip(*(table[name].to_pylist() for name in _RESULT.names), strict=True)
-            ]
+            yield [msgspec.msgpack.decode(row, type=Row) for row in table["row"].to_pylist()]
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise BackendError(f"predicting on Ray failed: {' '.join(str(error).split())[-500:]}") from error
     finally:

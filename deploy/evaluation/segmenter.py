@@ -13,6 +13,11 @@ from deploy.evaluation.classifier import class_name
 from deploy.evaluation.pictures import OUTSIDE
 
 
+def has_map(artifact: Artifact) -> bool:
+    """Whether an output has the form of class maps."""
+    return any(_is_map(spec, _axis(artifact)) for spec in artifact.manifest.outputs)
+
+
 def map_output(artifact: Artifact) -> TensorSpec:
     """The first output that holds class maps: logits batch x classes x height x width, or indices batch [x 1] x height x width.
 

@@ -7,9 +7,19 @@ from deploy.artifact.tensors import format_specs
 from deploy.errors import UsageError
 from deploy.evaluation.classifier import class_scores
 from deploy.evaluation.detector import decode_of
-from deploy.evaluation.segmenter import map_output
+from deploy.evaluation.segmenter import has_map, map_output
 
 Task = Literal["classify", "segment", "detect"]
+
+
+def form_of(artifact: Artifact) -> Task | None:
+    """What the outputs have the form of; None for another model. Whether all else fits, `task_of` says."""
+    outputs = artifact.manifest.outputs
+    if artifact.manifest.decode is not None:
+        return "detect"
+    if len(outputs) == 1 and len(outputs[0].shape) == 2:
+        return "classify"
+    return "segment" if has_map(artifact) else None
 
 
 def task_of(artifact: Artifact) -> Task:

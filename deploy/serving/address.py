@@ -1,11 +1,15 @@
 """Where a server listens, and the certificate that it shows: what is wrong with them is said before the models are loaded."""
 
+import logging
 import os
+import resource
 import socket
 import ssl
 from pathlib import Path
 
 from deploy.errors import UsageError
+
+logger = logging.getLogger("deploy.serving")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -49,3 +53,15 @@ def check_tls(cert: Path, key: Path) -> None:
                 f"{key} (`tls_key`) is not the private key of the first certificate in {cert} (`tls_cert`)"
             ) from error
         raise UsageError(f"{key} (`tls_key`) holds no private key in PEM: {error.reason or error}") from error
+
+
+def most_connections(wanted: int) -> int:
+    """Of one door: `wanted`, or fewer where the process may not have so many files open. A third of these stays for all else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 3 * wanted
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < needed:
+        logger.warning("fewer connections", extra={"connections": soft // 3, "why": f"this process may open {soft} files"})
+    return min(wanted, soft // 3)

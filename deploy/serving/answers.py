@@ -134,3 +134,8 @@ def status_of(error: Exception) -> int:
 def text_of(error: Exception) -> str:
     """What the client reads about an error: the message of one of ours, and nothing about the inside of the server for a bug."""
     return str(error) if isinstance(error, DeployError) else "an error in the server; its log says more"
+
+
+def refuse_one_of_several() -> RefusedError:
+    """The error for loading or unloading a model where there are other servers behind the same address."""
+    return RefusedError(403, "this is one replica of several: to load models anew, deploy again")

@@ -1,13 +1,16 @@
 """The bodies of requests and answers over REST: read within limits, decompressed, and compressed where that is asked for."""
 
 import asyncio
+import contextlib
+import mmap
 import zlib
 from collections.abc import Iterator
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from deploy.errors import RefusedError
+from deploy.errors import RefusedError, UnavailableError
+from deploy.serving.numbers import Body
 
 SMALLEST_BYTES = 1024
 """A smaller answer is not compressed: it fits into a packet."""
@@ -18,16 +21,17 @@ _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """The argument `wbits` of zlib for an encoding."""
 
 
-async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> bytes | bytearray:
+async def read_body(receive: Receive, declared: str | None, encoding: str, limit: int) -> Body:
     """Read and decompress the body of a request.
 
     declared, encoding: its headers Content-Length and Content-Encoding. Raises RefusedError as soon as the body has more than `limit`
-    bytes, and ClientDisconnect.
+    bytes, UnavailableError where there is no memory for it, and ClientDisconnect.
     """
-    if declared is not None and declared.isdecimal() and int(declared) > limit:
+    size = int(declared) if declared is not None and declared.isdecimal() and len(declared) < 20 else None
+    if size is not None and size > limit:
         raise _too_large(limit)
     expander = _Expander(encoding)
-    body = bytearray()  # grows in place: joining parts at the end would stop all other requests for as long
+    body = _Growing(limit if size is None or expander.zlib else size)
     taken = 0
     more = True
     while more:
@@ -39,16 +43,59 @@ async def read_body(receive: Receive, declared: str | None, encoding: str, limit
         taken += len(chunk)
         if taken > limit:
             raise _too_large(limit)
-        if not (more or body or expander.zlib):
+        if not (more or body.size or expander.zlib):
             return bytes(chunk)
         for part in expander(chunk):
-            body += part
-            if len(body) > limit:
+            if body.size + len(part) > limit:
                 raise _too_large(limit)
+            body.add(part)
             if expander.zlib is not None:
                 await asyncio.sleep(0)  # a small chunk may become a large part
     expander.end()
-    return body
+    return body.whole()
+
+
+class _Growing:
+    """A body that is put together without ever being copied: that of a large one would stop all other requests for as long.
+
+    most: the most bytes that it will have. A bytearray moves when it grows, so a large body lies in pages of its own, which are there
+    once they are written to; large ones where the system has them, which are taken and given back in less time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._small = bytearray()
+        self._large: mmap.mmap | None = None
+        self.size = 0
+
+    def add(self, part: bytes) -> None:
+        size = self.size + len(part)
+        if self._large is None and size > _PIECE_BYTES:
+            self._large = _pages(max(self._most, size))
+            self._large[: self.size] = bytes(self._small)
+            self._small.clear()
+        if self._large is None:
+            self._small += part
+        else:
+            self._large[self.size : size] = part
+        self.size = size
+
+    def whole(self) -> bytearray | mmap.mmap:
+        if self._large is None:
+            return self._small
+        if len(self._large) > self.size:
+            self._large.resize(self.size)
+        return self._large
+
+
+def _pages(size: int) -> mmap.mmap:
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise UnavailableError(f"there is no memory for a request of {size} bytes") from error
+    with contextlib.suppress(OSError):  # the system has no large ones
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 class _Expander:

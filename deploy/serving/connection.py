@@ -4,8 +4,9 @@ uvicorn's protocol for httptools holds a head of any size in memory, and waits f
 RFC 9110 408.
 """
 
+import ipaddress
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import msgspec
@@ -28,26 +29,62 @@ _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header 
 
 
 class Room:
-    """The connections without a request, longest idle first. most: of all connections together.
+    """The connections without a request, longest idle first. most: of all connections together; of_address: of those from one address.
 
     When there are more, the longest idle is closed: nobody is kept out by connections that ask nothing.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, of_address: int | None = None) -> None:
         self.most = most
+        self._of_address = of_address
+        self._by_address: defaultdict[str, set[Connection]] = defaultdict(set)
         self.idle: OrderedDict[Connection, float] = OrderedDict()
         """Since when each is idle, on the monotonic clock."""
 
     def enter(self, connection: "Connection") -> None:
+        """A connection has no request now."""
         self.idle[connection] = time.monotonic()
+
+    def count(self, connection: "Connection") -> None:
+        """Count a new connection, which is idle. Where its address has too many, close the longest idle of them, if need be this one."""
+        if self._of_address is None:
+            return
+        same = self._by_address[connection.address]
+        same.add(connection)
+        if len(same) > self._of_address:
+            longest = next(each for each in self.idle if each in same)
+            self.leave(longest)
+            longest.transport.abort()
+
+    def leave(self, connection: "Connection") -> None:
+        """A connection is closed."""
+        self.idle.pop(connection, None)
+        same = self._by_address.get(connection.address)
+        if same is not None:
+            same.discard(connection)
+            if not same:
+                del self._by_address[connection.address]
 
     def keep_to_most(self, connections: set[Any]) -> None:
         """Close the longest idle of too many connections. A few more may come in while all are busy, to ask whether the server lives."""
         over = len(connections) - self.most
         if over > 0 and (len(self.idle) > 1 or over > _BEYOND):
-            longest, _ = self.idle.popitem(last=False)
+            longest = next(iter(self.idle))
+            self.leave(longest)
             connections.discard(longest)
             longest.transport.abort()
+
+
+def network_of(host: str) -> str:
+    """An address of IPv4, or the /64 network of one of IPv6; the text itself where it is neither."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        mapped = address.ipv4_mapped
+        return str(mapped or ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+    return str(address)
 
 
 class Connection(HttpToolsProtocol):
@@ -56,6 +93,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._room = room
+        self.address = ""
+        """Of the client, of which it has one: for IPv6 the network, whose 2^64 addresses belong to one client."""
         self._in_head = True
         self._begun = 0.0
         self._asked = False
@@ -67,11 +106,13 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.address = network_of(self.client[0]) if self.client else ""
         self._room.enter(self)
+        self._room.count(self)
         self._room.keep_to_most(self.connections)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._room.idle.pop(self, None)
+        self._room.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -130,6 +171,9 @@ class Connection(HttpToolsProtocol):
         if not self.pipeline and not self.transport.is_closing() and self.cycle.response_complete:
             self._in_head = True
             self._room.enter(self)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client that would rather speak another protocol gets an answer over HTTP, and needs no line in the log."""
 
     # What is refused.
 

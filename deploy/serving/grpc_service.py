@@ -4,14 +4,18 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from google.protobuf import json_format
 
 from deploy.errors import ModelNotFoundError, RefusedError, UnavailableError
 from deploy.serving import answers
-from deploy.serving.grpc_messages import build_response, message, parse_request
+from deploy.serving.grpc_large import Received
+from deploy.serving.grpc_messages import message
+from deploy.serving.grpc_tensors import fill_response, parse_request
 from deploy.serving.models import Models
+from deploy.serving.numbers import is_large
 from deploy.serving.regions import NO_REGIONS, Regions, refuse_cuda
 from deploy.serving.stages import Stages, Trace
 from deploy.version import __version__
@@ -29,10 +33,16 @@ _WATCH_S = 0.2
 
 
 class Service:
-    """The methods of both services, under the names that they have in the protocol. closing: set when streams must come to an end."""
+    """The methods of both services but those of inference, under the names that they have in the protocol; and inference.
 
-    def __init__(self, models: Models, regions: Regions = NO_REGIONS, trace: Trace | None = None) -> None:
+    closing: set when streams must come to an end. is_alone: not one of several replicas, which neither loads nor unloads models.
+    """
+
+    def __init__(
+        self, models: Models, regions: Regions = NO_REGIONS, trace: Trace | None = None, *, is_alone: bool = True
+    ) -> None:
         self._models = models
+        self._is_alone = is_alone
         self._regions = regions
         self._trace = trace
         self.closing = asyncio.Event()
@@ -110,13 +120,19 @@ class Service:
         entries = [entry for entry in self._models.index() if not request.ready or entry["state"] == "READY"]
         return message("inference.RepositoryIndexResponse")(models=entries)
 
+    def _check_alone(self) -> None:
+        if not self._is_alone:
+            raise answers.refuse_one_of_several()
+
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        self._check_alone()
         if request.parameters:
             raise RefusedError(403, "a model is loaded from the path that the server was started with; nothing is uploaded")
         await asyncio.to_thread(self._models.load, request.model_name)
         return message("inference.RepositoryModelLoadResponse")()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        self._check_alone()
         await asyncio.to_thread(self._models.unload, request.model_name)
         return message("inference.RepositoryModelUnloadResponse")()
 
@@ -145,15 +161,16 @@ class Service:
 
     # Inference.
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        return await self.infer(request, context)
+    async def infer(self, received: Received, context: Any, answer: Any, *, is_stream: bool = False) -> bool:
+        """Fill `answer`, an empty `ModelInferResponse`; whether it is large.
 
-    async def infer(self, request: Any, context: Any, *, is_stream: bool = False) -> Any:
-        """The answer to a `ModelInferRequest`. is_stream: it is one of many of its call, whose deadline is not its own."""
+        is_stream: the request is one of many of its call, whose deadline is not its own.
+        """
         stages = Stages()
+        stages.began = received.began
         error: BaseException | None = None
         try:
-            return await self._infer(request, None if is_stream else context.time_remaining(), stages)
+            return await self._infer(received, None if is_stream else context.time_remaining(), answer, stages)
         except BaseException as caught:
             error = caught
             raise
@@ -161,10 +178,13 @@ class Service:
             if self._trace is not None:
                 self._trace(metadata(context), stages, error)
 
-    async def _infer(self, request: Any, left_s: float | None, stages: Stages) -> Any:
+    async def _infer(self, received: Received, left_s: float | None, answer: Any, stages: Stages) -> bool:
+        request = received.message
         stages.model, stages.version, stages.request_id = request.model_name, request.model_version, request.id
         served = self._models.get(request.model_name, request.model_version)
-        asked = parse_request(request, served, self._regions)
+        parse = partial(parse_request, received, served, self._regions)
+        asked = await asyncio.to_thread(parse) if received.contents else parse()
+        del received, parse
         stages.decoded = time.perf_counter()
         timeout_s = asked.timeout_s
         if left_s is not None:  # nobody waits for a later answer
@@ -178,7 +198,10 @@ class Service:
             observe=stages.set_ran,
         )
         stages.version = used.source.version
-        return build_response(used, asked, results, self._regions)
+        large = is_large(results)
+        fill = partial(fill_response, answer, used, asked, results, self._regions)
+        await asyncio.to_thread(fill) if large else fill()
+        return large
 
 
 def metadata(context: Any) -> dict[str, str]:

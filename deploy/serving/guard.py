@@ -35,17 +35,19 @@ class Access:
 
     loopback: the server listens on this machine alone. token: what every call but health needs. admin_token: what load, unload and
     the list of models need; without one, these calls are allowed only if `loopback` is true and there is no token either.
+    replica: whether it is one of several servers behind an address: they refuse to load and unload, and the list is for all who may call.
     """
 
     loopback: bool = True
     token: str | None = None
     admin_token: str | None = None
+    replica: bool = False
 
     def check(self, headers: Mapping[str, str], *, admin: bool) -> None:
         """Raise RefusedError unless a request with these headers (names in lower case) is allowed."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
-        if admin:
+        if admin and not self.replica:
             if self.admin_token is not None:
                 if not _same(given, self.admin_token):
                     raise RefusedError(401, "admin calls need the admin token: Authorization: Bearer TOKEN")

@@ -24,12 +24,13 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json(*more: str) -> None:
-    """Send the records of the server, of uvicorn and of the loggers in `more` to standard error as lines of JSON."""
+    """Send the records of the server, of its libraries and of the loggers in `more` to standard error as lines of JSON."""
+    libraries = ("uvicorn", "asyncio", "opentelemetry", *more)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("deploy", "uvicorn", *more):
+    for name in ("deploy", *libraries):
         logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).propagate = False
     logging.getLogger("deploy").setLevel(logging.INFO)
-    for name in ("uvicorn", *more):
+    for name in libraries:
         logging.getLogger(name).setLevel(logging.WARNING)

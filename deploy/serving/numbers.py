@@ -8,6 +8,7 @@ import array
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import time
@@ -21,21 +22,29 @@ from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
 from deploy.serving.request import DATATYPES
 
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 18
 """JSON larger than this is read in pieces, off the event loop."""
+
+REST_BYTES = 1 << 20
+"""How much of large JSON may be something else than lists of numbers."""
 
 LARGE_ELEMENTS = 1 << 16
 """A tensor with more elements than this is written in pieces, off the event loop."""
 
+PIECE_ELEMENTS = 1 << 13
+"""How many numbers are read or written without letting other threads have the interpreter, and for how many seconds they have it."""
+
+YIELD_S = 1e-4
 _PIECE_BYTES = 1 << 16
-_PIECE_ELEMENTS = 1 << 13
-_YIELD_S = 1e-4
 _NOT_FINITE = re.compile(rb"NaN|Infinity")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _BRACKETS_AS_SPACES = bytes.maketrans(b"[]", b"  ")
 _NO_BRACKETS_OR_COMMAS = bytes(byte for byte in range(256) if byte not in b"[],")
 
 Bytes = bytes | bytearray | memoryview
+
+Body = bytes | bytearray | mmap.mmap
+"""The body of a request."""
 
 
 def decode(text: Bytes) -> Any:
@@ -134,10 +143,10 @@ class Cut:
     """A large JSON document, without its arrays of numbers.
 
     document: decoded, with a string of `arrays` in place of each list under a key `data`. Raises InputError if more than
-    `LARGE_BYTES` are left of it: numbers alone can be many.
+    `REST_BYTES` are left of it: numbers alone can be many.
     """
 
-    def __init__(self, body: bytes | bytearray, end: int) -> None:
+    def __init__(self, body: Body, end: int) -> None:
         self.arrays: dict[str, memoryview] = {}
         mark = os.urandom(16).hex()
         parts: list[Bytes] = []
@@ -157,9 +166,9 @@ class Cut:
                 parts += [view[done : opened.end()], f'"{name}"'.encode()]
                 at = done = close
         parts.append(view[done:end])
-        if sum(map(len, parts)) > LARGE_BYTES:
+        if sum(map(len, parts)) > REST_BYTES:
             raise InputError(
-                f"more than {LARGE_BYTES} bytes of the JSON are not lists of numbers under the key data: send binary tensors"
+                f"more than {REST_BYTES} bytes of the JSON are not lists of numbers under the key data: send binary tensors"
             )
         self.document = decode(b"".join(parts))
 
@@ -172,7 +181,7 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
     nested = bytes(text[:256])[1:].lstrip()[:1] == b"["
     if max((count, *itertools.accumulate(shape, lambda a, b: a * b))) > len(text):  # each takes a comma or a bracket
         raise _misfit(spec, shape)
-    brackets = _brackets(shape if nested else [count])
+    brackets = _Brackets(shape if nested else [count])
     result = np.empty(count, dtype=spec.dtype)
     at = filled = matched = 0
     while at < len(text):
@@ -187,23 +196,54 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
         found = piece.translate(None, _NO_BRACKETS_OR_COMMAS)
         numbers = piece.translate(_BRACKETS_AS_SPACES).strip()
         values = _typed(decode(b"[" + (numbers[:-1] if at < len(text) else numbers) + b"]"), spec)
-        if found != brackets[matched : matched + len(found)] or filled + len(values) > count:
+        if found != brackets.part(matched, matched + len(found)) or filled + len(values) > count:
             raise _misfit(spec, shape)
         matched += len(found)
         result[filled : filled + len(values)] = values
         filled += len(values)
-        time.sleep(_YIELD_S)
-    if filled != count or matched != len(brackets):
+        time.sleep(YIELD_S)
+    if filled != count or matched != brackets.length:
         raise _misfit(spec, shape)
     return result.reshape(shape)
 
 
-def _brackets(shape: Sequence[int]) -> bytes:
-    """The brackets and commas of nested lists of this shape."""
-    text = b"[" + b"," * (shape[-1] - 1) + b"]" if shape else b""
-    for size in reversed(shape[:-1]):
-        text = b"[" + ((text + b",") * size)[:-1] + b"]"
-    return text
+class _Brackets:
+    """The brackets and commas of nested lists of a shape; all of them would be as long as the text itself. length: how many."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._size = shape[0] if shape else 0
+        self._inner = _Brackets(shape[1:]) if len(shape) > 1 else None
+        period = 1 if self._inner is None else self._inner.length + 1
+        self.length: int = (1 + self._size * period if self._size else 2) if shape else 0
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Those from `start` to `stop`, or to the end."""
+        stop = min(stop, self.length)
+        if start >= stop:
+            return b""
+        # "[", and then for each element its own brackets and a comma, of which the last is "]" in place of the comma.
+        text = self._elements(max(start, 1) - 1, stop - 1)
+        if stop == self.length:
+            text = text[:-1] + b"]" if self._size else b"]"[: stop - max(start, 1)]
+        return b"[" + text if start == 0 else text
+
+    def _elements(self, start: int, stop: int) -> bytes:
+        """A part of what stands behind the first bracket."""
+        inner = self._inner
+        if inner is None:
+            return b"," * (stop - start)
+        period = inner.length + 1
+        if period <= _PIECE_BYTES:
+            first = start // period
+            text = (inner.part(0, inner.length) + b",") * (-(-stop // period) - first)
+            return text[start - first * period : stop - first * period]
+        parts: list[bytes] = []
+        while start < stop:
+            at = start % period
+            until = min(at + stop - start, period)
+            parts += (inner.part(at, until), b"," if until == period else b"")
+            start += until - at
+        return b"".join(parts)
 
 
 def to_json(numbers: np.ndarray) -> msgspec.Raw:
@@ -212,9 +252,9 @@ def to_json(numbers: np.ndarray) -> msgspec.Raw:
     if flat.size <= LARGE_ELEMENTS:
         return msgspec.Raw(msgspec.json.encode(flat.tolist()))
     pieces = []
-    for start in range(0, flat.size, _PIECE_ELEMENTS):
-        pieces.append(msgspec.json.encode(flat[start : start + _PIECE_ELEMENTS].tolist())[1:-1])
-        time.sleep(_YIELD_S)
+    for start in range(0, flat.size, PIECE_ELEMENTS):
+        pieces.append(msgspec.json.encode(flat[start : start + PIECE_ELEMENTS].tolist())[1:-1])
+        time.sleep(YIELD_S)
     return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
 
 

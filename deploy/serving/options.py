@@ -19,8 +19,9 @@ class ServerOptions:
     http_port, grpc_port: None opens no REST or gRPC door.
     stop_delay_s: after SIGTERM the server goes on taking requests for so long while it reports that it is not ready, so that
         load balancers can turn away.
-    keep_alive_s: a connection without a request is closed after so long. connections: the most that are open at a time over REST; one
-        more takes the place of that which has been idle for longest. shared_memory: whether clients may register system shared memory.
+    keep_alive_s: a connection without a request is closed after so long. connections: the most that each door has open at a time; over REST,
+        one more takes the place of that which has been idle for longest; connections_per_address: the same for those from one address, or
+        one /64 network of IPv6. shared_memory: whether clients may register system shared memory.
     """
 
     host: str = option("127.0.0.1", "Address to listen on.", metavar="H")
@@ -32,7 +33,12 @@ class ServerOptions:
     stop_delay_s: float = option(1.0, "On SIGTERM: time to report not ready before closing.", flag="--stop-delay", metavar="S")
     drain_s: float = option(30.0, "Then the time to finish running requests.", flag="--drain-timeout", metavar="S")
     keep_alive_s: float = option(75.0, "Close a connection that is idle for so long.", flag="--keep-alive", metavar="S")
-    connections: int = option(4096, "The most connections over REST; one more closes the longest idle.", metavar="N")
+    connections: int = option(
+        4096, "The most connections of each door; over REST, one more closes the longest idle.", metavar="N"
+    )
+    connections_per_address: int | None = option(
+        None, "The same over REST for those from one address; not behind a proxy.", metavar="N", default="no bound"
+    )
     shared_memory: bool = option(False, "Take tensors from and into system shared memory that clients register.")
     otel: bool = option(False, "Send traces by OpenTelemetry; its own OTEL_ variables say where.")
     log_requests: bool = option(False, "Log every request, not only errors.")
@@ -60,8 +66,9 @@ class ServerOptions:
                 raise UsageError(f"`{name}` must be 0 or more, not {getattr(self, name):g}")
         if not self.keep_alive_s > 0:
             raise UsageError(f"`keep_alive_s` must be more than 0, not {self.keep_alive_s:g}")
-        if self.connections < 1:
-            raise UsageError(f"`connections` must be 1 or more, not {self.connections}")
+        for name in ("connections", "connections_per_address"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"`{name}` must be 1 or more, not {value}")
 
     @property
     def access(self) -> Access:

@@ -13,7 +13,7 @@ import numpy as np
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
 from deploy.serving.classes import classes_of, pack
-from deploy.serving.numbers import LARGE_BYTES, Cut, decode, from_json, from_text, to_json
+from deploy.serving.numbers import LARGE_BYTES, Body, Cut, decode, from_json, from_text, to_json
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import (
     DATATYPES,
@@ -38,7 +38,7 @@ ReadNumbers = Callable[[Any, TensorSpec, Sequence[int]], np.ndarray]
 
 
 def parse_request(
-    body: bytes | bytearray,
+    body: Body,
     header_length: int | None,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
@@ -77,7 +77,7 @@ def parse_request(
     )
 
 
-def _read(body: bytes | bytearray, head: memoryview) -> tuple[Any, ReadNumbers]:
+def _read(body: Body, head: memoryview) -> tuple[Any, ReadNumbers]:
     """The decoded document, and what makes an array of the `data` in it."""
     if len(head) <= LARGE_BYTES:
         return decode(head), from_json

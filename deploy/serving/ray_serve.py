@@ -1,4 +1,4 @@
-"""The REST door on a Ray cluster: the application of `deploy serve` as one ingress deployment of Ray Serve.
+"""Both doors on a Ray cluster: `deploy serve` as one ingress deployment of Ray Serve.
 
 Ray places, scales and restarts the replicas, and routes the requests. Every replica opens the artifacts, from the same paths on all
 nodes, and makes its own batches.
@@ -18,15 +18,12 @@ try:
 except ImportError as error:  # Ray without its extra `serve` lacks one of several libraries: all come with ours
     raise ImportError(str(error), name="ray") from error
 
-from starlette.types import ASGIApp
-
 from deploy.artifact.find import open_artifact
 from deploy.errors import BackendError, UsageError
 from deploy.serving.log import log_as_json
 from deploy.serving.models import ModelOptions, Models, check_code
 from deploy.serving.options import RayOptions, ServerOptions
-from deploy.serving.rest_app import make_app
-from deploy.serving.server import tracing
+from deploy.serving.ray_replica import SERVICES, Replica
 from deploy.serving.source import ModelSource
 
 logger = logging.getLogger("deploy.serving")
@@ -58,10 +55,10 @@ def serve_on_ray(sources: list[ModelSource], models: ModelOptions, options: Serv
     # After `_connect`, because Ray replaces signal handlers with its own.
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        address = _open_door(options)
+        doors = _open_doors(options)
         ready = _deploy(app, stop)
-        if ready:
-            fields = {"door": "http", "address": address, "models": list(dict.fromkeys(source.name for source in sources))}
+        for door, address in doors.items() if ready else ():
+            fields = {"door": door, "address": address, "models": list(dict.fromkeys(source.name for source in sources))}
             logger.info("serving", extra=fields)
         if not (ready and on.detach):
             stop.wait()
@@ -81,31 +78,25 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
     Raises UsageError for options that do not work on a cluster.
     """
     if options.http_port is None:
-        raise UsageError("Ray serves over REST: give `http_port` (leave out `no_http`)")
-    if options.http_port == 0:
-        raise UsageError("`http_port` cannot be 0 on Ray, which opens the same port on every node")
+        raise UsageError("Ray always serves over REST: give `http_port` (leave out `no_http`)")
+    if 0 in (options.http_port, options.grpc_port):
+        raise UsageError("`http_port` and `grpc_port` cannot be 0 on Ray, which opens the same port on every node")
+    if options.grpc_port is not None and options.tls_cert is not None:
+        raise UsageError("the gRPC door of Ray takes no certificate: leave out `grpc_port`, or `tls_cert` and `tls_key`")
+    if options.grpc_port is not None and options.token is None and not options.insecure:
+        raise UsageError(
+            "Ray opens the gRPC door to other machines, whatever `host` is: give it a token (`token_file`), or say `insecure`"
+        )
     if options.shared_memory:
         raise UsageError("`shared_memory` is of one machine: a replica may be on another than its client")
-    if options.connections != ServerOptions.connections:
-        raise UsageError("`connections` cannot be set on Ray, which opens the doors")
+    for name in ("connections", "connections_per_address"):
+        if getattr(options, name) != getattr(ServerOptions, name):
+            raise UsageError(f"`{name}` cannot be set on Ray, which opens the doors")
     if options.admin_token is not None:
         raise UsageError("there are no admin calls on Ray: deploy again to load the models anew; no request is lost")
     Models(sources, models)  # raises UsageError for a name and version that is given twice
     if models.threads is None and on.replica_cpus >= 1:
         models = replace(models, threads=int(on.replica_cpus))
-
-    def app() -> ASGIApp:
-        log_as_json()
-        served = Models(sources, models)
-        served.load_all()
-        return make_app(
-            served,
-            access=options.access,
-            limits=options.limits,
-            log_requests=options.log_requests,
-            replica=_replica_name(),
-            trace=tracing(options),
-        )
 
     if on.max_replicas is None or on.max_replicas == on.replicas:
         scale: dict[str, Any] = {"num_replicas": on.replicas}
@@ -130,11 +121,7 @@ def application(sources: list[ModelSource], models: ModelOptions, options: Serve
         max_surge_percent=100 if on.replicas == 1 and on.replicas_per_node is None else 0,
         **scale,
     )
-    return deployment(ray_serve.ingress(app)()).bind()
-
-
-def _replica_name() -> str:
-    return str(ray_serve.get_replica_context().replica_tag)
+    return deployment(ray_serve.ingress()(Replica)).bind(sources, models, options)
 
 
 def _connect(on: RayOptions) -> None:
@@ -144,11 +131,12 @@ def _connect(on: RayOptions) -> None:
         raise BackendError(f"cannot reach the Ray cluster {on.address or 'of this machine'}: {_one_line(error)}") from error
 
 
-def _open_door(options: ServerOptions) -> str:
-    """Start Ray Serve unless it runs already; the address of its proxies."""
+def _open_doors(options: ServerOptions) -> dict[str, str]:
+    """Start Ray Serve unless it runs already; the addresses of its proxies, by door."""
     wanted = {
         "host": options.host,
         "port": options.http_port,
+        "grpc_port": options.grpc_port,
         "tls_cert": None if options.tls_cert is None else str(options.tls_cert.resolve()),
         "tls_key": None if options.tls_key is None else str(options.tls_key.resolve()),
     }
@@ -169,6 +157,9 @@ def _open_door(options: ServerOptions) -> str:
                         "keep_alive_timeout_s": max(1, round(options.keep_alive_s)),
                         **tls,
                     },
+                    grpc_options=None
+                    if options.grpc_port is None
+                    else {"port": options.grpc_port, "grpc_servicer_functions": [SERVICES], "enable_reflection": False},
                 )
             except TimeoutError:  # Ray gives its doors 60 s, which are few on a busy machine: they are still opening
                 _wait_for_doors()
@@ -177,7 +168,10 @@ def _open_door(options: ServerOptions) -> str:
     except Exception as error:
         raise BackendError(f"Ray Serve did not start: {_one_line(error)}") from error
     scheme = "https" if options.tls_cert else "http"
-    return f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"
+    doors = {"http": f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.http_port}"}
+    if options.grpc_port is not None:
+        doors["grpc"] = f"0.0.0.0:{options.grpc_port}"
+    return doors
 
 
 class _Note:
@@ -207,10 +201,10 @@ def _check_note(wanted: dict[str, Any]) -> None:
             "Ray Serve runs on this cluster, and was not started by `deploy serve`: its address is not known; run `serve shutdown` first"
         ) from None
     for name, value in wanted.items():
-        if running[name] != value:
+        if running.get(name) != value:
             raise UsageError(
-                f"Ray Serve runs on this cluster with {name} {running[name]}, not {value}, and cannot change it: say the same `host`,"
-                " `http_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
+                f"Ray Serve runs on this cluster with {name} {running.get(name)}, not {value}, and cannot change it: say the same"
+                " `host`, `http_port`, `grpc_port`, `tls_cert` and `tls_key`, or run `serve shutdown` first"
             )
 
 

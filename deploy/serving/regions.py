@@ -18,7 +18,7 @@ import numpy as np
 
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError, RefusedError
-from deploy.serving.request import Place, bytes_of, from_bytes
+from deploy.serving.request import Place, bytes_of, check_size, from_bytes
 
 _FOLDER = Path("/dev/shm")  # noqa: S108  (where Linux has POSIX shared memory)
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
@@ -41,10 +41,14 @@ class Region:
 
 
 class Regions:
-    """The registered regions. Safe to use from many threads. on: whether the server takes shared memory at all."""
+    """The registered regions. Safe to use from many threads.
 
-    def __init__(self, *, on: bool = False) -> None:
+    on: whether the server takes shared memory at all. most_bytes: of one input; an object may be larger than the memory.
+    """
+
+    def __init__(self, *, on: bool = False, most_bytes: int = 64 << 20) -> None:
         self.on = on
+        self._most_bytes = most_bytes
         self._regions: dict[str, Region] = {}
         self._lock = threading.Lock()
 
@@ -106,9 +110,15 @@ class Regions:
 
     def read(self, place: Place, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
         """A copy of a tensor, which lies there little-endian. Raises InputError and RefusedError."""
+        self._check_on()
+        check_size(place.size, spec, shape)
+        if place.size > self._most_bytes:
+            raise RefusedError(
+                413, f"{spec.name!r} has {place.size} bytes; {self._most_bytes} are the most that is taken of one input"
+            )
         with self._lock:  # so that the file is not closed, and its number given to another
             region = self._find(place)
-            data = np.empty(place.size, dtype=np.uint8)  # not larger than the region
+            data = np.empty(place.size, dtype=np.uint8)
             got = os.preadv(region.file, [data.data], region.offset + place.offset)
         if got != place.size:
             raise _shrunk(region)

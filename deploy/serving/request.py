@@ -128,7 +128,7 @@ def _place(options: Options, name: str) -> Place | None:
 
 def _number(value: Any, what: str, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"{what} must be a number from {least}, not {value!r}")
+        raise InputError(f"{what} must be a number from {least} to {most}, not {value!r}")
     return value
 
 
@@ -156,13 +156,17 @@ def elements(shape: Sequence[int], name: str) -> int:
     return count
 
 
+def check_size(size: int, spec: TensorSpec, shape: Sequence[int]) -> None:
+    """Raise InputError if `size` is not the number of bytes of a tensor of this shape."""
+    wanted = elements(shape, spec.name) * np.dtype(spec.dtype).itemsize
+    if size != wanted:
+        raise InputError(f"{spec.name!r} has {size} bytes of data; its shape takes {wanted}")
+
+
 def from_bytes(data: memoryview | bytes | bytearray, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
     """An array that shares the memory of little-endian `data`. Raises InputError if the number of bytes does not fit `shape`."""
-    dtype = np.dtype(spec.dtype).newbyteorder("<")
-    wanted = elements(shape, spec.name) * dtype.itemsize
-    if len(data) != wanted:
-        raise InputError(f"{spec.name!r} has {len(data)} bytes of data; its shape takes {wanted}")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    check_size(len(data), spec, shape)
+    array = np.frombuffer(data, dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(shape)
     if spec.dtype == "bool" and array.view(np.uint8).max(initial=0) > 1:
         raise InputError(f"{spec.name!r} is BOOL: its bytes must be 0 or 1")
     return array.astype(spec.dtype, copy=False)

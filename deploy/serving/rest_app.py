@@ -26,7 +26,7 @@ from deploy.serving.images import Ran, check_task, image_feed
 from deploy.serving.lingering import Lingering
 from deploy.serving.middleware import Guard, json_response
 from deploy.serving.models import Models, Served
-from deploy.serving.numbers import LARGE_BYTES, is_large
+from deploy.serving.numbers import LARGE_BYTES, Body, is_large
 from deploy.serving.protocol import build_response, parse_request
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import priority_of, timeout_of
@@ -36,6 +36,7 @@ from deploy.version import __version__
 
 _HEADER_LENGTH = "inference-header-content-length"
 _MOST_TOP = 1000
+_MOST_DOCUMENT = 1 << 20  # it is read in the event loop
 
 
 def make_app(
@@ -148,7 +149,7 @@ class _Door:
 
     def _check_alone(self) -> None:
         if self._replica is not None:
-            raise RefusedError(403, "this is one replica of several: to load models anew, deploy again")
+            raise answers.refuse_one_of_several()
 
     # Inference.
 
@@ -172,7 +173,7 @@ class _Door:
         length = headers.get(_HEADER_LENGTH)
         if length is not None and not (length.isascii() and length.isdecimal() and len(length) < 20):
             raise InputError(f"Inference-Header-Content-Length must be a number, not {length!r}")
-        body = await self._read(headers, receive)
+        body = await self._read(headers, receive, self._limits.request_bytes)
         head = len(body) if length is None else int(length)
         parse = partial(parse_request, body, None if length is None else head, served.inputs, served.outputs, self._regions)
         asked = await asyncio.to_thread(parse) if head > LARGE_BYTES else parse()
@@ -243,16 +244,15 @@ class _Door:
         return self._models.get(request.path_params["model"], request.path_params.get("version", ""))
 
     async def document(self, request: Request) -> dict[str, Any]:
-        """The JSON object in the body of a request. Raises InputError."""
-        return _document(await self._body(request))
+        """The JSON object in the body of a request that has no tensors. Raises InputError."""
+        most = min(_MOST_DOCUMENT, self._limits.request_bytes)
+        return _document(bytes(await self._read(request.headers, request.receive, most)))
 
-    async def _body(self, request: Request) -> bytes | bytearray:
-        return await self._read(request.headers, request.receive)
+    async def _body(self, request: Request) -> Body:
+        return await self._read(request.headers, request.receive, self._limits.request_bytes)
 
-    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | bytearray:
-        reading = read_body(
-            receive, headers.get("content-length"), headers.get("content-encoding", ""), self._limits.request_bytes
-        )
+    async def _read(self, headers: Mapping[str, str], receive: Receive, most: int) -> Body:
+        reading = read_body(receive, headers.get("content-length"), headers.get("content-encoding", ""), most)
         try:
             async with asyncio.timeout(self._limits.body_s):
                 return await reading
@@ -260,7 +260,7 @@ class _Door:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s") from None
 
 
-def _document(body: bytes | bytearray) -> dict[str, Any]:
+def _document(body: bytes) -> dict[str, Any]:
     if not body.strip():
         return {}
     try:

@@ -1,8 +1,6 @@
 """The REST door: uvicorn, running the application of `rest_app`."""
 
 import asyncio
-import logging
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +9,13 @@ from functools import partial
 import uvicorn
 
 from deploy.errors import BackendError
-from deploy.serving.address import listen
+from deploy.serving.address import listen, most_connections
 from deploy.serving.connection import Connection, Room
 from deploy.serving.models import Models
 from deploy.serving.options import ServerOptions
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.rest_app import make_app
 from deploy.serving.stages import Trace
-
-logger = logging.getLogger("deploy.serving")
 
 
 class _Http(uvicorn.Server):
@@ -49,7 +45,7 @@ class HttpDoor:
         cls, models: Models, options: ServerOptions, regions: Regions = NO_REGIONS, trace: Trace | None = None
     ) -> "HttpDoor":
         """Start the server. Raises OSError if the port is taken, and UsageError for a host that is not known."""
-        room = Room(_most_connections(options.connections))
+        room = Room(most_connections(options.connections), options.connections_per_address)
 
         def crowded() -> bool:
             return len(server.server_state.connections) > room.most
@@ -104,15 +100,3 @@ async def _look(server: _Http, seconds: float) -> None:
         now = time.monotonic()
         for connection in list(server.server_state.connections):
             connection.look(now, seconds)  # type: ignore[union-attr]
-
-
-def _most_connections(wanted: int) -> int:
-    """`wanted`, or fewer where the process may not have so many files open; as many again stay for all else."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * wanted
-    if soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < needed:
-        logger.warning("fewer connections", extra={"connections": soft // 2, "why": f"this process may open {soft} files"})
-    return min(wanted, soft // 2)

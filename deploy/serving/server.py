@@ -79,7 +79,7 @@ async def _serve(models: Models, options: ServerOptions, kinds: list[Any], trace
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop, number)
-    regions = Regions(on=options.shared_memory)
+    regions = Regions(on=options.shared_memory, most_bytes=options.limits.request_bytes)
     doors: list[Any] = []
     try:
         for kind in kinds:

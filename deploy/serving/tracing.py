@@ -4,6 +4,7 @@ A trace that the caller has begun is continued (W3C Trace Context, the header `t
 set by OpenTelemetry's own environment variables, such as OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_TRACES_SAMPLER.
 """
 
+import logging
 import os
 import threading
 import time
@@ -35,6 +36,7 @@ class Tracing:
         self._provider = provider
         self._tracer = provider.get_tracer("deploy", __version__)
         self._propagator = TraceContextTextMapPropagator()
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)  # it warns of what clients send, and repeats it
 
     def __call__(self, headers: Mapping[str, str], stages: Stages, error: BaseException | None) -> None:
         """The spans of one request that has just been answered, or failed with `error`."""

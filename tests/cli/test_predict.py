@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.cli.helpers import refused
 
 Run = Callable[..., Any]
@@ -87,6 +89,26 @@ def test_out_takes_lists_and_patterns_and_writes_a_row_for_each(run: Run, folder
         ("images/digit 3/0.png", False), ("images/digit 3/1.png", False), ("images/digit 7/0.png", False), ("images/none.png", True),
     ]  # fmt: skip
     refused(run("predict", "images", "--out", "rows.csv"), 2, "lenet5 is a classifier, and there are no pictures", "FILE.jsonl")
-    refused(run("predict", "images", "--out", "other.jsonl", "--min-score", "0.5"), 2, "--min-score is for boxes")
+    refused(
+        run("predict", "images", "--out", "other.jsonl", "--min-score", "0.5"), 2, "--min-score is for the boxes of detectors"
+    )
     refused(run("predict", "images", "--batch-size", "2"), 2, "--batch-size needs --out")
     refused(run("predict", "images", "--out", "other.jsonl", "--actors", "2"), 2, "--actors needs --ray")
+
+
+def test_out_takes_what_no_task_knows_and_says_so(run: Run, folder: Path) -> None:
+    from onnx import parser, save
+
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[N, 2] x) => (float[N, 2, 2] y)
+        <int64[1] axis = {2}, int64[3] size = {1, 1, 2}> { wide = Unsqueeze(x, axis) y = Expand(wide, size) }"""
+    save(parser.parse_model(text), "net.onnx")
+    np.savez("x.npz", x=np.array([[1, 2], [3, 4]], np.float32))
+    finished = run("predict", "net.onnx", "x.npz", "--out", "rows.jsonl")
+    assert (finished.status, finished.out) == (0, "2 rows in rows.jsonl, 0 errors\n")
+    assert "net.onnx is no classifier, segmenter or detector: its outputs are written as they are" in finished.err
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["outputs"]["y"] for row in rows] == [[[1, 1], [2, 2]], [[3, 3], [4, 4]]]
+    refused(
+        run("predict", "net.onnx", "x.npz", "--out", "other.jsonl", "--top", "2"), 2, "--top is for the classes of classifiers"
+    )
+    refused(run("predict", "net.onnx", "x.npz", "--raw"), 2, "--raw needs --out FILE.jsonl")

@@ -31,10 +31,10 @@ def test_options_of_ray_need_ray(arguments: list[str], shared_lenet5: Artifact, 
     assert f"{arguments[0]} needs --ray" in finished.err
 
 
-def test_there_is_no_grpc_door(shared_lenet5: Artifact, run: Callable[..., Any]) -> None:
+def test_the_grpc_door_needs_a_token(shared_lenet5: Artifact, run: Callable[..., Any]) -> None:
     finished = run("serve", shared_lenet5.path, "--grpc-port", 8001, "--ray")
     assert finished.status == 2
-    assert "--ray serves over REST alone" in finished.err
+    assert "Ray opens the gRPC door to other machines, whatever --host is: give it a token (--token-file)" in finished.err
 
 
 @pytest.mark.parametrize("arguments", [["--ray", "ARTIFACT"], ["ARTIFACT", "--ray", "ARTIFACT"]])

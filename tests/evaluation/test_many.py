@@ -100,8 +100,8 @@ def test_a_process_that_is_killed_goes_on(model: Artifact, images: Path) -> None
         from deploy.evaluation.batch import Predictor
         from deploy.evaluation.many import predict_many
         from deploy.evaluation.many_options import BatchOptions
-        run = Predictor._computed
-        Predictor._computed = lambda *given: (time.sleep(0.2), run(*given))[1]
+        run = Predictor._images_of
+        Predictor._images_of = lambda *given: (time.sleep(0.2), run(*given))[1]
         predict_many({str(model.path)!r}, ["images"], "rows.jsonl", BatchOptions(batch_size=4, top=1))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env={**os.environ, "OMP_NUM_THREADS": "1"})

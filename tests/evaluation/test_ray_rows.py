@@ -11,9 +11,11 @@ import pytest
 
 pytest.importorskip("ray")
 
+import msgspec
 import pyarrow
 
 from deploy.errors import UsageError
+from deploy.evaluation.batch import Item, Predictor, Row
 from deploy.evaluation.many import predict_many
 from deploy.evaluation.many_options import ActorOptions, BatchOptions
 from deploy.evaluation.ray_rows import _SCHEMA, _Actor, rows_on_ray
@@ -27,10 +29,25 @@ def test_an_actor_has_a_row_for_each_of_its_paths(model, tmp_path, paint, shade)
     strange = os.fsencode(tmp_path) + b"/caf\xe9.png"
     np.savez(tmp_path / "x.npz", input=np.ones((3, 1, 8, 8), np.float32))
     paths = [os.fsencode(image), strange, os.fsencode(tmp_path / "x.npz")]
-    found = _Actor(str(model.path), SMALL)(pyarrow.table({"path": paths, "start": [0, 0, 1]}, schema=_SCHEMA)).to_pylist()
-    assert [(Path(row["path"]).name, row["row"], row["classes"], row["error"] is None) for row in found] == [
-        ("a.png", None, ["cat"], True), ("caf\\xe9.png", None, None, False), ("x.npz", 1, ["gnu"], True), ("x.npz", 2, ["gnu"], True),
+    table = _Actor(str(model.path), SMALL)(pyarrow.table({"path": paths, "start": [0, 0, 1]}, schema=_SCHEMA))
+    found = [msgspec.msgpack.decode(row, type=Row) for row in table["row"].to_pylist()]
+    with Predictor(model, SMALL) as predictor:
+        items = (Item(path=Path(os.fsdecode(path)), start=start) for path, start in zip(paths, (0, 0, 1), strict=True))
+        assert found == [row for rows in predictor.rows(items) for row in rows]
+    assert [(Path(row.path).name, row.row, row.error is None) for row in found] == [
+        ("a.png", None, True), ("caf\\xe9.png", None, False), ("x.npz", 1, True), ("x.npz", 2, True),
     ]  # fmt: skip
+
+
+def test_masks_and_raw_outputs_come_back_from_an_actor(make_segmenter, tmp_path, paint) -> None:
+    artifact = make_segmenter(tmp_path / "net")
+    paths = [os.fsencode(paint(tmp_path / f"{level}.png", level)) for level in (20, 230)]
+    block = pyarrow.table({"path": paths, "start": [0, 0]}, schema=_SCHEMA)
+    for options in (SMALL, BatchOptions(raw=True)):
+        table = _Actor(str(artifact.path), options)(block)
+        found = [msgspec.msgpack.decode(row, type=Row) for row in table["row"].to_pylist()]
+        with Predictor(artifact, options) as predictor:
+            assert found == [row for rows in predictor.rows(Item(path=Path(os.fsdecode(path))) for path in paths) for row in rows]
 
 
 def test_options_that_make_no_sense_are_refused() -> None:

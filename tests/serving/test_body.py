@@ -5,13 +5,17 @@ import contextlib
 import gzip
 import http.client
 import json
+import mmap
 import zlib
 
 import pytest
 
+from deploy.errors import UnavailableError
+from deploy.serving import body as serving_body
 from deploy.serving.body import compress, read_body
 
 from .conftest import INFER, Server, body, call
+from .test_rest_door import talk_to
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -85,3 +89,45 @@ def test_a_body_that_expands_is_read_piece_by_piece_and_whole() -> None:
     packed = gzip.compress(plain)
     assert asyncio.run(read([packed])) == plain
     assert asyncio.run(read([packed[:100], b"", packed[100:]])) == plain
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_comes_together_without_moving(declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bytes(range(251)) * (20 << 10)
+    made: list[mmap.mmap] = []
+    pages = serving_body._pages
+    monkeypatch.setattr(serving_body, "_pages", lambda size: (made.append(pages(size)), made[-1])[1])
+
+    async def read() -> object:
+        chunks = [plain[at : at + 77_777] for at in range(0, len(plain), 77_777)]
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
+
+        return await read_body(receive, str(len(plain)) if declared else None, "", 8 << 20)
+
+    found = asyncio.run(read())
+    assert [found] == made, "the pages that it was written to at first"
+    assert isinstance(found, mmap.mmap)
+    assert (len(found), found[:]) == (len(plain), plain)
+
+
+def test_no_memory_for_a_body_is_the_servers_trouble_and_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(UnavailableError, match="no memory for a request of"):
+        serving_body._Growing(1 << 30).add(b"a" * (2 << 20))
+
+
+@pytest.mark.parametrize("path", ["/v2/repository/index", "/v2/repository/models/net/unload", "/v2/cudasharedmemory/unregister"])
+def test_a_document_without_tensors_is_small(path: str) -> None:
+    def talk(host: str, port: int) -> tuple[int, bytes]:
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=30)) as connection:
+            connection.request("POST", path, b'{"x": %s}' % (b" " * (2 << 20)))
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    status, content = talk_to(talk)
+    assert (status, b"larger than 1048576 bytes" in content) == (413, True)

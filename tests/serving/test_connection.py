@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.serving.connection import network_of
 from deploy.serving.guard import Limits
 from deploy.serving.rest_door import HttpDoor
 
@@ -111,3 +112,62 @@ def test_nothing_is_kept_of_connections_that_have_gone(doors: Callable[[], HttpD
         assert not doors().room.idle
 
     talk_to(talk)
+
+
+def test_one_address_takes_no_more_than_its_share(doors: Callable[[], HttpDoor]) -> None:
+    def talk(host: str, port: int) -> None:
+        with contextlib.ExitStack() as stack:
+            other = stack.enter_context(socket.create_connection((host, port), 5, ("127.0.0.2", 0)))
+            silent = [stack.enter_context(socket.create_connection((host, port), 5)) for _ in range(6)]
+            for left in silent[:3]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert left.recv(1) == b"", "the longest idle of the address are closed"
+            for kept in (other, *silent[3:]):
+                kept.sendall(HEAD + b"\r\n")
+                assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
+        time.sleep(0.2)
+        assert not doors().room.idle
+        assert not doors().room._by_address
+
+    talk_to(talk, connections_per_address=3)
+
+
+def test_a_connection_too_many_of_a_busy_address_is_closed_and_the_busy_are_answered() -> None:
+    def talk(host: str, port: int) -> None:
+        with contextlib.ExitStack() as stack:
+            busy = [stack.enter_context(socket.create_connection((host, port), 5)) for _ in range(2)]
+            for client in busy:
+                client.sendall(b"POST /v2/repository/index HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
+            time.sleep(0.2)
+            third = stack.enter_context(socket.create_connection((host, port), 5))
+            with contextlib.suppress(ConnectionResetError):
+                assert third.recv(1) == b""
+            for client in busy:
+                client.sendall(b"}")
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+    talk_to(talk, connections_per_address=2)
+
+
+@pytest.mark.parametrize(
+    ("host", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"), ("", ""),
+    ],
+)  # fmt: skip
+def test_an_address_of_ipv6_counts_by_its_network(host: str, network: str) -> None:
+    assert network_of(host) == network
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_a_client_that_would_speak_another_protocol_gets_http_and_no_line_in_the_log(
+    protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(host: str, port: int) -> None:
+        with socket.create_connection((host, port), 10) as client:
+            client.sendall(HEAD + b"Connection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol.encode())
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+    talk_to(talk)
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn") and record.levelname == "WARNING"]

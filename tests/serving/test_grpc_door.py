@@ -1,14 +1,20 @@
 """Health checks over gRPC, and the log of the gRPC door: of single calls and of streams, with the ids of requests."""
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
+import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError, InputError, QueueFullError, UnavailableError
 from deploy.runtime.batching.batcher import BatcherOptions
@@ -154,3 +160,77 @@ def test_health_checks_of_grpc(limited: Server) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             check(ask(service="nobody"))
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_connections_beyond_the_bound_are_turned_away_and_leave_room_when_they_go(shared_lenet5: Artifact) -> None:
+    def closed(client: socket.socket) -> bool:
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(4096):  # what the server says at first
+                pass
+        return True
+
+    def flood(port: int) -> int:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(9)]
+            ended = 0
+            for client in clients:
+                client.settimeout(0.3)
+                with contextlib.suppress(TimeoutError):
+                    ended += closed(client)
+            return ended
+
+    async def main() -> None:
+        door = await GrpcDoor.open(Models([], ModelOptions()), ServerOptions(http_port=None, grpc_port=0, connections=4))
+        try:
+            assert await asyncio.to_thread(flood, int(door.address.rpartition(":")[2])) == 5
+            async with grpc.aio.insecure_channel(door.address) as channel:
+                ask = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+                assert await ask(b"", wait_for_ready=True, timeout=20)
+        finally:
+            await door.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_large_requests_and_answers_are_exact_typed_and_raw(tmp_path: Path, method: str) -> None:
+    graph = "g (int64[N, 70000] x) => (int64[N, 70000] y) { y = Identity(x) }"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {graph}'), tmp_path / "large.onnx")
+    values = np.random.default_rng(0).integers(-(2**63), 2**63, (1, 70_000))
+    values[0, :3] = -(2**63), 2**63 - 1, 2**53 + 1
+    typed, raw, short = (REQUEST(model_name="net") for _ in range(3))
+    for made in (typed, raw, short):
+        made.inputs.add(name="x", datatype="INT64", shape=[1, 70_000])
+    typed.inputs[0].contents.int64_contents.extend(values[0].tolist())
+    raw.raw_input_contents.append(values.tobytes())
+    short.inputs[0].contents.int64_contents.extend(values[0, 1:].tolist())
+    artifact = deploy.export(tmp_path / "large", onnx=tmp_path / "large.onnx")
+    answers = talk(artifact, method, [typed, raw, short], None)
+    found, exact, refused = [getattr(each, "infer_response", each) for each in answers]
+    np.testing.assert_array_equal(found.outputs[0].contents.int64_contents, values[0])
+    assert exact.raw_output_contents[0] == values.tobytes()
+    if method == "ModelInfer":
+        assert refused == grpc.StatusCode.INVALID_ARGUMENT
+    else:
+        assert "has 69999 values; its shape takes 70000" in answers[2].error_message
+
+
+def test_a_request_without_tensors_is_small(limited: Server) -> None:
+    with grpc.insecure_channel(limited.grpc) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ServerReady")
+        assert ask(b"\x7a\x01a" * 1000, timeout=30) == b"\x08\x01"
+    models = Models([], ModelOptions())
+
+    async def main() -> None:
+        door = await GrpcDoor.open(models, ServerOptions(http_port=None, grpc_port=0))
+        try:
+            async with grpc.aio.insecure_channel(door.address) as channel:
+                with pytest.raises(grpc.RpcError) as caught:
+                    await channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")(
+                        b"\x7a\x01a" * (1 << 19), timeout=30
+                    )
+                assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        finally:
+            await door.close()
+
+    asyncio.run(main())

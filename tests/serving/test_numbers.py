@@ -99,6 +99,18 @@ def test_text_that_is_no_list_of_numbers_is_refused(text: str) -> None:
         from_text(memoryview(text.encode()), spec("int64"), [2, 2])
 
 
+@pytest.mark.parametrize("shape", [[0], [1], [7], [3, 0], [0, 3], [2, 3], [5, 1], [1, 1, 4], [2, 3, 2]])
+@pytest.mark.parametrize("pieces", [1, 4, 1 << 16])
+def test_the_brackets_of_nested_lists_are_those_of_json(monkeypatch: pytest.MonkeyPatch, shape: list[int], pieces: int) -> None:
+    monkeypatch.setattr(numbers, "_PIECE_BYTES", pieces)
+    text = json.dumps(np.zeros(shape, int).tolist()).replace("0", "").replace(" ", "").encode()
+    brackets = numbers._Brackets(shape)
+    assert brackets.length == len(text)
+    for start in range(len(text) + 1):
+        for stop in range(start, len(text) + 3):
+            assert brackets.part(start, stop) == text[start:stop]
+
+
 def test_a_shape_that_the_text_cannot_fill_takes_no_memory() -> None:
     tracemalloc.start()
     for shape in ([2**39, 0], [1, 2**39]):

@@ -1,6 +1,7 @@
 """`deploy serve --ray` on a cluster of two nodes, which are processes of this machine."""
 
 import os
+import queue
 import re
 import signal
 import socket
@@ -12,9 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 import deploy
 from deploy.artifact.artifact import Artifact
@@ -57,10 +60,14 @@ def cluster() -> Iterator[Cluster]:
             made.shutdown()
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
 
 
 def replicas() -> dict[int, str]:
@@ -144,7 +151,19 @@ def current(tmp_path_factory: pytest.TempPathFactory, versions: list[Artifact]) 
 
 @pytest.fixture(scope="module")
 def arguments(cluster: Cluster, port: int, current: Path) -> list[str]:
-    return [f"net={current}", "--ray", cluster.address, "--http-port", str(port), "--replicas", "2", "--replicas-per-node", "1"]
+    doors = ["--http-port", str(port), "--grpc-port", str(free_port()), "--insecure"]
+    return [
+        f"net={current}",
+        "--ray",
+        cluster.address,
+        *doors,
+        "--replicas",
+        "2",
+        "--replicas-per-node",
+        "1",
+        "--max-request-mb",
+        "1",
+    ]
 
 
 @pytest.mark.skipif(not SOAK, reason="Ray waits half a minute before it adds a replica: make soak")
@@ -179,7 +198,7 @@ def test_replicas_that_do_not_start_are_reported(arguments: list[str]) -> None:
 @pytest.fixture(scope="module")
 def server(arguments: list[str]) -> Iterator[Server]:
     """One replica on each node."""
-    started = Server(arguments, doors=("http",))
+    started = Server(arguments)
     assert len(replicas()) == 2
     yield started
     status = started.stop()
@@ -233,6 +252,45 @@ def test_another_version_is_deployed_under_load(
     assert load.wrong == 0, "the old version still answers"
 
 
+def test_the_grpc_door_answers_as_everywhere(server: Server, current: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    with deploy.load(current) as session:
+        wanted = session(x)
+    tensor = triton.InferInput("input", list(x.shape), "FP32")
+    tensor.set_data_from_numpy(x)
+    with triton.InferenceServerClient(server.grpc) as client:
+        assert client.is_server_live()
+        assert client.is_model_ready("net")
+        assert client.get_model_metadata("net").inputs[0].name == "input"
+        np.testing.assert_allclose(client.infer("net", [tensor]).as_numpy("logits"), wanted, rtol=1e-4, atol=1e-5)
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put(error or result))
+        for name in ("net", "none", "net"):
+            client.async_stream_infer(name, [tensor], request_id=name)
+        heard = [answers.get(timeout=60) for _ in range(3)]
+        client.stop_stream()
+        for result in (heard[0], heard[2]):
+            np.testing.assert_allclose(result.as_numpy("logits"), wanted, rtol=1e-4, atol=1e-5)
+        assert "unknown model 'none'" in str(heard[1])
+
+
+def test_the_grpc_door_refuses_as_everywhere(server: Server) -> None:
+    def status(call: Any) -> tuple[str, str]:
+        with pytest.raises(triton.InferenceServerException) as caught:
+            call()
+        return caught.value.status(), caught.value.message()
+
+    large = triton.InferInput("input", [400, 1, 28, 28], "FP32")
+    large.set_data_from_numpy(np.zeros((400, 1, 28, 28), np.float32))
+    with triton.InferenceServerClient(server.grpc) as client:
+        assert status(lambda: client.get_model_metadata("none"))[0] == "StatusCode.NOT_FOUND"
+        assert status(lambda: client.infer("net", [large]))[0] == "StatusCode.RESOURCE_EXHAUSTED"
+        for call in (client.load_model, client.unload_model):
+            code, text = status(lambda call=call: call("net"))
+            assert (code, "deploy again" in text) == ("StatusCode.PERMISSION_DENIED", True)
+        assert [model.name for model in client.get_model_repository_index().models] == ["net"]
+
+
 def test_what_one_replica_must_not_do_alone_is_refused(server: Server) -> None:
     assert len(answering_replicas(server)) == 2
     with pytest.raises(urllib.error.HTTPError) as caught:
@@ -262,23 +320,26 @@ def test_a_cluster_that_serves_at_another_address_is_not_taken_for_this_one(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"http_port": None}, "leave out `no_http`"),
+        ({"http_port": None, "grpc_port": 1}, "leave out `no_http`"),
         ({"http_port": 0}, "cannot be 0"),
+        ({"grpc_port": 0}, "cannot be 0"),
+        ({"grpc_port": 1}, "Ray opens the gRPC door to other machines, whatever `host` is"),
         ({"admin_token": "x" * 20}, "no admin calls"),
         ({"shared_memory": True}, "is of one machine"),
-        ({"connections": 7}, "cannot be set on Ray"),
+        ({"connections": 7}, "`connections` cannot be set on Ray"),
+        ({"connections_per_address": 7}, "`connections_per_address` cannot be set on Ray"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_refused(options: dict[str, object], message: str, versions: list[Artifact]) -> None:
     source = ModelSource(name="net", path=versions[0].path)
     with pytest.raises(UsageError, match=message):
-        application([source], ModelOptions(), ServerOptions(**options), RayOptions())  # type: ignore[arg-type]
+        application([source], ModelOptions(), ServerOptions(**{"grpc_port": None, **options}), RayOptions())  # type: ignore[arg-type]
 
 
 def test_scaling_is_rays(versions: list[Artifact]) -> None:
     source = ModelSource(name="net", path=versions[0].path)
     on = RayOptions(replicas=2, max_replicas=5, replicas_per_node=3, target_requests=7, replica_cpus=2, replica_gpus=0.5)
-    deployment = application([source], ModelOptions(), ServerOptions(), on)._bound_deployment
+    deployment = application([source], ModelOptions(), ServerOptions(grpc_port=None), on)._bound_deployment
     scale = deployment._deployment_config.autoscaling_config
     assert (scale.min_replicas, scale.max_replicas, scale.target_ongoing_requests) == (2, 5, 7)
     assert deployment._replica_config.max_replicas_per_node == 3

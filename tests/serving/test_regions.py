@@ -53,6 +53,22 @@ def test_a_place_that_is_not_inside_its_region_is_refused(regions: Regions) -> N
         regions.check(Place(region="q", offset=0, size=1))
 
 
+def test_an_input_of_an_object_that_is_larger_than_the_memory_is_refused_before_it_is_read() -> None:
+    huge, key = 1 << 41, f"{KEY}_huge"
+    path = Path("/dev/shm", key[1:])
+    path.touch()
+    regions = Regions(on=True, most_bytes=1 << 20)
+    try:
+        os.truncate(path, huge)  # none of it is there
+        regions.register("huge", key, 0, huge)
+        for rows, error in ((2, InputError), (huge // 16, RefusedError)):
+            with pytest.raises(error, match="has 2199023255552 bytes"):
+                regions.read(Place(region="huge", offset=0, size=huge), SPEC, [rows, 4])
+    finally:
+        regions.close()
+        path.unlink()
+
+
 def test_an_object_that_its_owner_makes_smaller_is_an_error_and_no_more(regions: Regions) -> None:
     os.truncate(Path("/dev/shm", KEY[1:]), 40)
     for attempt in (

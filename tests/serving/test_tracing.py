@@ -96,6 +96,15 @@ def test_a_request_that_is_refused_ends_where_it_was_refused(models: Models) -> 
     assert found["infer digits"].status.is_unset, "the fault is the caller's"
 
 
+def test_what_a_client_writes_into_its_trace_is_not_logged(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    def talk(address: str) -> None:
+        headers = {**CONTEXT, "tracestate": "x" * 1000}
+        urllib.request.urlopen(urllib.request.Request(f"http://{address}{INFER}", body(), headers), timeout=30).close()
+
+    assert f"{next(iter(spans(models, HttpDoor, talk).values())).context.trace_id:032x}" == TRACE
+    assert "xxxx" not in caplog.text
+
+
 def test_a_server_without_the_option_loads_nothing_of_it() -> None:
     from deploy.serving.server import tracing
 

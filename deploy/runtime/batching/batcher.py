@@ -257,8 +257,7 @@ class Batcher(ProcessBound):
             key = tuple([feed[spec.name].shape[1:] for spec in self.session.inputs])
             if rows > self.max_rows:
                 raise InputError(f"{rows} rows in one request; a batch of {self.session.name!r} has {self.max_rows} at most")
-        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
-        return Request(feed, rows=rows, key=key, priority=priority, deadline=deadline, start=start, finish=finish)
+        return Request(feed, rows=rows, key=key, priority=priority, timeout_s=timeout_s, start=start, finish=finish)
 
     def _put(self, request: Request) -> None:
         with self._condition:

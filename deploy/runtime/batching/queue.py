@@ -29,8 +29,8 @@ class RequestTimes:
 
 
 class Request:
-    """A request. rows: of its feed. key: equal for requests that can share a batch. deadline: on the performance counter, or None.
-    times: set before it is finished, unless it never ran.
+    """A request. rows: of its feed. key: equal for requests that can share a batch. timeout_s: how long it may wait, or None; `deadline` is
+    then its end on the performance counter. times: set before it is finished, unless it never ran.
 
     start: called when the request is taken; returns False if it was cancelled. finish: called once after that, with the outputs or
     an error.
@@ -45,7 +45,7 @@ class Request:
         rows: int,
         key: Any,
         priority: int,
-        deadline: float | None,
+        timeout_s: float | None,
         start: Callable[[], bool],
         finish: Callable[[Outputs | None, Exception | None], None],
     ) -> None:
@@ -53,10 +53,10 @@ class Request:
         self.rows = rows
         self.key = key
         self.priority = priority
-        self.deadline = deadline
         self.start = start
         self.finish = finish
         self.came = time.perf_counter()
+        self.deadline = None if timeout_s is None else self.came + timeout_s
         self.number = -1
         self.times: RequestTimes | None = None
 

@@ -8,7 +8,7 @@ WAIT_S = 20
 def test_the_queue_keeps_priorities_orders_and_rows() -> None:
     def request(rows: int, key: str = "a", priority: int = 5) -> Request:
         return Request(
-            {}, rows=rows, key=key, priority=priority, deadline=None, start=lambda: True, finish=lambda outputs, error: None
+            {}, rows=rows, key=key, priority=priority, timeout_s=None, start=lambda: True, finish=lambda outputs, error: None
         )
 
     queue = RequestQueue()
