@@ -22,6 +22,7 @@ class MeasuredUnit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    whole: float | None = None
     units: dict[str, MeasuredUnit] = {}
     accuracies: dict[str, Accuracy] = {}
 
@@ -43,6 +44,15 @@ class Journal:
     def units(self) -> Mapping[str, MeasuredUnit]:
         """By the names of the units."""
         return self._file.units
+
+    @property
+    def whole(self) -> float | None:
+        """The time of everything in INT8, as a share of that in floating point."""
+        return self._file.whole
+
+    def set_whole(self, share: float) -> None:
+        self._file.whole = share
+        self._keep()
 
     def add_unit(self, name: str, measured: MeasuredUnit) -> None:
         self._file.units[name] = measured

@@ -85,26 +85,37 @@ def weigh(made: Mixes, journal: Journal, clock: Clock, progress: Progress) -> We
     """
     shapes = made.place.shapes(made.base)
     units, pairs = units_of(made.graph.model, made.graph.placement(), shapes)
-    whole_mix = made.build(WHOLE, [])
-    with Stopwatch(made.place, {BASE: made.base, WHOLE: whole_mix}) as watch:
-        progress("timing floating point and INT8")
-        whole = time_share(watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S), WHOLE)
-        if len(units) == 1 and units[0].name not in journal.units:  # without it, nothing is INT8
-            journal.add_unit(units[0].name, MeasuredUnit(alone=whole, without=1.0, whole=whole, damage=made.damage(whole_mix)))
-        for done, unit in enumerate(sorted(units, key=lambda unit: -unit.macs)):
-            if unit.name in journal.units:
-                continue
+    missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.units]
+    if missing or journal.whole is None:
+        _measure(missing, units, made, journal, clock, progress)
+    assert journal.whole is not None
+    measured = tuple(journal.units.get(unit.name) for unit in units)
+    costs = fit_costs(units, pairs, whole=journal.whole, measured=measured)
+    return Weighed(units=units, pairs=pairs, measured=measured, whole=journal.whole, costs=costs)
+
+
+def _measure(
+    missing: Sequence[Unit], units: Sequence[Unit], made: Mixes, journal: Journal, clock: Clock, progress: Progress
+) -> None:
+    """Put into the journal the time of everything in INT8 and what is missing of the units, until their share of the time is over."""
+    everything = made.build(WHOLE, [])
+    with Stopwatch(made.place, {BASE: made.base, WHOLE: everything}) as watch:
+        if journal.whole is None:
+            progress("timing floating point and INT8")
+            journal.set_whole(time_share(watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S), WHOLE))
+        for done, unit in enumerate(missing, len(units) - len(missing)):
             if clock.over(UNITS_SHARE):
                 logger.warning(
                     "%d of %d units are not measured: their times and damages are guessed", len(units) - done, len(units)
                 )
                 break
             progress("measuring units", done, len(units))
-            journal.add_unit(unit.name, _measured(unit, units, made, watch))
-    shutil.rmtree(whole_mix.path)
-    measured = tuple(journal.units.get(unit.name) for unit in units)
-    costs = fit_costs(units, pairs, whole=whole, measured=measured)
-    return Weighed(units=units, pairs=pairs, measured=measured, whole=whole, costs=costs)
+            if len(units) > 1:
+                journal.add_unit(unit.name, _measured(unit, units, made, watch))
+            else:  # alone it is everything, and nothing is INT8 without it
+                whole, damage = journal.whole or 1.0, made.damage(everything)
+                journal.add_unit(unit.name, MeasuredUnit(alone=whole, without=1.0, whole=whole, damage=damage))
+    shutil.rmtree(everything.path)
 
 
 def _measured(unit: Unit, units: Sequence[Unit], made: Mixes, watch: Stopwatch) -> MeasuredUnit:

@@ -1,6 +1,5 @@
 """`deploy.tune`: the fastest mix of INT8 and floating point inside an accuracy budget, certified."""
 
-import logging
 import secrets
 import shutil
 import tempfile
@@ -19,9 +18,11 @@ from deploy.artifact.tuning import Tuning
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import first_rows
-from deploy.errors import BackendError
+from deploy.errors import BackendError, DataError, UsageError
+from deploy.evaluation.annotated import labelled
 from deploy.evaluation.gate import Reference
 from deploy.evaluation.options import IGNORE
+from deploy.evidence.parity import TOLERANCES
 from deploy.host.cpu import cpu_model, has_vnni, usable_cores
 from deploy.options import collect
 from deploy.pipeline.quantize import QuantizeStage
@@ -38,8 +39,6 @@ from deploy.tune.journal import Journal
 from deploy.tune.measure import ROWS, Mixes, Place
 from deploy.tune.options import TuneOptions
 from deploy.tune.search import Built, Clock, Weighed, build_points, time_points, weigh
-
-logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -116,7 +115,7 @@ class TuneStage:
         self._measuring: dict[str, Any] | None = None
 
     def request(self) -> dict[str, Any] | None:
-        self._gate.check(self._source)
+        self._check_labels()
         check_budget(self._source, self._gate)
         self._source.verify(weights=False)
         request = quantize_request(self._source, self._data, self._quantizing)
@@ -127,6 +126,17 @@ class TuneStage:
         sizes = {"dims": dict(place.dims), "threads": place.options.threads, "device": place.options.device}
         self._measuring = {**request, **where, **sizes, "kind": self._kind}
         return {**self._measuring, "gate": self._gate.request(self._source), "minutes": self._options.minutes}
+
+    def _check_labels(self) -> None:
+        """Raise DataError and UsageError where the data has not what the metric takes."""
+        try:
+            self._gate.check(self._source)
+        except DataError as error:
+            try:
+                labelled(self._source, self._gate.folder, None).check()
+            except (DataError, UsageError):
+                raise error from None
+            raise DataError(f"{error}; or take `metric` sqnr or cosine, which need no labels") from error
 
     @property
     def _kind(self) -> Any:
@@ -143,7 +153,8 @@ class TuneStage:
             folder = Path(temporary)
             made = Mixes(source, graph, self._place, feeds, self._kind, folder)
             weighed = weigh(made, journal, clock, progress)
-            quantizing = QuantizeStage(source, self._data, self._quantizing, self._gate.tolerance, None, progress, cpu_form=True)
+            tolerance = TOLERANCES[self._quantizing.precision]
+            quantizing = QuantizeStage(source, self._data, self._quantizing, tolerance, None, progress, cpu_form=True)
             points, p50_ms = time_points(made, build_points(made, weighed, quantizing, folder, progress), progress)
             data = {"gate": self._gate.request(source), "place": self._measuring}
             points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
