@@ -14,7 +14,7 @@ from deploy.artifact.manifest import (
 )
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import format_specs
-from deploy.artifact.tuning import Tuning
+from deploy.artifact.tuning import TunedPoint, Tuning
 from deploy.evidence.parity import Parity, ParityCase, worst_of
 from deploy.words import count_of
 
@@ -167,11 +167,13 @@ def tuning_text(tuning: Tuning) -> str:
     point = next((each for each in tuning.points if each.name == tuning.result), None)
     if point is None or point.speedup is None:
         return f"floating point {where}"
-    unsure = "" if point.certain else ", uncertain: other programs ran"
-    return (
-        f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in INT8, {point.speedup:.2f} times as fast as floating"
-        f" point ({point.low:.2f} to {point.high:.2f}{unsure}) {where}"
-    )
+    return f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in INT8, {speedup_text(point, ' times as fast as floating point')} {where}"
+
+
+def speedup_text(point: TunedPoint, what: str = "") -> str:
+    """`1.84 (1.80 to 1.88)`, with `what` behind the number; without an interval, and uncertain, where other programs disturbed it."""
+    interval = f"{point.low:.2f} to {point.high:.2f}" if point.certain else "uncertain: other programs ran"
+    return f"{point.speedup:.2f}{what} ({interval})"
 
 
 def share_text(share: PrecisionShare) -> str:

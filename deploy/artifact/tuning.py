@@ -62,7 +62,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     result: the name of the point that the artifact is, `fp32` for floating point; because: why. backend, cpu, threads, batch: where and how time was
     measured. metric, limit, unit: what the loss was held to, or for sqnr and cosine the least to be reached. rows: of the calibration
     data that damage was measured on. kind: what the damage is. p50_ms: of floating point. crossing: the share of the time that a
-    tensor between INT8 and floating point costs, and that of a million numbers in it. points: the safest first, as they were tested.
+    tensor between INT8 and floating point costs, and that of a thousand numbers in it. points: the safest first, as they were tested.
     stopped: why not all was measured and tested that could have been.
     """
 

@@ -119,7 +119,8 @@ def _limit(gate: Gate) -> str:
     metric = metric_text(gate.metric.metric)
     if gate.metric.metric in FIDELITY:
         return f"{metric} {gate.limit:g}"
-    return f"{gate.limit:g}{' points' if gate.metric.own is None else ''} of {metric}"
+    points = "" if gate.metric.own is not None else " point" if gate.limit == 1 else " points"
+    return f"{gate.limit:g}{points} of {metric}"
 
 
 def _shown(first: TunedPoint, gate: Gate) -> str:

@@ -115,8 +115,9 @@ class Stopwatch:
 
     def __init__(self, place: Place, always: Mapping[str, Artifact]) -> None:
         self._place = place
-        self._stack = ExitStack()
-        self._always = self._opened(self._stack, always)
+        with ExitStack() as stack:  # closes what was opened where one cannot be
+            self._always = self._opened(stack, always)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Stopwatch":
         return self

@@ -39,7 +39,7 @@ def render(made: Artifact) -> str:
     notes = [STOPPED[tuning.stopped]] if tuning.stopped else []
     style = resources.files("deploy.bench.report").joinpath("style.css").read_text(encoding="utf-8")  # one style for all reports
     parts = [
-        f"<header><h1>{escape(name)}</h1><p class=verdict>{escape(said[0].upper() + said[1:])}.</p>"
+        f"<header><h1>{escape(name)}</h1><p class=verdict>{escape(said)}.</p>"
         f"<p>{escape(tuning.because[0].upper() + tuning.because[1:])}.</p></header>",
         *(f"<p class=note>{escape(note[0].upper() + note[1:])}.</p>" for note in notes),
         f"<h2>Mixes</h2><p>Speed-up over floating point, measured in the same rounds, with its 95 % interval, and the damage on"
@@ -49,7 +49,7 @@ def render(made: Artifact) -> str:
         _table(HEAD, rows(tuning)),
         "<h2>Units</h2><p>Layers that are INT8 or floating point together. Alone, and all but it: the time of a run with this unit alone in INT8, and"
         " with all others, where floating point is 100 %. Gain: what INT8 takes away, without the crossings between INT8 and floating"
-        f" point, each of which costs {_percent(tuning.crossing[0])} and {_percent(tuning.crossing[1])} for a million numbers.</p>",
+        f" point, each of which costs {_percent(tuning.crossing[0])} and {_percent(tuning.crossing[1])} for a thousand numbers.</p>",
         _table(("unit", "", "multiply-adds", "alone", "all but it", "gain", "damage"), [_unit(each) for each in tuning.units]),
         _conditions(made, tuning),
     ]
@@ -67,7 +67,7 @@ def _figure(tuning: Tuning) -> str:
     damages = [max(point.damage or 0.0, _LEAST) for point in points]
     left, right = math.floor(math.log10(min(damages))), math.ceil(math.log10(max(damages)) + 1e-9)
     right = max(right, left + 1)
-    ends = [value for point in points for value in (point.low or 1, point.high or 1, 1 / max(point.predicted, 1e-3))]
+    ends = [value for point in points for value in (*_interval(point), 1 / max(point.predicted, 1e-3))]
     bottom, top = min(0.9, *ends), max(1.1, *ends)
 
     def x(damage: float) -> float:
@@ -92,15 +92,22 @@ def _figure(tuning: Tuning) -> str:
 
 def _mark(point: TunedPoint, x: float, y: Callable[[float], float], *, result: bool) -> str:
     assert point.speedup is not None
-    assert point.low is not None
-    assert point.high is not None
+    low, high = _interval(point)
     colour = f"var(--c{_COLOURS[point.verdict]})"
     return (
-        f'<line class=whisker x1="{x:.1f}" x2="{x:.1f}" y1="{y(point.low):.1f}" y2="{y(point.high):.1f}"/>'
+        f'<line class=whisker x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
         f'<circle cx="{x:.1f}" cy="{y(1 / max(point.predicted, 1e-3)):.1f}" r="7" fill="none" stroke="{colour}"/>'
         f'<circle cx="{x:.1f}" cy="{y(point.speedup):.1f}" r="4.5" fill="{colour}"><title>{escape(point.name)}</title></circle>'
         f'<text x="{x + 10:.1f}" y="{y(point.speedup) + 4:.1f}"{" font-weight=bold" if result else ""}>{escape(point.name)}</text>'
     )
+
+
+def _interval(point: TunedPoint) -> tuple[float, float]:
+    """What is drawn: nothing but the value where it is uncertain."""
+    assert point.speedup is not None
+    if not point.certain or point.low is None or point.high is None:
+        return point.speedup, point.speedup
+    return point.low, point.high
 
 
 def _legend() -> str:

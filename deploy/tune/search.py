@@ -15,7 +15,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Stage
 from deploy.artifact.tuning import TunedPoint, TunedUnit
 from deploy.artifact.writer import ArtifactWriter
-from deploy.errors import ParityError, PrecisionError
+from deploy.errors import BackendError, ParityError, PrecisionError
 from deploy.evidence.timing import latency
 from deploy.pipeline.quantize import QuantizeStage
 from deploy.progress import Progress
@@ -172,10 +172,11 @@ def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, stage: QuantizeStage,
                 function.copy(made.base.path, writer.path)
             make = partial(made.graph.quantized, stay=stay, cpu=True)
             artifact = writer.commit(stage.write(writer, Stage(name="tune", request=""), make))
-    except (ParityError, PrecisionError) as error:
+        files = {name: record.sha256 for name, record in artifact.manifest.files.items()}
+        point = msgspec.structs.replace(point, damage=made.damage(artifact), files=files)
+    except (BackendError, ParityError, PrecisionError) as error:
         return Built(point=msgspec.structs.replace(point, left_out=str(error).splitlines()[0]), artifact=None)
-    files = {name: record.sha256 for name, record in artifact.manifest.files.items()}
-    return Built(point=msgspec.structs.replace(point, damage=made.damage(artifact), files=files), artifact=artifact)
+    return Built(point=point, artifact=artifact)
 
 
 def time_points(made: Mixes, points: Sequence[Built], progress: Progress) -> tuple[list[Built], float]:

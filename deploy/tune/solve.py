@@ -22,7 +22,7 @@ from deploy.tune.journal import MeasuredUnit
 from deploy.tune.units import Crossing, Unit
 
 BUDGETS = 5
-_PARTS = 1e6
+_PARTS = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class Costs:
     """The cost model, in shares of the time in floating point.
 
     gains: (units,) what INT8 takes away from each. crossings: (crossings,) what each costs, 0 or more. damage: (units,).
-    per_tensor, per_million: the parts of a crossing's cost.
+    per_tensor, per_thousand: the parts of a crossing's cost.
     """
 
     gains: np.ndarray
     crossings: np.ndarray
     damage: np.ndarray
     per_tensor: float
-    per_million: float
+    per_thousand: float
 
     def time(self, chosen: np.ndarray, pairs: Sequence[Crossing]) -> float:
         """The time of a mix, (units,) bool, as a share of that in floating point."""
@@ -81,7 +81,7 @@ def fit_costs(
         crossings=np.array([parts[0] + parts[1] * pair.elements / _PARTS for pair in pairs]),
         damage=np.array([worst if each is None else each.damage for each in measured]),
         per_tensor=float(parts[0]),
-        per_million=float(parts[1]),
+        per_thousand=float(parts[1]),
     )
 
 

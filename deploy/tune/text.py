@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.summary import metric_text, tuning_text
+from deploy.artifact.summary import metric_text, speedup_text, tuning_text
 from deploy.artifact.tuning import TunedPoint, Tuning
 from deploy.words import count_of
 
@@ -20,8 +20,6 @@ def text(made: Artifact) -> str:
     lines = [f"{made.shown}: {tuning_text(tuning)}", f"  because    {tuning.because}"]
     if tuning.stopped is not None:
         lines.append(f"  note       {STOPPED[tuning.stopped]}")
-    if any(not point.certain for point in tuning.points):
-        lines.append("  note       other programs disturbed the times, which are uncertain: run it again on a quieter machine")
     return "\n".join([*lines, "", *_aligned([HEAD, *rows(tuning)]), *_left_out(tuning)])
 
 
@@ -42,7 +40,7 @@ def _row(point: TunedPoint, tuning: Tuning, mark: str) -> tuple[str, ...]:
         f"{len(point.int8)} of {len(tuning.units)}",
         _ms(point.p50_ms),
         _ms(point.predicted * tuning.p50_ms),
-        "" if point.speedup is None else f"{point.speedup:.2f} ({point.low:.2f} to {point.high:.2f})",
+        "" if point.speedup is None else speedup_text(point),
         "" if point.damage is None else f"{point.damage:.2g}",
         _loss(point, tuning),
         point.verdict or "not tested",

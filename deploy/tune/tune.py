@@ -1,5 +1,6 @@
 """`deploy.tune`: the fastest mix of INT8 and floating point inside an accuracy budget, certified."""
 
+import logging
 import secrets
 import shutil
 import tempfile
@@ -39,6 +40,8 @@ from deploy.tune.journal import Journal
 from deploy.tune.measure import ROWS, Mixes, Place
 from deploy.tune.options import TuneOptions
 from deploy.tune.search import Built, Clock, Weighed, build_points, time_points, weigh
+
+logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -85,6 +88,10 @@ def tune(
     source = open_source(artifact)
     check_fp32(source)
     data = calibration_set(source, calib, images)
+    if isinstance(calib, (str, Path)) and Path(calib).resolve() == Path(eval_folder).resolve():
+        logger.warning(
+            "%s calibrates and judges: what is shown on images that were calibrated on need not hold for others", calib
+        )
     quantizing = collect(QuantizeOptions, given, min_share=0.0)
     stage = TuneStage(source, data, options, quantizing, session, progress)
     return run_stage(stage, default_out(out, source, "tuned"), source)
@@ -152,7 +159,11 @@ class TuneStage:
         with tempfile.TemporaryDirectory(prefix="deploy-tune-") as temporary:
             folder = Path(temporary)
             made = Mixes(source, graph, self._place, feeds, self._kind, folder)
-            weighed = weigh(made, journal, clock, progress)
+            try:
+                weighed = weigh(made, journal, clock, progress)
+            except KeyboardInterrupt:
+                logger.warning("what has been measured of %d units is kept: the same command goes on", len(journal.units))
+                raise
             tolerance = TOLERANCES[self._quantizing.precision]
             quantizing = QuantizeStage(source, self._data, self._quantizing, tolerance, None, progress, cpu_form=True)
             points, p50_ms = time_points(made, build_points(made, weighed, quantizing, folder, progress), progress)
@@ -186,7 +197,7 @@ class TuneStage:
             rows=rows,
             kind=self._kind,
             p50_ms=p50_ms,
-            crossing=(weighed.costs.per_tensor, weighed.costs.per_million),
+            crossing=(weighed.costs.per_tensor, weighed.costs.per_thousand),
             units=weighed.records(chosen),
             points=[each.point for each in points],
             stopped=stopped or (None if weighed.complete else "minutes"),

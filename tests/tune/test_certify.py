@@ -154,6 +154,6 @@ def test_where_none_passes_it_says_what_the_safest_lost_and_how_many_images_woul
     found = choose([first, point("int8", 1.9, None)], GATE)
     assert found.name == "fp32"
     assert found.because == (
-        "no mix is shown to keep within 1 points of top-1: mix 1, the safest, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
+        "no mix is shown to keep within 1 point of top-1: mix 1, the safest, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
         " would decide"
     )

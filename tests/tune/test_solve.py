@@ -16,13 +16,13 @@ def network(rng: np.random.Generator, units: int) -> tuple[Costs, list[Crossing]
     pairs = [Crossing(units=(place, place + 1), elements=int(rng.integers(1, 5)) * 100_000) for place in range(units - 1)]
     skips = [sorted(rng.choice(units, 2, replace=False).tolist()) for _ in range(units // 3)]
     pairs += [Crossing(units=(a, b), elements=int(rng.integers(1, 5)) * 100_000) for a, b in skips]
-    tensor, million = rng.uniform(0, 0.03, 2)
+    tensor, thousand = rng.uniform(0, 0.03), rng.uniform(0, 3e-5)
     costs = Costs(
         gains=rng.normal(0.05, 0.05, units),
-        crossings=np.array([tensor + million * pair.elements / 1e6 for pair in pairs]),
+        crossings=np.array([tensor + thousand * pair.elements / 1e3 for pair in pairs]),
         damage=10 ** rng.uniform(-5, -2, units),
         per_tensor=float(tensor),
-        per_million=float(million),
+        per_thousand=float(thousand),
     )
     return costs, pairs
 
@@ -46,7 +46,9 @@ def test_the_solution_is_as_good_as_that_of_trying_all_mixes(count: int) -> None
 
 def test_a_crossing_keeps_a_lone_unit_in_floating_point_and_costs_nothing_between_two_of_one_label() -> None:
     pairs = [Crossing(units=(0, 1), elements=1), Crossing(units=(1, 2), elements=1)]
-    costs = Costs(gains=np.array([0.2, 0.02, 0.2]), crossings=np.full(2, 0.05), damage=np.ones(3), per_tensor=0.05, per_million=0)
+    costs = Costs(
+        gains=np.array([0.2, 0.02, 0.2]), crossings=np.full(2, 0.05), damage=np.ones(3), per_tensor=0.05, per_thousand=0.0
+    )
     assert solve(costs, pairs, 3).tolist() == [True, True, True]
     lone = Costs(**{**vars(costs), "gains": np.array([-0.1, 0.08, -0.1])})
     assert solve(lone, pairs, 3).tolist() == [False, False, False]
