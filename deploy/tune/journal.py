@@ -13,11 +13,15 @@ from deploy.host.cache import cache_folder, keep
 
 
 class MeasuredUnit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured of a unit: `alone`, `without` and `damage` of `artifact.tuning.TunedUnit`; whole: all in INT8, in the same rounds."""
+    """What was measured of a unit: `alone`, `without` and `damage` of `artifact.tuning.TunedUnit`; whole: all in INT8, in the same rounds.
+
+    error: the standard error of the unit's gain, half the difference of what `alone` and `without` change.
+    """
 
     alone: float
     without: float
     whole: float
+    error: float
     damage: float
 
 

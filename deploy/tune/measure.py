@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, DATA, ONNX, Stage
@@ -11,6 +12,7 @@ from deploy.artifact.tensors import Feed, batch_dim, default_dims
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
+from deploy.evidence.timing import paired_ratio
 from deploy.host.cpu import has_vnni
 from deploy.pipeline.stage import descendant
 from deploy.precision.int8.quantize import CalibratedGraph
@@ -28,6 +30,7 @@ BASE, WHOLE = "fp32", "int8"
 
 STAYS = "it is faster or safer in floating point (deploy tune)"
 _SAMPLES = 500
+_Z95 = 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,14 @@ def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
     return take_turn(worker.pid, worker.threads, lambda: worker.round(slice_s, _SAMPLES))
 
 
-def time_share(measured: Measured[str], name: str) -> float:
-    """The time of a run as a share of that in floating point, of the same rounds."""
-    return 1 / measured.ratio(BASE, name).value
+class Share(NamedTuple):
+    """A time as a share of that in floating point, in the same rounds, and its standard error."""
+
+    value: float
+    error: float
+
+
+def time_share(measured: Measured[str], name: str) -> Share:
+    """That of a mix, from the bootstrap of `timing.paired_ratio`."""
+    ratio = paired_ratio(measured.samples_s(BASE), measured.samples_s(name))
+    return Share(1 / ratio.value, (1 / ratio.low - 1 / ratio.high) / (2 * _Z95))

@@ -1,6 +1,7 @@
 """The search: units are measured one at a time, and mixes of several budgets are built, run and timed together."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ def _measure(
     with Stopwatch(made.place, {BASE: made.base, WHOLE: everything}) as watch:
         if journal.whole is None:
             progress("timing floating point and INT8")
-            journal.set_whole(time_share(watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S), WHOLE))
+            journal.set_whole(time_share(watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S), WHOLE).value)
         for done, unit in enumerate(missing, len(units) - len(missing)):
             if clock.over(UNITS_SHARE):
                 logger.warning(
@@ -114,7 +115,7 @@ def _measure(
                 journal.add_unit(unit.name, _measured(unit, units, made, watch))
             else:  # alone it is everything, and nothing is INT8 without it
                 whole, damage = journal.whole or 1.0, made.damage(everything)
-                journal.add_unit(unit.name, MeasuredUnit(alone=whole, without=1.0, whole=whole, damage=damage))
+                journal.add_unit(unit.name, MeasuredUnit(alone=whole, without=1.0, whole=whole, error=0.0, damage=damage))
     shutil.rmtree(everything.path)
 
 
@@ -126,7 +127,9 @@ def _measured(unit: Unit, units: Sequence[Unit], made: Mixes, watch: Stopwatch) 
     for each in (alone, without):
         shutil.rmtree(each.path)
     shares = {name: time_share(found, name) for name in ("alone", "without", WHOLE)}
-    return MeasuredUnit(alone=shares["alone"], without=shares["without"], whole=shares[WHOLE], damage=damage)
+    error = math.hypot(*(share.error for share in shares.values())) / 2
+    values = {"alone": shares["alone"].value, "without": shares["without"].value, "whole": shares[WHOLE].value}
+    return MeasuredUnit(**values, error=error, damage=damage)
 
 
 @dataclass(frozen=True, kw_only=True)

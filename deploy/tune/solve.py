@@ -57,8 +57,9 @@ def fit_costs(
 
     Both times of a unit contain the crossings around it, the second with the gain the other way round: half of their sum, less what
     there is without it, is what its crossings cost, and half of the difference is its gain. A crossing costs an amount for the tensor
-    and one for each number in it, fitted to all units by least squares; gains are moved together, by multiply-accumulates, so that they
-    add up to `whole`. What was not measured has its share of the rest, and the damage of the worst.
+    and one for each number in it, fitted to all units by least squares. Gains are drawn towards what their multiply-accumulates
+    suggest, as far as the errors of the measurements ask for (`_shrunk`), and moved together, so that they add up to `whole`. What was
+    not measured has its share of the rest, and the damage of the worst.
     """
     weights = np.array([unit.macs for unit in units]) + 1e-3
     known = np.array([each is not None for each in measured])
@@ -70,8 +71,11 @@ def fit_costs(
             incident[place] += (1, pair.elements / _PARTS)
     parts = np.zeros(2)
     if known.any() and pairs:
-        parts, _ = nnls(incident[known], np.maximum((own + rest) / 2, 0)[known])
-    gains = np.where(known, (rest - own) / 2, 0.0)
+        parts, _ = nnls(incident[known], ((own + rest) / 2)[known])
+    prior = (1 - whole) * weights / weights.sum()
+    gains = prior.copy()
+    errors = np.array([each.error for each in measured if each is not None])
+    gains[known] = _shrunk(((rest - own) / 2)[known], prior[known], errors)
     missing = (1 - whole) - gains.sum()
     spread = weights * ~known if not known.all() else weights
     gains = gains + missing * spread / spread.sum()
@@ -83,6 +87,19 @@ def fit_costs(
         per_tensor=float(parts[0]),
         per_thousand=float(parts[1]),
     )
+
+
+def _shrunk(found: np.ndarray, prior: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Empirical Bayes (Efron and Morris 1973, Stein's estimation rule and its competitors, J. Am. Stat. Assoc. 68(341)), all (units,).
+
+    Without it, the solver would choose the units whose errors happened to be in their favour, and promise too much.
+    """
+    if not len(found):
+        return found
+    spread = max(float(np.mean(np.square(found - prior) - np.square(errors))), 0.0)
+    total = spread + np.square(errors)
+    kept = np.divide(spread, total, out=np.ones_like(total), where=total > 0)
+    return np.asarray(prior + kept * (found - prior))
 
 
 def solve(costs: Costs, pairs: Sequence[Crossing], budget: float) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from deploy.artifact.manifest import Accuracy
 from deploy.tune.journal import Journal, MeasuredUnit
 
-UNIT = MeasuredUnit(alone=0.9, without=0.7, whole=0.6, damage=1e-3)
+UNIT = MeasuredUnit(alone=0.9, without=0.7, whole=0.6, error=0.01, damage=1e-3)
 
 
 @pytest.fixture(autouse=True)

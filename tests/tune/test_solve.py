@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -55,18 +56,17 @@ def test_a_crossing_keeps_a_lone_unit_in_floating_point_and_costs_nothing_betwee
     assert costs.time(np.array([True, False, True]), pairs) == pytest.approx(1 - 0.4 + 0.1)
 
 
-def times(costs: Costs, pairs: Sequence[Crossing], damage: np.ndarray) -> tuple[float, list[MeasuredUnit]]:
-    """What a backend that obeys the cost model would measure."""
+def times(costs: Costs, pairs: Sequence[Crossing], error: float = 0.0, seed: int = 0) -> tuple[float, list[MeasuredUnit]]:
+    """What a backend that obeys the cost model would measure, with errors of that size in the gains."""
+    noise = np.random.default_rng(seed).normal(0, error, len(costs.gains))
     count = len(costs.gains)
     whole = costs.time(np.ones(count, dtype=bool), pairs)
     found = []
     for unit in range(count):
         alone = np.arange(count) == unit
-        found.append(
-            MeasuredUnit(
-                alone=costs.time(alone, pairs), without=costs.time(~alone, pairs), whole=whole, damage=float(damage[unit])
-            )
-        )
+        shares = costs.time(alone, pairs) - noise[unit], costs.time(~alone, pairs) + noise[unit]
+        damage = float(costs.damage[unit])
+        found.append(MeasuredUnit(alone=shares[0], without=shares[1], whole=whole, error=error, damage=damage))
     return whole, found
 
 
@@ -76,16 +76,32 @@ def units(count: int) -> list[Unit]:
 
 def test_costs_are_found_again_in_the_times_that_follow_from_them() -> None:
     costs, pairs = network(np.random.default_rng(3), 9)
-    whole, measured = times(costs, pairs, costs.damage)
+    whole, measured = times(costs, pairs)
     found = fit_costs(units(9), pairs, whole=whole, measured=measured)
     np.testing.assert_allclose(found.gains, costs.gains, atol=1e-9)
     np.testing.assert_allclose(found.crossings, costs.crossings, atol=1e-9)
     np.testing.assert_array_equal(found.damage, costs.damage)
 
 
+def test_noisy_gains_promise_no_more_than_they_keep() -> None:
+    """Of units that gain what their work suggests, the mix that a noisy measurement seems to favour is no faster than it says."""
+    pairs = [Crossing(units=(place, place + 1), elements=1000) for place in range(29)]
+    costs = Costs(gains=np.full(30, 0.02), crossings=np.full(29, 1e-3), damage=np.ones(30), per_tensor=1e-3, per_thousand=0.0)
+    whole, noisy = times(costs, pairs, error=0.05)
+    promised, kept = [], []
+    for trusted in (False, True):
+        measured = [msgspec.structs.replace(each, error=0.0 if trusted else 0.05) for each in noisy]
+        found = fit_costs(units(30), pairs, whole=whole, measured=measured)
+        mix = solve(found, pairs, 30)
+        promised.append(found.time(mix, pairs))
+        kept.append(costs.time(mix, pairs))
+    assert promised[0] == pytest.approx(kept[0], rel=0.15)
+    assert promised[1] < 0.7 * kept[1]  # what is guarded against
+
+
 def test_a_unit_that_was_not_measured_has_the_rest_of_the_gain_and_the_worst_damage() -> None:
     costs, pairs = network(np.random.default_rng(4), 5)
-    whole, measured = times(costs, pairs, costs.damage)
+    whole, measured = times(costs, pairs)
     found = fit_costs(units(5), pairs, whole=whole, measured=[None, *measured[1:]])
     assert found.gains[0] == pytest.approx(costs.gains[0], abs=1e-9)
     assert found.damage[0] == max(each.damage for each in measured[1:])
