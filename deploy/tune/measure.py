@@ -35,25 +35,27 @@ _Z95 = 1.96
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where time is measured: dims are the sizes of the symbolic dimensions of the inputs."""
+    """Where time is measured: dims are the sizes of the symbolic dimensions of the inputs, that of the batch among them."""
 
     backend: str
     options: SessionOptions
     dims: Mapping[str, int]
+    batch: int
 
     @classmethod
     def of(cls, artifact: Artifact, backend: str, options: SessionOptions, batch: int | None) -> "Place":
         """Raises UsageError where a dimension has no size, or where the batch of the model is fixed at another size."""
         manifest = artifact.manifest
         dim = batch_dim(manifest.inputs)
-        fixed = manifest.inputs[0].shape[0] if dim is None and manifest.inputs[0].shape else None
-        if batch is not None and dim is None and batch != fixed:
-            raise UsageError(f"{artifact.shown} has a fixed batch of {fixed}: it cannot be timed at `batch` {batch}")
+        first = manifest.inputs[0].shape[:1]
+        size = batch or 1 if dim is not None else next((each for each in first if isinstance(each, int)), 1)
+        if batch not in (None, size):
+            raise UsageError(f"{artifact.shown} has a fixed batch of {size}: it cannot be timed at `batch` {batch}")
         image = manifest.preprocess.shape if manifest.preprocess else None
-        known = {dim: batch or 1} if dim is not None else {}
+        known = {dim: size} if dim is not None else {}
         remedy = "export it with fixed sizes, or with a preprocessing that crops"
         dims = default_dims(manifest.inputs, manifest.profiles, image, known=known, remedy=remedy)
-        return cls(backend=backend, options=options, dims=dims)
+        return cls(backend=backend, options=options, dims=dims, batch=size)
 
     def shapes(self, artifact: Artifact) -> dict[str, tuple[int, ...]]:
         """The shapes of the inputs."""

@@ -4,9 +4,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from deploy.artifact.manifest import Stage
 from deploy.artifact.tuning import TunedPoint, TunedUnit
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import BackendError, ParityError, PrecisionError
+from deploy.evidence.disturbance import Measured
 from deploy.evidence.timing import latency
 from deploy.pipeline.quantize import QuantizeStage
 from deploy.progress import Progress
@@ -188,13 +190,18 @@ def time_points(made: Mixes, points: Sequence[Built], progress: Progress) -> tup
     progress("timing mixes")
     with Stopwatch(made.place, {BASE: made.base}) as watch:
         measured = watch.measure(artifacts, POINT_ROUNDS, POINT_SLICE_S)
-    p50_ms: Callable[[str], float] = lambda name: latency([s for part in measured.samples_s(name) for s in part]).p50 * 1e3  # noqa: E731
     timed = []
     for each in points:
         name = each.point.name
         if name in artifacts:
             ratio = measured.ratio(BASE, name)
             certain = measured.certain(name) and measured.certain(BASE)
-            each = each.found(speedup=ratio.value, low=ratio.low, high=ratio.high, p50_ms=p50_ms(name), certain=certain)
+            each = each.found(
+                speedup=ratio.value, low=ratio.low, high=ratio.high, p50_ms=_p50_ms(measured, name), certain=certain
+            )
         timed.append(each)
-    return timed, p50_ms(BASE)
+    return timed, _p50_ms(measured, BASE)
+
+
+def _p50_ms(measured: Measured[str], name: str) -> float:
+    return latency([*chain.from_iterable(measured.samples_s(name))]).p50 * 1e3

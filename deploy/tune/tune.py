@@ -190,7 +190,7 @@ class TuneStage:
             backend=self._backend,
             cpu=cpu_model(),
             threads=self._place.options.threads or usable_cores(),
-            batch=self._options.batch or 1,
+            batch=self._place.batch,
             metric=gate.metric.metric,
             limit=gate.limit,
             unit=units.get(gate.metric.metric, ""),

@@ -1,11 +1,13 @@
 """The whole way on a small network."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import deploy
 from deploy.artifact.artifact import Artifact
@@ -14,6 +16,7 @@ from deploy.artifact.summary import summary
 from deploy.artifact.tuning import Tuning
 from deploy.errors import DataError, UsageError
 from deploy.evaluation.options import METRICS
+from deploy.runtime.session import SessionOptions
 from deploy.tune import search
 from deploy.tune.measure import Place
 from deploy.tune.tune import tune
@@ -137,7 +140,17 @@ def test_images_without_classes_need_a_metric_that_needs_no_labels(net: Artifact
 
 
 def test_a_fixed_batch_is_timed_at_no_other(net: Artifact) -> None:
-    from deploy.runtime.session import SessionOptions
+    spec = net.manifest.inputs[0]
+    fixed = Artifact(net.path, replace(net.manifest, inputs=[dataclasses.replace(spec, shape=(4, *spec.shape[1:]))]))
+    assert Place.of(net, "onnxruntime", SessionOptions(), 3).shapes(net) == {"x": (3, 1, 12, 12)}
+    assert [Place.of(fixed, "onnxruntime", SessionOptions(), batch).batch for batch in (None, 4)] == [4, 4]
+    with pytest.raises(UsageError, match="has a fixed batch of 4: it cannot be timed at `batch` 3"):
+        Place.of(fixed, "onnxruntime", SessionOptions(), 3)
 
-    place = Place.of(net, "onnxruntime", SessionOptions(), 3)
-    assert place.shapes(net) == {"x": (3, 1, 12, 12)}
+
+def test_a_network_of_one_unit_is_tuned_too(net: Artifact, images: Path, tmp_path: Path) -> None:
+    found = record(search_of(net, images, tmp_path / "out", exclude=("stem*", "body*")))
+    (unit,) = found.units
+    assert (unit.nodes, unit.without, unit.int8) == (["pool", "head/Gemm"], 1.0, True)
+    assert [point.name for point in found.points] == ["int8"]
+    assert unit.gain == pytest.approx(1 - (unit.alone or 0))
