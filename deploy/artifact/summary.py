@@ -170,9 +170,9 @@ def tuning_text(tuning: Tuning) -> str:
     return f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in INT8, {speedup_text(point, ' times as fast as floating point')} {where}"
 
 
-def speedup_text(point: TunedPoint, what: str = "") -> str:
-    """`1.84 (1.80 to 1.88)`, with `what` behind the number; without an interval, and uncertain, where other programs disturbed it."""
-    interval = f"{point.low:.2f} to {point.high:.2f}" if point.certain else "uncertain: other programs ran"
+def speedup_text(point: TunedPoint, what: str = "", why: str = "") -> str:
+    """`1.84 (1.80 to 1.88)`, with `what` behind the number; in place of an interval that is no use, `uncertain` and `why`."""
+    interval = f"{point.low:.2f} to {point.high:.2f}" if point.certain else f"uncertain{why}"
     return f"{point.speedup:.2f}{what} ({interval})"
 
 

@@ -15,6 +15,8 @@ from deploy.tune.text import HEAD, STOPPED, rows
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 320, 48, 34, 12
 _COLOURS = {"inside": 3, "undecided": 5, "outside": 2, None: 0}
 _LEAST = 1e-12
+_STYLE = '@media(max-width:900px){td,td[data-name="speed-up"]{white-space:normal}}'
+"""In cells of a phone, intervals take two lines."""
 _KINDS = {
     "kl": "the divergence (Kullback-Leibler, in nats) of the probabilities from those in floating point",
     "relative": "the squared error of the outputs over their squares",
@@ -50,13 +52,16 @@ def render(made: Artifact) -> str:
         "<h2>Units</h2><p>Layers that are INT8 or floating point together. Alone, and all but it: the time of a run with this unit alone in INT8, and"
         " with all others, where floating point is 100 %. Gain: what INT8 takes away, without the crossings between INT8 and floating"
         f" point, each of which costs {_percent(tuning.crossing[0])} and {_percent(tuning.crossing[1])} for a thousand numbers.</p>",
-        _table(("unit", "", "multiply-adds", "alone", "all but it", "gain", "damage"), [_unit(each) for each in tuning.units]),
+        _table(
+            ("unit", "in the result", "multiply-adds", "alone", "all but it", "gain", "damage"),
+            [_unit(each) for each in tuning.units],
+        ),
         _conditions(made, tuning),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{escape(name)}: deploy tune</title>'
-        f"<style>{style}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        f"<style>{style}{_STYLE}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 

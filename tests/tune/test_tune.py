@@ -70,6 +70,12 @@ def test_the_result_is_byte_for_byte_what_was_tested_and_its_manifest_has_the_ev
     assert f"tuned      {result.name}: " in summary(tuned)
 
 
+def test_everything_in_int8_is_what_quantize_makes(tuned: Artifact, net: Artifact, images: Path, tmp_path: Path) -> None:
+    made = deploy.quantize(net, tmp_path / "int8", calib=images / "calib")
+    plain = next(point for point in record(tuned).points if point.name == "int8")
+    assert plain.files == {name: file.sha256 for name, file in made.manifest.files.items()}
+
+
 def test_a_search_that_is_repeated_measures_nothing_again_and_comes_to_the_same_files(
     tuned: Artifact, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
