@@ -13,6 +13,14 @@ from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rules import WEIGHTED
 from deploy.precision.macs import count_in_branches, count_macs
 
+_IN_FLOAT = frozenset(
+    (
+        "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization", "Pow", "RMSNormalization", "ReduceMax", "ReduceMean",
+        "ReduceSum", "Softmax", "Sqrt", "Sub",
+    )
+)  # fmt: skip
+"""Operators that no backend computes on codes: behind them, and behind a sum that is not quantized, nothing is converted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -85,7 +93,7 @@ def _crossings(
     found: dict[tuple[str, int, int], None] = {}
     for tensor, uses in placement.edges.items():
         for node, index in uses:
-            for maker in _makers([nodes[node].inputs[index]], owner):
+            for maker in _makers([nodes[node].inputs[index]], owner, through=lambda between: not _in_float(between)):
                 if owner[maker] != owner[node]:
                     found[tensor, owner[maker], owner[node]] = None
     return tuple(Crossing(units=(maker, reader), elements=sizes.get(tensor, 0)) for tensor, maker, reader in found)
@@ -144,12 +152,14 @@ def _names(sets: list[list[str]]) -> list[str]:
     return [module if modules.count(module) == 1 else members[0] for module, members in zip(modules, sets, strict=True)]
 
 
-def _makers(values: Iterable[ir.Value | None], known: "_Ties | Mapping[str, int]") -> list[str]:
-    """The nearest known nodes before `values`, through nodes that are not known and have no weights."""
+def _makers(
+    values: Iterable[ir.Value | None], known: "_Ties | Mapping[str, int]", through: Callable[[ir.Node], bool] = lambda node: True
+) -> list[str]:
+    """The nearest known nodes before `values`, through nodes that are not known, have no weights, and are `through`."""
     return _nearest(
         [value.producer() for value in values if value is not None],
         known,
-        lambda node: [value.producer() for value in node.inputs if value is not None],
+        lambda node: [value.producer() for value in node.inputs if value is not None] if through(node) else [],
     )
 
 
@@ -180,6 +190,12 @@ def _nearest(
 
 def _is_product(node: ir.Node) -> bool:
     return node.op_type in WEIGHTED and node.domain in STANDARD
+
+
+def _in_float(node: ir.Node) -> bool:
+    """Whether a node that is not quantized computes in floating point whatever is before and behind it."""
+    operands = [value for value in node.inputs if value is not None and not _constant(value)]
+    return node.op_type in _IN_FLOAT or (node.op_type == "Add" and len(operands) > 1)
 
 
 def _attends(node: ir.Node) -> bool:
