@@ -29,7 +29,7 @@ from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-UNIT_ROUNDS, UNIT_SLICE_S = 7, 0.1
+UNIT_ROUNDS, UNIT_SLICE_S = 7, 0.06
 POINT_ROUNDS, POINT_SLICE_S = 15, 0.25
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""

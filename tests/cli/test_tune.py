@@ -10,7 +10,6 @@ import pytest
 
 from deploy.artifact.artifact import Artifact
 from deploy.tune.page import render
-from deploy.tune.text import text
 from tests.cli.helpers import refused
 from tests.tune.conftest import images as images
 from tests.tune.conftest import net as net
@@ -23,30 +22,30 @@ Run = Callable[..., Any]
 def test_the_result_is_said_with_every_mix_in_the_terminal_in_json_and_on_a_page(
     run: Run, net: Artifact, images: Path, tmp_path: Path
 ) -> None:
+    """Of a network whose last unit alone may be INT8."""
     out, html = tmp_path / "out", tmp_path / "reports" / "t.html"
-    words = ("tune", net.path, "--calib", images / "calib", "--eval", images / "eval", "--max-drop", 40, "--minutes", 1e-6)
-    words += ("--backend", "onnxruntime", "--threads", 1, "-o", out, "--json", "--report", html)
-    finished = run(*words)
+    words = ("tune", net.path, "--calib", images / "calib", "--eval", images / "eval", "--max-drop", 40)
+    words += ("--exclude", "stem*", "--exclude", "body*", "--backend", "onnxruntime", "--threads", 1, "-o", out)
+    finished = run(*words, "--json", "--report", html)
     assert finished.status == 0, finished.err
     document = json.loads(finished.out)
-    assert (document["schema"], document["artifact"], document["stopped"]) == (1, str(out), "minutes")
-    assert document["result"] in [point["name"] for point in document["points"]]
-    made = Artifact.open(out)
-    shown = text(made)
-    lines = shown.splitlines()
-    assert re.match(rf"{out}: (int8|mix 1): \d of 3 units in INT8, 1\.\d0 times as fast as floating point", lines[0])
+    assert (document["schema"], document["artifact"], document["result"]) == (1, str(out), "int8")
+    (unit,) = document["units"]
+    assert (unit["nodes"], unit["without"], unit["int8"]) == (["pool", "head/Gemm"], 1.0, True)
+    assert unit["gain"] == pytest.approx(1 - unit["alone"])
+    (point,) = document["points"]
+    shown = run(*words)  # it stands
+    assert shown.status == 0
+    lines = shown.out.splitlines()
+    speed = r"1\.10( times as fast as floating point)? \((1\.09 to 1\.11|uncertain.*)\)"
+    assert re.match(rf"{out}: int8: 1 of 1 unit in INT8, {speed} on onnxruntime, batch 1", lines[0])
     assert lines[1] == f"  because    {document['because']}"
-    assert "time ran out (--minutes)" in lines[2]
-    rows = [line.split() for line in lines if line.startswith(("  fp32", "  int8", "  mix"))]
-    assert len(rows) == 1 + len(document["points"])
-    assert sum(" * " in line for line in lines) == 1
+    assert re.match(rf"  int8 \*  1 of 1 +.* ms +.* ms +{speed} +{point['damage']:.2g} +.*inside", lines[-1])
     page = html.read_text(encoding="utf-8")
-    assert page == render(made)
+    assert page == render(Artifact.open(out))
     assert page.count("<title>int8</title>") == 1
-    assert all(f"<th>{name}</th>" in page for name in ("stem", "body", "head"))
-    assert "not measured" in page
-    finished = run("inspect", out)
-    assert f"  because    {document['because']}" in finished.out
+    assert "<th>head</th>" in page
+    assert f"  because    {document['because']}" in run("inspect", out).out
 
 
 def test_what_is_missing_or_wrong_is_said_in_a_line(run: Run, net: Artifact, images: Path, tmp_path: Path) -> None:

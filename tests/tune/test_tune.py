@@ -19,6 +19,8 @@ from deploy.evaluation.options import METRICS
 from deploy.runtime.session import SessionOptions
 from deploy.tune import search
 from deploy.tune.measure import Place
+from deploy.tune.page import render
+from deploy.tune.text import text
 from deploy.tune.tune import tune
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -106,6 +108,8 @@ def test_where_no_mix_passes_the_result_is_the_artifact_in_floating_point_and_wh
     made.verify()
     assert [(unit.int8, unit.alone, unit.damage) for unit in found.units] == [(False, None, None)] * 3
     assert "3 of 3 units are not measured: their times and damages are guessed" in caplog.text
+    assert "time ran out (--minutes): what was measured is kept" in text(made)
+    assert render(made).count("not measured") == 6
     with deploy.load(made, "onnxruntime") as session:
         assert session.backend == "onnxruntime"
 
@@ -152,11 +156,3 @@ def test_a_fixed_batch_is_timed_at_no_other(net: Artifact) -> None:
     assert [Place.of(fixed, "onnxruntime", SessionOptions(), batch).batch for batch in (None, 4)] == [4, 4]
     with pytest.raises(UsageError, match="has a fixed batch of 4: it cannot be timed at `batch` 3"):
         Place.of(fixed, "onnxruntime", SessionOptions(), 3)
-
-
-def test_a_network_of_one_unit_is_tuned_too(net: Artifact, images: Path, tmp_path: Path) -> None:
-    found = record(search_of(net, images, tmp_path / "out", exclude=("stem*", "body*")))
-    (unit,) = found.units
-    assert (unit.nodes, unit.without, unit.int8) == (["pool", "head/Gemm"], 1.0, True)
-    assert [point.name for point in found.points] == ["int8"]
-    assert unit.gain == pytest.approx(1 - (unit.alone or 0))
