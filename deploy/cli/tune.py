@@ -48,9 +48,10 @@ def command(
 ) -> None:
     """Find the fastest mix of INT8 and floating point of an FP32 ONNX artifact (the newest under build/ by default) within --max-drop.
 
-    Each unit of layers is timed in INT8 on the backend that the artifact is for, and its damage measured; mixes of several budgets are
-    solved for, built, timed beside floating point and tested, the safest first, until one is not shown to keep within the limit. The
-    fastest that is becomes the artifact; where none is faster than floating point, floating point does, and it says so.
+    Each unit of layers is timed in INT8 on the backend that the artifact is for, and its damage measured. Mixes of several budgets are
+    solved for, built, timed beside floating point, and tested, the safest first, until one is not shown to keep within the limit. The
+    fastest mix that passed becomes the artifact; where none is faster than floating point, the artifact stays in floating point, and the
+    output says why.
     """
     if calib is None:
         raise UsageError("say which images to calibrate on: --calib IMAGEFOLDER")

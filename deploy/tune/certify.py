@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
 from deploy.artifact.summary import metric_text, points_text
 from deploy.artifact.tuning import TunedPoint
@@ -24,7 +25,7 @@ from deploy.tune.search import Built, Clock
 from deploy.words import count_of
 
 
-def check_budget(artifact: Any, gate: Gate) -> None:
+def check_budget(artifact: Artifact, gate: Gate) -> None:
     """Raise UsageError where no mix could be certified, whatever it does: where the images are too few for the limit."""
     if gate.metric.metric not in ("top1", "top5"):
         return
@@ -126,9 +127,8 @@ def _limit(gate: Gate) -> str:
 def _shown(first: TunedPoint, gate: Gate) -> str:
     """What was found of the safest mix."""
     if first.loss is None:
-        said = (
-            f"{first.name}, the safest, has {points_text(first.value or math.inf, 'dB' if gate.metric.metric == 'sqnr' else '')}"
-        )
+        value = math.inf if first.value is None else first.value
+        said = f"{first.name}, the safest, has {points_text(value, 'dB' if gate.metric.metric == 'sqnr' else '')}"
     else:
         high = "" if first.loss_high is None else f" (95 % interval {first.loss_low:.2f} to {first.loss_high:.2f})"
         said = f"{first.name}, the safest, loses {first.loss:.2f}{high}"
