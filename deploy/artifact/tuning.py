@@ -8,6 +8,10 @@ Verdict = Literal["inside", "undecided", "outside"]
 """Of a loss against its limit: its 95 % interval is inside, only its estimate is, or not even that."""
 
 
+Stopped = Literal["interrupted", "minutes"]
+"""Why a search ended early."""
+
+
 class TunedUnit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Layers that are INT8 or floating point together.
 
@@ -81,4 +85,4 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     crossing: tuple[float, float]
     units: list[TunedUnit]
     points: list[TunedPoint]
-    stopped: Literal["interrupted", "minutes"] | None = None
+    stopped: Stopped | None = None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy
 from deploy.artifact.summary import metric_text, points_text
-from deploy.artifact.tuning import TunedPoint
+from deploy.artifact.tuning import Stopped, TunedPoint
 from deploy.errors import UsageError
 from deploy.evaluation.gate import NEVER, Gate, Reference, verdict_of
 from deploy.evaluation.intervals import images_to_certify
@@ -50,7 +50,7 @@ def certify(
     journal: Journal,
     clock: Clock,
     progress: Progress,
-) -> tuple[list[Built], dict[str, Accuracy], str | None]:
+) -> tuple[list[Built], dict[str, Accuracy], Stopped | None]:
     """Test the points in their order until one does not pass; returns them, what was found by name, and why it stopped early.
 
     data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact, parent_record
-from deploy.artifact.manifest import ONNX, WEIGHTS, Manifest, Stage
+from deploy.artifact.manifest import ONNX, WEIGHTS, Accuracy, Manifest, Stage
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.tensors import row_count
-from deploy.artifact.tuning import Tuning
+from deploy.artifact.tuning import Stopped, Tuning
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import first_rows
@@ -36,6 +36,7 @@ from deploy.runtime.load import import_backend
 from deploy.runtime.session import SessionOptions
 from deploy.tune import options as tune_options
 from deploy.tune.certify import Choice, certify, check_budget, choose
+from deploy.tune.damage import Kind
 from deploy.tune.journal import Journal
 from deploy.tune.measure import ROWS, Mixes, Place
 from deploy.tune.options import TuneOptions
@@ -146,7 +147,7 @@ class TuneStage:
             raise DataError(f"{error}; or take `metric` sqnr or cosine, which need no labels") from error
 
     @property
-    def _kind(self) -> Any:
+    def _kind(self) -> Kind:
         return "kl" if self._options.metric in ("top1", "top5") else "relative"
 
     def make(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
@@ -179,7 +180,7 @@ class TuneStage:
             return _delivered(source, built.artifact, writer, stage, accuracies[choice.name], tuning)
 
     def _tuning(
-        self, choice: Choice, weighed: Weighed, points: Sequence[Built], p50_ms: float, rows: int, stopped: Any
+        self, choice: Choice, weighed: Weighed, points: Sequence[Built], p50_ms: float, rows: int, stopped: Stopped | None
     ) -> Tuning:
         chosen = next((each.point.int8 for each in points if each.point.name == choice.name), [])
         gate = self._gate
@@ -215,7 +216,7 @@ class TuneStage:
 
 
 def _delivered(
-    source: Artifact, built: Artifact, writer: ArtifactWriter, stage: Stage, accuracy: Any, tuning: Tuning
+    source: Artifact, built: Artifact, writer: ArtifactWriter, stage: Stage, accuracy: Accuracy, tuning: Tuning
 ) -> Manifest:
     """The files that were certified, byte for byte, and their manifest."""
     _copy(built, writer.path, built.manifest.files)
