@@ -72,7 +72,7 @@ def _figure(tuning: Tuning) -> str:
     damages = [max(point.damage or 0.0, _LEAST) for point in points]
     left, right = math.floor(math.log10(min(damages))), math.ceil(math.log10(max(damages)) + 1e-9)
     right = max(right, left + 1)
-    ends = [value for point in points for value in (*_interval(point), 1 / max(point.predicted, 1e-3))]
+    ends = [value for point in points for value in (*_interval(point), _predicted(point))]
     bottom, top = min(0.9, *ends), max(1.1, *ends)
 
     def x(damage: float) -> float:
@@ -84,7 +84,7 @@ def _figure(tuning: Tuning) -> str:
     parts = []
     for power in range(left, right + 1):
         parts.append(f'<text class="tick middle" x="{x(10.0**power):.1f}" y="{_HEIGHT - 14}">1e{power}</text>')
-    step = next(step for step in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100) if (top - bottom) / step <= 6)
+    step = next((step for step in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if (top - bottom) / step <= 6), 100)
     for index in range(math.ceil(bottom / step), math.floor(top / step) + 1):
         at = y(index * step)
         parts.append(f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - 90}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -101,7 +101,7 @@ def _mark(point: TunedPoint, x: float, y: Callable[[float], float], *, result: b
     colour = f"var(--c{_COLOURS[point.verdict]})"
     return (
         f'<line class=whisker x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
-        f'<circle cx="{x:.1f}" cy="{y(1 / max(point.predicted, 1e-3)):.1f}" r="7" fill="none" stroke="{colour}"/>'
+        f'<circle cx="{x:.1f}" cy="{y(_predicted(point)):.1f}" r="7" fill="none" stroke="{colour}"/>'
         f'<circle cx="{x:.1f}" cy="{y(point.speedup):.1f}" r="4.5" fill="{colour}"><title>{escape(point.name)}</title></circle>'
         f'<text x="{x + 10:.1f}" y="{y(point.speedup) + 4:.1f}"{" font-weight=bold" if result else ""}>{escape(point.name)}</text>'
     )
@@ -113,6 +113,12 @@ def _interval(point: TunedPoint) -> tuple[float, float]:
     if not point.certain or point.low is None or point.high is None:
         return point.speedup, point.speedup
     return point.low, point.high
+
+
+def _predicted(point: TunedPoint) -> float:
+    """The predicted speed-up; at most ten times the measured one is drawn."""
+    assert point.speedup is not None
+    return 1 / max(point.predicted, 0.1 / point.speedup)
 
 
 def _legend() -> str:

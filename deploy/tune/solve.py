@@ -23,6 +23,10 @@ from deploy.tune.units import Crossing, Unit
 
 BUDGETS = 5
 _PARTS = 1e3
+_CROSSING = 0.05
+"""The share of the time that a crossing may cost, before anything is measured."""
+_EXACT = 1e-7
+"""An error below it is taken for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ def fit_costs(
 
     Both times of a unit contain the crossings around it, the second with the gain the other way round: half of their sum, less what
     there is without it, is what its crossings cost, and half of the difference is its gain. A crossing costs an amount for the tensor
-    and one for each number in it, fitted to all units by least squares. Gains are drawn towards what their multiply-accumulates
+    and one for each number in it, fitted to all units. Gains are drawn towards what their multiply-accumulates
     suggest, as far as the errors of the measurements ask for (`_shrunk`), and moved together, so that they add up to `whole`. What was
     not measured has its share of the rest, and the damage of the worst.
     """
@@ -69,12 +73,10 @@ def fit_costs(
     for pair in pairs:
         for place in pair.units:
             incident[place] += (1, pair.elements / _PARTS)
-    parts = np.zeros(2)
-    if known.any() and pairs:
-        parts, _ = nnls(incident[known], ((own + rest) / 2)[known])
+    errors = np.array([each.error for each in measured if each is not None])
+    parts = _crossing_parts(incident[known], ((own + rest) / 2)[known], errors) if known.any() and pairs else np.zeros(2)
     prior = (1 - whole) * weights / weights.sum()
     gains = prior.copy()
-    errors = np.array([each.error for each in measured if each is not None])
     gains[known] = _shrunk(((rest - own) / 2)[known], prior[known], errors)
     missing = (1 - whole) - gains.sum()
     spread = weights * ~known if not known.all() else weights
@@ -87,6 +89,15 @@ def fit_costs(
         per_tensor=float(parts[0]),
         per_thousand=float(parts[1]),
     )
+
+
+def _crossing_parts(incident: np.ndarray, costs: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """The two parts of a crossing's cost, (2,): by least squares, none below 0, weighted by the errors, and drawn towards 0 where these are
+    larger than what a crossing may cost (`_CROSSING`)."""
+    usual = _CROSSING / np.maximum(incident.sum(axis=0) / max(incident[:, 0].sum(), 1.0), 1e-12)
+    rows = np.vstack([incident / np.maximum(errors, _EXACT)[:, None], np.diag(1 / usual)])
+    parts, _ = nnls(rows * usual, np.concatenate([costs / np.maximum(errors, _EXACT), np.zeros(2)]))
+    return np.asarray(parts * usual)
 
 
 def _shrunk(found: np.ndarray, prior: np.ndarray, errors: np.ndarray) -> np.ndarray:

@@ -99,6 +99,16 @@ def test_noisy_gains_promise_no_more_than_they_keep() -> None:
     assert promised[1] < 0.7 * kept[1]  # what is guarded against
 
 
+def test_errors_as_large_as_the_time_leave_the_work_as_the_only_guide() -> None:
+    _, pairs = network(np.random.default_rng(6), 8)
+    wild = [MeasuredUnit(alone=1 + 2 * (-1) ** unit, without=0.9, whole=0.5, error=2.0, damage=1e-3) for unit in range(8)]
+    found = fit_costs(units(8), pairs, whole=0.5, measured=wild)
+    assert found.gains == pytest.approx([0.5 / 8] * 8, abs=0.01)
+    assert found.crossings.max() < 0.1
+    sure = [msgspec.structs.replace(each, error=1e-3) for each in wild]
+    assert np.ptp(fit_costs(units(8), pairs, whole=0.5, measured=sure).gains) > 1
+
+
 def test_a_unit_that_was_not_measured_has_the_rest_of_the_gain_and_the_worst_damage() -> None:
     costs, pairs = network(np.random.default_rng(4), 5)
     whole, measured = times(costs, pairs)

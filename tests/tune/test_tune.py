@@ -110,6 +110,8 @@ def test_where_no_mix_passes_the_result_is_the_artifact_in_floating_point_and_wh
     assert "3 of 3 units are not measured: their times and damages are guessed" in caplog.text
     assert "time ran out (--minutes): what was measured is kept" in text(made)
     assert render(made).count("not measured") == 6
+    wild = replace(found, points=[replace(point, predicted=-1.0, speedup=1.0, low=1.0, high=1.0) for point in found.points])
+    assert "nan" not in render(Artifact(made.path, replace(made.manifest, tuning=wild)))
     with deploy.load(made, "onnxruntime") as session:
         assert session.backend == "onnxruntime"
 
