@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 UNIT_ROUNDS, UNIT_SLICE_S = 7, 0.06
 POINT_ROUNDS, POINT_SLICE_S = 15, 0.25
-UNITS_SHARE = 0.6
+UNITS_SHARE = 0.5
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 
 
