@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
 CLI = (
-    "doctor", "export", "convert", "quantize", "build-aoti", "build-trt", "inspect", "eval", "predict", "serve", "export-triton", "bench", "verify",
+    "doctor", "export", "convert", "quantize", "build-aoti", "build-trt", "inspect", "eval", "predict", "serve", "export-triton", "bench", "verify", "tune",
 )  # fmt: skip
 STAGES = ("export", "convert", "quantize", "build-trt")
 FASTER = {

@@ -22,13 +22,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "intake", "engine"),
     ("precision", "runtime"),
     ("evaluation",),
-    ("pipeline", "bench", "serving", "finetune", "verify"),
+    ("pipeline", "bench", "serving", "finetune", "verify", "tune"),
     ("cli", "", "__main__"),
 )
 FLOOR = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
 GROUND_LIBRARIES = {"numpy", "PIL"}
 NO_DEPLOY = ("models", "calibration")
-BESIDE = {"": {"version"}, "__main__": {"cli"}, "host": {"errors", "version"}}
+BESIDE = {"": {"version"}, "__main__": {"cli"}, "host": {"errors", "version"}, "tune": {"pipeline"}}
 """Of rooms on one floor, who may import whom."""
 
 

@@ -15,6 +15,7 @@ import msgspec
 from deploy.artifact.decode import Decode
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.tensors import Profile, TensorSpec
+from deploy.artifact.tuning import Tuning
 from deploy.artifact.usercode import UserFunction
 from deploy.evidence.parity import Parity
 
@@ -283,7 +284,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     other_images: how images become further inputs, by name. decode: how a detector's outputs become boxes.
     parity: of the ONNX file with the parent's, or of a package with the eager module. engine_parity: of an engine with its typed ONNX file, if a GPU has run it.
     accuracy: the worst where several backends were judged; all are in `accuracies` then.
-    cpu_form: of an INT8 artifact for which it was asked.
+    cpu_form: of an INT8 artifact for which it was asked. tuning: of an artifact that `tune` made.
     """
 
     format: int
@@ -314,6 +315,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     accuracies: list[Accuracy] = []
     cpu_form: CpuEvidence | None = None
     decode: Decode | None = None
+    tuning: Tuning | None = None
     digest: str = ""
 
     @property

@@ -25,6 +25,7 @@ _COMMANDS = {
     "build-trt": ("build_trt", "Build a TensorRT engine from an ONNX artifact."),
     "build-aoti": ("build_aoti", "Compile the module of an export with torch's AOTInductor."),
     "verify": ("verify", "Find the layer on which two artifacts of one network part."),
+    "tune": ("tune", "Find the fastest mix of INT8 and floating point, certified."),
     "inspect": ("inspect", "Show what an artifact is, where it comes from, its evidence."),
     "eval": ("eval", "Measure top-1 and top-5 accuracy on an ImageFolder."),
     "predict": ("predict", "Show class names and probabilities of images."),

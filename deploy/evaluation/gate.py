@@ -9,6 +9,7 @@ from typing import Any
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Score
 from deploy.artifact.summary import drop_text, score_text
+from deploy.artifact.tuning import Verdict
 from deploy.errors import AccuracyError, BackendError, UsageError
 from deploy.evaluation.annotated import labelled
 from deploy.evaluation.evaluate import Evaluation, measure
@@ -171,7 +172,7 @@ class Reference:
         """The score of the CPU form of `after`. Raises AccuracyError if too much is lost, or no backend runs it here."""
         if onnx_file(after, CPU_FORMS) != after.cpu_path:
             raise AccuracyError("its accuracy cannot be judged here: this processor has no VNNI")
-        found = self._compared(after, CPU_FORMS)
+        found = self.compared(after, CPU_FORMS)
         if lost := self._too_much(found):
             raise AccuracyError(f"it {lost}")
         return found
@@ -201,18 +202,19 @@ class Reference:
 
     def _on_backends(self, after: Artifact) -> list[Accuracy]:
         if self._gate.backend is not None:
-            return [self._compared(after, self._gate.backend)]
+            return [self.compared(after, self._gate.backend)]
         found, reasons = [], []
         for name in AUTO:
             try:
-                found.append(self._compared(after, name))
+                found.append(self.compared(after, name))
             except BackendError as error:  # not installed, or it does not run this file
                 reasons.append(f"{name}: {error}")
         if not found:
             raise BackendError(f"no backend can run {after.manifest.name} here: {'; '.join(reasons)}")
         return found
 
-    def _compared(self, after: Artifact, backend: str) -> Accuracy:
+    def compared(self, after: Artifact, backend: str) -> Accuracy:
+        """The score of `after` on a backend, and what it loses; see `verdict_of`. Raises BackendError."""
         gate = self._gate
         judged = scoring(after, gate.folder, gate.metric)
         against = self._artifact if self._found is None else None
@@ -250,6 +252,16 @@ class Reference:
         if second.top1 is not None:
             return _accuracy(second, file=file, **top, score=score, undecided=undecided)
         return Accuracy(images=second.images, backend=second.backend, file=file, score=score, undecided=undecided)
+
+
+def verdict_of(found: Accuracy) -> Verdict:
+    """Whether a score is within the limit that it was held to: by its 95 % interval (inside), by its estimate alone, or not at all."""
+    score = found.judged
+    assert score.limit is not None
+    beyond = score.value < score.limit if score.loss is None else score.loss > score.limit
+    if beyond:
+        return "outside"
+    return "inside" if found.undecided is None else "undecided"
 
 
 def _certified(found: Accuracy) -> str:

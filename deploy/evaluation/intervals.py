@@ -48,6 +48,19 @@ def _bonett_price(lost: float, won: float, count: float) -> Interval:
     return Interval(100 * max(p - q - margin, -1.0), 100 * min(p - q + margin, 1.0))
 
 
+def images_to_certify(limit: float) -> int | None:
+    """The fewest images whose `paired_drop` can end within `limit` points: where all answers are the same. None where no number can."""
+    if not limit > 0:
+        return None
+    low, high = 0, 1
+    while _bonett_price(0, 0, high).high > limit:
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _bonett_price(0, 0, middle).high <= limit else (middle, high)
+    return high
+
+
 def images_for_drop(before: np.ndarray, after: np.ndarray, limit: float) -> int | None:
     """How many more images would bring the upper end of `paired_drop` within `limit` points, if they went on as these do.
 

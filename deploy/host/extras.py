@@ -13,6 +13,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "onnx_ir": "onnx-ir",
         "onnxscript": "onnxscript",
         "ml_dtypes": "ml-dtypes",
+        "scipy": "scipy",
     },
     "serving": {"grpc": "grpcio", "google": "protobuf", "starlette": "starlette", "uvicorn": "uvicorn"},
     "ray": {"ray": "ray"},

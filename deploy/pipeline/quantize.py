@@ -1,9 +1,10 @@
 """The stage `quantize`: an FP32 ONNX artifact in INT8 or FP8 with explicit Q/DQ, calibrated, corrected and checked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -24,6 +25,9 @@ from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant,
 from deploy.precision.int8.options import QuantizeOptions, quantize_request
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import split_backend
+
+if TYPE_CHECKING:
+    from deploy.precision.int8.quantize import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +176,12 @@ def quantize_artifact(
     (nothing is written), DataError, BackendError (ONNX Runtime is not installed) and OutputError.
     """
     tolerance = tolerance or TOLERANCES[options.precision]
-    return run_stage(_Quantize(artifact, data, options, tolerance, gate, progress, cpu_form=cpu_form), out, artifact)
+    return run_stage(QuantizeStage(artifact, data, options, tolerance, gate, progress, cpu_form=cpu_form), out, artifact)
 
 
-class _Quantize:
+class QuantizeStage:
+    """See `quantize_artifact`."""
+
     name = "quantize"
 
     def __init__(
@@ -222,14 +228,26 @@ class _Quantize:
         return manifest
 
     def _quantize(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
+        from deploy.precision.int8.quantize import quantize_onnx  # loads onnx and ONNX Runtime
+
+        # First: a metric that fails is to be known before the work.
+        reference = Reference(self._source, self._gate, self._progress) if self._gate is not None else None
+        make = partial(quantize_onnx, self._source, self._data, self._options, self._progress, cpu=self._cpu_form)
+        return self.write(writer, stage, make, reference)
+
+    def write(
+        self, writer: ArtifactWriter, stage: Stage, make: "Callable[[], Quantized]", reference: Reference | None = None
+    ) -> Manifest:
+        """Write what `make` returns, compare it with the source, and judge it against `reference`.
+
+        Raises ParityError and AccuracyError where it is too far off.
+        """
         from deploy.pipeline.cpu_form import prove_and_judge, save_cpu_form  # these load onnx and ONNX Runtime
         from deploy.pipeline.written import check_unrounded, prove, source_cases
-        from deploy.precision.int8.quantize import hint, quantize_onnx
+        from deploy.precision.int8.quantize import hint
 
         source, progress = self._source, self._progress
-        # First: a metric that fails is to be known before the work.
-        reference = Reference(source, self._gate, progress) if self._gate is not None else None
-        quantized = quantize_onnx(source, self._data, self._options, progress, cpu=self._cpu_form)
+        quantized = make()
         quantized.save(writer.path / ONNX)
         manifest = descendant(
             source,

@@ -64,6 +64,7 @@ def descendant(source: Artifact, out: Path, stage: Stage, **changes: Any) -> Man
         "accuracy": None,
         "accuracies": [],
         "cpu_form": None,
+        "tuning": None,
         "tools": tool_versions(),
         "stage": stage,
     }

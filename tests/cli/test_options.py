@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import deploy
 from deploy.cli.options import in_flags, options
+from deploy.cli.tune import NOT_HERE
 from deploy.engine.options import BuildOptions
 from deploy.errors import UsageError
 from deploy.evidence.options import ToleranceOptions
@@ -23,6 +24,8 @@ from deploy.pipeline.export_options import ExportOptions
 from deploy.pipeline.quantize import CalibrationOptions, CpuFormOptions, GateOptions
 from deploy.precision.formats import ConvertOptions
 from deploy.precision.int8.options import QuantizeOptions
+from deploy.tune.options import TuneOptions
+from deploy.tune.tune import tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +105,19 @@ FUNCTIONS: list[tuple[Callable[..., Any], tuple[type, ...], set[str]]] = [
     (deploy.quantize, (CalibrationOptions, QuantizeOptions, CpuFormOptions, GateOptions, ToleranceOptions), set()),
     (deploy.build_aoti, (BuildAotiOptions, ToleranceOptions), set()),
     (deploy.build_trt, (BuildTrtOptions, BuildOptions, CalibrationOptions, GateOptions, ToleranceOptions), {"quantization"}),
+    (tune, (CalibrationOptions, TuneOptions, QuantizeOptions), {"device", "threads"}),
 ]
 """Public functions, the dataclasses that their options are in, and parameters that the command line spells out."""
 
 NOT_OPTIONS = {"artifact", "out", "progress"}
+LEFT_OUT = {"tune": NOT_HERE}
+"""Options of a dataclass that a function does without."""
+
+
+def described_of(function: Callable[..., Any], *kinds: type) -> dict[str, Any]:
+    """The options of these dataclasses that the function has, by name."""
+    left = LEFT_OUT.get(function.__name__, ())
+    return {each.name: each for kind in kinds for each, _ in described_fields(kind) if each.name not in left}
 
 
 @pytest.mark.parametrize(("function", "kinds", "more"), FUNCTIONS, ids=lambda value: getattr(value, "__name__", ""))
@@ -113,7 +125,7 @@ def test_a_public_function_has_the_options_with_their_defaults(
     function: Callable[..., Any], kinds: tuple[type, ...], more: set[str]
 ) -> None:
     parameters = inspect.signature(function).parameters
-    described = {each.name: each for kind in kinds for each, _ in described_fields(kind)}
+    described = described_of(function, *kinds)
     assert set(parameters) - NOT_OPTIONS - more == set(described)
     for name, each in described.items():
         given = parameters[name].default
@@ -134,7 +146,7 @@ def test_a_public_function_takes_the_types_of_the_fields(
     taken = get_type_hints(function)
     for kind in kinds:
         hints = get_type_hints(kind)
-        for each, _ in described_fields(kind):
+        for each in described_of(function, kind).values():
             wanted = str(hints[each.name]).replace("pathlib.Path | None", "pathlib.Path | str | None")
             wanted = wanted.replace("tuple[str, ...]", "collections.abc.Sequence[str]")
             assert wanted in str(taken[each.name]) or wanted.replace(" | None", "") in str(taken[each.name]), each.name

@@ -3,8 +3,7 @@
 import logging
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -80,6 +79,29 @@ class Quantized:
         self.stored.check(path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibratedGraph:
+    """A prepared FP32 graph with its calibration, of which any layers can be quantized without calibrating again.
+
+    feeds, expected: as of `Quantized`.
+    """
+
+    model: ir.Model
+    selection: Selection
+    options: QuantizeOptions
+    known: Calibrated
+    feeds: list[Feed]
+    expected: list[Feed]
+
+    def placement(self) -> Placement:
+        """Where pairs go if every layer is quantized that can be."""
+        return _placed(self.model, self.selection, self.known.noisy, self.known.scales)
+
+    def quantized(self, *, stay: Mapping[str, str], cpu: bool) -> Quantized:
+        """A quantized copy in which the nodes of `stay`, by name with the reason, are in floating point. Raises PrecisionError."""
+        return _quantized(replace(self, model=self.model.clone()), stay=stay, cpu=cpu, engine=None)
+
+
 def quantize_onnx(
     artifact: Artifact,
     data: CalibrationSet,
@@ -97,6 +119,13 @@ def quantize_onnx(
     Raises PrecisionError for a graph that cannot be quantized, that makes numbers that are not finite, or that would compute
     something else after the preparation; DataError, and BackendError (ONNX Runtime is not installed).
     """
+    return _quantized(calibrate_onnx(artifact, data, options, progress), stay={}, cpu=cpu, engine=engine)
+
+
+def calibrate_onnx(
+    artifact: Artifact, data: CalibrationSet, options: QuantizeOptions, progress: Progress = silent
+) -> CalibratedGraph:
+    """Prepare the FP32 graph of `artifact` in memory and calibrate it, from the cache if it can. Raises what `quantize_onnx` does."""
     request = quantize_request(artifact, data, options)
     progress("reading the graph")
     model = load_model(artifact.onnx_path)
@@ -118,17 +147,18 @@ def quantize_onnx(
         codes=options.precision,
     )
     _check_layers(model, selection, options)
-    finish = partial(_quantized, model, selection, options=options, cpu=cpu, engine=engine)
     known = cache.read(request) if request is not None else None
     if known is not None:
         logger.info("calibration found in %s", cache.folder())
         Smooth(place(model, selection), known.channels)(model)
-        return finish(known, first_feeds(data, options.batch_size, PARITY_ROWS), [])
+        feeds = first_feeds(data, options.batch_size, PARITY_ROWS)
+        return CalibratedGraph(model=model, selection=selection, options=options, known=known, feeds=feeds, expected=[])
     known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
     expected = check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
-    return finish(known, [feed for feed, _ in references], expected)
+    feeds = [feed for feed, _ in references]
+    return CalibratedGraph(model=model, selection=selection, options=options, known=known, feeds=feeds, expected=expected)
 
 
 def hint(calibration: Calibration | None) -> str:
@@ -287,35 +317,27 @@ def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str
     return {node: _UNRUN for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
 
-def _quantized(
-    model: ir.Model,
-    selection: Selection,
-    known: Calibrated,
-    feeds: list[Feed],
-    expected: list[Feed],
-    *,
-    options: QuantizeOptions,
-    cpu: bool,
-    engine: Profile | None,
-) -> Quantized:
-    """Quantize the prepared `model` in place, and convert it to FP16 where that is asked for."""
+def _quantized(graph: CalibratedGraph, *, stay: Mapping[str, str], cpu: bool, engine: Profile | None) -> Quantized:
+    """Quantize the model of `graph` in place but for the nodes of `stay`, and convert it to FP16 where that is asked for."""
+    model, selection, known, options = graph.model, graph.selection, graph.known, graph.options
+    left = {**stay, **known.noisy}
     codes = CODES[selection.codes]
-    placement = _placed(model, selection, known.noisy, known.scales)
+    placement = _placed(model, selection, left, known.scales)
     form = cpu_form(model, placement, known, per_tensor=options.per_tensor) if cpu else None
     half = options.floats == "fp16"
     slow = _slow_in_engine(model, placement, selection.codes, engine) if engine is not None else {}
     small = subnormal_scales(model, placement, known.scales, codes, per_tensor=options.per_tensor) if half else {}
     if slow or half:
-        placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **known.noisy}, known.scales)
+        placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **left}, known.scales)
     smallest = SMALLEST_FP16 if half else 0.0
     scales = {tensor: max(scale, smallest) for tensor, scale in known.scales.items()}
     unrun = {each.node for each in placement.excluded if each.reason == _UNRUN}
     share = quantized_share(
         model,
         placement,
-        feeds[0],
+        graph.feeds[0],
         codes=selection.codes,
-        asked=asked_of(model, selection) | unrun | slow.keys(),
+        asked=asked_of(model, selection) | unrun | slow.keys() | stay.keys(),
         least=options.min_share / 100,
     )
     bias = {name: correction for name, correction in known.bias.items() if name in placement.nodes}
@@ -329,7 +351,13 @@ def _quantized(
         exclusions = list({exclusion.node: exclusion for exclusion in [*exclusions, *to_half.exclusions]}.values())
     record = msgspec.structs.replace(known.record, share=share)
     return Quantized(
-        model=model, cpu=form, exclusions=exclusions, calibration=record, feeds=feeds, expected=expected, stored=stored
+        model=model,
+        cpu=form,
+        exclusions=exclusions,
+        calibration=record,
+        feeds=graph.feeds,
+        expected=graph.expected,
+        stored=stored,
     )
 
 

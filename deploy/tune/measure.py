@@ -1,0 +1,170 @@
+"""Builds mixes of a network, runs them for their damage, and times them in turns, on the backend that they are for."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import CPU_ONNX, DATA, ONNX, Stage
+from deploy.artifact.tensors import Feed, batch_dim, default_dims
+from deploy.artifact.writer import ArtifactWriter
+from deploy.errors import ParityError, PrecisionError, UsageError
+from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
+from deploy.host.cpu import has_vnni
+from deploy.pipeline.stage import descendant
+from deploy.precision.int8.quantize import CalibratedGraph
+from deploy.runtime.catalog import CPU_FORMS
+from deploy.runtime.load import open_session
+from deploy.runtime.session import SessionOptions
+from deploy.runtime.worker.process import WorkerProcess
+from deploy.tune.damage import Kind, damage
+
+ROWS = 64
+"""Rows of the calibration data that damage is measured on."""
+
+BASE, WHOLE = "fp32", "int8"
+"""The names of floating point, and of everything in INT8 that can be."""
+
+STAYS = "it is faster or safer in floating point (deploy tune)"
+_SAMPLES = 500
+_Z95 = 1.96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where time is measured: dims are the sizes of the symbolic dimensions of the inputs, that of the batch among them."""
+
+    backend: str
+    options: SessionOptions
+    dims: Mapping[str, int]
+    batch: int
+
+    @classmethod
+    def of(cls, artifact: Artifact, backend: str, options: SessionOptions, batch: int | None) -> "Place":
+        """Raises UsageError where a dimension has no size, or where the batch of the model is fixed at another size."""
+        manifest = artifact.manifest
+        dim = batch_dim(manifest.inputs)
+        first = manifest.inputs[0].shape[:1]
+        size = batch or 1 if dim is not None else next((each for each in first if isinstance(each, int)), 1)
+        if batch not in (None, size):
+            raise UsageError(f"{artifact.shown} has a fixed batch of {size}: it cannot be timed at `batch` {batch}")
+        image = manifest.preprocess.shape if manifest.preprocess else None
+        known = {dim: size} if dim is not None else {}
+        remedy = "export it with fixed sizes, or with a preprocessing that crops"
+        dims = default_dims(manifest.inputs, manifest.profiles, image, known=known, remedy=remedy)
+        return cls(backend=backend, options=options, dims=dims, batch=size)
+
+    def shapes(self, artifact: Artifact) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs."""
+        return {
+            spec.name: tuple(self.dims[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+            for spec in artifact.manifest.inputs
+        }
+
+
+class Mixes:
+    """Mixes of the network of `source`, in folders under `folder`.
+
+    feeds: what damage is measured on. base: the artifact in floating point, as it is.
+    """
+
+    def __init__(
+        self, source: Artifact, graph: CalibratedGraph, place: Place, feeds: Sequence[Feed], kind: Kind, folder: Path
+    ) -> None:
+        self.base = source
+        self.graph = graph
+        self.place = place
+        self.folder = folder
+        self._feeds = feeds
+        self._kind: Kind = kind
+        self._expected = self._outputs(source)
+
+    def build(self, name: str, stay: Sequence[str]) -> Artifact:
+        """The network in INT8 but for the nodes of `stay`, as it runs, without evidence: for measuring alone.
+
+        Raises PrecisionError, ParityError and OutputError.
+        """
+        form = self.place.backend == CPU_FORMS and has_vnni()
+        quantized = self.graph.quantized(stay=dict.fromkeys(stay, STAYS), cpu=form)
+        with ArtifactWriter(self.folder / name) as writer:
+            for function in self.base.manifest.functions:
+                function.copy(self.base.path, writer.path)
+            quantized.save(writer.path / ONNX)
+            if quantized.cpu is not None:
+                try:
+                    quantized.cpu.save(writer.path / CPU_ONNX)
+                except (ParityError, PrecisionError):  # `quantize` would leave it out as well
+                    for file in (CPU_ONNX, CPU_ONNX + DATA):
+                        (writer.path / file).unlink(missing_ok=True)
+            changes = {"precision": "int8", "parity": None, "exclusions": quantized.exclusions}
+            stage = Stage(name="tune", request="")
+            return writer.commit(descendant(self.base, writer.out, stage, calibration=quantized.calibration, **changes))
+
+    def damage(self, mix: Artifact) -> float:
+        """See `tune.damage`. Raises BackendError."""
+        return damage(self._expected, self._outputs(mix), self._kind)
+
+    def _outputs(self, artifact: Artifact) -> list[Feed]:
+        with open_session(artifact, self.place.backend, self.place.options) as session:
+            return [dict(session.run(feed)) for feed in self._feeds]
+
+
+class Stopwatch:
+    """Times artifacts in processes of their own, which take turns; leaves none behind.
+
+    The artifacts of `always` stay open, and are in every measurement.
+    """
+
+    def __init__(self, place: Place, always: Mapping[str, Artifact]) -> None:
+        self._place = place
+        with ExitStack() as stack:  # closes what was opened where one cannot be
+            self._always = self._opened(stack, always)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Stopwatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def measure(self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float) -> Measured[str]:
+        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again, in as much time. Raises BackendError."""
+        with ExitStack() as stack:
+            workers = self._always | self._opened(stack, mixes)
+            names = list(workers)
+            taken: list[Round[str]] = []
+
+            def take(turn: int) -> Round[str]:
+                shift = turn % len(names)
+                return Round({name: _turn(workers[name], slice_s) for name in names[shift:] + names[:shift]})
+
+            take_rounds(take, rounds, taken)
+            return Measured.of(taken, rounds)
+
+    def _opened(self, stack: ExitStack, artifacts: Mapping[str, Artifact]) -> dict[str, WorkerProcess]:
+        backend, options = self._place.backend, self._place.options
+        workers = {name: stack.enter_context(WorkerProcess(each, backend, options)) for name, each in artifacts.items()}
+        for worker in workers.values():
+            worker.wait_open()
+        for worker in workers.values():
+            worker.prepare(self._place.dims)
+        return workers
+
+
+def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
+    return take_turn(worker.pid, worker.threads, lambda: worker.round(slice_s, _SAMPLES))
+
+
+class Share(NamedTuple):
+    """A time as a share of that in floating point, in the same rounds, and its standard error."""
+
+    value: float
+    error: float
+
+
+def time_share(measured: Measured[str], name: str) -> Share:
+    """That of a mix; the error is as large as what other programs did allows."""
+    ratio = measured.ratio(BASE, name)
+    return Share(1 / ratio.value, (1 / ratio.low - 1 / ratio.high) / (2 * _Z95))
