@@ -35,9 +35,10 @@ class Smooth(PrecisionPass):
 
     A convolution of 1x1 without padding is such a layer at every place of a map.
 
-    The norm that makes x absorbs shift and scale, and so does the layer that makes the values where x is what attention makes of them, if
-    nothing but these layers reads x (`deploy.precision.int8.absorb`). Otherwise a Mul and a Sub stand on the way to these layers alone, with the outputs `<tensor>_scaled` and `<tensor>_shifted`. All of them may be in
-    branches of If; the nodes stand where x is made, and new weights in the main graph.
+    The norm that makes x absorbs shift and scale, and so does the layer that makes the values of the attention that x is the result of,
+    if nothing but these layers reads x (`deploy.precision.int8.absorb`). Otherwise a Mul and a Sub stand on the way to these layers
+    alone, with the outputs `<tensor>_scaled` and `<tensor>_shifted`. All of them may be in branches of If; the nodes stand where x
+    is made, and new weights in the main graph.
 
     placement: of the graph as it is before the pass; afterwards, `place` finds other tensors.
     """
@@ -104,18 +105,13 @@ def _into_layers(edit: GraphEdit, readers: list[ir.Node], channels: Channels) ->
         edit.drop(weight)
 
 
-def _places(node: ir.Node) -> int:
-    """How many axes of what a layer reads are behind the channels."""
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    return len(weight.const_value.shape) - 2 if node.op_type == "Conv" else 0
-
-
 def _before_layers(edit: GraphEdit, value: ir.Value, readers: list[ir.Node], channels: Channels) -> None:
     """Put a Mul and a Sub between `value` and `readers`."""
     added: list[ir.Node] = []
-    places = _places(readers[0])
+    weight = readers[0].inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    places = len(weight.const_value.shape) - 2 if readers[0].op_type == "Conv" else 0  # axes behind that of the channels
     for op, what, array, wanted in (
         ("Mul", "scaled", 1 / channels.scale, bool((channels.scale != 1).any())),
         ("Sub", "shifted", channels.shift / channels.scale, bool(channels.shift.any())),
