@@ -16,10 +16,13 @@ _SCALE, _SHIFT = 1, 2
 
 
 class Absorber(Protocol):
-    """shifts: whether it can absorb a shift too."""
+    """shifts: whether it can absorb a shift too. in_weight: the scale goes into a weight, whose columns have other ranges then."""
 
     @property
     def shifts(self) -> bool: ...
+
+    @property
+    def in_weight(self) -> bool: ...
 
     def absorb(self, edit: GraphEdit, shift: np.ndarray, scale: np.ndarray) -> None:
         """Make (x - shift) / scale of what was x. shift, scale: float32 (channels,); shift is 0 where `shifts` is False."""
@@ -50,6 +53,10 @@ class _Norm:
     def shifts(self) -> bool:
         return len(self.places) > 1
 
+    @property
+    def in_weight(self) -> bool:
+        return False
+
     def absorb(self, edit: GraphEdit, shift: np.ndarray, scale: np.ndarray) -> None:
         for (node, index), off in zip(self.places, (np.zeros_like(shift), shift), strict=False):
             old = node.inputs[index] if len(node.inputs) > index else None
@@ -71,6 +78,10 @@ class _Values:
     @property
     def shifts(self) -> bool:
         return self.columns.means
+
+    @property
+    def in_weight(self) -> bool:
+        return True
 
     def absorb(self, edit: GraphEdit, shift: np.ndarray, scale: np.ndarray) -> None:
         node, channels = self.columns.layer, self.columns.channels

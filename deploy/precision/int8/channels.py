@@ -80,7 +80,11 @@ def choose_channels(
             return None
         absorber = absorber_of(value, layers, placement)
         trial = _Trial(layers, seen[name], codes, per_tensor=per_tensor, corrected=corrected)
-        return trial.best(GAIN if absorber is None else GAIN_FREE, shifts=absorber is None or absorber.shifts)
+        return trial.best(
+            GAIN if absorber is None else GAIN_FREE,
+            shifts=absorber is None or absorber.shifts,
+            scales=not seen[name].maps and not (per_tensor and absorber is not None and absorber.in_weight),
+        )
 
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="channels") as pool:
         found = dict(zip(readers, pool.map(best, readers), strict=True))
@@ -178,8 +182,8 @@ class _Trial:
         self._wanted = [self._vectors @ matrix for matrix in self._matrices]
         self._energies = [np.square(each, dtype=np.float64).sum(axis=1) for each in self._wanted]
 
-    def best(self, gain_db: float, *, shifts: bool) -> Channels | None:
-        """The candidate with the least error, if that is below the present one by `gain_db`. shifts: whether to try them."""
+    def best(self, gain_db: float, *, shifts: bool, scales: bool) -> Channels | None:
+        """The candidate with the least error, if that is below the present one by `gain_db`. shifts, scales: whether to try them."""
         size = self._low.size
         live = all(energy.any() for energy in self._energies)
         if size < _MATRIX or not live or not np.isfinite([self._low, self._high]).all():
@@ -189,18 +193,16 @@ class _Trial:
         shift = (self._low + self._high) / 2 if shifts else zero
         if self._maps:
             shift = zero + (self._low.min() + self._high.max()) / 2
-        errors = [(self._error(each), index, each) for index, each in enumerate(self._candidates(shift))]
+        errors = [(self._error(each), index, each) for index, each in enumerate(self._candidates(shift, scales=scales))]
         least, _, channels = min(errors, key=lambda item: item[:2])
         return channels if least * 10 ** (gain_db / 10) < now else None
 
-    def _candidates(self, shift: np.ndarray) -> Iterator[Channels]:
+    def _candidates(self, shift: np.ndarray, *, scales: bool) -> Iterator[Channels]:
         yield Channels(shift=shift, scale=np.ones_like(shift))
-        if self._maps:
-            return
         weights = np.max([np.abs(matrix).max(axis=1) for matrix in self._matrices], axis=0).astype(np.float64)
         ranges = np.maximum(self._high - shift, shift - self._low).astype(np.float64)
         live = (ranges > 0) & (weights > 0)
-        if not live.any():
+        if not scales or not live.any():
             return
         for alpha in ALPHAS:
             logs = alpha * np.log(ranges, where=live, out=np.zeros_like(ranges))
