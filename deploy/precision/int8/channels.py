@@ -53,15 +53,22 @@ _MATRIX = 2
 
 
 def choose_channels(
-    model: ir.Model, placement: Placement, rows: Iterable[Feed], codes: Codes, *, per_tensor: bool, corrected: bool
+    model: ir.Model,
+    placement: Placement,
+    rows: Iterable[Feed],
+    codes: Codes,
+    *,
+    per_tensor: bool,
+    corrected: bool,
+    maps: bool = True,
 ) -> dict[str, Channels]:
     """What is worth smoothing, by tensor of `placement.edges`.
 
     model: prepared, FP32, of one scope (`deploy.precision.int8.branches`). rows: each is one row of data, or more where it cannot be
-    divided. per_tensor: of weights. corrected: the mean error will be taken off. A tensor in a branch of If is judged on the rows
+    divided. per_tensor: of weights. corrected: the mean error will be taken off. maps: look at what convolutions read too. A tensor in a branch of If is judged on the rows
     that ran it. Raises PrecisionError.
     """
-    readers = _candidates(model, placement)
+    readers = {name: layers for name, layers in _candidates(model, placement).items() if maps or layers[0].op_type != "Conv"}
     if not readers:
         return {}
     activations = Activations(model, list(readers))

@@ -253,6 +253,9 @@ def _smoothed(
         CODES[options.precision],
         per_tensor=options.per_tensor,
         corrected=options.bias_correction,
+        # A shift makes large biases, and ONNX Runtime divides those of convolutions by scales in FP16, where the codes overflow
+        # (WeightBiasQuantization, seen with 1.32).
+        maps=options.floats == "fp32",
     )
     Smooth(placement, channels)(model)
     return channels

@@ -88,6 +88,7 @@ def test_what_is_taken_off_before_a_convolution_is_in_the_zero_point(build, feed
     assert (found["QLinearConv"], found["QLinearMul"], found["Sub"]) == (2, 2, 0)  # the last gives floats
     assert 0 < made.cpu.chosen["d_quantized"][1] < 20
     assert noise(made.cpu.model, model, feeds) < 3 * noise(made.model, model, feeds)  # it rounds what layers give, too
+    assert quantized(model, feeds, tmp_path, fp16=True).calibration.smoothed == []  # biases would be too large for FP16
 
 
 def test_joined_codes_and_layers_without_a_kernel_are_right_too(build_with, parse, feeds, tmp_path):
