@@ -54,6 +54,7 @@ COVERED = {
     "models/mlp": "models/test_registry",
     "pipeline/typed": "pipeline/test_build_trt",
     "precision/converted": "precision/half/test_convert",
+    "precision/int8/absorb": "precision/int8/test_smooth",
     "progress": "cli/test_common",
     "runtime/backends/tensorrt_rtx": "runtime/test_load",
     "runtime/device_calls": "runtime/backends/test_tensorrt",

@@ -25,6 +25,7 @@ from deploy.models import create
 from deploy.models.lenet5 import LeNet5
 from deploy.pipeline.artifact_cache import QUANTIZED_CACHE
 from deploy.precision.int8 import cache as calibration_cache
+from deploy.precision.int8 import options
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.options import METHOD
 from deploy.words import printable
@@ -101,7 +102,9 @@ def test_scales_do_not_depend_on_the_batch(convnet, images, tmp_path, cache, met
         assert other == pytest.approx(found[0], rel=tolerance)
 
 
-def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_does_not(convnet, images, tmp_path, caplog):
+def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_or_program_does_not(
+    convnet, images, tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO)
     first = deploy.quantize(convnet, tmp_path / "a", calib=images, images=20)
     second = deploy.quantize(convnet, tmp_path / "b", calib=images, images=20)
@@ -114,6 +117,8 @@ def test_a_second_run_takes_the_calibration_from_the_cache_and_a_changed_image_d
     caplog.clear()
     deploy.quantize(convnet, tmp_path / "c", calib=images, images=21)
     deploy.quantize(convnet, tmp_path / "d", calib=images, images=20, method="max")
+    monkeypatch.setattr(options, "REVISION", options.REVISION + 1)
+    deploy.quantize(convnet, tmp_path / "e", calib=images, images=20)
     assert "was made before" not in caplog.text
     assert "calibration found" not in caplog.text
 

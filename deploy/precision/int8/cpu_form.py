@@ -22,6 +22,7 @@ from deploy.precision.int8.histograms import Activations
 from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.stored import Stored
+from deploy.precision.int8.unshift import Unshift
 from deploy.precision.int8.unsigned import ToUnsigned, parameters_of, restore_biases
 
 
@@ -31,12 +32,16 @@ def cpu_ranges(
     histograms: Mapping[str, Histogram],
     scales: Mapping[str, float],
     feeds: Sequence[Feed],
+    *,
+    per_tensor: bool,
 ) -> CpuRanges:
     """Measure, on `feeds`, the tensors that have a pair in the CPU form alone, and take their least squared error for a range.
 
     model: prepared, FP32, unchanged. placement, histograms, scales: of the signed graph. Raises PrecisionError.
     """
-    model, wide = _widened(model, placement)
+    seen = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in histograms.items()}
+    model, unshift, wide = _widened(model, placement, scales, seen, per_tensor=per_tensor)
+    scales, placement = unshift.scales, unshift.placement
     further = {tensor: Histogram() for tensor in wide.edges if tensor not in placement.edges}
     if further:
         activations = Activations(model, list(further))
@@ -48,7 +53,7 @@ def cpu_ranges(
         name: histogram for name, histogram in further.items() if histogram.total
     }  # others are in a branch that did not run
     found = {name: INT8.scale_of(threshold(each, "mse")) for name, each in further.items()}
-    lows = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in {**histograms, **further}.items()}
+    lows = unshift.lows | {name: each.low if math.isfinite(each.low) else 0.0 for name, each in further.items()}
     groups = ([name for name in group if name in lows] for group in wide.groups)
     for group in filter(None, groups):  # numbers that only move between them
         known = [scales[name] for name in group if name in scales] or [found[name] for name in group]
@@ -92,10 +97,11 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
 
     model: smoothed, as it was calibrated. placement: of the signed graph.
     """
-    model, wide = _widened(model, placement)
-    scales = {**known.cpu.scales, **known.scales}
+    model, unshift, wide = _widened(model, placement, known.scales, {}, per_tensor=per_tensor)
+    scales = {**known.cpu.scales, **unshift.scales}
     wide = replace(wide, edges={name: uses for name, uses in wide.edges.items() if name in scales})
     bias = {name: correction for name, correction in known.bias.items() if name in wide.nodes}
+    bias |= {name: bias.get(name, 0) + correction for name, correction in unshift.bias.items()}
     stored = Stored.of(model, wide, scales, known.joint, bias, INT8)
     ToCodes(wide, scales, INT8, joint=known.joint, bias=bias, per_tensor=per_tensor)(model)
     to_unsigned = ToUnsigned(known.cpu.lows)
@@ -103,7 +109,12 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
     return CpuForm(model, stored, to_unsigned.chosen)
 
 
-def _widened(model: ir.Model, placement: Placement) -> tuple[ir.Model, Placement]:
+def _widened(
+    model: ir.Model, placement: Placement, scales: Mapping[str, float], lows: Mapping[str, float], *, per_tensor: bool
+) -> tuple[ir.Model, Unshift, Placement]:
+    """A copy of `model` as the form has it, what has become of the shifts before convolutions, and where its pairs go."""
     model = model.clone()
+    unshift = Unshift(placement, scales, lows, per_tensor=per_tensor)
+    unshift(model)
     MeansToPools()(model)
-    return model, widened(model, placement)
+    return model, unshift, widened(model, unshift.placement)

@@ -29,6 +29,9 @@ STEPPED = ("mse", "entropy")
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
 
+REVISION = 2
+"""Of the passes: raised where the same request gives other scales or names of tensors, so that what older code has kept is not taken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
@@ -122,4 +125,5 @@ def quantize_request(artifact: Artifact, data: CalibrationSet, options: Quantize
         "data": content,
         "options": quantize_settings(options),
         "tools": tool_versions(),
+        "revision": REVISION,
     }

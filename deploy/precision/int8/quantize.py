@@ -228,7 +228,7 @@ def _calibrate(
         channels=channels,
         bias=_biases(errors, options),
         noisy=noisy,
-        cpu=_cpu_ranges(model, selection, noisy, histograms, scales.own, feeds),
+        cpu=_cpu_ranges(model, _placed(model, selection, noisy, scales.own), histograms, scales.own, feeds, options),
         keep=nodes_to_keep(model, activation_ranges(model, feeds), "fp16") if options.floats == "fp16" else {},
         record=Calibration(
             data=data.digest(),
@@ -283,6 +283,9 @@ def _smoothed(
         CODES[options.precision],
         per_tensor=options.per_tensor,
         corrected=options.bias_correction,
+        # A shift makes large biases, and ONNX Runtime divides those of convolutions by scales in FP16, where the codes overflow
+        # (WeightBiasQuantization, seen with 1.32).
+        maps=options.floats == "fp32",
     )
     Smooth(placement, channels)(model)
     return channels
@@ -385,13 +388,13 @@ def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, pro
 
 def _cpu_ranges(
     model: ir.Model,
-    selection: Selection,
-    noisy: Mapping[str, str],
+    placement: Placement,
     histograms: Mapping[str, Histogram],
     scales: Mapping[str, float],
     feeds: list[Feed],
+    options: QuantizeOptions,
 ) -> CpuRanges:
     """What the CPU form needs; nothing for FP8, which has none."""
-    if selection.codes == "fp8":
+    if options.fp8:
         return CpuRanges(scales={}, lows={})
-    return cpu_ranges(model, _placed(model, selection, noisy, scales), histograms, scales, feeds)
+    return cpu_ranges(model, placement, histograms, scales, feeds, per_tensor=options.per_tensor)

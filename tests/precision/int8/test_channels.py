@@ -144,6 +144,62 @@ def test_the_file_does_not_depend_on_the_batch_size(tmp_path: Path, monkeypatch:
     assert written[0] == written[1] == written[2]
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_what_attention_gives_is_not_scaled_where_a_weight_has_one_scale(per_tensor: bool, build) -> None:
+    model = build(
+        """g (float[N, 6, 8] x) => (float[] y) <float[8, 8] v, float[8, 8] w> {
+            [value] a = MatMul(x, v) t = Transpose<perm = [0, 2, 1]>(x) s = MatMul(x, t) p = Softmax(s) h = MatMul(p, a) y = MatMul(h, w) }"""
+    )
+    for tensor in model.graph.initializer:
+        if tensor.name == "v":
+            wide = onnx.numpy_helper.to_array(tensor) * np.where(np.arange(8) == 3, 50, 1).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, "v"))
+    graph = ir.from_proto(model)
+    data = ({"x": row} for row in np.random.default_rng(1).standard_normal((64, 1, 6, 8)).astype(np.float32))
+    found = choose_channels(graph, place(graph, Selection()), data, INT8, per_tensor=per_tensor, corrected=True)
+    ones = np.ones(8, np.float32)
+    scale = found["h"].scale if "h" in found else ones
+    assert (scale.max() == 1) if per_tensor else (scale[3] > 5 * np.median(scale))
+
+
+MAP = "g (float[N, 8, 12, 12] x) => (float[] y) <float[16, 8, 1, 1] u, float[8, 16, 1, 1] w, float[8, 16, 3, 3] v> {{ a = Conv(x, u) s = Sigmoid(a) {} }}"
+SILU = "h = Mul(a, s) y = Conv(h, w)"
+
+
+def maps(model: onnx.ModelProto, *, outlier: float = 1.0) -> dict[str, Channels]:
+    graph = ir.from_proto(model)
+    x = np.random.default_rng(1).standard_normal((64, 8, 12, 12)).astype(np.float32)
+    x[30, :, 0, 0] *= outlier
+    data = ({"x": x[index : index + 1]} for index in range(64))
+    return choose_channels(graph, place(graph, Selection()), data, INT8, per_tensor=False, corrected=True)
+
+
+def test_one_number_is_taken_off_what_a_convolution_of_one_by_one_reads_behind_an_activation(build) -> None:
+    (channels,) = maps(build(MAP.format(SILU))).values()
+    assert (channels.scale == 1).all()
+    assert (channels.shift == channels.shift[0]).all()
+    assert 1 < channels.shift[0] < 10
+
+
+def test_a_few_large_numbers_which_calibration_cuts_off_do_not_move_it(build) -> None:
+    shift, moved = (maps(build(MAP.format(SILU)), outlier=outlier)["h"].shift[0] for outlier in (1, 100))
+    assert moved < 1.5 * shift
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Relu(a) y = Conv(h, w)",
+        "h = Mul(a, s) y = Conv<pads = [1, 1, 1, 1]>(h, v)",
+        "h = Mul(a, s) y = Conv<pads = [1, 1, 1, 1]>(h, w)",
+        "h = Mul(a, s) p = Conv(h, w) y = GlobalAveragePool(h)",
+        "t = Tanh(a) h = Mul(t, s) y = Conv(h, w)",
+    ],
+)  # fmt: skip
+def test_other_convolutions_read_what_they_did(body: str, build) -> None:
+    assert maps(build(MAP.format(body))) == {}
+
+
 PLANTED = """
 import torch
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt

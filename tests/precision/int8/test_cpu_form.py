@@ -75,6 +75,22 @@ def test_all_layers_sums_products_and_pools_have_kernels_on_codes(build, feeds, 
     assert noise(made.cpu.model, model, feeds) < 1e-2
 
 
+def test_what_is_taken_off_before_a_convolution_is_in_the_zero_point(build, feeds, tmp_path):
+    model = build(
+        """g (float[N, 3, 16, 16] x) => (float[] y) <float[8, 3, 1, 1] w1, float[8, 8, 1, 1] w2, float[5, 8, 1, 1] w3, float[5] b3> {
+            [c1] a = Conv(x, w1) [s] s = Sigmoid(a) [silu] b = Mul(a, s) [c2] c = Conv(b, w2) [t] t = Sigmoid(c) [gate] d = Mul(c, t)
+            [c3] y = Conv(d, w3, b3) }"""
+    )
+    made = quantized(model, feeds, tmp_path)
+    assert made.calibration.smoothed == ["b", "d"]
+    assert sum(node.op_type == "Sub" for node in made.model.graph) == 2
+    found = kernels(made.cpu.model, tmp_path)
+    assert (found["QLinearConv"], found["QLinearMul"], found["Sub"]) == (2, 2, 0)  # the last gives floats
+    assert 0 < made.cpu.chosen["d_quantized"][1] < 20
+    assert noise(made.cpu.model, model, feeds) < 3 * noise(made.model, model, feeds)  # it rounds what layers give, too
+    assert quantized(model, feeds, tmp_path, fp16=True).calibration.smoothed == []  # biases would be too large for FP16
+
+
 def test_joined_codes_and_layers_without_a_kernel_are_right_too(build_with, parse, feeds, tmp_path):
     rng = np.random.default_rng(1)
     shapes = {"w1": (4, 3, 3, 3), "w2": (4, 3, 3, 3), "w3": (6, 8, 1, 1), "w4": (6, 2, 2, 2), "w5": (5, 2, 1, 1)}

@@ -86,3 +86,24 @@ def test_a_norm_over_several_axes_keeps_its_parameters(axis: int, build) -> None
     feed = {"x": np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)}
     np.testing.assert_allclose(CpuGraph(graph)(feed)["y"], CpuGraph(ir.from_proto(model))(feed)["y"], atol=2e-5, rtol=2e-5)
     assert {"Mul", "Sub"} <= {node.op_type for node in graph.graph}
+
+
+MAPS = {
+    "a product": "h = Mul(x, g) z = Conv(h, k, c) y = Relu(z)",
+    "several layers": "h = HardSwish(x) z = Conv(h, k, c) o = Conv<strides = [2, 2]>(h, k) y = Relu(z)",
+    "one weight twice": "h = HardSwish(x) z = Conv(h, k) o = Conv(h, k) y = Add(z, o)",
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_what_a_convolution_of_one_by_one_reads_is_shifted_and_scaled_by_its_second_axis(name: str, build) -> None:
+    model = build(
+        f"""g (float[2, 4, 5, 3] x) => (float[] y) <float[4, 1, 1] g, float[6, 4, 1, 1] k, float[6] c> {{ {MAPS[name]} }}"""
+    )
+    graph, by = smoothed(model)
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 4, 5, 3)).astype(np.float32)}
+    exact = CpuGraph(ir.from_proto(model), also=["h"])(feed)
+    found = CpuGraph(graph, also=["h_shifted"])(feed)
+    np.testing.assert_allclose(found["y"], exact["y"], atol=2e-5, rtol=2e-5)
+    shift, scale = (by[what].reshape(4, 1, 1) for what in ("shift", "scale"))
+    np.testing.assert_allclose(found["h_shifted"], (exact["h"] - shift) / scale, atol=1e-5, rtol=1e-5)
