@@ -112,7 +112,9 @@ def labelled(
         if wanted == "boxes":
             raise DataError(f"{place} holds .npz files; boxes are measured on {_LAYOUTS['boxes']}")
         kind = "arrays" if wanted == "anything" else wanted
-        return Npz(artifact, place, kind, lambda names: class_indices(artifact, place, names, classes))
+        return Npz(
+            artifact, place, kind, lambda names: class_indices(artifact, place, names, classes), count=classes, ignore=ignore
+        )
     if wanted is None:
         return Unlabelled(artifact, place.parent if held == "boxes" and place.is_file() else place)
     if wanted not in ("anything", held):

@@ -19,7 +19,7 @@ from deploy.data.records import RecordInput
 from deploy.errors import BackendError, DataError, InputError
 from deploy.evaluation.metric import Kind
 from deploy.runtime.session import Session
-from deploy.words import as_utf8
+from deploy.words import as_utf8, printable
 
 Skip = Callable[[Path, Exception], None]
 """What is done with a file that cannot be used, and the error; it raises where that is not to be left out."""
@@ -123,10 +123,20 @@ class Classed(Images):
 
 
 class Npz(Labelled):
-    """A folder of `.npz` files; `kind` is what their targets must be, `arrays` for any, None for none at all."""
+    """A folder of `.npz` files; `kind` is what their targets must be, `arrays` for any, None for none at all.
+
+    count: of the model's classes, as far as it is known. ignore: of masks, the value that is no class.
+    """
 
     def __init__(
-        self, artifact: Artifact, folder: Path, kind: Kind | None, indices: Callable[[tuple[str, ...]], Sequence[int]]
+        self,
+        artifact: Artifact,
+        folder: Path,
+        kind: Kind | None,
+        indices: Callable[[tuple[str, ...]], Sequence[int]],
+        *,
+        count: int | None,
+        ignore: int,
     ) -> None:
         found = read_npz_folder(folder)
         self.kind = kind
@@ -134,6 +144,7 @@ class Npz(Labelled):
         self.files = tuple(path for path, _ in found.samples)
         self._samples = found.samples
         self._specs = artifact.manifest.inputs
+        self._count, self._ignore = count, ignore
         self._indices = indices(found.classes) if found.classes is not None else ()
         if kind is not None and self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
             what = {"classes": "the index of each row's class", "masks": "the class indices of each row's pixels"}
@@ -143,7 +154,17 @@ class Npz(Labelled):
             )
 
     def check(self) -> None:
-        pass
+        if self.kind is None or self.classes is not None:
+            return
+        for path in self.files:
+            try:
+                arrays, labels = read_npz(path, self._specs)
+                feeds = list(fit_feed(arrays, self._specs, 1 << 30, str(path)))
+            except DataError:
+                continue  # it is told of when its turn comes
+            fitting = self._fitting(path, labels, sum(map(row_count, feeds)))
+            if self.kind != "arrays":
+                check_values([path] * len(fitting), fitting, self._count, self._ignore if self.kind == "masks" else None)
 
     def needed(self) -> Sequence[Path]:
         return self.files
@@ -196,6 +217,24 @@ class Npz(Labelled):
         if len(labels) != rows:
             raise DataError(f"{path}: {LABEL!r} is {shape}; expected one target for each of {rows} rows")
         return labels
+
+
+def check_values(files: Sequence[Path], targets: np.ndarray, count: int | None, ignore: int | None = None) -> None:
+    """Raise DataError for an index that is none of `count` classes (None: that is not known), and not `ignore`.
+
+    targets: the labels or masks of one row of each file, (len(files), ...).
+    """
+    wrong = (targets != ignore) & ((targets < 0) | (targets >= (np.inf if count is None else count)))
+    if not wrong.any():
+        return
+    path, value = files[int(np.nonzero(wrong)[0][0])], targets[wrong][0]
+    expected = f"0 to {count - 1}" if count is not None else "0 or more"
+    if ignore is None:
+        raise DataError(f"{printable(path)} has the label {value}; expected {expected}")
+    raise DataError(
+        f"{printable(path)} has the value {value} in its mask; expected {expected}, and {ignore} for what is to be ignored"
+        " (`ignore_index`)"
+    )
 
 
 def files_request(data: Labelled) -> list[list[Any]]:

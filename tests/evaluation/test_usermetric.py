@@ -133,7 +133,7 @@ def test_targets_of_npz_files_are_given_as_they_are(model, own):
     ("name", "error", "message"),
     [
         ("own.py:Nan", UserCodeError, r"compute\(\) returns nan for 12 images; expected a number; it was tried on one batch of 12 rows"),
-        ("own.py:Text", UserCodeError, r"compute\(\) returns a dict; expected one number; it was tried on one batch"),
+        ("own.py:Text", UserCodeError, r"compute\(\) returns a dict; expected one number: name a class of yours that returns one of 'a'; it was tried on one batch"),
         ("own.py:Raises", UserCodeError, r"update\(\) fails: ValueError: no such thing \(.*own\.py:35\)"),
         ("own.py:nothing", UserCodeError, r"returns an int without update\(\).*expected an object with update\(outputs, targets\)"),
         ("own.py:stuck", UserCodeError, r"returns the same object every time, and it has no reset\(\)"),
