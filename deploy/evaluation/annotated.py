@@ -17,12 +17,15 @@ from deploy.data.records import record_input
 from deploy.errors import DataError
 from deploy.evaluation.labelled import Classed, Images, Labelled, Npz, out_of_order
 from deploy.evaluation.metric import Kind
-from deploy.words import count_of, did_you_mean
+from deploy.words import count_of, did_you_mean, printable
 
 logger = logging.getLogger(__name__)
 
 Wanted = Kind | Literal["anything"] | None
 """What targets a metric takes; None: no targets at all."""
+
+_TAKES = {"classes": "top1 and top5", "masks": "miou", "boxes": "map"}
+"""The metrics of each layout."""
 
 _LAYOUTS = {
     "classes": "an ImageFolder, with one folder of images a class",
@@ -107,6 +110,8 @@ def labelled(
     classes: of the model, as far as it is known: class folders and masks are checked against it. Raises DataError for what cannot
     be used or has other targets, and UsageError for a model that takes no images.
     """
+    if not place.exists():
+        raise DataError(f"no {'file' if place.suffix.lower() == '.json' else 'folder'} at {printable(place)}")
     held = _held(place)
     if held == "npz":
         if wanted == "boxes":
@@ -118,9 +123,10 @@ def labelled(
     if wanted is None:
         return Unlabelled(artifact, place.parent if held == "boxes" and place.is_file() else place)
     if wanted not in ("anything", held):
-        raise DataError(
-            f"{place} holds {_LAYOUTS[held]}; the metric takes {_LAYOUTS.get(str(wanted), str(wanted))}, or another `metric` takes this"
-        )
+        found, needed = _LAYOUTS[held], _LAYOUTS[str(wanted)]
+        if held == "classes" and not any(entry.is_dir() for entry in place.iterdir()):
+            raise DataError(f"{place} holds no labels; the metric takes {needed}")
+        raise DataError(f"{place} holds {found}; the metric takes {needed} (`metric` {_TAKES[held]} takes what it holds)")
     if held == "masks":
         return Masked(artifact, place, classes, ignore)
     if held == "boxes":

@@ -18,6 +18,7 @@ from deploy.data.npz_folder import LABEL, read_npz, read_npz_folder
 from deploy.data.records import RecordInput
 from deploy.errors import BackendError, DataError, InputError
 from deploy.evaluation.metric import Kind
+from deploy.evaluation.segmenter import plane
 from deploy.runtime.session import Session
 from deploy.words import as_utf8, printable
 
@@ -143,7 +144,7 @@ class Npz(Labelled):
         self.root, self.classes = folder, found.classes
         self.files = tuple(path for path, _ in found.samples)
         self._samples = found.samples
-        self._specs = artifact.manifest.inputs
+        self._artifact, self._specs = artifact, artifact.manifest.inputs
         self._count, self._ignore = count, ignore
         self._indices = indices(found.classes) if found.classes is not None else ()
         if kind is not None and self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
@@ -163,8 +164,23 @@ class Npz(Labelled):
             except DataError:
                 continue  # it is told of when its turn comes
             fitting = self._fitting(path, labels, sum(map(row_count, feeds)))
+            if self.kind == "masks":
+                self._check_size(path, feeds[0], fitting.shape[1:])
             if self.kind != "arrays":
                 check_values([path] * len(fitting), fitting, self._count, self._ignore if self.kind == "masks" else None)
+
+    def _check_size(self, path: Path, feed: Feed, size: tuple[int, ...]) -> None:
+        """Raise DataError for masks that are neither of the size of an input nor of an output, as far as these are known."""
+        dims = {dim: length for spec in self._specs for dim, length in zip(spec.shape, feed[spec.name].shape, strict=True)}
+        taken = [plane(self._artifact, array.shape) for array in feed.values() if array.ndim == 4]
+        outputs = [plane(self._artifact, spec.shape) for spec in self._artifact.manifest.outputs if len(spec.shape) > 2]
+        given = [tuple(dims.get(dim, dim) for dim in each) for each in outputs]
+        if size in (*taken, *given) or any(isinstance(dim, str) for each in given for dim in each):
+            return
+        sizes = dict.fromkeys("x".join(map(str, each)) for each in (*taken, *given))
+        raise DataError(
+            f"{printable(path)} has masks of {'x'.join(map(str, size))}; the model takes and gives {' and '.join(sizes)}"
+        )
 
     def needed(self) -> Sequence[Path]:
         return self.files

@@ -18,7 +18,7 @@ from deploy.evaluation.iou import MeanIoU
 from deploy.evaluation.labelled import Batch, Labelled, Npz, check_values
 from deploy.evaluation.metric import Metric
 from deploy.evaluation.options import MetricOptions, folder_of
-from deploy.evaluation.segmenter import class_count, class_maps, map_output
+from deploy.evaluation.segmenter import class_count, class_maps, map_output, plane
 from deploy.evaluation.topk import TopK
 from deploy.evaluation.usermetric import UserMetric
 from deploy.host.extras import missing
@@ -97,12 +97,10 @@ def _miou(artifact: Artifact, place: Path, options: MetricOptions) -> Scoring:
     def read(results: Feed, batch: Batch) -> np.ndarray:
         array, masks = results[output.name][: len(batch.files)], batch.targets
         size = masks.shape[1:]
-        of_input = next((each.shape[2:] for each in batch.feed.values() if each.ndim == 4), None)
-        if isinstance(data, Npz) and size not in (array.shape[-2:], of_input):
-            raise DataError(
-                f"{printable(batch.files[0])} has masks of {size[0]}x{size[1]}; the model takes and gives"
-                f" {' and '.join(f'{h}x{w}' for h, w in (of_input or array.shape[-2:], array.shape[-2:]))}"
-            )
+        sizes = [plane(artifact, each.shape) for each in (*batch.feed.values(), array) if each.ndim > 2]
+        if isinstance(data, Npz) and size not in sizes:  # of outputs whose size was not known before
+            shown = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
+            raise DataError(f"{printable(batch.files[0])} has masks of {size[0]}x{size[1]}; the model takes and gives {shown}")
         maps = class_maps(artifact, array, size)
         if maps.size and not 0 <= maps.min() <= maps.max() < count:
             raise UsageError(f"{artifact.location} gives class {maps.max()}, and has {count_of(count, 'class')}")
