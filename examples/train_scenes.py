@@ -82,7 +82,7 @@ def detector(folder: Path) -> tuple[nn.Module, int, Callable[[Tensor], Tensor]]:
 
 
 MODELS = {"deeplab": deeplab, "rangeseg": rangeseg, "detector": detector}
-STEPS = {"deeplab": 500, "rangeseg": 250, "detector": 600}
+STEPS = {"deeplab": 500, "rangeseg": 250, "detector": 400}
 
 
 def batches(count: int, size: int, steps: int) -> Iterator[Tensor]:

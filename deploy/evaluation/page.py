@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.decode import Detections
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.summary import metric_text, points_text
+from deploy.artifact.summary import metric_text, number_text, points_text, range_text
 from deploy.errors import DataError, OutputError
 from deploy.evaluation.differences import Differing
 from deploy.evaluation.evaluate import Evaluation
-from deploy.evaluation.pictures import OUTSIDE, PALETTE, box_colour, boxed, mask_image, overlaid, picture, png
+from deploy.evaluation.pictures import OUTSIDE, PALETTE, box_colour, boxed, marked, mask_image, overlaid, picture, png
 from deploy.words import count_of, printable
 
 _SHEET = 48
@@ -59,15 +60,17 @@ def render(artifact: Artifact, result: Evaluation) -> str:
 
 
 def _head(artifact: Artifact, result: Evaluation) -> str:
-    interval = "" if result.low is None else f", 95 % interval {result.low:.2f} to {result.high:.2f}"
+    interval = "" if result.low is None else f", 95 % interval {range_text(result.low, result.high, result.unit)}"
     score = f"{metric_text(result.metric)} {points_text(result.value, result.unit)}{interval}"
     lines = [f"{count_of(result.images, 'image')} on {result.backend} ({result.file})"]
     if result.top1 is not None and result.metric == "top1":
         lines.insert(0, f"top-5 {result.top5:.2f} %")
     other = result.against
     if other is not None and other.value is not None and other.loss is not None:
-        loss = "" if other.loss_low is None else f", 95 % interval {other.loss_low:.2f} to {other.loss_high:.2f}"
-        lines.append(f"Against {other.artifact}, {points_text(other.value, result.unit)}: loss {other.loss:.2f}{loss}")
+        loss = "" if other.loss_low is None else f", 95 % interval {range_text(other.loss_low, other.loss_high, result.unit)}"
+        lines.append(
+            f"Against {other.artifact}, {points_text(other.value, result.unit)}: loss {number_text(other.loss, result.unit)}{loss}"
+        )
     texts = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return f"<header><h1>{escape(artifact.manifest.name)}</h1><p class=score>{escape(score)}</p>{texts}</header>"
 
@@ -79,7 +82,7 @@ def _tables(artifact: Artifact, result: Evaluation) -> str:
         f"<td class=number>{each.count:,}</td></tr>"
         for each, swatch in sorted(coloured, key=lambda pair: (pair[0].value is None, pair[0].value))
     )
-    name = escape(metric_text(result.metric))
+    name = {"miou": "IoU", "map": "AP"}.get(result.metric, escape(metric_text(result.metric)))
     what = {"miou": "pixels", "map": "boxes"}.get(result.metric, "images")
     classes = (
         f"<section><h2>By class</h2><table><tr><th>class</th><th class=number>{name}</th><th></th><th class=number>{what}</th></tr>"
@@ -126,7 +129,8 @@ def _sheet(artifact: Artifact, result: Evaluation) -> str:
     found = list(result.against.differing)[:_SHEET]
     cards = "".join(_card(each, names, preprocess) for each in found)
     total = len(result.against.differing)
-    intro = f"{total:,} of {count_of(result.images, 'input')}; the most different first: this artifact, then {result.against.artifact}."
+    marked = ", and the pixels that differ" if any(isinstance(each.drawn and each.drawn[0], np.ndarray) for each in found) else ""
+    intro = f"{total:,} of {count_of(result.images, 'input')}; the most different first: this artifact, then {result.against.artifact}{marked}."
     return f"<section><h2>Where they differ</h2><p>{escape(intro)}</p><div class=sheet>{cards}</div></section>"
 
 
@@ -146,14 +150,18 @@ def _images(each: Differing, names: Sequence[str], preprocess: Preprocess | None
     except DataError:
         image = None  # a feed of numbers
     if image is None or preprocess is None:
-        maps = [] if each.drawn is None or isinstance(each.drawn[0], Detections) else each.drawn
-        return [_sized(mask_image(found).convert("RGB")) for found in maps]
+        if each.drawn is None or isinstance(each.drawn[0], Detections):
+            return []
+        one, other = each.drawn
+        alone = [mask_image(found).convert("RGB") for found in each.drawn]
+        return [_sized(image) for image in (*alone, marked(alone[0], one != other))]
     if each.drawn is None:
         return [_sized(image)]
     if isinstance(each.drawn[0], Detections):
         return [boxed(*_enlarged(image, found), names) for found in each.drawn]
     placement = preprocess.placement(*image.size)
-    return [_sized(overlaid(image, placement.map_to_picture(found, 255))) for found in each.drawn]
+    one, other = (placement.map_to_picture(found, OUTSIDE) for found in each.drawn)
+    return [_sized(made) for made in (overlaid(image, one), overlaid(image, other), marked(image, one != other))]
 
 
 def _enlarged(image: Image.Image, found: Detections) -> tuple[Image.Image, Detections]:

@@ -15,6 +15,7 @@ OUTSIDE = 255
 """In a mask of a whole picture, the pixels that the preprocessing cut off."""
 
 _OVERLAY = 0.55
+_MARK = (255, 0, 255)
 _SMALLEST_TEXT = 11
 
 
@@ -59,6 +60,12 @@ def overlaid(image: Image.Image, classes: np.ndarray) -> Image.Image:
     colours = PALETTE[np.minimum(classes, OUTSIDE)].astype(np.float64)
     share = np.where((classes > 0) & (classes != OUTSIDE), _OVERLAY, 0.0)[..., None]
     return Image.fromarray((np.asarray(image) * (1 - share) + colours * share).astype(np.uint8))
+
+
+def marked(image: Image.Image, where: np.ndarray) -> Image.Image:
+    """The image in dim grey, with the pixels of `where` (height, width) bool in magenta."""
+    grey = np.asarray(image.convert("L"))[..., None].repeat(3, axis=2) // 3
+    return Image.fromarray(np.where(where[..., None], np.uint8(_MARK), grey))
 
 
 def box_colour(label: int) -> tuple[int, ...]:

@@ -31,7 +31,10 @@ def test_the_page_has_the_score_the_classes_the_confusions_and_both_answers_of_w
     assert "Worst confusions" in page
     assert "6 of 6 images" in page or "6 of 6 inputs" in page
     found = images(page)
-    assert len(found) == 12
+    assert len(found) == 18  # of each input both answers, and the pixels that differ
+    magenta = [(np.asarray(image) == (255, 0, 255)).all(axis=-1).mean() for image in found[2::3]]
+    assert magenta == pytest.approx([each.amount for each in result.against.differing])
+    assert "and the pixels that differ" in page
     assert {image.size for image in found} == {(192, 192)}
     assert "http" not in page  # no network
     for index, name in enumerate(("&lt;dark&gt;", "grey", "bright")):
@@ -61,7 +64,7 @@ def test_class_maps_of_feeds_are_drawn_alone(make_segmenter, tmp_path):
     pixels = np.linspace(0, 1, 256, dtype=np.float32).reshape(1, 1, 16, 16)
     np.savez(tmp_path / "feeds/0.npz", input=pixels, label=np.zeros((16, 16), np.uint8))
     result = evaluate(one, tmp_path / "feeds", metric="miou", against=other)
-    first, second = images(render(one, result))
+    first, second, _ = images(render(one, result))
     assert first.size == second.size == (192, 192)
     colours = {tuple(int(part) for part in PALETTE[index]) for index in range(3)}
     assert {tuple(pixel) for pixel in np.asarray(first).reshape(-1, 3).tolist()} == colours
