@@ -42,5 +42,5 @@ def check_answers(words: Sequence[str], folder: Path) -> None:
         else:
             task, key = ("detect", "boxes") if name.startswith("detector") else ("segment", "mask")
             body = (scenes / "images/0000.png").read_bytes()
-        with urllib.request.urlopen(f"http://{address}/v2/models/{name}/{task}", body, timeout=30) as answer:
+        with urllib.request.urlopen(f"{address}/v2/models/{name}/{task}", body, timeout=30) as answer:
             assert json.load(answer)[key] is not None
