@@ -207,11 +207,16 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     return found
 
 
+def _trained(training: Mapping[str, Any]) -> str:
+    taken = f"; trained in {training['cpu_s'] / 60:.1f} minutes of CPU time" if training["cpu_s"] is not None else ""
+    return f"{taken} ({training['last']})"
+
+
 def report(document: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{name}, {SHOWN[case['metric']]}",
-            row["backend"],
+            row["backend"] + (f", {row['file']}" if row["file"] else ""),
             f"{row['fp32']:.2f} ({row['fp32_low']:.2f} to {row['fp32_high']:.2f})",
             f"{row['int8']:.2f}",
             f"{row['loss']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
@@ -223,7 +228,7 @@ def report(document: Mapping[str, Any]) -> str:
     table = markdown(["per cent", "backend", "FP32", "INT8", "points lost", "images that would decide"], rows)
     by_class = [
         f"{name}: {', '.join(f'{each} {value:.1f} %' for each, value in case['classes'].items() if value is not None)};"
-        f" {case['images']} images; trained in {case['training']['cpu_s'] / 60:.1f} minutes of CPU time ({case['training']['last']})"
+        f" {case['images']} images{_trained(case['training'])}"
         for name, case in document["models"].items()
     ]
     return (

@@ -55,7 +55,7 @@ FASTER = {
 """Options that make a line with these words cheaper."""
 EXAMPLES = {
     "examples/finetune.py": ("--workers", "0"),
-    "examples/scenes.py": ("--images", "16,8"),
+    "examples/scenes.py": ("--images", "8,4"),
     "examples/train_scenes.py": ("--steps", "2"),
 }
 """Options that make these programs cheaper."""
