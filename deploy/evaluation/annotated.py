@@ -123,10 +123,12 @@ def labelled(
     if wanted is None:
         return Unlabelled(artifact, place.parent if held == "boxes" and place.is_file() else place)
     if wanted not in ("anything", held):
-        found, needed = _LAYOUTS[held], _LAYOUTS[str(wanted)]
+        needed = _LAYOUTS[str(wanted)]
         if held == "classes" and not any(entry.is_dir() for entry in place.iterdir()):
             raise DataError(f"{place} holds no labels; the metric takes {needed}")
-        raise DataError(f"{place} holds {found}; the metric takes {needed} (`metric` {_TAKES[held]} takes what it holds)")
+        raise DataError(
+            f"{place} holds {_LAYOUTS[held]}; the metric takes {needed} (`metric` {_TAKES[held]} takes what it holds)"
+        )
     if held == "masks":
         return Masked(artifact, place, classes, ignore)
     if held == "boxes":

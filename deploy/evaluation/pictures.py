@@ -65,7 +65,7 @@ def overlaid(image: Image.Image, classes: np.ndarray) -> Image.Image:
 def marked(image: Image.Image, where: np.ndarray) -> Image.Image:
     """The image in dim grey, with the pixels of `where` (height, width) bool in magenta."""
     grey = np.asarray(image.convert("L"))[..., None].repeat(3, axis=2) // 3
-    return Image.fromarray(np.where(where[..., None], np.uint8(_MARK), grey))
+    return Image.fromarray(np.where(where[..., None], np.array(_MARK, np.uint8), grey))
 
 
 def box_colour(label: int) -> tuple[int, ...]:
