@@ -163,7 +163,7 @@ class Npz(Labelled):
                 feeds = list(fit_feed(arrays, self._specs, 1 << 30, str(path)))
             except DataError:
                 continue  # it is told of when its turn comes
-            fitting = self._fitting(path, labels, sum(map(row_count, feeds)))
+            fitting = self._fitting(path, labels, sum(map(row_count, feeds)), arrays)
             if self.kind == "masks":
                 self._check_size(path, feeds[0], fitting.shape[1:])
             if self.kind != "arrays":
@@ -212,18 +212,19 @@ class Npz(Labelled):
         if self.kind is None:
             yield from (Batch(feed, None, (path,) * count) for feed, count in zip(feeds, rows, strict=True))
             return
-        labels = np.full(sum(rows), label) if label is not None else self._fitting(path, labels, sum(rows))
+        labels = np.full(sum(rows), label) if label is not None else self._fitting(path, labels, sum(rows), arrays)
         for feed, part in zip(feeds, np.split(labels, np.cumsum(rows)[:-1]), strict=True):
             yield Batch(feed, part, (path,) * len(part))
 
-    def _fitting(self, path: Path, labels: np.ndarray | None, rows: int) -> np.ndarray:
-        """The targets of a file with `rows` rows. Raises DataError where they are not what they must be."""
+    def _fitting(self, path: Path, labels: np.ndarray | None, rows: int, arrays: Feed) -> np.ndarray:
+        """The targets of a file with `rows` rows of `arrays`. Raises DataError where they are not what they must be."""
         if labels is None:
             what = "the index of each row's class" if self.kind == "classes" else "the target of each row"
             raise DataError(f"{path} has no array {LABEL!r} with {what}")
         if self.kind == "classes" or (self.kind == "arrays" and labels.ndim == 0):
             labels = np.atleast_1d(labels)
-        if self.kind == "masks" and labels.ndim == 2:
+        single = all(arrays[spec.name].ndim < len(spec.shape) for spec in self._specs)  # one sample, without the batch
+        if (self.kind == "masks" and labels.ndim == 2) or (self.kind == "arrays" and single and len(labels) != 1):
             labels = labels[None]
         shape = f"{labels.dtype} {labels.shape}"
         if self.kind == "classes" and (labels.dtype.kind not in "iu" or labels.shape != (rows,)):
