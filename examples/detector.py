@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SIDES = (20.0, 32.0, 44.0)
+SIDES = (24.0, 40.0, 56.0)
 """Sides of the square default boxes of every cell, in pixels."""
 STRIDE = 8
 VARIANCES = (0.1, 0.2)
@@ -25,7 +25,7 @@ class Detector(nn.Module):
 
     anchors: Tensor
 
-    def __init__(self, num_classes: int = 3, side: int = 96) -> None:
+    def __init__(self, num_classes: int = 3, side: int = 128) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = nn.Sequential(

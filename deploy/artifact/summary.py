@@ -244,7 +244,9 @@ def accuracy_text(accuracy: Accuracy) -> str:
         )
     if score.loss is not None:
         interval = (
-            f"95 % interval of the loss {score.loss_low:.2f} to {score.loss_high:.2f}; " if score.loss_low is not None else ""
+            f"95 % interval of the loss {range_text(score.loss_low, score.loss_high, score.unit)}; "
+            if score.loss_low is not None
+            else ""
         )
         return f"{text}; FP32 {parent}: {drop_text(score)} ({interval}{where}){undecided_text(accuracy)}"
     if score.metric != "top1":
@@ -255,7 +257,7 @@ def accuracy_text(accuracy: Accuracy) -> str:
 
 def score_text(score: Score) -> str:
     """`miou 71.20 % (95 % interval 69.80 to 72.50)`."""
-    interval = "" if score.low is None else f" (95 % interval {score.low:.2f} to {score.high:.2f})"
+    interval = "" if score.low is None else f" (95 % interval {range_text(score.low, score.high, score.unit)})"
     return f"{metric_text(score.metric)} {points_text(score.value, score.unit)}{interval}"
 
 
@@ -275,7 +277,19 @@ def undecided_text(accuracy: Accuracy) -> str:
 
 def points_text(value: float, unit: str) -> str:
     """`71.20 %`, `23.10 dB`, or the number alone."""
-    return f"{f'{value:.2f}' if unit else f'{value:.4g}'} {unit}".rstrip()
+    return f"{number_text(value, unit)} {unit}".rstrip()
+
+
+def number_text(value: float, unit: str) -> str:
+    """Two decimals of what has a unit; of other metrics, which may be of any size, four digits."""
+    return f"{value:.2f}" if unit else f"{value:.4g}"
+
+
+def range_text(low: float | None, high: float | None, unit: str) -> str:
+    """`69.80 to 72.50`, the ends of an interval."""
+    assert low is not None
+    assert high is not None
+    return f"{number_text(low, unit)} to {number_text(high, unit)}"
 
 
 def quantized_text(manifest: Manifest) -> str:
@@ -288,7 +302,7 @@ def quantized_text(manifest: Manifest) -> str:
 def drop_text(score: Score) -> str:
     """`0.10 points lost`, `0.10 points gained` for a negative number, `no points lost`; without points where it is not in per cent."""
     points = score.loss or 0.0
-    number = f"{abs(points):.2f}" if score.unit else f"{abs(points):.4g}"
+    number = number_text(abs(points), score.unit)
     unit = {"%": " points", "": ""}.get(score.unit, f" {score.unit}")
     if float(number) == 0:
         return f"{'no' + unit if unit == ' points' else 'nothing'} lost"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.summary import metric_text, points_text, quantized_text
+from deploy.artifact.summary import metric_text, number_text, points_text, quantized_text, range_text
 from deploy.cli.common import (
     Failures,
     backend_option,
@@ -78,7 +78,7 @@ def _headline(artifact: Artifact, result: "Evaluation") -> str:
     if result.top1 is not None:
         score = f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"
     else:
-        interval = "" if result.low is None else f" (95 % interval {result.low:.2f} to {result.high:.2f})"
+        interval = "" if result.low is None else f" (95 % interval {range_text(result.low, result.high, result.unit)})"
         score = f"{metric_text(result.metric)} {points_text(result.value, result.unit)}{interval}"
     return (
         f"{artifact.shown} on {where}: {score}, {count_of(result.images, 'image')}, {result.images_per_s:.0f} images/s with decoding"
@@ -99,9 +99,11 @@ def _details(result: "Evaluation") -> list[str]:
         return lines
     other = result.against
     if other.loss is not None and other.value is not None:
-        interval = "" if other.loss_low is None else f" (95 % interval {other.loss_low:.2f} to {other.loss_high:.2f})"
+        interval = (
+            "" if other.loss_low is None else f" (95 % interval {range_text(other.loss_low, other.loss_high, result.unit)})"
+        )
         lines.append(
-            f"  {'against':<10} {other.artifact} {points_text(other.value, result.unit)}: loss {other.loss:.2f}{interval}"
+            f"  {'against':<10} {other.artifact} {points_text(other.value, result.unit)}: loss {number_text(other.loss, result.unit)}{interval}"
         )
     lines.append(f"  {'differing':<10} {len(other.differing):,} of {count_of(result.images, 'input')} from {other.artifact}")
     for each in list(other.differing)[:_CLASSES]:

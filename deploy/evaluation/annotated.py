@@ -17,12 +17,15 @@ from deploy.data.records import record_input
 from deploy.errors import DataError
 from deploy.evaluation.labelled import Classed, Images, Labelled, Npz, out_of_order
 from deploy.evaluation.metric import Kind
-from deploy.words import count_of, did_you_mean
+from deploy.words import count_of, did_you_mean, printable
 
 logger = logging.getLogger(__name__)
 
 Wanted = Kind | Literal["anything"] | None
 """What targets a metric takes; None: no targets at all."""
+
+_TAKES = {"classes": "top1 and top5", "masks": "miou", "boxes": "map"}
+"""The metrics of each layout."""
 
 _LAYOUTS = {
     "classes": "an ImageFolder, with one folder of images a class",
@@ -107,17 +110,24 @@ def labelled(
     classes: of the model, as far as it is known: class folders and masks are checked against it. Raises DataError for what cannot
     be used or has other targets, and UsageError for a model that takes no images.
     """
+    if not place.exists():
+        raise DataError(f"no {'file' if place.suffix.lower() == '.json' else 'folder'} at {printable(place)}")
     held = _held(place)
     if held == "npz":
         if wanted == "boxes":
             raise DataError(f"{place} holds .npz files; boxes are measured on {_LAYOUTS['boxes']}")
         kind = "arrays" if wanted == "anything" else wanted
-        return Npz(artifact, place, kind, lambda names: class_indices(artifact, place, names, classes))
+        return Npz(
+            artifact, place, kind, lambda names: class_indices(artifact, place, names, classes), count=classes, ignore=ignore
+        )
     if wanted is None:
         return Unlabelled(artifact, place.parent if held == "boxes" and place.is_file() else place)
     if wanted not in ("anything", held):
+        needed = _LAYOUTS[str(wanted)]
+        if held == "classes" and not any(entry.is_dir() for entry in place.iterdir()):
+            raise DataError(f"{place} holds no labels; the metric takes {needed}")
         raise DataError(
-            f"{place} holds {_LAYOUTS[held]}; the metric takes {_LAYOUTS.get(str(wanted), str(wanted))}, or another `metric` takes this"
+            f"{place} holds {_LAYOUTS[held]}; the metric takes {needed} (`metric` {_TAKES[held]} takes what it holds)"
         )
     if held == "masks":
         return Masked(artifact, place, classes, ignore)

@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Score
-from deploy.artifact.summary import drop_text, score_text
+from deploy.artifact.summary import drop_text, number_text, range_text, score_text
 from deploy.artifact.tuning import Verdict
 from deploy.errors import AccuracyError, BackendError, UsageError
 from deploy.evaluation.annotated import labelled
@@ -193,10 +193,10 @@ class Reference:
         if score.loss <= score.limit and not (gate.certify and found.undecided):
             return ""
         unit = f" {score.unit}" if score.unit else ""
-        interval = "" if score.loss_low is None else f", 95 % interval {score.loss_low:.2f} to {score.loss_high:.2f}"
+        interval = "" if score.loss_low is None else f", 95 % interval {range_text(score.loss_low, score.loss_high, score.unit)}"
         return (
-            f"loses {drop_text(score).removesuffix(' lost')} of {_called(score.metric)} on {gate.folder} ({score.parent:.2f}{unit} to"
-            f" {score.value:.2f}{unit} on {found.backend}{interval}); at most {score.limit:g} are allowed"
+            f"loses {drop_text(score).removesuffix(' lost')} of {_called(score.metric)} on {gate.folder} ({number_text(score.parent, score.unit)}{unit} to"
+            f" {number_text(score.value, score.unit)}{unit} on {found.backend}{interval}); at most {score.limit:g} are allowed"
             f"{_certified(found) if score.loss <= score.limit else ''}"
         )
 

@@ -9,7 +9,8 @@ from deploy.evaluation.metric import ClassScore, Confusion, Metric, class_names,
 class MeanIoU(Metric):
     """The mean over the classes of intersection over union, in per cent, over all pixels of all images but those to ignore.
 
-    A class that neither the masks nor the predictions have is left out of the mean. Everingham et al. 2010 (The PASCAL visual
+    A class that neither the masks nor the predictions have is left out of the mean, and so is the class to ignore, if it is one, as
+    torchmetrics does. Everingham et al. 2010 (The PASCAL visual
     object classes challenge, IJCV 88), section 4.1.
     """
 
@@ -32,7 +33,9 @@ class MeanIoU(Metric):
             shared = np.diag(matrix)
             self._matrix += matrix
             self._shared.append(shared)
-            self._either.append(matrix.sum(axis=0) + matrix.sum(axis=1) - shared)
+            either = matrix.sum(axis=0) + matrix.sum(axis=1) - shared
+            either[np.arange(self._classes) == self._ignore] = 0
+            self._either.append(either)
 
     @property
     def images(self) -> int:

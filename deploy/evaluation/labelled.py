@@ -18,8 +18,9 @@ from deploy.data.npz_folder import LABEL, read_npz, read_npz_folder
 from deploy.data.records import RecordInput
 from deploy.errors import BackendError, DataError, InputError
 from deploy.evaluation.metric import Kind
+from deploy.evaluation.segmenter import plane
 from deploy.runtime.session import Session
-from deploy.words import as_utf8
+from deploy.words import as_utf8, printable
 
 Skip = Callable[[Path, Exception], None]
 """What is done with a file that cannot be used, and the error; it raises where that is not to be left out."""
@@ -123,17 +124,28 @@ class Classed(Images):
 
 
 class Npz(Labelled):
-    """A folder of `.npz` files; `kind` is what their targets must be, `arrays` for any, None for none at all."""
+    """A folder of `.npz` files; `kind` is what their targets must be, `arrays` for any, None for none at all.
+
+    count: of the model's classes, as far as it is known. ignore: of masks, the value that is no class.
+    """
 
     def __init__(
-        self, artifact: Artifact, folder: Path, kind: Kind | None, indices: Callable[[tuple[str, ...]], Sequence[int]]
+        self,
+        artifact: Artifact,
+        folder: Path,
+        kind: Kind | None,
+        indices: Callable[[tuple[str, ...]], Sequence[int]],
+        *,
+        count: int | None,
+        ignore: int,
     ) -> None:
         found = read_npz_folder(folder)
         self.kind = kind
         self.root, self.classes = folder, found.classes
         self.files = tuple(path for path, _ in found.samples)
         self._samples = found.samples
-        self._specs = artifact.manifest.inputs
+        self._artifact, self._specs = artifact, artifact.manifest.inputs
+        self._count, self._ignore = count, ignore
         self._indices = indices(found.classes) if found.classes is not None else ()
         if kind is not None and self.classes is None and not any(map(self._may_have_labels, self.files[:1])):
             what = {"classes": "the index of each row's class", "masks": "the class indices of each row's pixels"}
@@ -143,7 +155,32 @@ class Npz(Labelled):
             )
 
     def check(self) -> None:
-        pass
+        if self.kind is None or self.classes is not None:
+            return
+        for path in self.files:
+            try:
+                arrays, labels = read_npz(path, self._specs)
+                feeds = list(fit_feed(arrays, self._specs, 1 << 30, str(path)))
+            except DataError:
+                continue  # it is told of when its turn comes
+            fitting = self._fitting(path, labels, sum(map(row_count, feeds)), arrays)
+            if self.kind == "masks":
+                self._check_size(path, feeds[0], fitting.shape[1:])
+            if self.kind != "arrays":
+                check_values([path] * len(fitting), fitting, self._count, self._ignore if self.kind == "masks" else None)
+
+    def _check_size(self, path: Path, feed: Feed, size: tuple[int, ...]) -> None:
+        """Raise DataError for masks that are neither of the size of an input nor of an output, as far as these are known."""
+        dims = {dim: length for spec in self._specs for dim, length in zip(spec.shape, feed[spec.name].shape, strict=True)}
+        taken = [plane(self._artifact, array.shape) for array in feed.values() if array.ndim == 4]
+        outputs = [plane(self._artifact, spec.shape) for spec in self._artifact.manifest.outputs if len(spec.shape) > 2]
+        given = [tuple(dims.get(dim, dim) for dim in each) for each in outputs]
+        if size in (*taken, *given) or any(isinstance(dim, str) for each in given for dim in each):
+            return
+        sizes = dict.fromkeys("x".join(map(str, each)) for each in (*taken, *given))
+        raise DataError(
+            f"{printable(path)} has masks of {'x'.join(map(str, size))}; the model takes and gives {' and '.join(sizes)}"
+        )
 
     def needed(self) -> Sequence[Path]:
         return self.files
@@ -175,18 +212,19 @@ class Npz(Labelled):
         if self.kind is None:
             yield from (Batch(feed, None, (path,) * count) for feed, count in zip(feeds, rows, strict=True))
             return
-        labels = np.full(sum(rows), label) if label is not None else self._fitting(path, labels, sum(rows))
+        labels = np.full(sum(rows), label) if label is not None else self._fitting(path, labels, sum(rows), arrays)
         for feed, part in zip(feeds, np.split(labels, np.cumsum(rows)[:-1]), strict=True):
             yield Batch(feed, part, (path,) * len(part))
 
-    def _fitting(self, path: Path, labels: np.ndarray | None, rows: int) -> np.ndarray:
-        """The targets of a file with `rows` rows. Raises DataError where they are not what they must be."""
+    def _fitting(self, path: Path, labels: np.ndarray | None, rows: int, arrays: Feed) -> np.ndarray:
+        """The targets of a file with `rows` rows of `arrays`. Raises DataError where they are not what they must be."""
         if labels is None:
             what = "the index of each row's class" if self.kind == "classes" else "the target of each row"
             raise DataError(f"{path} has no array {LABEL!r} with {what}")
         if self.kind == "classes" or (self.kind == "arrays" and labels.ndim == 0):
             labels = np.atleast_1d(labels)
-        if self.kind == "masks" and labels.ndim == 2:
+        single = all(arrays[spec.name].ndim < len(spec.shape) for spec in self._specs)  # one sample, without the batch
+        if (self.kind == "masks" and labels.ndim == 2) or (self.kind == "arrays" and single and len(labels) != 1):
             labels = labels[None]
         shape = f"{labels.dtype} {labels.shape}"
         if self.kind == "classes" and (labels.dtype.kind not in "iu" or labels.shape != (rows,)):
@@ -196,6 +234,24 @@ class Npz(Labelled):
         if len(labels) != rows:
             raise DataError(f"{path}: {LABEL!r} is {shape}; expected one target for each of {rows} rows")
         return labels
+
+
+def check_values(files: Sequence[Path], targets: np.ndarray, count: int | None, ignore: int | None = None) -> None:
+    """Raise DataError for an index that is none of `count` classes (None: that is not known), and not `ignore`.
+
+    targets: the labels or masks of one row of each file, (len(files), ...).
+    """
+    wrong = (targets != ignore) & ((targets < 0) | (targets >= (np.inf if count is None else count)))
+    if not wrong.any():
+        return
+    path, value = files[int(np.nonzero(wrong)[0][0])], targets[wrong][0]
+    expected = f"0 to {count - 1}" if count is not None else "0 or more"
+    if ignore is None:
+        raise DataError(f"{printable(path)} has the label {value}; expected {expected}")
+    raise DataError(
+        f"{printable(path)} has the value {value} in its mask; expected {expected}, and {ignore} for what is to be ignored"
+        " (`ignore_index`)"
+    )
 
 
 def files_request(data: Labelled) -> list[list[Any]]:

@@ -39,6 +39,9 @@ class MetricOptions:
                 f"{did_you_mean(name, METRICS)}"
             )
 
+        if name in METRICS and name != "miou" and self.ignore_index != IGNORE:
+            raise UsageError(f"`ignore_index` is of masks, which {name} does not read: leave it out, or name `metric` miou")
+
     @property
     def own(self) -> str | None:
         """The user's function, as it was named; None for a metric of ours."""

@@ -15,6 +15,7 @@ OUTSIDE = 255
 """In a mask of a whole picture, the pixels that the preprocessing cut off."""
 
 _OVERLAY = 0.55
+_MARK = (255, 0, 255)
 _SMALLEST_TEXT = 11
 
 
@@ -61,6 +62,17 @@ def overlaid(image: Image.Image, classes: np.ndarray) -> Image.Image:
     return Image.fromarray((np.asarray(image) * (1 - share) + colours * share).astype(np.uint8))
 
 
+def marked(image: Image.Image, where: np.ndarray) -> Image.Image:
+    """The image in dim grey, with the pixels of `where` (height, width) bool in magenta."""
+    grey = np.asarray(image.convert("L"))[..., None].repeat(3, axis=2) // 3
+    return Image.fromarray(np.where(where[..., None], np.array(_MARK, np.uint8), grey))
+
+
+def box_colour(label: int) -> tuple[int, ...]:
+    """The colour of the boxes of a class: never black, nor that of what was cut off."""
+    return tuple(int(part) for part in PALETTE[label % 254 + 1])
+
+
 def boxed(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:
     """The image with boxes, and the class and score of each; names: of all classes, by index."""
     image = image.copy()
@@ -68,7 +80,7 @@ def boxed(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.
     size = max(_SMALLEST_TEXT, round(min(image.size) / 40))
     font = ImageFont.load_default(size)
     for box, score, label in zip(*found, strict=True):
-        colour = tuple(int(part) for part in PALETTE[int(label) % 254 + 1])
+        colour = box_colour(int(label))
         x1, y1, x2, y2 = (round(float(part)) for part in box)
         draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=max(1, size // 8))
         text = f"{names[int(label)] if int(label) < len(names) else int(label)} {score:.0%}"

@@ -15,10 +15,10 @@ from deploy.evaluation.classifier import check_names, class_scores
 from deploy.evaluation.detector import decode_of, detect, placement_of
 from deploy.evaluation.fidelity import Cosine, Sqnr
 from deploy.evaluation.iou import MeanIoU
-from deploy.evaluation.labelled import Batch, Labelled, Npz
+from deploy.evaluation.labelled import Batch, Labelled, Npz, check_values
 from deploy.evaluation.metric import Metric
 from deploy.evaluation.options import MetricOptions, folder_of
-from deploy.evaluation.segmenter import class_count, class_maps, map_output
+from deploy.evaluation.segmenter import class_count, class_maps, map_output, plane
 from deploy.evaluation.topk import TopK
 from deploy.evaluation.usermetric import UserMetric
 from deploy.host.extras import missing
@@ -79,12 +79,7 @@ def _topk(artifact: Artifact, place: Path, options: MetricOptions) -> Scoring:
         scores = results[output.name][: len(batch.files)]
         check_names(artifact, scores.shape[1])
         check_folders(artifact, data.root, data.classes, scores.shape[1])
-        wrong = (batch.targets < 0) | (batch.targets >= scores.shape[1])
-        if wrong.any():
-            raise DataError(
-                f"{printable(batch.files[int(wrong.argmax())])} has the label {batch.targets[wrong][0]}, and there are"
-                f" {scores.shape[1]} classes"
-            )
+        check_values(batch.files, batch.targets, scores.shape[1])
         return scores
 
     k = int(options.metric.removeprefix("top"))
@@ -102,18 +97,10 @@ def _miou(artifact: Artifact, place: Path, options: MetricOptions) -> Scoring:
     def read(results: Feed, batch: Batch) -> np.ndarray:
         array, masks = results[output.name][: len(batch.files)], batch.targets
         size = masks.shape[1:]
-        of_input = next((each.shape[2:] for each in batch.feed.values() if each.ndim == 4), None)
-        if isinstance(data, Npz) and size not in (array.shape[-2:], of_input):
-            raise DataError(
-                f"{printable(batch.files[0])} has masks of {size[0]}x{size[1]}; the model takes and gives"
-                f" {' and '.join(f'{h}x{w}' for h, w in (of_input or array.shape[-2:], array.shape[-2:]))}"
-            )
-        wrong = (masks != ignore) & ((masks < 0) | (masks >= count))
-        if wrong.any():
-            raise DataError(
-                f"{printable(batch.files[int(np.nonzero(wrong)[0][0])])} has the value {masks[wrong][0]} in its mask; expected 0 to"
-                f" {count - 1}, and {ignore} for what is to be ignored (`ignore_index`)"
-            )
+        sizes = [plane(artifact, each.shape) for each in (*batch.feed.values(), array) if each.ndim > 2]
+        if isinstance(data, Npz) and size not in sizes:  # of outputs whose size was not known before
+            shown = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
+            raise DataError(f"{printable(batch.files[0])} has masks of {size[0]}x{size[1]}; the model takes and gives {shown}")
         maps = class_maps(artifact, array, size)
         if maps.size and not 0 <= maps.min() <= maps.max() < count:
             raise UsageError(f"{artifact.location} gives class {maps.max()}, and has {count_of(count, 'class')}")

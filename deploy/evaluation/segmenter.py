@@ -42,6 +42,11 @@ def class_count(artifact: Artifact, output: TensorSpec) -> int | None:
     return size if isinstance(size, int) else len(names) if names is not None else None
 
 
+def plane(artifact: Artifact, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """(height, width) of images or maps of this shape, the batch first."""
+    return shape[1:3] if _axis(artifact) == 3 and len(shape) == 4 and shape[1] != 1 else shape[-2:]
+
+
 def class_maps(artifact: Artifact, array: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """The likeliest class of each pixel, (N, height, width) int64, of what `map_output` gives.
 

@@ -123,7 +123,7 @@ class UserMetric(Metric):
                 raise TypeError
             return float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise UserCodeError(f"{self.name}: compute() returns {a_type(value)}; expected one number") from None
+            raise UserCodeError(f"{self.name}: compute() returns {a_type(value)}; expected one number{_choice(value)}") from None
 
     def _call(self, what: str, function: Any, *arguments: Any) -> Any:
         try:
@@ -147,6 +147,12 @@ class UserMetric(Metric):
         import torch  # the metric's own library has loaded it
 
         return torch.tensor(value)
+
+
+def _choice(value: Any) -> str:
+    """Of metrics that return many numbers by name, as torchmetrics' of detectors does: which there are."""
+    names = [str(name) for name in value][:5] if isinstance(value, dict) else []
+    return f": name a class of yours that returns one of {', '.join(map(repr, names))}" if names else ""
 
 
 def _rows(value: Any, rows: np.ndarray) -> Any:

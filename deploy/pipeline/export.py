@@ -44,6 +44,7 @@ from deploy.pipeline.export_interface import (
     load_preprocesses,
     output_names,
     read_classes,
+    try_decode,
     upright,
 )
 from deploy.pipeline.export_onnx import export_onnx_file
@@ -179,6 +180,8 @@ class _Export:
         copy_functions(self._preprocesses, options.preprocess, self._specs, writer.path)
         copy_decode(self._decode, options.decode, writer.path)
         outputs, cases, feed = self._eager_cases(random_feeds(self._specs, dims), self._real_feeds(writer.path, stage))
+        if cases:
+            try_decode(self._decode, self._classes, cases[-1].expected, writer.path)
         progress("exporting to ONNX")
         example = {name: torch.from_numpy(array) for name, array in feed.items()}
         files = [file.path for file in self._built.source_files]

@@ -16,7 +16,7 @@ from deploy.artifact.decode import Decode
 from deploy.artifact.image_ops import read_image
 from deploy.artifact.manifest import file_digest
 from deploy.artifact.preprocess import IMAGE_DTYPES, Preprocess
-from deploy.artifact.tensors import DTYPES, Dim, TensorSpec, batch_dim, format_shape, parse_shapes
+from deploy.artifact.tensors import DTYPES, Dim, Feed, TensorSpec, batch_dim, format_shape, parse_shapes
 from deploy.artifact.usercode import UserFunction, split_spec
 from deploy.data.images import ImageInput, takes_images
 from deploy.errors import UsageError, UserCodeError
@@ -177,6 +177,18 @@ def check_decode(decode: Decode | None, classes: Sequence[str] | None, outputs: 
     """Raise UsageError where `--decode` cannot read the outputs of a model."""
     if decode is not None:
         decode.check(outputs, None if classes is None else len(classes))
+
+
+def try_decode(decode: Decode | None, classes: Sequence[str] | None, outputs: Feed, folder: Path) -> None:
+    """Read boxes from outputs of the model: what does not fit is known before the work. folder: where a function's file is.
+
+    Raises UsageError where `--decode` cannot read them, and UserCodeError where the user's function fails, or returns no boxes.
+    """
+    if decode is None:
+        return
+    specs = [TensorSpec(name=name, dtype=str(array.dtype), shape=array.shape) for name, array in outputs.items()]
+    check_decode(decode, classes, specs)
+    decode(outputs, specs, None if classes is None else len(classes), folder)
 
 
 def copy_decode(decode: Decode | None, spec: str | None, target: Path) -> None:

@@ -31,6 +31,7 @@ from deploy.pipeline.export_interface import (
     image_fields,
     load_preprocesses,
     read_classes,
+    try_decode,
     upright,
 )
 from deploy.pipeline.export_options import ExportOptions
@@ -105,6 +106,8 @@ def _written(
     manifest = source.manifest
     progress("running the ONNX file")
     cases = _cases(source, data, shapes)
+    if cases:
+        try_decode(manifest.decode, manifest.classes, cases[-1].expected, writer.path)
     progress("preparing the graph")
     model = _prepared(source, cases, shapes)
     if model is None:

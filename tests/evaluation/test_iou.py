@@ -35,10 +35,21 @@ def test_it_is_that_of_torchmetrics(make_segmenter, scenes, tmp_path):
             torch.from_numpy(logits.argmax(0))[None],
             torch.from_numpy(np.array(Image.open(scenes / "masks" / path.name)))[None].long(),
         )
-    assert found.value == pytest.approx(100 * float(judge.compute()), abs=1e-4)
+    assert found.value / 100 == pytest.approx(float(judge.compute()), abs=1e-6)
     assert 50 < found.value < 100
     assert found.low < found.value < found.high
     assert found.images == 6
+
+
+@pytest.mark.parametrize("ignore", [0, 2, 255])
+def test_a_class_to_ignore_is_not_in_the_mean(ignore):
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 3, (4, 8, 8))
+    predicted = np.where(rng.random(masks.shape) < 0.3, rng.integers(0, 3, masks.shape), masks)
+    metric = scored(zip(predicted, masks, strict=True), ignore=ignore)
+    judge = MulticlassJaccardIndex(num_classes=3, ignore_index=ignore)
+    assert metric.compute() / 100 == pytest.approx(float(judge(torch.from_numpy(predicted), torch.from_numpy(masks))), abs=1e-6)
+    assert [each.value is None for each in metric.by_class()] == [index == ignore for index in range(3)]
 
 
 def test_the_interval_of_a_loss_is_of_the_same_images_and_none_is_lost_where_nothing_changed():

@@ -25,6 +25,12 @@ def test_a_metric_that_there_is_not_is_refused(metric, message):
         MetricOptions(metric=metric)
 
 
+def test_an_index_to_ignore_is_of_masks():
+    with pytest.raises(UsageError, match="`ignore_index` is of masks, which map does not read"):
+        MetricOptions(metric="map", ignore_index=0)
+    assert MetricOptions(metric="own.py:Dice", ignore_index=0).ignore_index == 0
+
+
 def test_data_that_is_for_another_metric_is_refused_and_the_right_one_described(
     model, make_segmenter, make_detector, scenes, boxes, tmp_path, make_folder
 ):
@@ -33,7 +39,14 @@ def test_data_that_is_for_another_metric_is_refused_and_the_right_one_described(
     for artifact, data, metric, message in (
         (model, scenes, "top1", "holds a folder with images/ and masks/; the metric takes an ImageFolder"),
         (segmenter, folder, "miou", "holds an ImageFolder.*the metric takes a folder with images/ and masks/"),
-        (segmenter, boxes, "miou", r"boxes\.json holds a COCO JSON; the metric takes a folder with images/"),
+        (
+            segmenter,
+            boxes,
+            "miou",
+            r"boxes\.json holds a COCO JSON; the metric takes a folder with images/ .*`metric` map takes what",
+        ),
+        (segmenter, scenes / "images", "miou", r"scenes/images holds no labels; the metric takes a folder with images/"),
+        (segmenter, boxes.parent / "none.json", "miou", r"no file at .*none\.json"),
         (detector, scenes, "map", "holds a folder with images/ and masks/; the metric takes a COCO JSON"),
     ):
         with pytest.raises(DataError, match=message):
@@ -77,12 +90,17 @@ def test_masks_in_npz_files_are_measured_and_checked_too(make_segmenter, scenes,
             tmp_path / "feeds" / f"{path.stem}.npz", input=pixels, label=np.asarray(Image.open(scenes / "masks" / path.name))
         )
     assert evaluate(artifact, tmp_path / "feeds", metric="miou").value == evaluate(artifact, scenes, metric="miou").value
-    np.savez(tmp_path / "feeds/0.npz", input=np.zeros((1, 1, 16, 16), np.float32), label=np.full((1, 16, 16), 9))
-    with pytest.raises(DataError, match=r"0\.npz has the value 9 in its mask; expected 0 to 2, and 255"):
-        evaluate(artifact, tmp_path / "feeds", metric="miou")
-    np.savez(tmp_path / "feeds/0.npz", input=np.zeros((1, 1, 16, 16), np.float32), label=np.zeros((1, 4, 4), int))
-    with pytest.raises(DataError, match=r"0\.npz has masks of 4x4; the model takes and gives 16x16"):
-        evaluate(artifact, tmp_path / "feeds", metric="miou")
+    last, pixels, told = tmp_path / "feeds/5.npz", np.zeros((1, 1, 16, 16), np.float32), []
+    for label, message in (
+        ({"label": np.full((1, 16, 16), 9)}, r"5\.npz has the value 9 in its mask; expected 0 to 2, and 255"),
+        ({"label": np.zeros((1, 16, 16))}, r"5\.npz: 'label' is float64 \(1, 16, 16\); expected 1 masks of class indices"),
+        ({"label": np.zeros((1, 4, 4), int)}, r"5\.npz has masks of 4x4; the model takes and gives 16x16"),
+        ({}, r"5\.npz has no array 'label' with the target of each row"),
+    ):
+        np.savez(last, input=pixels, **label)
+        with pytest.raises(DataError, match=message):
+            evaluate(artifact, tmp_path / "feeds", metric="miou", progress=lambda *call: told.append(call))
+        assert told == [], "it is said before anything is run"
 
 
 def test_masks_are_cropped_as_their_images_and_padding_counts_for_nothing(make_segmenter, scenes, tmp_path):

@@ -129,11 +129,22 @@ def test_targets_of_npz_files_are_given_as_they_are(model, own):
     assert evaluate(model, own / "feeds", metric=f"{own}/npz.py:Sum", batch_size=5).value == pytest.approx(22)
 
 
+def test_targets_of_one_sample_need_no_batch_where_its_inputs_have_none(make_segmenter, own):
+    (own / "feeds").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        mask = rng.integers(0, 3, (16, 16), dtype=np.uint8)
+        np.savez(own / f"feeds/{index}.npz", input=mask[None].astype(np.float32) / 2, label=mask)
+    artifact = make_segmenter(own / "net")
+    found = evaluate(artifact, own / "feeds", metric=f"{own}/theirs.py:jaccard").value
+    assert found == pytest.approx(evaluate(artifact, own / "feeds", metric="miou").value / 100, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         ("own.py:Nan", UserCodeError, r"compute\(\) returns nan for 12 images; expected a number; it was tried on one batch of 12 rows"),
-        ("own.py:Text", UserCodeError, r"compute\(\) returns a dict; expected one number; it was tried on one batch"),
+        ("own.py:Text", UserCodeError, r"compute\(\) returns a dict; expected one number: name a class of yours that returns one of 'a'; it was tried on one batch"),
         ("own.py:Raises", UserCodeError, r"update\(\) fails: ValueError: no such thing \(.*own\.py:35\)"),
         ("own.py:nothing", UserCodeError, r"returns an int without update\(\).*expected an object with update\(outputs, targets\)"),
         ("own.py:stuck", UserCodeError, r"returns the same object every time, and it has no reset\(\)"),

@@ -10,7 +10,7 @@ import pytest
 
 import deploy
 from deploy.artifact.artifact import Artifact
-from deploy.errors import ArtifactError, PrecisionError, UsageError
+from deploy.errors import ArtifactError, PrecisionError, UsageError, UserCodeError
 from deploy.precision.cpu import CpuGraph
 
 
@@ -196,3 +196,34 @@ def test_a_shape_that_an_input_cannot_have_is_refused(text: str, message: str, t
     with pytest.raises((UsageError, PrecisionError), match=message):
         deploy.export(tmp_path / "out", onnx=path, inputs=[text])
     assert not (tmp_path / "out").exists()
+
+
+DECODES = """
+import numpy as np
+
+def good(outputs):
+    return [(boxes, np.full(len(boxes), 0.5), np.zeros(len(boxes), int)) for boxes in outputs["y"]]
+
+def of_another_model(outputs):
+    return outputs["boxes"]
+
+def number(outputs):
+    return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_another_model", r"decodes\.py:of_another_model fails: KeyError: 'boxes' \(.*decodes\.py:8\)"),
+        ("number", r"must return one \(boxes, scores, labels\) an image; for \d images it returns an int"),
+    ],
+)
+def test_a_function_of_boxes_that_does_not_fit_the_outputs_is_known_at_once(tmp_path: Path, name: str, message: str) -> None:
+    path = write(tmp_path / "m.onnx", "g (float[n, 5, 4] x) => (float[n, 5, 4] y) { y = Relu(x) }", opset=17)
+    (tmp_path / "decodes.py").write_text(DECODES)
+    with pytest.raises(UserCodeError, match=message):
+        deploy.export(tmp_path / "out", onnx=path, decode=f"{tmp_path}/decodes.py:{name}")
+    assert not (tmp_path / "out").exists()
+    good = deploy.export(tmp_path / "out", onnx=path, decode=f"{tmp_path}/decodes.py:good")
+    assert str(good.manifest.decode) == "decodes.py:good"

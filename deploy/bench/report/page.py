@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deploy.artifact.summary import metric_text
+from deploy.artifact.summary import metric_text, number_text, range_text
 from deploy.bench.report import certainty
 from deploy.bench.report.figures import (
     figure_section,
@@ -101,12 +101,12 @@ def _accuracy(best: Row, baseline: Row | None) -> str:
     name = metric_text(score["metric"])
     interval = ""
     if score["loss_low"] is not None:
-        interval = f" (95 % interval of the loss {score['loss_low']:.2f} to {score['loss_high']:.2f})"
-    lost = round(score["loss"], 2)
+        interval = f" (95 % interval of the loss {range_text(score['loss_low'], score['loss_high'], score['unit'])})"
+    lost = number_text(abs(score["loss"]), score["unit"])
     points = " points" if score["unit"] == "%" else ""
-    if not lost:
+    if not float(lost):
         return f", at the same {name}{interval}"
-    return f", at {abs(lost):.2f}{points} {'worse' if lost > 0 else 'better'} {name}{interval}"
+    return f", at {lost}{points} {'worse' if score['loss'] > 0 else 'better'} {name}{interval}"
 
 
 def _legend(labels: Labels) -> str:

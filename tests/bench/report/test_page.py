@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ from PIL import Image
 
 from deploy.bench.report import render
 from deploy.bench.report.page import verdict
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from tests.browser import CHROMIUM, browse, check_nothing_is_cut
 
 
 def test_nothing_is_fetched_and_no_script_is_run(document: dict[str, Any]) -> None:
@@ -96,49 +92,10 @@ def test_what_was_not_run_and_what_may_be_wrong_comes_first(document: dict[str, 
         assert 0 < page.index(text) < page.index("Speed-up")
 
 
-PROBE = """<script>
-addEventListener("load", () => {
-  const page = document.querySelector("iframe").contentDocument, width = page.documentElement.clientWidth, cut = [];
-  for (const each of page.querySelectorAll("main *")) {
-    const box = each.getBoundingClientRect();
-    if (box.width && (box.right > width + 1 || box.left < -1)) cut.push(each.tagName + " " + each.textContent);
-    if (each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX != "visible") cut.push("scrolls");
-  }
-  for (const figure of page.querySelectorAll("svg")) {
-    const whole = figure.getBoundingClientRect(), texts = [...figure.querySelectorAll("text")].map(each => [each, each.getBoundingClientRect()]);
-    for (const [each, box] of texts) {
-      if (box.right > whole.right + 1 || box.left < whole.left - 1 || box.bottom > whole.bottom + 1) cut.push("outside: " + each.textContent);
-      for (const [other, at] of texts)
-        if (other != each && at.left < box.right - 1 && box.left < at.right - 1 && at.top < box.bottom - 3 && box.top < at.bottom - 3)
-          cut.push(each.textContent + " over " + other.textContent);
-    }
-  }
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const cells = [...page.querySelectorAll("table")].at(-1).querySelectorAll("td");
-  document.body.dataset.found = JSON.stringify({width, dark, cut, hidden: [...cells].filter(each => !each.getBoundingClientRect().width).length});
-});
-</script>"""
-
-
-def browse(tmp_path: Path, *options: str, dark: bool) -> "subprocess.CompletedProcess[str]":
-    command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", *options,
-    ]  # fmt: skip
-    command += ["--blink-settings=preferredColorScheme=0"] * dark
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
-def test_nothing_is_cut_and_no_text_lies_on_another(document: dict[str, Any], tmp_path: Path, width: int, dark: bool) -> None:
-    page = render(doubtful(document, (4,)))
-    frame = f'<iframe width={width} height=2000 style="border:0" srcdoc="{escape(page)}"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{PROBE}</body>", encoding="utf-8")
-    done = browse(tmp_path, "--window-size=1300,900", "--dump-dom", f"file://{tmp_path / 'frame.html'}", dark=dark)
-    match = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert match is not None, done.stderr
-    assert json.loads(unescape(match[1])) == {"width": width, "dark": dark, "cut": [], "hidden": 0}
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_is_cut_and_no_text_lies_on_another(document: dict[str, Any], tmp_path: Path, dark: bool) -> None:
+    check_nothing_is_cut(render(doubtful(document, (4,))), tmp_path, dark=dark)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
