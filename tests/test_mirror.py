@@ -57,7 +57,6 @@ COVERED = {
     "runtime/cuda_graphs": "gpu/test_baselines",
     "runtime/profiling": "bench/candidate/test_layers",
     "version": "test_cli",
-    "verify/culprits": "verify/test_verify",
     "verify/floor": "verify/test_verify",
     "verify/page": "cli/test_verify",
     "verify/text": "cli/test_verify",

@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 
 from deploy.errors import OutputError
-from deploy.verify.measure import Error, Layer
+from deploy.verify.error import Error
+from deploy.verify.measure import Layer
 from deploy.verify.text import text
 from deploy.verify.verify import Verification
 

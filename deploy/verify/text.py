@@ -1,6 +1,7 @@
 """What `deploy verify` prints: one screen."""
 
-from deploy.verify.measure import BEYOND, Error, Layer
+from deploy.verify.error import BEYOND, Error
+from deploy.verify.measure import Layer
 from deploy.verify.verify import Verification
 from deploy.words import count_of
 
@@ -11,10 +12,15 @@ def text(found: Verification) -> str:
     """The outputs, the culprits and what would help, in lines."""
     rows = count_of(found.rows, "row")
     source = "random input" if found.data == "random" else f"the {found.data} given"
-    lines = [f"{found.b} against {found.a}, on {rows} of {source}: {count_of(len(found.layers), 'layer')} compared"]
+    a = f"the module of {found.a}" if found.eager else found.a
+    lines = [f"{found.b} against {a}, on {rows} of {source}: {count_of(len(found.layers), 'layer')} compared"]
     if found.unpaired:
         lines[0] += f", {found.unpaired} without a counterpart"
     lines += [_line("output", f"{name}: {_error(error)}") for name, error in found.outputs.items()]
+    if isinstance(found.engine, str):
+        lines.append(_line("engine", f"not run, only its typed file: {found.engine}"))
+    elif found.engine is not None:
+        lines += [_line("engine", f"{name}: {_error(error)}") for name, error in found.engine.items()]
     for index, layer in enumerate(found.culprits[:_SHOWN]):
         lines.append(_line("culprit" if index == 0 else "also", f"{_place(layer)}: {_error(layer.local)} by itself"))
         if layer.range is not None:
