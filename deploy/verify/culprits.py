@@ -37,7 +37,7 @@ class _Trail:
     """What is behind a suspect.
 
     passed: the tensors in other units so far, itself first, each with the nearest suspect before it, or itself. targets: the next ones,
-    which may undo that. undone: the errors of the layers that did. broken: layers that were to undo it, and have a fault of their own.
+    which may undo that. undone: the errors of the layers that did. right: what was right once, before more was passed. broken: layers that were to undo it, and have a fault of their own.
     ended: there is nothing more to look at.
     """
 
@@ -45,6 +45,7 @@ class _Trail:
     targets: tuple[str, ...] = ()
     steps: int = 0
     undone: Mapping[str, Error] = field(default_factory=dict)
+    right: frozenset[str] = frozenset()
     broken: tuple[str, ...] = ()
     ended: bool = False
 
@@ -55,8 +56,8 @@ class _Trail:
     @property
     def blamed(self) -> tuple[str, ...]:
         """The culprits, at the end. Of layers that are all broken, what they read is the likelier one."""
-        right = self.first not in self.broken and (self.undone or len(self.broken) == 1)
-        return self.broken if right else (self.first,)
+        others = self.first not in self.broken and (self.undone or len(self.broken) == 1)
+        return self.broken if others else (self.first,)
 
     def crosses(self, other: "_Trail") -> bool:
         return bool({*self.passed, *self.targets} & {*other.passed, *other.targets})
@@ -105,19 +106,28 @@ class _Search:
         neither right nor A's in other units does not take them: the suspect before it is wrong.
         """
         scaled = self.suspects[trail.first].scaled
-        passed, undone, broken = dict(trail.passed), dict(trail.undone), list(trail.broken)
+        passed, undone, broken, right = dict(trail.passed), dict(trail.undone), list(trail.broken), set(trail.right)
         for target in trail.targets:
             error = errors[target]
             owner = next(trail.passed[name] for name in reversed(trail.passed) if target in self.readers[name])
             if error.times <= CLEAN:
+                right.add(target)
                 undone |= {target: error} if target in self.suspects else {}
             elif scaled and not error.scaled:
-                broken.append(target if self._takes(trail.first, target, error) else owner)
+                own = target not in right and self._takes(trail.first, target, error)
+                broken.append(target if own else owner)
             else:
                 passed[target] = target if target in self.suspects else owner
         again = {target for name in passed.keys() - trail.passed.keys() for target in self.readers[name]}
         undone = {target: error for target, error in undone.items() if target not in again}
-        now = replace(trail, passed=passed, steps=trail.steps + 1, undone=undone, broken=tuple(dict.fromkeys(broken)))
+        now = replace(
+            trail,
+            passed=passed,
+            steps=trail.steps + 1,
+            undone=undone,
+            right=frozenset(right),
+            broken=tuple(dict.fromkeys(broken)),
+        )
         return replace(now, targets=(), ended=True) if trail.first in broken else self.further(now)
 
     def _takes(self, first: str, target: str, error: Error) -> bool:
