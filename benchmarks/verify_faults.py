@@ -9,6 +9,7 @@ weight, an overflow of FP16, a zero point; swapped axes and an overflow have no 
 """
 
 import bisect
+import functools
 import itertools
 import sys
 import tempfile
@@ -198,6 +199,7 @@ class Layers:
         _, _, feed, exact = self._own.one(target)
         scale = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64)))) or 1.0
 
+        @functools.cache
         def times(size: float) -> float:
             graph = Graph.read(self._artifact, change=lambda model: apply(model, [(fault, name, size)]))
             part = CpuGraph(cut(graph.model, [target], self._own.pairs))

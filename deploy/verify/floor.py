@@ -139,3 +139,22 @@ def _weight_step(array: np.ndarray, dequantize: ir.Node) -> np.ndarray:
         return np.asarray(np.abs(array).max() / _LEVELS)
     others = tuple(dim for dim in range(array.ndim) if dim != axis % array.ndim)
     return np.asarray(np.abs(array).max(axis=others, keepdims=True) / _LEVELS)
+
+
+def before_bias(a: Graph, b: Graph) -> set[str]:
+    """The products that B quantizes and that a bias alone is added to, by the names of their tensors.
+
+    That bias may take back the mean error of the product, so that both are one layer, and its floor that of the two.
+    """
+    theirs = {node.name: node for node in b.model.graph}
+    found: set[str] = set()
+    for node in a.model.graph:
+        other, value = theirs.get(node.name), node.outputs[0]
+        uses = list(value.uses())
+        if other is None or len(uses) != 1 or value.is_graph_output() or not value.name:
+            continue
+        reader = uses[0].node
+        biased = reader.op_type == "Add" and any(each is not None and each.const_value is not None for each in reader.inputs)
+        if biased and any(_dequantized(other, index) for index in range(len(other.inputs))):
+            found.add(value.name)
+    return found

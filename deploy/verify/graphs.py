@@ -78,7 +78,7 @@ class Graph:
 
 
 def paired(a: Graph, b: Graph) -> list[str]:
-    """The tensors that both compute in nodes of the same name and operator, in the order of B.
+    """The tensors that both compute in nodes of the same name, in the order of B.
 
     Raises UsageError where the two are not of one network.
     """
@@ -104,7 +104,7 @@ def paired(a: Graph, b: Graph) -> list[str]:
         for name, maker in b.makers.items()
         if name in known
         and known[name].dtype == types[name]
-        and (name in outputs or (maker.operator not in _SKIPPED and a.makers[name][:2] == maker[:2]))
+        and (name in outputs or (maker.operator not in _SKIPPED and a.makers[name].name == maker.name))
     ]
 
 

@@ -12,7 +12,7 @@ from deploy.precision.cpu import CpuGraph
 from deploy.precision.ranges import Range, activation_ranges
 from deploy.progress import Progress
 from deploy.verify.error import Error, judged
-from deploy.verify.floor import SEEDS, noisy
+from deploy.verify.floor import SEEDS, before_bias, noisy
 from deploy.verify.graphs import LOCAL, Graph, cut
 
 _PASS_BYTES = 256 << 20
@@ -68,6 +68,7 @@ class Comparison:
         self.ranges = activation_ranges(a.model, [feed])
         amax = {name: found.amax for name, found in self.ranges.items()}
         self._noisy = [noisy(a, b, amax, seed) for seed in range(SEEDS)]
+        self._before_bias = before_bias(a, b)
         self._sizes = {name: _bytes(value, feed) for name, value in a.values().items()}
 
     def layers(self) -> list[Layer]:
@@ -103,7 +104,9 @@ class Comparison:
     def _local(self, targets: Sequence[str], without: Collection[str] = ()) -> dict[str, Error]:
         left_out = set(without)
         fed = [name for name in self.pairs if name not in left_out]
-        graphs = [cut(model, targets, fed) for model in self._models()]
+        graphs = [cut(self.b.model, targets, fed)]
+        fed = [name for name in fed if name not in self._before_bias]
+        graphs += [cut(model, targets, fed) for model in self._models()[1:]]
         given = self._exact({name for graph in graphs for name in _inputs(graph)} | set(targets))
         results = [CpuGraph(graph)({name: given[name] for name in _inputs(graph)}) for graph in graphs]
         return {name: self._judged([each[f"{name}{LOCAL}"] for each in results], given[name]) for name in targets}
