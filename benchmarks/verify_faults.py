@@ -39,7 +39,7 @@ NETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"arch": "timm:vit_tiny_patch16_224", "model_args": {"img_size": 64}, "inputs": ["input=1x3x64x64"]},
 }
 TIMES = 3.0
-SIZES = [2.0**power for power in range(-24, 6)]
+SIZES = [2.0**power for power in range(-34, 6)]
 ROWS = 16
 """Rows of random input that INT8 is calibrated on."""
 

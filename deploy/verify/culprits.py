@@ -1,12 +1,14 @@
 """Which of the layers that are beyond the floor are culprits, and which were only rewritten together with their readers."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from deploy.verify.error import CLEAN, Error
-from deploy.verify.graphs import reads
+from deploy.verify.graphs import reads, unlike_pairs
 from deploy.verify.measure import Comparison, Layer
 
 _STEPS = 6
@@ -68,25 +70,73 @@ def culprits(comparison: Comparison, layers: Sequence[Layer]) -> Found:
 
     Trails that do not cross are followed in one run, so that the runs do not grow with the number of suspects.
     """
-    search = _Search(
-        readers=_readers(comparison.b.model, comparison.pairs),
-        suspects={layer.tensor: layer.local for layer in layers if layer.local.beyond},
-    )
-    trails = {name: search.further(_Trail(passed={name: name})) for name in search.suspects}
+    readers = _readers(comparison.b.model, comparison.pairs)
+    suspects = {layer.tensor: layer.local for layer in layers if layer.local.beyond}
+    unlike = unlike_pairs(comparison.b) & suspects.keys()
+    taken = _taken_back(layers, readers, suspects, unlike)
+    search = _Search(readers=readers, suspects=suspects, unlike=unlike)
+    trails = {
+        name: search.further(_Trail(passed={name: name}))
+        for name in suspects
+        if name not in {*unlike, *taken.units, *taken.undone}
+    }
     while following := _together(trails):
         targets = [target for trail in following.values() for target in trail.targets]
         errors = comparison.local(targets, without=[name for trail in following.values() for name in trail.passed])
         for name, trail in following.items():
             trails[name] = search.followed(trail, errors)
-    return _found(trails)
+    found = _found(trails)
+    return Found(
+        culprits=tuple(name for name in suspects if name in {*found.culprits, *unlike}),
+        rewritten={name: () for name in suspects if name in taken.units} | dict(found.rewritten),
+        undone={name: error for name, error in taken.undone.items() if name in suspects} | dict(found.undone),
+    )
+
+
+class _Taken(NamedTuple):
+    """units: the tensors in other units. undone: the errors, as B runs, of what takes them back."""
+
+    units: set[str]
+    undone: dict[str, Error]
+
+
+def _taken_back(
+    layers: Sequence[Layer], readers: Mapping[str, Collection[str]], suspects: Collection[str], unlike: Collection[str]
+) -> _Taken:
+    """What is A's in other units as B runs, and taken back before an output.
+
+    Behind an operand that is quantized in one way and read back in another, nothing can be said, and that is the fault.
+    """
+    behind: set[str] = set()
+    for layer in layers:
+        if layer.tensor in unlike or layer.tensor in behind:
+            behind |= {layer.tensor, *readers[layer.tensor]}
+    fine: set[str] = set()
+    units: set[str] = set()
+    wanted: set[str] = set()  # by a layer behind that is wrong on A's own tensor
+    for layer in reversed(layers):
+        error, name = layer.cumulative, layer.tensor
+        if error.beyond and (error.scaled or error.left == math.inf > error.error):  # of few numbers nobody can tell
+            units.add(name)
+        if any(reader in suspects or reader in wanted & units for reader in readers[name]):
+            wanted.add(name)
+        if name in behind or not error.beyond or (name in units and readers[name] and fine.issuperset(readers[name])):
+            fine.add(name)
+    fine -= set(unlike)
+    units &= fine & wanted
+    takes = {reader for name in units for reader in readers[name]} - units
+    return _Taken(units, {layer.tensor: layer.cumulative for layer in layers if layer.tensor in takes & fine})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """readers: for each tensor the next ones. suspects: what is beyond the floor, fed A's tensors, with its error."""
+    """readers: for each tensor the next ones. suspects: what is beyond the floor, fed A's tensors, with its error. unlike: those with
+    a fault of their own for certain.
+    """
 
     readers: Mapping[str, Collection[str]]
     suspects: Mapping[str, Error]
+    unlike: Collection[str]
 
     def further(self, trail: _Trail) -> _Trail:
         """With the next targets. It ends where no other suspect is near behind it, for that alone could undo anything."""
@@ -110,7 +160,9 @@ class _Search:
         for target in trail.targets:
             error = errors[target]
             owner = next(trail.passed[name] for name in reversed(trail.passed) if target in self.readers[name])
-            if error.times <= CLEAN:
+            if target in self.unlike:
+                broken.append(target)
+            elif error.times <= CLEAN:
                 right.add(target)
                 undone |= {target: error} if target in self.suspects else {}
             elif scaled and not error.scaled:

@@ -37,17 +37,22 @@ class Error:
     error: the root mean square of the difference, over that of A's tensor; of integers and booleans, the share that differs.
     floor: the same of A's own layers rounded at random in B's formats.
     times: by how many times the error is beyond the floor, in the channel, row or the whole where that is most.
-    scaled: whether nothing is left of it once each channel is scaled and shifted: the tensor is A's in other units.
+    left: what is left of `times` once each channel is scaled and shifted: little, where the tensor is A's in other units.
     """
 
     error: float
     floor: float
     times: float
-    scaled: bool = False
+    left: float = math.inf
 
     @property
     def beyond(self) -> bool:
         return self.times > BEYOND
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it is beyond the floor, and nothing but other units."""
+        return self.times > CLEAN >= self.left
 
 
 def judged(actual: np.ndarray, rounded: Sequence[np.ndarray], exact: np.ndarray, middle: np.ndarray | None = None) -> Error:
@@ -74,11 +79,14 @@ def judged(actual: np.ndarray, rounded: Sequence[np.ndarray], exact: np.ndarray,
         return Error(error=math.inf, floor=noise / scale, times=math.inf)
     least = max(_SMALLEST * scale, _LEAST_OF_WHOLE * noise)
     times = _most(sums, exact.size, len(rounded), least)
-    scaled = times > CLEAN and any(
-        _most(_sums(fitted, rounded, exact, middle), exact.size, len(rounded), max(least, rounding)) <= CLEAN
-        for fitted, rounding in _fitted(actual, exact)
+    left = min(
+        (
+            _most(_sums(fitted, rounded, exact, middle), exact.size, len(rounded), max(least, rounding))
+            for fitted, rounding in (_fitted(actual, exact) if times > CLEAN else ())
+        ),
+        default=math.inf,
     )
-    return Error(error=error / scale, floor=noise / scale, times=times, scaled=scaled)
+    return Error(error=error / scale, floor=noise / scale, times=times, left=left)
 
 
 def _fitted(actual: np.ndarray, exact: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:

@@ -5,8 +5,10 @@ Every stage keeps the names of nodes and values, so that `layer1.0.conv2/Conv` i
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from deploy.artifact.artifact import Artifact
@@ -106,6 +108,32 @@ def paired(a: Graph, b: Graph) -> list[str]:
         and known[name].dtype == types[name]
         and (name in outputs or (maker.operator not in _SKIPPED and a.makers[name].name == maker.name))
     ]
+
+
+def unlike_pairs(graph: Graph) -> set[str]:
+    """What nodes compute from a tensor that is quantized with one scale or zero point and read back with another."""
+    found: set[str] = set()
+    for node in graph.model.graph:
+        for value in node.inputs:
+            back = None if value is None else value.producer()
+            codes = back.inputs[0] if back is not None and back.op_type == "DequantizeLinear" else None
+            there = None if codes is None else codes.producer()
+            if back is None or there is None or there.op_type != "QuantizeLinear":
+                continue
+            pairs = zip_longest(there.inputs[1:], back.inputs[1:])
+            if not all(_same_constant(one, other) for one, other in pairs):
+                found |= {output.name for output in node.outputs if output.name}
+    return found
+
+
+def _same_constant(one: ir.Value | None, other: ir.Value | None) -> bool:
+    if one is other:
+        return True
+    arrays = [
+        np.zeros(1) if value is None else value.const_value.numpy() if value.const_value is not None else None
+        for value in (one, other)
+    ]
+    return arrays[0] is None or arrays[1] is None or bool(np.all(arrays[0].astype(np.float64) == arrays[1].astype(np.float64)))
 
 
 def cut(model: ir.Model, targets: Collection[str], fed: Collection[str]) -> ir.Model:

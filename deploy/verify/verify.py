@@ -164,12 +164,15 @@ def _engine_outputs(engine: Artifact, comparison: Comparison) -> dict[str, Error
 
 
 def _settled(layer: Layer, found: Found) -> Layer:
-    """With the errors of what undoes it, or of what it undoes, in place of those in other units."""
+    """With the errors of what undoes it, of what it undoes, or of what other units leave of it, in place of those in other units."""
     if layer.tensor in found.undone:
         return replace(layer, local=found.undone[layer.tensor])
-    undoing = [found.undone[name] for name in found.rewritten.get(layer.tensor, ())]
-    if not undoing:
+    if layer.tensor not in found.rewritten:
         return layer
+    undoing = [found.undone[name] for name in found.rewritten[layer.tensor] if name in found.undone]
+    if not undoing:
+        scaled = replace(layer.cumulative, times=layer.cumulative.left)
+        return replace(layer, local=scaled, cumulative=scaled)
     worst = max(undoing, key=lambda error: error.times)
     return replace(layer, local=worst, cumulative=worst)
 
