@@ -146,6 +146,8 @@ class _Search:
         if self._behind(targets, _STEPS - trail.steps) & (self.suspects.keys() - known):
             return replace(trail, targets=tuple(targets))
         loose = [trail.passed[name] for name, each in next_ones.items() if each or not self.readers[name]]
+        if loose and not self.suspects[trail.first].scaled:
+            loose = [trail.first]
         return replace(trail, targets=(), ended=True, broken=tuple(dict.fromkeys((*trail.broken, *loose))))
 
     def followed(self, trail: _Trail, errors: Mapping[str, Error]) -> _Trail:

@@ -1,5 +1,7 @@
 """A's tensors as its PyTorch module computes them, in place of its ONNX file."""
 
+import copy
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,13 +19,16 @@ from deploy.intake.build import rebuild
 from deploy.runtime.backends.eager import flatten
 from deploy.runtime.session import first_line
 
+logger = logging.getLogger(__name__)
+
 
 class EagerTensors:
     """The outputs of the modules that an export was made from, under the names of the tensors of its graph.
 
     A module's output is the one tensor that its nodes, which are named after it, give to others. Where the exporter has folded a module
     into the one before (a batch normalization, a dropout), the tensor is what the folded one makes. Modules that are called more than once,
-    or have several outputs, are left out.
+    or have several outputs, are left out. They are computed in double precision, and in single precision beside it, which shows what
+    the order of sums does; a module that cannot run in double is run in single alone, with a warning.
     """
 
     def __init__(self, artifact: Artifact, model: ir.Model, feed: Feed) -> None:
@@ -35,19 +40,34 @@ class EagerTensors:
             raise UsageError(f"{root.shown} was made from an ONNX file: there is no module of it to run in PyTorch")
         self._module = rebuild(root)
         self._inputs = [torch.from_numpy(feed[spec.name]) for spec in root.manifest.inputs]
+        self._double: nn.Module | None = copy.deepcopy(self._module).double()
         self._outputs = [spec.name for spec in root.manifest.outputs]
         self._tensors, self._with_nodes = _tensors_of_modules(model)
         shapes = {value.name or "": value.shape for node in model.graph for value in node.outputs}
-        found = self({*self._tensors.values(), *self._outputs})
+        wanted = {*self._tensors.values(), *self._outputs}
+        try:
+            self._run(self._double, wanted, double=True)
+        except BackendError as error:
+            logger.warning("the module does not run in double precision, so its own rounding is not in the floor: %s", error)
+            self._double = None
+        found = self._run(self._module, wanted)
         self.names = {name for name, array in found.items() if _fits(array, shapes[name])}
         """The tensors that are known."""
 
-    def __call__(self, names: Collection[str]) -> Feed:
-        """Those of `names` that are known."""
-        watched = _Watched(self._module, {part: name for part, name in self._tensors.items() if name in names}, self._with_nodes)
+    def __call__(self, names: Collection[str]) -> tuple[Feed, Feed]:
+        """Those of `names` that are known, float32: as computed in double precision, and in single precision."""
+        single = self._run(self._module, names)
+        if self._double is None:
+            return single, single
+        double = self._run(self._double, names, double=True)
+        return {name: array.astype(single[name].dtype) for name, array in double.items()}, single
+
+    def _run(self, module: nn.Module, names: Collection[str], *, double: bool = False) -> Feed:
+        watched = _Watched(module, {part: name for part, name in self._tensors.items() if name in names}, self._with_nodes)
         try:
             with torch.inference_mode(), watched:
-                results = flatten(self._module(*self._inputs))
+                given = [x.double() if double and x.is_floating_point() else x for x in self._inputs]
+                results = flatten(module(*given))
         except Exception as error:  # the user's code may raise anything
             raise BackendError(f"eager failed to run the module: {type(error).__name__}: {first_line(error)}") from error
         outputs = dict(zip(self._outputs, results, strict=True))

@@ -46,7 +46,7 @@ class Layer:
 class Comparison:
     """Runs two graphs on one feed, tensor by tensor, in passes of bounded memory.
 
-    eager: A's tensors of `pairs`, in place of those that its graph computes.
+    eager: A's tensors of `pairs`, in place of those that its graph computes, and the same with the rounding of another program.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class Comparison:
         feed: Feed,
         progress: Progress,
         *,
-        eager: Callable[[Collection[str]], Feed] | None = None,
+        eager: Callable[[Collection[str]], tuple[Feed, Feed]] | None = None,
     ) -> None:
         self.a, self.b, self.pairs = a, b, tuple(pairs)
         self.feed = feed
         self._eager = eager
         self._progress = progress
         self._held: dict[str, np.ndarray] = {}
+        self._others: Feed = {}
         progress("reading ranges")
         self.ranges = activation_ranges(a.model, [feed])
         amax = {name: found.amax for name, found in self.ranges.items()}
@@ -109,14 +110,15 @@ class Comparison:
         graphs += [cut(model, targets, fed) for model in self._models()[1:]]
         given = self._exact({name for graph in graphs for name in _inputs(graph)} | set(targets))
         results = [CpuGraph(graph)({name: given[name] for name in _inputs(graph)}) for graph in graphs]
-        return {name: self._judged([each[f"{name}{LOCAL}"] for each in results], given[name]) for name in targets}
+        return {name: self._judged(name, [each[f"{name}{LOCAL}"] for each in results], given[name]) for name in targets}
 
     def outputs(self, results: Feed) -> dict[str, Error]:
         """The errors of outputs that something else has made of the feed."""
         exact = self._exact(results)
         others = [_run(model, list(results), self.feed) for model in self._models()[1:]]
+        errors = {name: self._judged(name, [each[name] for each in (results, *others)], exact[name]) for name in results}
         self._held.clear()
-        return {name: self._judged([each[name] for each in (results, *others)], exact[name]) for name in results}
+        return errors
 
     def exact(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """A's tensors, one by one."""
@@ -134,22 +136,28 @@ class Comparison:
     def _cumulative(self, names: Sequence[str]) -> dict[str, Error]:
         exact = self._exact(set(names))
         results = [_run(model, names, self.feed) for model in self._models()]
-        return {name: self._judged([each[name] for each in results], exact[name]) for name in names}
+        return {name: self._judged(name, [each[name] for each in results], exact[name]) for name in names}
 
     def _models(self) -> list[ir.Model]:
         """B's graph, and A's with random rounding; A's itself where its tensors are another's."""
         return [self.b.model, *self._noisy, *([self.a.model] if self._eager else [])]
 
-    def _judged(self, results: Sequence[np.ndarray], exact: np.ndarray) -> Error:
+    def _judged(self, name: str, results: Sequence[np.ndarray], exact: np.ndarray) -> Error:
         """results: of `_models`."""
-        middle = results[-1] if self._eager else exact
-        return judged(results[0], results[1 : SEEDS + 1], exact, middle)
+        if not self._eager:
+            return judged(results[0], results[1:], exact)
+        *rounded, middle = results[1:]
+        return judged(results[0], [*rounded, middle + (self._others[name] - exact)], exact, middle)
 
     def _exact(self, names: Collection[str]) -> dict[str, np.ndarray]:
         """A's tensors, and the feed's."""
         missing = [name for name in names if name not in self._held and name not in self.feed]
         if missing:
-            self._held |= _run(self.a.model, missing, self.feed) if self._eager is None else self._eager(missing)
+            if self._eager is None:
+                self._held |= _run(self.a.model, missing, self.feed)
+            else:
+                exact, self._others = self._eager(names)
+                self._held |= exact
         return {name: self._held[name] if name in self._held else self.feed[name] for name in names}
 
     def _passes(self, names: Iterable[str]) -> Iterable[list[str]]:

@@ -36,7 +36,8 @@ def text(found: Verification) -> str:
             _line("rewritten", f"{count_of(len(found.rewritten), 'tensor')} in other units, which the layers behind undo")
         )
     if not found.culprits:
-        worst = max(found.layers, key=lambda layer: layer.local.times)
+        own = [layer for layer in found.layers if layer.tensor not in found.rewritten] or found.layers
+        worst = max(own, key=lambda layer: layer.local.times)
         lines.append(_line("culprit", f"none: {_place(worst)} is the worst by itself, {_error(worst.local)}"))
     if found.reproduction is not None:
         made = found.reproduction

@@ -30,8 +30,8 @@ def test_a_layer_that_is_not_the_modules_is_named(reference: Reference, tmp_path
     source = reference("mobilenet_v1")
     model = onnx.load(source.onnx_path)
     conv = [node for node in model.graph.node if node.op_type == "Conv"][5]
-    bias = next(tensor for tensor in model.graph.initializer if tensor.name == conv.input[2])
-    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == conv.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
     onnx.save(model, tmp_path / "other.onnx")
     found = verify(source, tmp_path / "other.onnx", eager=True)
     assert [layer.node for layer in found.culprits] == [conv.name]
