@@ -3,7 +3,7 @@
 Every stage keeps the names of nodes and values, so that `layer1.0.conv2/Conv` is the same layer in FP32, FP16 and INT8.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
@@ -49,14 +49,12 @@ class Graph:
     halves: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, artifact: Artifact, change: Callable[[ir.Model], None] | None = None) -> "Graph":
+    def read(cls, artifact: Artifact) -> "Graph":
         """The graph of an artifact; of an engine, that of the typed file that it was built from.
 
-        change: is called with the graph as it is in the file. Raises PrecisionError and ArtifactError.
+        Raises PrecisionError and ArtifactError.
         """
         model = load_model(artifact.onnx_path)
-        if change is not None:
-            change(model)
         Prepare()(model)
         makers = {
             value.name: Maker(node.name or "", node.op_type, node.metadata_props.get(SOURCE_LINE, ""))
