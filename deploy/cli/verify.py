@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from deploy.cli.common import debug_option, json_option, progress_bar
+from deploy.cli.common import check_writable, debug_option, json_option, progress_bar
 from deploy.cli.options import PATH
 
 
@@ -25,10 +25,12 @@ from deploy.cli.options import PATH
 def command(a: str, b: str, eager: bool, data: Path | None, reproduce: Path | None, report: Path | None, as_json: bool) -> None:
     """Find the layer on which artifact B parts from artifact A.
 
-    Both must come from one export: FP32 and FP16, FP32 and INT8, and so on; of engines, the file that they were built from. Each
-    layer of B is run as it is (cumulative) and fed A's own tensors (local), and judged against what rounding at random in B's
-    formats does to A's layers. Exit status 1 where an output parts beyond that.
+    Both must come from one export: FP32 and FP16, FP32 and INT8, and so on; of an engine, the file that it was built from, and its
+    own outputs where it can run. Each layer of B is run as it is (cumulative) and fed A's own tensors (local), and judged against
+    what rounding at random in B's formats does to A's layers. Exit status 1 where an output parts beyond that.
     """
+    if report is not None:
+        check_writable(report, "--report", ".html")
     from deploy.verify.page import page
     from deploy.verify.text import text
     from deploy.verify.verify import verify

@@ -30,7 +30,7 @@ td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}.bad{color:
 
 def page(found: Verification, path: Path) -> None:
     """Write the page. Raises OutputError where `path` cannot be written."""
-    title = f"{found.b} against {found.a}"
+    title = f"{found.b} against {found.shown_a}"
     parts = [
         f"<h1>{escape(title)}</h1><pre>{escape(text(found))}</pre>",
         "<h2>Errors along the depth</h2><p>The root mean square of each layer's error over that of its values, on a logarithmic scale: as B"
@@ -46,7 +46,6 @@ def page(found: Verification, path: Path) -> None:
         f"<style>{_STYLE}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(document, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

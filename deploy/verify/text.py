@@ -12,8 +12,7 @@ def text(found: Verification) -> str:
     """The outputs, the culprits and what would help, in lines."""
     rows = count_of(found.rows, "row")
     source = "random input" if found.data == "random" else f"the {found.data} given"
-    a = f"the module of {found.a}" if found.eager else found.a
-    lines = [f"{found.b} against {a}, on {rows} of {source}: {count_of(len(found.layers), 'layer')} compared"]
+    lines = [f"{found.b} against {found.shown_a}, on {rows} of {source}: {count_of(len(found.layers), 'layer')} compared"]
     if found.unpaired:
         lines[0] += f", {found.unpaired} without a counterpart"
     lines += [_line("output", f"{name}: {_error(error)}") for name, error in found.outputs.items()]

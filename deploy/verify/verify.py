@@ -52,6 +52,10 @@ class Verification:
     engine: dict[str, Error] | str | None = None
 
     @property
+    def shown_a(self) -> str:
+        return f"the module of {self.a}" if self.eager else self.a
+
+    @property
     def beyond(self) -> list[str]:
         ran = self.engine if isinstance(self.engine, dict) else {}
         return [name for name, error in self.outputs.items() if error.beyond or (name in ran and ran[name].beyond)]
