@@ -74,11 +74,14 @@ def noisy(a: Graph, b: Graph, amax: Mapping[str, float], seed: int) -> ir.Model:
     model = a.model.clone()
     noise = _Noise(model.graph, seed)
     theirs = {node.name: node for node in b.model.graph}
+    sizes = _sizes(model.graph)
     for node in list(model.graph):
         other = theirs.get(node.name)
         weights = {index for index, value in enumerate(node.inputs) if value is not None and value.const_value is not None}
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype != _FLOAT or (index in weights and len(weights) == len(node.inputs)):
+                continue
+            if value in sizes:
                 continue
             quantized = None if other is None else _dequantized(other, index)
             name = value.name or ""
@@ -98,9 +101,21 @@ def noisy(a: Graph, b: Graph, amax: Mapping[str, float], seed: int) -> ir.Model:
             model.graph.insert_before(node, changed)
             node.replace_input_with(index, changed[-1].outputs[0])
         for value in node.outputs:
-            if value.dtype == _FLOAT and value.name:
+            if value.dtype == _FLOAT and value.name and value not in sizes:
                 _behind(model.graph, node, value, noise, _HALF_ULP[b.halves.get(value.name, "fp32")])
     return model
+
+
+def _sizes(graph: ir.Graph) -> set[ir.Value]:
+    """What is computed from sizes and constants alone, and the scales of a Resize: other numbers there make other shapes."""
+    sizes: set[ir.Value] = set()
+    for node in graph:
+        read = [value for value in node.inputs if value is not None and value.const_value is None]
+        if node.op_type in ("Shape", "Size") or (read and sizes.issuperset(read)):
+            sizes.update(node.outputs)
+        if node.op_type in ("Resize", "Upsample"):
+            sizes.update(value for value in node.inputs[1:] if value is not None)
+    return sizes
 
 
 def _behind(graph: ir.Graph, node: ir.Node, value: ir.Value, noise: _Noise, most: float) -> None:

@@ -97,6 +97,32 @@ def test_artifacts_of_lower_precision_are_within_the_floor(reference: Reference,
     assert nodes(verify(source, tmp_path / "broken.onnx")) == ["conv2/Conv"]
 
 
+def test_the_noise_does_not_change_sizes(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        enlarged (float[batch, 2, 6, 7] x) => (float[batch, 2, h, w] y) <float[4] s = {1, 1, 2, 2}, int64[2] last = {2, 3}> {
+            [up] u = Resize(x, , s)
+            [shape] all = Shape(u)
+            [sizes] sizes = Gather(all, last)
+            [float] f = Cast<to = 1>(sizes)
+            [root] r = Sqrt(f)
+            [square] q = Mul(r, r)
+            [round] t = Floor(q)
+            [ints] i = Cast<to = 7>(t)
+            [left] l = Shape<start = 0, end = 2>(u)
+            [whole] w = Concat<axis = 0>(l, i)
+            [again] y = Resize<mode = "linear">(u, , , w)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    onnx.save(model, tmp_path / "a.onnx")
+    next(node for node in model.graph.node if node.name == "again").attribute[0].s = b"nearest"
+    model.graph.node[0].attribute.append(helper.make_attribute("mode", "linear"))
+    onnx.save(model, tmp_path / "b.onnx")
+    assert nodes(verify(tmp_path / "a.onnx", tmp_path / "a.onnx")) == []
+    assert nodes(verify(tmp_path / "a.onnx", tmp_path / "b.onnx"))[:1] == ["up"]
+
+
 def test_the_document_is_plain_json(write: Write) -> None:
     document = verify(write("a.onnx"), write("b.onnx", multiply("w1", np.inf, (0, 0, 0, 0)))).to_json()
     again = json.loads(json.dumps(document, allow_nan=False))
