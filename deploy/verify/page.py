@@ -20,11 +20,11 @@ _STYLE = """
 body{margin:0;background:var(--back);color:var(--text);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1000px;margin:0 auto;padding:1rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
+svg{width:100%;min-width:640px;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13px}
 td,th{padding:.2rem .6rem .2rem 0;text-align:right;border-bottom:1px solid var(--grid)}
-td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}.bad{color:var(--bad);font-weight:600}
-.key span{margin-right:1.2rem}
+td:first-child,th:first-child{text-align:left;min-width:11rem;overflow-wrap:anywhere}.bad{color:var(--bad);font-weight:600}
+.key span{margin-right:1.2rem;white-space:nowrap}
 """
 
 
@@ -94,7 +94,7 @@ def _figure(layers: Sequence[Layer], culprits: Sequence[Layer]) -> str:
             )
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 6}">first layer</text>')
     parts.append(f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end">last layer</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Errors along the depth">{"".join(parts)}</svg>'
+    return f'<div class=wide><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Errors along the depth">{"".join(parts)}</svg></div>'
 
 
 def _table(found: Verification) -> str:

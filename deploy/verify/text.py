@@ -57,7 +57,7 @@ def _place(layer: Layer) -> str:
 
 def _error(error: Error) -> str:
     if error.beyond:
-        judged = f"{error.times:.1f} times beyond"
+        judged = f"{error.times:,.{1 if error.times < 100 else 0}f} times beyond"
     else:
         judged = "within" if error.error <= BEYOND * error.floor else "not surely beyond, of so few numbers,"
     return f"error {error.error:.2g}, {judged} the floor of {error.floor:.2g}"
