@@ -161,7 +161,7 @@ class _Search:
         passed, undone, broken, right = dict(trail.passed), dict(trail.undone), list(trail.broken), set(trail.right)
         for target in trail.targets:
             error = errors[target]
-            owner = next(trail.passed[name] for name in reversed(trail.passed) if target in self.readers[name])
+            owner = next(trail.passed[name] for name in reversed(list(trail.passed)) if target in self.readers[name])
             if target in self.unlike:
                 broken.append(target)
             elif error.times <= CLEAN:

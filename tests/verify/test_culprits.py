@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deploy.verify.verify import Verification, verify
 
@@ -66,13 +66,13 @@ def one(row: int, column: int, factor: float) -> np.ndarray:
     return factors
 
 
-def nodes(found: Verification) -> list[str]:
+def nodes_of(found: Verification) -> list[str]:
     return [layer.node for layer in found.culprits]
 
 
 def test_a_smoothed_norm_is_no_culprit_nor_what_undoes_it(make: Make) -> None:
     found = verify(make("a.onnx"), make("b.onnx", *SMOOTHED))
-    assert (nodes(found), found.beyond) == ([], [])
+    assert (nodes_of(found), found.beyond) == ([], [])
     assert found.rewritten[:1] == ["n"]
 
 
@@ -90,11 +90,48 @@ def test_of_layers_that_were_rewritten_together_the_one_with_the_fault_is_named(
     make: Make, factors: tuple[str, object], culprit: str
 ) -> None:
     found = verify(make("a.onnx"), make("b.onnx", *SMOOTHED, factors))
-    assert nodes(found)[:1] == [culprit]
+    assert nodes_of(found)[:1] == [culprit]
     if culprit != "norm":
-        assert nodes(found) == [culprit]
+        assert nodes_of(found) == [culprit]
 
 
 def test_a_scale_that_nothing_undoes_is_a_fault_beside_another_one(make: Make) -> None:
     found = verify(make("a.onnx"), make("b.onnx", ("g", 1.001), ("wf", one(1, 1, 1.5))))
-    assert nodes(found) == ["norm", "fc"]
+    assert nodes_of(found) == ["norm", "fc"]
+
+
+def test_a_network_that_was_equalized_from_its_beginning_to_its_end_has_no_culprit(tmp_path: Path) -> None:
+    """Longer than any trail: each product but the last is in other units, and quantized, so that all of it is."""
+    rng = np.random.default_rng(1)
+    depth = 10
+    weights = [rng.standard_normal((8, 8)).astype(np.float32) * np.float32(0.5) for _ in range(depth)]
+    units = [
+        np.ones(8, dtype=np.float32),
+        *rng.uniform(0.6, 1.5, (depth - 1, 8)).astype(np.float32),
+        np.ones(8, dtype=np.float32),
+    ]
+    paths = []
+    for name, chosen in (("a.onnx", [np.ones(8, dtype=np.float32)] * (depth + 1)), ("b.onnx", units)):
+        nodes, arrays = [], {"zero": np.zeros((), dtype=np.int8)}
+        values = rng.standard_normal((5 * 64, 8))
+        for index, weight in enumerate(weights):
+            arrays[f"w{index}"] = (weight * chosen[index + 1] / chosen[index][:, None]).astype(np.float32)
+            source = "x" if index == 0 else f"r{index - 1}"
+            if name == "b.onnx":
+                arrays[f"s{index}"] = np.array(np.abs(values).max() * 1.1 / 127, dtype=np.float32)
+                values = np.maximum(values @ arrays[f"w{index}"], 0)
+                nodes += [
+                    helper.make_node("QuantizeLinear", [source, f"s{index}", "zero"], [f"q{index}"]),
+                    helper.make_node("DequantizeLinear", [f"q{index}", f"s{index}", "zero"], [f"d{index}"]),
+                ]
+                source = f"d{index}"
+            nodes.append(helper.make_node("MatMul", [source, f"w{index}"], [f"m{index}"], name=f"m{index}"))
+            nodes.append(helper.make_node("Relu", [f"m{index}"], ["y" if index == depth - 1 else f"r{index}"], name=f"r{index}"))
+        shapes = [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["batch", 64, 8]) for value in ("x", "y")]
+        initializers = [numpy_helper.from_array(array, key) for key, array in arrays.items()]
+        graph = helper.make_graph(nodes, "chain", shapes[:1], shapes[1:], initializers)
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / name)
+        paths.append(tmp_path / name)
+    found = verify(*paths)
+    assert nodes_of(found) == []
+    assert "m0" in found.rewritten
