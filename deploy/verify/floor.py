@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.verify.graphs import Graph
+from deploy.verify.graphs import Graph, dequantized
 
 _HALF_ULP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """The largest relative error of rounding to nearest: 24, 11 and 8 significant bits."""
@@ -83,7 +83,7 @@ def noisy(a: Graph, b: Graph, amax: Mapping[str, float], seed: int) -> ir.Model:
                 continue
             if value in sizes:
                 continue
-            quantized = None if other is None else _dequantized(other, index)
+            quantized = None if other is None else dequantized(other, index)
             name = value.name or ""
             if index in weights:
                 assert value.const_value is not None
@@ -131,16 +131,6 @@ def _behind(graph: ir.Graph, node: ir.Node, value: ir.Value, noise: _Noise, most
     graph.outputs[:] = [last if output is value else output for output in graph.outputs]
 
 
-def _dequantized(node: ir.Node, index: int) -> ir.Node | None:
-    """The DequantizeLinear before an input of a node of B, past what only moves or scales; None where there is none."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in ("Cast", "Transpose", "Reshape"):
-        value = maker.inputs[0]
-        maker = None if value is None else value.producer()
-    return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
-
-
 def _format(node: ir.Node, b: Graph) -> str:
     """The format that a node of B computes in, by what it gives."""
     return next((b.halves[value.name] for value in node.outputs if value.name is not None and value.name in b.halves), "fp32")
@@ -170,6 +160,6 @@ def before_bias(a: Graph, b: Graph) -> set[str]:
             continue
         reader = uses[0].node
         biased = reader.op_type == "Add" and any(each is not None and each.const_value is not None for each in reader.inputs)
-        if biased and any(_dequantized(other, index) for index in range(len(other.inputs))):
+        if biased and any(dequantized(other, index) for index in range(len(other.inputs))):
             found.add(value.name)
     return found

@@ -108,6 +108,16 @@ def paired(a: Graph, b: Graph) -> list[str]:
     ]
 
 
+def dequantized(node: ir.Node, index: int) -> ir.Node | None:
+    """The DequantizeLinear before an input of a node of B, past what only moves or scales; None where there is none."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in ("Cast", "Transpose", "Reshape"):
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
+    return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
+
+
 def unlike_pairs(graph: Graph) -> set[str]:
     """What nodes compute from a tensor that is quantized with one scale or zero point and read back with another."""
     found: set[str] = set()

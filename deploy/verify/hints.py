@@ -10,6 +10,7 @@ from deploy.precision.half.keep import weight_problem
 from deploy.precision.half.options import EPSILON, LARGEST, HalfPrecision
 from deploy.precision.half.plan import round_to
 from deploy.verify.error import BEYOND
+from deploy.verify.graphs import dequantized
 from deploy.verify.measure import Comparison, Layer
 
 _LARGEST = LARGEST["fp16"]
@@ -20,9 +21,11 @@ _SMALLEST = 2.0**-14
 def hints(comparison: Comparison, layers: Sequence[Layer]) -> dict[str, str]:
     """A sentence for each culprit by its tensor, "" where nothing is known. Raises PrecisionError where A cannot be run."""
     b = comparison.b
-    known = dict.fromkeys((layer.tensor for layer in layers), "")
-    if b.artifact.manifest.precision.startswith("int8"):
-        known |= {layer.tensor: f"deploy quantize --exclude '{layer.node}' leaves it in floating point" for layer in layers}
+    quantized = {node.name for node in b.model.graph if any(dequantized(node, index) for index in range(len(node.inputs)))}
+    known = {
+        layer.tensor: f"deploy quantize --exclude '{layer.node}' leaves it in floating point" if layer.node in quantized else ""
+        for layer in layers
+    }
     of_fp16 = {layer.tensor: layer for layer in layers if b.halves.get(layer.tensor) == "fp16"}
     for name, array in comparison.exact(of_fp16):
         known[name] = _overflow(of_fp16[name]) or _small("values", array) or _small_weights(comparison.a.model, name)
