@@ -15,7 +15,7 @@ from deploy.verify.error import Error, judged
 from deploy.verify.floor import SEEDS, before_bias, noisy
 from deploy.verify.graphs import LOCAL, Graph, cut
 
-_PASS_BYTES = 128 << 20
+_PASS_BYTES = 64 << 20
 """Tensors held at a time; a graph is run in as many passes as that takes."""
 
 _UNKNOWN_SIZE = 64
