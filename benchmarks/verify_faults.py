@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,30 +308,38 @@ def make(folder: Path, name: str) -> dict[str, Artifact]:
     }
 
 
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    found = document["faults"]
+    right = sum(row["right"] for row in found)
+    return [Goal(text=f"the right node first: {right} of {len(found)}, at least 95 %", met=right >= 0.95 * len(found))]
+
+
+def report(document: Mapping[str, Any]) -> str:
+    found = document["faults"]
+    return "\n\n".join(
+        (
+            "# Faults that `deploy verify` finds",
+            conditions_line(document["conditions"]),
+            _counts("kind of fault", found, lambda row: row["kinds"]),
+            _counts("network", found, lambda row: [row["net"]]),
+            _counts("precision", found, lambda row: [row["precision"]]),
+            bullets(goals(document)),
+        )
+    )
+
+
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="one network and six faults, and no file of results")
     args = parser.parse_args()
-    measured = conditions_here()
-    found = measure(6, ["lenet5"]) if args.quick else measure(args.faults, list(NETS))
-    right = sum(row["right"] for row in found)
-    goals = [Goal(text=f"the right node first: {right} of {len(found)}, at least 95 %", met=right >= 0.95 * len(found))]
-    text = "\n\n".join(
-        (
-            "# Faults that `deploy verify` finds",
-            conditions_line(measured),
-            _counts("kind of fault", found, lambda row: row["kinds"]),
-            _counts("network", found, lambda row: [row["net"]]),
-            _counts("precision", found, lambda row: [row["precision"]]),
-            bullets(goals),
-        )
-    )
+    document: dict[str, Any] = {"conditions": conditions_here()}
+    document["faults"] = measure(6, ["lenet5"]) if args.quick else measure(args.faults, list(NETS))
     if args.quick:
-        print(text)
+        print(report(document))
     else:
-        publish("verify-faults", {"conditions": measured, "faults": found}, text, args.results)
-    return exit_status(goals)
+        publish("verify-faults", document, report(document), args.results)
+    return exit_status(goals(document))
 
 
 def _counts(title: str, found: list[dict[str, Any]], groups: Callable[[dict[str, Any]], list[str]]) -> str:

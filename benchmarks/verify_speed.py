@@ -8,6 +8,7 @@ Each runs once for the time and once for the memory. Goals for both: 60 s and 1.
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +61,33 @@ def measure(arch: str, precision: str) -> dict[str, Any]:
         }
 
 
-def main() -> int:
-    parser = make_parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="a LeNet-5, and no file of results")
-    args = parser.parse_args()
-    measured = conditions_here()
-    rows = {name: measure(*net) for name, net in (QUICK if args.quick else NETS).items()}
-    goals = [
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    return [
         Goal(
             text=f"{name} in {row['seconds']:.0f} s and {row['peak_mb']:.0f} MB, at most {MOST_S} and {MOST_MB}",
             met=row["seconds"] <= MOST_S and row["peak_mb"] <= MOST_MB,
         )
-        for name, row in rows.items()
+        for name, row in document["runs"].items()
     ]
-    table = markdown(
-        ["", "time", "memory"], [[name, f"{row['seconds']:.1f} s", f"{row['peak_mb']:.0f} MB"] for name, row in rows.items()]
-    )
-    text = "\n\n".join(("# What `deploy verify` takes", conditions_line(measured), table, bullets(goals)))
+
+
+def report(document: Mapping[str, Any]) -> str:
+    rows = [[name, f"{row['seconds']:.1f} s", f"{row['peak_mb']:.0f} MB"] for name, row in document["runs"].items()]
+    table = markdown(["", "time", "memory"], rows)
+    return "\n\n".join(("# What `deploy verify` takes", conditions_line(document["conditions"]), table, bullets(goals(document))))
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="a LeNet-5, and no file of results")
+    args = parser.parse_args()
+    document: dict[str, Any] = {"conditions": conditions_here()}
+    document["runs"] = {name: measure(*net) for name, net in (QUICK if args.quick else NETS).items()}
     if args.quick:
-        print(text)
+        print(report(document))
     else:
-        publish("verify-speed", {"conditions": measured, "runs": rows}, text, args.results)
-    return exit_status(goals)
+        publish("verify-speed", document, report(document), args.results)
+    return exit_status(goals(document))
 
 
 if __name__ == "__main__":
