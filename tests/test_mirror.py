@@ -67,7 +67,6 @@ COVERED = {
     "tune/search": "tune/test_tune",
     "tune/text": "cli/test_tune",
     "artifact/tuning": "tune/test_tune",
-    "verify/culprits": "verify/test_verify",
     "verify/floor": "verify/test_verify",
     "verify/page": "cli/test_verify",
     "verify/text": "cli/test_verify",

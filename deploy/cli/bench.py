@@ -12,9 +12,9 @@ from deploy.artifact.find import BUILD, open_artifact
 from deploy.bench.candidate.loadgen import Scenario
 from deploy.bench.candidate.traffic import Load
 from deploy.bench.options import BenchOptions, parse_backends
-from deploy.cli.common import debug_option, device_option, progress_bar, threads_option
+from deploy.cli.common import check_writable, debug_option, device_option, progress_bar, threads_option
 from deploy.cli.options import PATH, Numbers, options
-from deploy.errors import OutputError, UsageError
+from deploy.errors import UsageError
 from deploy.options import collect
 
 STDOUT = Path("-")
@@ -100,9 +100,9 @@ def command(
     if tolerance is not None:
         raise UsageError("--tolerance needs --compare")
     if json_file is not None and json_file != STDOUT:
-        _check_writable(json_file, "--json", ".json")
+        check_writable(json_file, "--json", ".json")
     if report is not None:
-        _check_writable(report, "--report", ".html")
+        check_writable(report, "--report", ".html")
     return _measure(artifacts, _bench_options(given), json_file, report)
 
 
@@ -158,14 +158,3 @@ def _scenarios(texts: tuple[str, ...], target_qps: float | None, target_ms: floa
         raise UsageError("--target-qps and --target-ms need --scenario server")
     targets = {"target_qps": target_qps, "target_ms": target_ms}
     return tuple(Scenario(name=name, **(targets if name == "server" else {})) for name in names)
-
-
-def _check_writable(path: Path, option: str, suffix: str) -> None:
-    """Raise before anything is measured: UsageError for what can be no FILE of results, OutputError where none can be written."""
-    if path.suffix != suffix or path.is_dir():  # `--json ARTIFACT`: the name was taken for the FILE
-        raise UsageError(f"{option} takes a FILE ending in {suffix}, not {path}; put artifacts before it")
-    try:
-        with path.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -13,7 +13,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import BUILD, artifacts_under, open_artifact
 from deploy.cli.log import logged_by
 from deploy.cli.options import PATH
-from deploy.errors import DeployError, UsageError
+from deploy.errors import DeployError, OutputError, UsageError
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import BACKENDS
 from deploy.words import as_utf8, count_of
@@ -161,3 +161,14 @@ def fp32(found: Artifact) -> bool:
 def classifier(found: Artifact) -> bool:
     """Whether the artifact is ONNX that images can be fed to."""
     return found.manifest.kind == "onnx" and found.manifest.preprocess is not None
+
+
+def check_writable(path: Path, option: str, suffix: str) -> None:
+    """Raise before anything is measured: UsageError for what can be no FILE of results, OutputError where none can be written."""
+    if path.suffix != suffix or path.is_dir():  # `--json ARTIFACT`: the name was taken for the FILE
+        raise UsageError(f"{option} takes a FILE ending in {suffix}, not {path}; put artifacts before it")
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from deploy.verify.graphs import Graph
+from deploy.verify.graphs import Graph, dequantized
 
 _HALF_ULP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """The largest relative error of rounding to nearest: 24, 11 and 8 significant bits."""
@@ -74,13 +74,16 @@ def noisy(a: Graph, b: Graph, amax: Mapping[str, float], seed: int) -> ir.Model:
     model = a.model.clone()
     noise = _Noise(model.graph, seed)
     theirs = {node.name: node for node in b.model.graph}
+    sizes = _sizes(model.graph)
     for node in list(model.graph):
         other = theirs.get(node.name)
         weights = {index for index, value in enumerate(node.inputs) if value is not None and value.const_value is not None}
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype != _FLOAT or (index in weights and len(weights) == len(node.inputs)):
                 continue
-            quantized = None if other is None else _dequantized(other, index)
+            if value in sizes:
+                continue
+            quantized = None if other is None else dequantized(other, index)
             name = value.name or ""
             if index in weights:
                 assert value.const_value is not None
@@ -98,9 +101,21 @@ def noisy(a: Graph, b: Graph, amax: Mapping[str, float], seed: int) -> ir.Model:
             model.graph.insert_before(node, changed)
             node.replace_input_with(index, changed[-1].outputs[0])
         for value in node.outputs:
-            if value.dtype == _FLOAT and value.name:
+            if value.dtype == _FLOAT and value.name and value not in sizes:
                 _behind(model.graph, node, value, noise, _HALF_ULP[b.halves.get(value.name, "fp32")])
     return model
+
+
+def _sizes(graph: ir.Graph) -> set[ir.Value]:
+    """What is computed from sizes and constants alone, and the scales of a Resize: other numbers there make other shapes."""
+    sizes: set[ir.Value] = set()
+    for node in graph:
+        read = [value for value in node.inputs if value is not None and value.const_value is None]
+        if node.op_type in ("Shape", "Size") or (read and sizes.issuperset(read)):
+            sizes.update(node.outputs)
+        if node.op_type in ("Resize", "Upsample"):
+            sizes.update(value for value in node.inputs[1:] if value is not None)
+    return sizes
 
 
 def _behind(graph: ir.Graph, node: ir.Node, value: ir.Value, noise: _Noise, most: float) -> None:
@@ -116,16 +131,6 @@ def _behind(graph: ir.Graph, node: ir.Node, value: ir.Value, noise: _Noise, most
     graph.outputs[:] = [last if output is value else output for output in graph.outputs]
 
 
-def _dequantized(node: ir.Node, index: int) -> ir.Node | None:
-    """The DequantizeLinear before an input of a node of B, past what only moves or scales; None where there is none."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in ("Cast", "Transpose", "Reshape"):
-        value = maker.inputs[0]
-        maker = None if value is None else value.producer()
-    return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
-
-
 def _format(node: ir.Node, b: Graph) -> str:
     """The format that a node of B computes in, by what it gives."""
     return next((b.halves[value.name] for value in node.outputs if value.name is not None and value.name in b.halves), "fp32")
@@ -139,3 +144,22 @@ def _weight_step(array: np.ndarray, dequantize: ir.Node) -> np.ndarray:
         return np.asarray(np.abs(array).max() / _LEVELS)
     others = tuple(dim for dim in range(array.ndim) if dim != axis % array.ndim)
     return np.asarray(np.abs(array).max(axis=others, keepdims=True) / _LEVELS)
+
+
+def before_bias(a: Graph, b: Graph) -> set[str]:
+    """The products that B quantizes and that a bias alone is added to, by the names of their tensors.
+
+    That bias may take back the mean error of the product, so that both are one layer, and its floor that of the two.
+    """
+    theirs = {node.name: node for node in b.model.graph}
+    found: set[str] = set()
+    for node in a.model.graph:
+        other, value = theirs.get(node.name), node.outputs[0]
+        uses = list(value.uses())
+        if other is None or len(uses) != 1 or value.is_graph_output() or not value.name:
+            continue
+        reader = uses[0].node
+        biased = reader.op_type == "Add" and any(each is not None and each.const_value is not None for each in reader.inputs)
+        if biased and any(dequantized(other, index) for index in range(len(other.inputs))):
+            found.add(value.name)
+    return found

@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 
 from deploy.errors import OutputError
-from deploy.verify.measure import Error, Layer
+from deploy.verify.error import Error
+from deploy.verify.measure import Layer
 from deploy.verify.text import text
 from deploy.verify.verify import Verification
 
@@ -19,17 +20,17 @@ _STYLE = """
 body{margin:0;background:var(--back);color:var(--text);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1000px;margin:0 auto;padding:1rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
+svg{width:100%;min-width:640px;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13px}
 td,th{padding:.2rem .6rem .2rem 0;text-align:right;border-bottom:1px solid var(--grid)}
-td:first-child,th:first-child{text-align:left;overflow-wrap:anywhere}.bad{color:var(--bad);font-weight:600}
-.key span{margin-right:1.2rem}
+td:first-child,th:first-child{text-align:left;min-width:11rem;overflow-wrap:anywhere}.bad{color:var(--bad);font-weight:600}
+.key span{margin-right:1.2rem;white-space:nowrap}
 """
 
 
 def page(found: Verification, path: Path) -> None:
     """Write the page. Raises OutputError where `path` cannot be written."""
-    title = f"{found.b} against {found.a}"
+    title = f"{found.b} against {found.shown_a}"
     parts = [
         f"<h1>{escape(title)}</h1><pre>{escape(text(found))}</pre>",
         "<h2>Errors along the depth</h2><p>The root mean square of each layer's error over that of its values, on a logarithmic scale: as B"
@@ -45,7 +46,6 @@ def page(found: Verification, path: Path) -> None:
         f"<style>{_STYLE}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(document, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -94,7 +94,7 @@ def _figure(layers: Sequence[Layer], culprits: Sequence[Layer]) -> str:
             )
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 6}">first layer</text>')
     parts.append(f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end">last layer</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Errors along the depth">{"".join(parts)}</svg>'
+    return f'<div class=wide><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Errors along the depth">{"".join(parts)}</svg></div>'
 
 
 def _table(found: Verification) -> str:

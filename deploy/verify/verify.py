@@ -1,35 +1,40 @@
 """`deploy.verify`: where two artifacts of one network part, layer by layer, and which layer is the culprit."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.find import open_artifact
-from deploy.artifact.tensors import row_count
+from deploy.artifact.tensors import Feed, row_count
 from deploy.data.evidence_feeds import NamedFeed, parity_feeds, real_data
-from deploy.errors import UsageError
+from deploy.errors import BackendError, UsageError
 from deploy.progress import Progress, silent
-from deploy.verify.culprits import culprits
+from deploy.runtime.load import open_session
+from deploy.verify.culprits import Found, culprits
+from deploy.verify.error import Error
 from deploy.verify.graphs import Graph, paired
-from deploy.verify.measure import Comparison, Error, Layer
+from deploy.verify.hints import hints
+from deploy.verify.measure import Comparison, Layer
 from deploy.verify.reproduce import Reproduction, check_folder, write_reproduction
 
+if TYPE_CHECKING:
+    from deploy.verify.eager import EagerTensors
+
 SCHEMA = 1
-_FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What `verify` found.
 
-    rows, data: of the input that both ran on. layers: every tensor that both compute, in order; `local` of one whose units were
+    rows, data: of the input that both ran on. eager: whether A's tensors are those of its module. layers: every tensor that both compute, in order; `local` of one whose units were
     rewritten is that of the layers that undo it. unpaired: how many tensors of A have no counterpart in B. outputs: by name.
     culprits: the layers that compute something else by themselves, in order. rewritten: tensors in other units in B, which the
-    layers behind them undo. beyond: the outputs that part beyond the floor.
+    layers behind them undo. engine: where B is one, the errors of the outputs that it has made itself, or why it did not run here. beyond: the
+    outputs that part beyond the floor, an engine's included.
     """
 
     a: str
@@ -43,15 +48,23 @@ class Verification:
     rewritten: list[str]
     hints: dict[str, str] = field(default_factory=dict)
     reproduction: Reproduction | None = None
+    eager: bool = False
+    engine: dict[str, Error] | str | None = None
+
+    @property
+    def shown_a(self) -> str:
+        return f"the module of {self.a}" if self.eager else self.a
 
     @property
     def beyond(self) -> list[str]:
-        return [name for name, error in self.outputs.items() if error.beyond]
+        ran = self.engine if isinstance(self.engine, dict) else {}
+        return [name for name, error in self.outputs.items() if error.beyond or (name in ran and ran[name].beyond)]
 
     @property
     def victims(self) -> list[Layer]:
         """Layers that are right by themselves and beyond the floor as B runs."""
-        return [layer for layer in self.layers if layer.cumulative.beyond and layer not in self.culprits]
+        others = {*(layer.tensor for layer in self.culprits), *self.rewritten}
+        return [layer for layer in self.layers if layer.cumulative.beyond and layer.tensor not in others]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities as strings, because JSON has none."""
@@ -59,11 +72,15 @@ class Verification:
             "schema": SCHEMA,
             "a": self.a,
             "b": self.b,
+            "eager": self.eager,
             "data": self.data,
             "rows": self.rows,
             "unpaired": self.unpaired,
             "beyond": self.beyond,
             "outputs": {name: _error(error) for name, error in self.outputs.items()},
+            "engine": {name: _error(error) for name, error in self.engine.items()}
+            if isinstance(self.engine, dict)
+            else self.engine,
             "culprits": [_layer(layer) | {"hint": self.hints.get(layer.tensor, "")} for layer in self.culprits],
             "rewritten": self.rewritten,
             "layers": [_layer(layer) for layer in self.layers],
@@ -77,13 +94,16 @@ def verify(
     *,
     data: Path | str | None = None,
     reproduce: Path | str | None = None,
+    eager: bool = False,
     progress: Progress = silent,
 ) -> Verification:
     """Compare `b` with `a` layer by layer, as it runs and layer by layer on A's own tensors.
 
-    data: an ImageFolder or a folder of `.npz` feeds; None: random numbers. reproduce: the folder that the smallest file that shows the
-    first culprit is written to. Of engines, the typed ONNX file that they were built from is compared. Raises UsageError where the two are
-    not of one network, ArtifactError, DataError, PrecisionError, BackendError and OutputError.
+    data: an ImageFolder or a folder of `.npz` feeds; None: random numbers. reproduce: the folder that the smallest file that shows
+    the first culprit is written to. eager: A's tensors are those of its PyTorch module, whose code is run, and not those of its
+    ONNX file. Of an engine, the typed ONNX file that it was built from is compared, and what it computes itself where it can run.
+
+    Raises UsageError where the two are not of one network, ArtifactError, DataError, PrecisionError, BackendError and OutputError.
     """
     first, second = (each if isinstance(each, Artifact) else open_artifact(each) for each in (a, b))
     for each in (first, second):
@@ -98,7 +118,10 @@ def verify(
     progress("reading the graphs")
     graphs = Graph.read(first), Graph.read(second)
     pairs = paired(*graphs)
-    comparison = Comparison(*graphs, pairs, feed.feed, progress)
+    tensors = _eager_tensors(first, graphs[0], feed.feed) if eager else None
+    if tensors is not None:
+        pairs = [name for name in pairs if name in tensors.names]
+    comparison = Comparison(*graphs, pairs, feed.feed, progress, eager=tensors)
     layers = comparison.layers()
     progress("looking for the culprit")
     found = culprits(comparison, layers)
@@ -107,14 +130,16 @@ def verify(
     return Verification(
         a=first.shown,
         b=second.shown,
+        eager=eager,
         data=feed.data,
         rows=row_count(feed.feed),
-        layers=[_settled(layer, found.rewritten, found.undone) for layer in layers],
+        layers=[_settled(layer, found) for layer in layers],
         unpaired=len(set(graphs[0].values()) - set(pairs)),
         outputs={layer.tensor: layer.cumulative for layer in layers if layer.tensor in outputs},
         culprits=guilty,
         rewritten=list(found.rewritten),
-        hints={layer.tensor: _hint(layer, second) for layer in guilty},
+        hints=hints(comparison, guilty),
+        engine=_engine_outputs(second, comparison) if second.manifest.kind == "engine" else None,
         reproduction=write_reproduction(comparison, guilty[0], Path(reproduce)) if guilty and reproduce is not None else None,
     )
 
@@ -125,30 +150,35 @@ def verification_feed(artifact: Artifact, data: Path | None) -> NamedFeed:
     return max(feeds, key=lambda feed: row_count(feed.feed))
 
 
-def _settled(layer: Layer, rewritten: Any, undone: Any) -> Layer:
-    if layer.tensor in undone:
-        return Layer(**{**vars(layer), "local": undone[layer.tensor]})
-    if layer.tensor in rewritten:
-        errors = [undone[name] for name in rewritten[layer.tensor]]
-        return Layer(
-            **{
-                **vars(layer),
-                "local": max(errors, key=lambda error: error.times),
-                "cumulative": max(errors, key=lambda error: error.times),
-            }
-        )
-    return layer
+def _eager_tensors(artifact: Artifact, graph: Graph, feed: Feed) -> "EagerTensors":
+    from deploy.verify.eager import EagerTensors  # loads torch
+
+    return EagerTensors(artifact, graph.model, feed)
 
 
-def _hint(layer: Layer, artifact: Artifact) -> str:
-    """What would help, where that is known."""
-    precision = artifact.manifest.precision
-    largest = layer.range.amax if layer.range else 0.0
-    if precision == "fp16" and (largest > _FP16_MAX or not math.isfinite(layer.local.error)):
-        return f"its values reach {largest:.3g}, and FP16 ends at {_FP16_MAX:g}: `deploy convert --data` with such input keeps it in FP32, or --bf16"
-    if precision.startswith("int8"):
-        return f"deploy quantize --exclude '{layer.node}' leaves it in floating point"
-    return ""
+def _engine_outputs(engine: Artifact, comparison: Comparison) -> dict[str, Error] | str:
+    """The errors of what the engine makes of the feed; or why it cannot run here."""
+    try:
+        session = open_session(engine)
+    except BackendError as error:
+        return str(error)
+    with session:
+        dtypes = {spec.name: spec.dtype for spec in session.inputs}
+        return comparison.outputs(session.run({name: array.astype(dtypes[name]) for name, array in comparison.feed.items()}))
+
+
+def _settled(layer: Layer, found: Found) -> Layer:
+    """With the errors of what undoes it, of what it undoes, or of what other units leave of it, in place of those in other units."""
+    if layer.tensor in found.undone:
+        return replace(layer, local=found.undone[layer.tensor])
+    if layer.tensor not in found.rewritten:
+        return layer
+    undoing = [found.undone[name] for name in found.rewritten[layer.tensor] if name in found.undone]
+    if not undoing:
+        scaled = replace(layer.cumulative, times=layer.cumulative.left)
+        return replace(layer, local=scaled, cumulative=scaled)
+    worst = max(undoing, key=lambda error: error.times)
+    return replace(layer, local=worst, cumulative=worst)
 
 
 def _error(error: Error) -> dict[str, Any]:
