@@ -11,8 +11,8 @@ from deploy.verify.error import CLEAN, Error
 from deploy.verify.graphs import reads, unlike_pairs
 from deploy.verify.measure import Comparison, Layer
 
-_STEPS = 6
-"""How many layers a tensor of other units may pass through before a layer undoes it."""
+_STEPS = 12
+"""How many layers a tensor of other units may pass through before a layer undoes it: those of an attention pass its reshapes, transposes and products."""
 
 _BETTER, _WORSE = 0.5, 1.2
 """By how much the error of a layer with a fault changes from A's tensor to B's, if B's is the one that it was made for."""

@@ -135,3 +135,28 @@ def test_a_network_that_was_equalized_from_its_beginning_to_its_end_has_no_culpr
     found = verify(*paths)
     assert nodes_of(found) == []
     assert "m0" in found.rewritten
+
+
+VALUES = """<ir_version: 10, opset_import: ["": 20]> g (float[2, 4, 8] x) => (float[2, 4, 8] y)
+    <int64[4] heads = {2, 4, 2, 4}, int64[3] joined = {2, 4, 8}> {
+    [value] m = MatMul(x, w) z = Add(m, b) vs = Reshape(z, heads) vh = Transpose<perm = [0, 2, 1, 3]>(vs)
+    qs = Reshape(x, heads) qh = Transpose<perm = [0, 2, 1, 3]>(qs) kh = Transpose<perm = [0, 2, 3, 1]>(qs) s = MatMul(qh, kh)
+    p = Softmax(s) o = MatMul(p, vh) t = Transpose<perm = [0, 2, 1, 3]>(o) h = Reshape(t, joined) [out] y = MatMul(h, v)
+}"""
+
+
+def test_values_of_attention_in_other_units_that_the_projection_undoes_are_no_fault(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(VALUES)
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in {"w": (8, 8), "b": 8, "v": (8, 8)}.items()}
+    by = np.exp2(rng.integers(-3, 4, 8)).astype(np.float32)
+    for name, factors in (("a", {}), ("b", {"w": by, "b": by, "v": 1 / by[:, None]})):
+        made = onnx.ModelProto()
+        made.CopyFrom(model)
+        for weight, array in weights.items():
+            tensor = (array * factors.get(weight, 1)).astype(np.float32)
+            made.graph.initializer.append(onnx.numpy_helper.from_array(tensor, weight))
+        onnx.save(onnx.shape_inference.infer_shapes(made), tmp_path / f"{name}.onnx")
+    found = verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert (nodes_of(found), found.beyond) == ([], [])
+    assert found.rewritten == ["m"]
