@@ -159,4 +159,4 @@ def test_values_of_attention_in_other_units_that_the_projection_undoes_are_no_fa
         onnx.save(onnx.shape_inference.infer_shapes(made), tmp_path / f"{name}.onnx")
     found = verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert (nodes_of(found), found.beyond) == ([], [])
-    assert found.rewritten == ["m"]
+    assert found.rewritten == ["m", "z"]
