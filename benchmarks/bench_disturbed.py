@@ -3,9 +3,8 @@
     python benchmarks/bench_disturbed.py [--runs 20] [--quick]
 
 lenet5 and resnet34 are benchmarked in turns, alone and beside two torch processes that compute and pause at random (seeded). Goals: of
-the disturbed runs, every ratio that is called certain lies within 25 % of the quiet one, which is the median of the certain quiet runs in
-which the cores were as fast and as far apart (a hypervisor changes both: see deploy.host.core_probe); of the quiet runs, 9 in 10 are certain throughout.
---quick tries the script out, and proves nothing.
+the disturbed runs, every ratio that is called certain lies within 25 % of the quiet one, which is the median of the certain quiet runs;
+of the quiet runs, 9 in 10 are certain throughout. --quick tries the script out, and proves nothing.
 """
 
 import functools
@@ -26,7 +25,6 @@ import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.bench import bench as bench_module
 from deploy.bench.options import BenchOptions
-from deploy.evidence.disturbance import APART, SLOW
 from deploy.words import count_of
 
 MOST_OFF = 0.25
@@ -115,23 +113,13 @@ def measure(runs: int, nets: Sequence[Net]) -> list[dict[str, Any]]:
     return measured
 
 
-Row = Mapping[str, Any]
-
-
-def quiet_ratios(document: Mapping[str, Any], row: Row) -> list[float]:
-    """The certain quiet ratios of the same net with the cores as fast and as far apart as in `row`."""
-
-    def like(other: Row) -> bool:
-        both = (((row[key], other[key]), limit) for key, limit in (("handoff_us", APART), ("step_ns", SLOW)))
-        return all(None in values or max(values) <= limit * min(values) for values, limit in both)
-
-    rows = (other for other in document["runs"] if other["net"] == row["net"] and not other["disturbed"] and other["certain"])
-    return [other["speedup"] for other in rows if like(other)]
-
-
-def off(document: Mapping[str, Any], row: Row) -> float:
-    """How far a ratio is from the quiet one, as a share of it; infinitely if there is none."""
-    quiet = quiet_ratios(document, row)
+def off(document: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """How far a ratio is from the quiet one, as a share of it; infinitely if no quiet run of that net is certain."""
+    quiet = [
+        other["speedup"]
+        for other in document["runs"]
+        if other["net"] == row["net"] and not other["disturbed"] and other["certain"]
+    ]
     return abs(row["speedup"] / float(np.median(quiet)) - 1) if quiet else math.inf
 
 
@@ -139,11 +127,7 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     rows = document["runs"]
     certain = [row for row in rows if row["disturbed"] and row["certain"]]
     worst = max((off(document, row) for row in certain), default=0.0)
-    farthest = (
-        f"the farthest of which is {worst:.0%} off the quiet one with cores like these"
-        if certain
-        else "so that none can be wrong"
-    )
+    farthest = f"the farthest of which is {worst:.0%} off the quiet one" if certain else "so that none can be wrong"
     runs = {row["run"] for row in rows}
     throughout = sum(all(row["certain"] for row in rows if row["run"] == run and not row["disturbed"]) for run in runs)
     least = math.ceil(LEAST_CERTAIN * len(runs))
@@ -160,12 +144,10 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     ]
 
 
-def kind(row: Row) -> tuple[str, str, str]:
-    """A row's net and circumstances, whether it is certain, and how far apart the cores were."""
+def kind(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A row's net and circumstances, and what it is called."""
     where = "beside two busy processes" if row["disturbed"] else "quiet"
-    step = None if row["handoff_us"] is None else round(math.log(row["handoff_us"], APART))
-    distance = "-" if step is None else f"{APART ** (step - 0.5):.2f} to {APART ** (step + 0.5):.2f} us"
-    return f"{row['net']}, {where}", "certain" if row["certain"] else "uncertain", distance
+    return f"{row['net']}, {where}", "certain" if row["certain"] else "uncertain"
 
 
 def report(document: Mapping[str, Any]) -> str:
@@ -173,7 +155,7 @@ def report(document: Mapping[str, Any]) -> str:
     for found in sorted({kind(row) for row in document["runs"]}):
         ratios = [row["speedup"] for row in document["runs"] if kind(row) == found]
         table.append([*found, str(len(ratios)), f"{min(ratios):.2f} to {max(ratios):.2f}"])
-    head = ["ONNX Runtime over eager, batch 1", "called", "from core to core", "ratios", "from"]
+    head = ["ONNX Runtime over eager, batch 1", "called", "ratios", "from"]
     return (
         f"# `deploy bench` beside other programs\n\n{markdown(head, table)}\n{bullets(goals(document))}\n"
         f"{conditions_line(document['conditions'])}"

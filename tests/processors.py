@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.evidence import disturbance
 from deploy.host import cpu_use
 from deploy.host.core_probe import CoreProbe, CoreState
 
@@ -64,4 +65,6 @@ def processors(*, others: float = 0.0, waiting: float = 0.0, cores: Iterable[Cor
         patch.setattr(cpu_use, "_text", text)
         patch.setattr(cpu_use, "_used_s", lambda pid: 0.0)
         patch.setattr(CoreProbe, "measure", lambda probe: next(states))
+        patch.setattr(disturbance, "best_known", lambda: None)
+        patch.setattr(disturbance, "remember", lambda state: None)
         yield

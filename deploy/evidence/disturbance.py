@@ -18,8 +18,8 @@ virtual machines, comes in steps of 10 ms, and is of whole rounds.
 
 A hypervisor also disturbs without taking time: it moves the processors of a virtual machine apart and together, so that threads that wait
 for each other run at two speeds (lenet5 on two cores of one: 0.028 and 0.056 ms), and it lets another guest use the other half of a
-core. `host.core_probe` measures both before and after each round, and a round in which the cores were slower or farther apart than in
-others is taken again as a disturbed one is. If they were in all rounds nobody knows: what they were like stands beside the figures.
+core. `host.core_probe` measures both before and after each round, and a round in which the cores were slower or farther apart than they
+are known to be at their best counts as disturbed.
 """
 
 import math
@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from deploy.evidence.timing import Ratio, paired_ratio
-from deploy.host.core_probe import CoreProbe, CoreState
+from deploy.host.core_probe import CoreProbe, CoreState, best_known, best_of, remember
 from deploy.host.cpu import physical_cores
 from deploy.host.cpu_use import Reading, take_reading, tick_s
 from deploy.words import count_of
@@ -45,8 +45,11 @@ MOST_SHARE = 0.99
 """Beyond, nothing is known of a time; figures stay finite."""
 APART = 1.6
 """Cores are farther apart from so many times the time of a handoff on."""
-SLOW = 1.25
-"""Cores are slower from so many times the time of a step on."""
+SLOW = 1.4
+"""Cores are slower from so many times the time of a step on: the other half of a core costs 1.6 times, a clock that sinks less."""
+
+LONGEST = 4
+"""How many times as long a measurement may take as one that nobody disturbs."""
 
 SHOWN = 0.05
 """Cores of other programs from which they are named as a reason: less is shown as 0.0."""
@@ -182,14 +185,15 @@ def take_turn(process: int, threads: int, run: Callable[[], list[float]]) -> Tur
 
 
 class Round(dict[K, Turn]):
-    """The turns of one round, by candidate. cores: what they were like before and after it; empty if not known."""
+    """The turns of one round, by candidate. cores: what they were like before and after it, empty if not known; best: what they can be."""
 
     cores: tuple[CoreState, ...] = ()
+    best: CoreState | None = None
 
     def only(self, candidates: Iterable[K]) -> "Round[K]":
         """The round without the turns of others."""
         part = Round({candidate: self[candidate] for candidate in candidates})
-        part.cores = self.cores
+        part.cores, part.best = self.cores, self.best
         return part
 
     @property
@@ -213,60 +217,65 @@ class Round(dict[K, Turn]):
 
 
 def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]]) -> None:
-    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in at most the time of the first `count`.
+    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in at most `LONGEST` times the time of the
+    first `count`.
 
     take: a round of this number.
     """
     start = time.monotonic()
     limit_s = math.inf
     with CoreProbe() as probe:
-        before = probe.measure()
+        best, before = best_known(), probe.measure()
         while len(undisturbed(into)) < count and time.monotonic() - start < limit_s:
             each = take(len(into))
             after = probe.measure()
-            each.cores = (before, after) if before is not None and after is not None else ()
+            each.cores, each.best = (before, after) if before is not None and after is not None else (), best
             before = after
             into.append(each)
             if len(into) == count:
-                limit_s = 2 * (time.monotonic() - start)
+                limit_s = LONGEST * (time.monotonic() - start)
+    if (found := _best(into)) is not None:
+        remember(found)
 
 
-def undisturbed(rounds: Sequence[Round[K]], least: int = 1) -> list[Round[K]]:
-    """The rounds that nobody disturbed, and in which the cores were as near to each other and as fast as in the best `least` of these."""
-    quiet = [each for each in rounds if each.quiet]
-    if not all(each.cores for each in quiet):
-        return quiet
-    if all(each.threads > 1 for each in quiet):
-        quiet = _best(quiet, least, APART, lambda state: state.handoff_us or 0.0)
-    return _best(quiet, least, SLOW, lambda state: state.step_ns)
+def undisturbed(rounds: Sequence[Round[K]]) -> list[Round[K]]:
+    """The rounds that nobody disturbed, and in which the cores were at their best."""
+    best = _best(rounds)
+    return [each for each in rounds if each.quiet and (best is None or _at_best(each, best))]
 
 
-def _best(rounds: list[Round[K]], least: int, times: float, of: Callable[[CoreState], float]) -> list[Round[K]]:
-    """At least so many of the rounds, those in which a time of the cores is at most so many times that of another one of these."""
-    longest = [max(map(of, each.cores)) for each in rounds]
-    for reference in sorted(longest):
-        best = [each for each, long in zip(rounds, longest, strict=True) if long <= times * reference]
-        if len(best) >= least:
-            return best
-    return rounds
+def _best(rounds: Iterable[Round[K]]) -> CoreState | None:
+    return best_of(state for each in rounds for state in (*each.cores, each.best) if state is not None)
+
+
+def _at_best(each: Round[K], best: CoreState) -> bool:
+    slow = any(state.step_ns > SLOW * best.step_ns for state in each.cores)
+    return not slow and (each.threads == 1 or not any(_apart(state, best) for state in each.cores))
+
+
+def _apart(state: CoreState, best: CoreState) -> bool:
+    return state.handoff_us is not None and best.handoff_us is not None and state.handoff_us > APART * best.handoff_us
 
 
 @dataclass(frozen=True)
 class Measured(Generic[K]):
     """The rounds that figures are made of: undisturbed ones if there are `LEAST`, else the least disturbed.
 
-    quiet: which of the two.
+    quiet: which of the two. below: if it is only that the cores were not at their best, that.
     """
 
     rounds: Sequence[Round[K]]
     quiet: bool
+    below: CoreState | None = None
 
     @classmethod
     def of(cls, rounds: Sequence[Round[K]], count: int) -> "Measured[K]":
         """At most `count` of `rounds`."""
         least = min(LEAST, count)
-        if len(best := undisturbed(rounds, least)) >= least:
+        if len(best := undisturbed(rounds)) >= least:
             return cls(best[:count], quiet=True)
+        if len(quiet := [each for each in rounds if each.quiet]) >= least:
+            return cls(quiet[:count], quiet=False, below=_best(rounds))
         shares = [max(each.use(candidate).share or 0.0 for candidate in each) for each in rounds]
         calmest = sorted(sorted(range(len(rounds)), key=shares.__getitem__)[:count])
         return cls([rounds[index] for index in calmest], quiet=False)
@@ -295,6 +304,8 @@ class Measured(Generic[K]):
 
     def reason(self, *candidates: K) -> str:
         """Why the times of these candidates are uncertain, the one that was disturbed most."""
+        if self.below is not None and self.cores is not None:
+            return _worse(self.cores, self.below)
         return reason(self.most_disturbed(*candidates))
 
     def most_disturbed(self, *candidates: K) -> Use:
@@ -304,7 +315,24 @@ class Measured(Generic[K]):
     def ratio(self, baseline: K, candidate: K) -> Ratio:
         """`timing.paired_ratio`, its interval no narrower than what others did allows."""
         ratio = paired_ratio(self.samples_s(baseline), self.samples_s(candidate))
+        if self.below is not None and self.cores is not None:
+            longer = _times_worse(self.cores, self.below)
+            ratio = Ratio(value=ratio.value, low=ratio.low / longer, high=ratio.high * longer)
         return allowed(ratio, self.use(baseline), self.use(candidate)) if candidate != baseline else ratio
+
+
+def _times_worse(cores: CoreState, best: CoreState) -> float:
+    """How many times as long what needs either may take."""
+    known = cores.handoff_us is not None and best.handoff_us is not None
+    return max(1.0, cores.step_ns / best.step_ns, cores.handoff_us / best.handoff_us if known else 1.0)
+
+
+def _worse(cores: CoreState, best: CoreState) -> str:
+    """That the cores were not at their best."""
+    said = [f"{cores.step_ns / best.step_ns:.1f} times as slow"]
+    if cores.handoff_us is not None and best.handoff_us is not None:
+        said.append(f"{cores.handoff_us / best.handoff_us:.1f} times as far apart")
+    return f"the cores were {' and '.join(said)} as at their best, which a hypervisor does"
 
 
 def reason(use: Use) -> str:

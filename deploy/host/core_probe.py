@@ -1,18 +1,24 @@
 """How fast the cores are and how far apart: what a hypervisor changes without a trace in the kernel's counters.
 
 It moves the processors of a virtual machine as it likes: those that share a cache answer each other faster than those that do not, and
-one whose sibling, the other hardware thread of a core, serves another guest runs at half the speed. Steal counts neither.
+one whose sibling, the other hardware thread of a core, serves another guest runs at half the speed. Steal counts neither. The best that
+the cores have been in a day is kept in the cache, so that a measurement that only sees less knows it.
 """
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from deploy.host.cache import cache_folder, keep
 from deploy.host.cpu import physical_core_cpus
 
 MOST_CORES = 8
@@ -24,6 +30,9 @@ STEPS = 1000
 """Loops on each core, and the steps of each of them."""
 LIMIT_S = 1.0
 """Seconds to wait for a measurement, which takes 2 ms a core, and more where other programs run on it."""
+
+KEPT_S = 86400
+"""Seconds for which the best is kept: a virtual machine may move to another host."""
 
 _PROGRAM = """
 import json, mmap, os, sys, time
@@ -85,6 +94,49 @@ class CoreState:
 
     step_ns: float
     handoff_us: float | None
+
+
+def best_of(states: Iterable[CoreState]) -> CoreState | None:
+    """The least of each figure; None if there is no state."""
+    states = list(states)
+    handoffs = [state.handoff_us for state in states if state.handoff_us is not None]
+    if not states:
+        return None
+    return CoreState(step_ns=min(state.step_ns for state in states), handoff_us=min(handoffs, default=None))
+
+
+def best_known() -> CoreState | None:
+    """The best that these cores have been, as far as anybody measured, with this interpreter, since the machine was started and for a day."""
+    try:
+        kept = json.loads(_file().read_bytes())
+        if kept["of"] == _cores() and 0 <= time.time() - kept["since"] < KEPT_S:
+            return CoreState(**kept["best"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none, or it is damaged
+    return None
+
+
+def remember(state: CoreState) -> None:
+    """Keep this state if it is better than the best that is known."""
+    known = best_known()
+    best = best_of([state] if known is None else [state, known])
+    if best is None or best == known:
+        return
+    since = time.time() if known is None else json.loads(_file().read_bytes())["since"]
+    keep(_file(), json.dumps({"of": _cores(), "since": since, "best": asdict(best)}).encode(), "what the cores can do")
+
+
+def _file() -> Path:
+    return cache_folder() / "cores.json"
+
+
+def _cores() -> list[str]:
+    """What a best is of."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        started = ""
+    return [started, sys.version, ",".join(map(str, sorted(os.sched_getaffinity(0))))]
 
 
 class CoreProbe:

@@ -78,7 +78,7 @@ def fastest_backend(artifact: Artifact, options: SessionOptions) -> str:
 def _time(artifact: Artifact, backends: Sequence[str], options: SessionOptions, dims: Mapping[str, int]) -> Measured[str]:
     """The runs of the artifact on each backend that can run it here, measured in turns, in the order of `backends`.
 
-    `dims` are the sizes of the symbolic dimensions. Disturbed rounds are taken again, in as much time. Raises BackendError if no
+    `dims` are the sizes of the symbolic dimensions. Disturbed rounds are taken again (`take_rounds`). Raises BackendError if no
     backend can.
     """
     reasons = []

@@ -130,7 +130,7 @@ class Stopwatch:
         self._stack.close()
 
     def measure(self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float) -> Measured[str]:
-        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again, in as much time. Raises BackendError."""
+        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again (`take_rounds`). Raises BackendError."""
         with ExitStack() as stack:
             workers = self._always | self._opened(stack, mixes)
             names = list(workers)

@@ -2,10 +2,11 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from deploy.host.core_probe import CoreProbe
+from deploy.host.core_probe import CoreProbe, CoreState, best_known, best_of, remember
 from deploy.host.cpu import physical_cores
 
 several = pytest.mark.skipif(physical_cores() < 2, reason="a handoff needs two cores")
@@ -59,3 +60,49 @@ def test_an_interpreter_that_cannot_be_started_leaves_it_unknown(monkeypatch: py
     monkeypatch.setattr("sys.executable", "/no/such/interpreter")
     with CoreProbe() as probe:
         assert probe.measure() is None
+
+
+GOOD, FAR, SLOW = (
+    CoreState(step_ns=10.9, handoff_us=0.16), CoreState(step_ns=10.4, handoff_us=0.34), CoreState(step_ns=18.1, handoff_us=0.15)
+)  # fmt: skip
+
+
+def test_the_best_of_each_figure_is_known_to_later_programs_for_a_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert best_known() is None
+    for state, best in (
+        (GOOD, GOOD),
+        (FAR, CoreState(step_ns=10.4, handoff_us=0.16)),
+        (SLOW, CoreState(step_ns=10.4, handoff_us=0.15)),
+    ):
+        remember(state)
+        assert best_known() == best
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 86401)
+    assert best_known() is None
+    remember(SLOW)
+    assert best_known() == SLOW
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"of": [], "since": 0, "best": {}}'])
+def test_a_damaged_record_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "cores.json").write_bytes(content)
+    assert best_known() is None
+    remember(GOOD)
+    assert best_known() == GOOD
+
+
+def test_other_cores_have_a_best_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remember(GOOD)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4097})
+    assert best_known() is None
+
+
+def test_the_best_of_one_core_has_no_handoff() -> None:
+    assert best_of([]) is None
+    one = CoreState(step_ns=10.9, handoff_us=None)
+    assert best_of([one]) == one
+    assert best_of([one, FAR]) == FAR
