@@ -51,6 +51,9 @@ SLOW = 1.4
 LONGEST = 4
 """How many times as long a measurement may take as one that nobody disturbs."""
 
+SAID = 1.1
+"""How many times worse than at their best cores are said to be."""
+
 SHOWN = 0.05
 """Cores of other programs from which they are named as a reason: less is shown as 0.0."""
 
@@ -316,23 +319,27 @@ class Measured(Generic[K]):
         """`timing.paired_ratio`, its interval no narrower than what others did allows."""
         ratio = paired_ratio(self.samples_s(baseline), self.samples_s(candidate))
         if self.below is not None and self.cores is not None:
-            longer = _times_worse(self.cores, self.below)
+            longer = max(1.0, *_times_worse(self.cores, self.below))
             ratio = Ratio(value=ratio.value, low=ratio.low / longer, high=ratio.high * longer)
         return allowed(ratio, self.use(baseline), self.use(candidate)) if candidate != baseline else ratio
 
 
-def _times_worse(cores: CoreState, best: CoreState) -> float:
-    """How many times as long what needs either may take."""
+def _times_worse(cores: CoreState, best: CoreState) -> tuple[float, float]:
+    """How many times as slow, and as far apart."""
     known = cores.handoff_us is not None and best.handoff_us is not None
-    return max(1.0, cores.step_ns / best.step_ns, cores.handoff_us / best.handoff_us if known else 1.0)
+    apart = (cores.handoff_us or 1.0) / (best.handoff_us or 1.0) if known else 1.0
+    return cores.step_ns / best.step_ns, apart
 
 
 def _worse(cores: CoreState, best: CoreState) -> str:
     """That the cores were not at their best."""
-    said = [f"{cores.step_ns / best.step_ns:.1f} times as slow"]
-    if cores.handoff_us is not None and best.handoff_us is not None:
-        said.append(f"{cores.handoff_us / best.handoff_us:.1f} times as far apart")
-    return f"the cores were {' and '.join(said)} as at their best, which a hypervisor does"
+    times = zip(_times_worse(cores, best), ("as slow", "as far apart"), strict=True)
+    said = " and ".join(f"{many:.1f} times {what}" for many, what in times if many >= SAID)
+    return (
+        f"a hypervisor kept the cores from their best, most of the time {said}"
+        if said
+        else "a hypervisor kept the cores from their best"
+    )
 
 
 def reason(use: Use) -> str:
