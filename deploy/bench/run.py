@@ -45,7 +45,7 @@ class Run:
         self._first_s: dict[Candidate, float] = {}
 
     def measure(self, batch: int, seconds: float) -> None:
-        """Measure all candidates that take this batch size, in turns, for `seconds`; up to four times as long where rounds are disturbed.
+        """Measure all candidates that take this batch size, in turns, for `seconds`; longer where rounds are disturbed (`disturbance.PATIENCE_S`).
 
         Ctrl-C keeps whole rounds, if enough.
         """

@@ -48,8 +48,8 @@ APART = 1.6
 SLOW = 1.4
 """Cores are slower from so many times the time of a step on: the other half of a core costs 1.6 times, a clock that sinks less."""
 
-LONGEST = 4
-"""How many times as long a measurement may take as one that nobody disturbs."""
+PATIENCE_S = 5.0
+"""Rounds may be taken again for as long as the planned ones took, and for as long as twice that, but no more than so many seconds, beyond."""
 
 SAID = 1.1
 """How many times worse than at their best cores are said to be."""
@@ -220,8 +220,8 @@ class Round(dict[K, Turn]):
 
 
 def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]]) -> None:
-    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in at most `LONGEST` times the time of the
-    first `count`.
+    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in as much time as the first `count` took and
+    some more (`PATIENCE_S`).
 
     take: a round of this number.
     """
@@ -236,7 +236,8 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
             before = after
             into.append(each)
             if len(into) == count:
-                limit_s = LONGEST * (time.monotonic() - start)
+                planned_s = time.monotonic() - start
+                limit_s = 2 * planned_s + min(2 * planned_s, PATIENCE_S)
     if (found := _best(into)) is not None:
         remember(found)
 

@@ -172,10 +172,10 @@ def test_rounds_end_where_the_machine_does_not_become_quiet_and_the_least_distur
 
     def take(turn: int) -> Round[str]:
         clock.now += 1
-        return round_of(0.9 - 0.02 * turn, base_s=turn)
+        return round_of(0.9 - 0.03 * turn, base_s=turn)
 
     take_rounds(take, 5, taken)
-    assert len(taken) == 20  # in four times the time
+    assert len(taken) == 15  # 5 s, as much again, and 5 s
     measured = Measured.of(taken, 5)
     assert measured.rounds == taken[-5:]
     assert not measured.certain("base")
