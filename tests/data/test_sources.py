@@ -1,6 +1,5 @@
 """Files, folders, patterns and lists as paths, one by one in order."""
 
-import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -9,6 +8,7 @@ from pyarrow import parquet
 
 from deploy.data.sources import check_sources, paths_of
 from deploy.errors import DataError
+from tests.memory import peak_bytes
 
 
 @pytest.fixture
@@ -64,7 +64,8 @@ def test_what_cannot_be_a_source_is_named_before_the_work(here: Path) -> None:
 def test_a_long_list_takes_no_memory(here: Path) -> None:
     with (here / "long.txt").open("w") as file:
         file.writelines(f"images/{index}.png\n" for index in range(3_000))
-    tracemalloc.start()
-    assert sum(1 for _ in paths_of(["long.txt"])) == 3_000
-    assert tracemalloc.get_traced_memory()[1] < 1 << 18
-    tracemalloc.stop()
+    peak = peak_bytes(
+        'assert sum(1 for _ in paths_of(["long.txt"])) == 3_000',
+        before="from deploy.data.sources import paths_of",
+    )
+    assert peak < 1 << 18
