@@ -22,7 +22,7 @@ class BenchOptions(MetricOptions):
 
     batches: empty for `BATCHES`, or the fixed batch of the artifacts.
     seconds: without start and warm-up. Slow models take longer: every candidate runs in at least `MIN_ROUNDS` rounds. Rounds that
-        other programs disturb are measured again, in as much time and 5 s more at most.
+        other programs disturb are measured again, in as much time, and up to 10 s where that is less.
     shapes: an input without one takes the optimum of its profile, or the size of the images that its preprocessing makes.
     threads: of every candidate, eager included; None: the physical cores that may be used.
     device: of every candidate, eager included. `auto` is the GPU for backends that run only there, and the CPU for those that

@@ -18,8 +18,10 @@ virtual machines, comes in steps of 10 ms, and is of whole rounds.
 
 A hypervisor also disturbs without taking time: it moves the processors of a virtual machine apart and together, so that threads that wait
 for each other run at two speeds (lenet5 on two cores of one: 0.028 and 0.056 ms), and it lets another guest use the other half of a
-core. `host.core_probe` measures both before and after each round, and a round in which the cores were slower or farther apart than they
-are known to be at their best counts as disturbed.
+core. `host.core_probe` measures both before and after each round, and a round before or after which the cores were slower or farther
+apart than they are known to be at their best counts as disturbed. Where such rounds are needed after all, as where rounds are so long that
+most of them have a bad moment at one end, the median of what was measured around them decides: where it is within the limits, the cores
+were so most of the time, and a median of times is of that time.
 """
 
 import math
@@ -48,8 +50,10 @@ APART = 1.6
 SLOW = 1.4
 """Cores are slower from so many times the time of a step on: the other half of a core costs 1.6 times, a clock that sinks less."""
 
-PATIENCE_S = 5.0
-"""Rounds may be taken again for as long as the planned ones took, and for as long as twice that, but no more than so many seconds, beyond."""
+PATIENCE_S = 10.0
+"""Rounds may be taken again for as long as the planned ones took, and short ones for up to so many seconds: a hypervisor's moods last 5 to 30."""
+PATIENCE = 5
+"""But for no more than so many times as long."""
 
 SAID = 1.1
 """How many times worse than at their best cores are said to be."""
@@ -220,8 +224,8 @@ class Round(dict[K, Turn]):
 
 
 def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]]) -> None:
-    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in as much time as the first `count` took and
-    some more (`PATIENCE_S`).
+    """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in as much time as the first `count` took, or
+    more if that is short (`PATIENCE_S`).
 
     take: a round of this number.
     """
@@ -237,7 +241,7 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
             into.append(each)
             if len(into) == count:
                 planned_s = time.monotonic() - start
-                limit_s = 2 * planned_s + min(2 * planned_s, PATIENCE_S)
+                limit_s = planned_s + max(planned_s, min(PATIENCE * planned_s, PATIENCE_S))
     if (found := _best(into)) is not None:
         remember(found)
 
@@ -245,20 +249,32 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
 def undisturbed(rounds: Sequence[Round[K]]) -> list[Round[K]]:
     """The rounds that nobody disturbed, and in which the cores were at their best."""
     best = _best(rounds)
-    return [each for each in rounds if each.quiet and (best is None or _at_best(each, best))]
+    return [each for each in rounds if each.quiet and not _bad_moments(each, best)]
 
 
 def _best(rounds: Iterable[Round[K]]) -> CoreState | None:
     return best_of(state for each in rounds for state in (*each.cores, each.best) if state is not None)
 
 
-def _at_best(each: Round[K], best: CoreState) -> bool:
-    slow = any(state.step_ns > SLOW * best.step_ns for state in each.cores)
-    return not slow and (each.threads == 1 or not any(_apart(state, best) for state in each.cores))
+def _bad_moments(each: Round[K], best: CoreState | None) -> int:
+    """How many times the cores were found below their best around a round."""
+    return sum(_below(state, best, each.threads) for state in each.cores)
+
+
+def _below(state: CoreState | None, best: CoreState | None, threads: int) -> bool:
+    """Whether cores are too slow, or too far apart for more than one thread; False if not known."""
+    if state is None or best is None:
+        return False
+    return state.step_ns > SLOW * best.step_ns or (threads > 1 and _apart(state, best))
 
 
 def _apart(state: CoreState, best: CoreState) -> bool:
     return state.handoff_us is not None and best.handoff_us is not None and state.handoff_us > APART * best.handoff_us
+
+
+def _least(values: Sequence[float], count: int) -> list[int]:
+    """The indices of the `count` least, in order."""
+    return sorted(sorted(range(len(values)), key=values.__getitem__)[:count])
 
 
 @dataclass(frozen=True)
@@ -276,13 +292,16 @@ class Measured(Generic[K]):
     def of(cls, rounds: Sequence[Round[K]], count: int) -> "Measured[K]":
         """At most `count` of `rounds`."""
         least = min(LEAST, count)
-        if len(best := undisturbed(rounds)) >= least:
-            return cls(best[:count], quiet=True)
+        if len(good := undisturbed(rounds)) >= least:
+            return cls(good[:count], quiet=True)
         if len(quiet := [each for each in rounds if each.quiet]) >= least:
-            return cls(quiet[:count], quiet=False, below=_best(rounds))
+            best = _best(rounds)
+            bad = [_bad_moments(each, best) for each in quiet]
+            measured = cls([quiet[index] for index in _least(bad, count)], quiet=True)
+            threads = max(each.threads for each in measured.rounds)
+            return replace(measured, quiet=False, below=best) if _below(measured.cores, best, threads) else measured
         shares = [max(each.use(candidate).share or 0.0 for candidate in each) for each in rounds]
-        calmest = sorted(sorted(range(len(rounds)), key=shares.__getitem__)[:count])
-        return cls([rounds[index] for index in calmest], quiet=False)
+        return cls([rounds[index] for index in _least(shares, count)], quiet=False)
 
     @property
     def cores(self) -> CoreState | None:

@@ -175,7 +175,7 @@ def test_rounds_end_where_the_machine_does_not_become_quiet_and_the_least_distur
         return round_of(0.9 - 0.03 * turn, base_s=turn)
 
     take_rounds(take, 5, taken)
-    assert len(taken) == 15  # 5 s, as much again, and 5 s
+    assert len(taken) == 15  # 5 s, and 10 s more
     measured = Measured.of(taken, 5)
     assert measured.rounds == taken[-5:]
     assert not measured.certain("base")
@@ -237,6 +237,32 @@ def test_a_measurement_that_only_sees_less_than_is_known_is_uncertain() -> None:
         ratio = measured.ratio("base", "own")
         assert (ratio.low, ratio.high) == (pytest.approx(ratio.value / times), pytest.approx(ratio.value * times))
     assert Measured.of([like(FAR, FAR, best=CORES, threads=1)] * 15, 15).certain("own")
+
+
+@pytest.mark.parametrize(("planned_s", "longest_s"), [(0.1, 0.6), (1, 6), (3, 13), (10, 20), (60, 120)])
+def test_how_long_rounds_are_taken_again(clock: Clock, planned_s: float, longest_s: float) -> None:
+    def take(_: int) -> Round[str]:
+        clock.now += planned_s / 10
+        return round_of(0.9)
+
+    taken: list[Round[str]] = []
+    take_rounds(take, 10, taken)
+    assert clock.now == pytest.approx(longest_s, abs=planned_s / 9)
+
+
+@pytest.mark.parametrize("bad", [FAR, SLOW_CORES])
+def test_of_rounds_with_a_bad_moment_each_the_median_decides(bad: CoreState) -> None:
+    pairs = {CORES: [(CORES, bad), (bad, CORES), (CORES, CORES)], bad: [(bad, bad), (bad, CORES), (CORES, bad)]}
+    for most, kinds in pairs.items():
+        rounds = [like(*kinds[index % (2 + (index > 10))]) for index in range(15)]
+        measured = Measured.of(rounds, 15)
+        assert measured.certain("own") == (most == CORES)
+        assert len(measured.rounds) == 15
+    rounds = [like(bad, CORES)] * 20 + [like(bad, bad)] * 20 + [like(CORES, CORES)] * 3
+    measured = Measured.of(rounds, 15)
+    assert measured.certain("own")  # the best 15 of them
+    assert len(measured.rounds) == 15
+    assert [each.cores for each in measured.rounds[-3:]] == [(CORES, CORES)] * 3
 
 
 def test_a_thread_alone_hands_nothing_over() -> None:
