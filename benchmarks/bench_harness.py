@@ -60,6 +60,11 @@ def add_peers(parser: argparse.ArgumentParser, target: str = "peers") -> None:
     )
 
 
+def add_add(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks that take hours, to be measured in parts: see `earlier`."""
+    parser.add_argument("--add", action="store_true", help="keep the results of today, and add to them")
+
+
 def check_peers(python: Path, target: str = "peers") -> Path:
     """The absolute path of the peers' interpreter. Exits if there is none."""
     if not python.exists():
@@ -272,6 +277,15 @@ def save(name: str, document: Mapping[str, Any], text: str, folder: Path) -> Pat
     Path(f"{stem}.json").write_text(content, encoding="utf-8")
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
     return stem
+
+
+def earlier(name: str, folder: Path) -> dict[str, Any] | None:
+    """The document that was saved today; None if there is none."""
+    path = folder / f"{datetime.now(UTC):%Y-%m-%d}-{name}.json"
+    if not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def encode(document: Mapping[str, Any]) -> str:

@@ -18,11 +18,9 @@ written after each tool; `--add` keeps what those of today have, and runs what t
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,13 @@ import numpy as np
 import onnxruntime
 from bench_harness import (
     Goal,
+    add_add,
     add_peers,
     bullets,
     check_peers,
     conditions_here,
     conditions_line,
+    earlier,
     make_parser,
     markdown,
     our_command,
@@ -278,15 +278,6 @@ def measure(name: str, document: dict[str, Any], options: argparse.Namespace, pe
             save(RESULT, document, report(document), options.results)
 
 
-def earlier(results: Path) -> dict[str, Any]:
-    """The document of today, or an empty one."""
-    path = results / f"{datetime.now(UTC):%Y-%m-%d}-{RESULT}.json"
-    if path.exists():
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return document
-    return {"conditions": conditions_here(), "cases": {}}
-
-
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(NAMES)} (default: all)")
@@ -298,14 +289,14 @@ def main() -> None:
     parser.add_argument(
         "--tools", nargs="+", metavar="TOOL", default=TOOLS, help=f"of {', '.join(map(repr, TOOLS))} (default: all)"
     )
-    parser.add_argument("--add", action="store_true", help="keep the results of today, and add to them")
+    add_add(parser)
     add_peers(parser)
     options = parser.parse_args()
     for what, given, known in (("case", options.cases, NAMES), ("tool", options.tools, TOOLS)):
         if unknown := [each for each in given if each not in known]:
             parser.error(f"unknown {what} {', '.join(unknown)}; expected {', '.join(known)}")
     peers = check_peers(options.peers)
-    document = earlier(options.results) if options.add else {"conditions": conditions_here(), "cases": {}}
+    document = (options.add and earlier(RESULT, options.results)) or {"conditions": conditions_here(), "cases": {}}
     for name in options.cases or NAMES:
         if name == LITE0 and options.photos is None:
             print(f"{LITE0}: left out because it needs --photos")

@@ -25,16 +25,18 @@ import numpy as np
 import openvino
 from bench_harness import (
     Goal,
+    add_add,
     add_peers,
     bullets,
     check_peers,
     conditions_here,
     conditions_line,
+    earlier,
     exit_status,
     in_turns,
     make_parser,
     markdown,
-    publish,
+    save,
     seconds_of,
 )
 from train_fashion import NETS
@@ -51,6 +53,7 @@ from deploy.tune.measure import Place, Stopwatch
 from deploy.tune.search import POINT_ROUNDS, POINT_SLICE_S
 from deploy.tune.tune import tune
 
+RESULT = "tune"
 BACKENDS = ("onnxruntime", "openvino")
 EIGHT = ("lenet5", "convnet", "mobilenet_v1", "resnet18", "vit", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
 CALIB, DROP, MINUTES, NEAR, OF_FIVE = 512, 0.5, 10.0, 0.15, 0.8
@@ -258,6 +261,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def report(document: Mapping[str, Any]) -> str:
+    rows = document["nets"]
+    return "\n".join(("# `deploy tune`\n", conditions_line(document["conditions"]), table(rows), bullets(goals_of(rows))))
+
+
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--fashion", type=Path, default=Path("build/fashion"), metavar="DIR", help="what train_fashion.py wrote")
@@ -265,19 +273,19 @@ def main() -> int:
         "--quick", action="store_true", help="one small net, 1,200 images, one minute, without NNCF; nothing is written"
     )
     parser.add_argument("nets", nargs="*", metavar="NET", help=f"of {', '.join(NETS)}")
+    add_add(parser)
     add_peers(parser)
     args = parser.parse_args()
     nets = args.nets or (["lenet5"] if args.quick else list(EIGHT))
     python = None if args.quick else check_peers(args.peers)
-    rows = [measure(name, args.fashion, python, 1.0 if args.quick else MINUTES, 600 if args.quick else None) for name in nets]
-    goals = goals_of(rows)
-    document = {"conditions": conditions_here(), "nets": rows}
-    text = "\n".join(("# `deploy tune`\n", conditions_line(document["conditions"]), table(rows), bullets(goals)))
-    if args.quick:
-        print(text)
-    else:
-        publish("tune", document, text, args.results)
-    return exit_status(goals)
+    document = (args.add and earlier(RESULT, args.results)) or {"conditions": conditions_here(), "nets": []}
+    for name in nets:
+        row = measure(name, args.fashion, python, 1.0 if args.quick else MINUTES, 600 if args.quick else None)
+        document["nets"] = [other for other in document["nets"] if other["net"] != name] + [row]
+        if not args.quick:
+            save(RESULT, document, report(document), args.results)
+    print(report(document))
+    return exit_status(goals_of(document["nets"]))
 
 
 if __name__ == "__main__":
