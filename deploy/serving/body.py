@@ -4,13 +4,17 @@ import asyncio
 import contextlib
 import mmap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Generator, Iterator
+from types import coroutine
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from deploy.errors import RefusedError, UnavailableError
 from deploy.serving.numbers import Body
+
+T = TypeVar("T")
 
 SMALLEST_BYTES = 1024
 """A smaller answer is not compressed: it fits into a packet."""
@@ -53,6 +57,39 @@ async def read_body(receive: Receive, declared: str | None, encoding: str, limit
                 await asyncio.sleep(0)  # a small chunk may become a large part
     expander.end()
     return body.whole()
+
+
+@coroutine
+def in_time(work: Coroutine[Any, Any, T], seconds: float) -> Generator[Any, Any, T]:
+    """What a coroutine returns. Raises TimeoutError after `seconds`, by a timer that is set only where it has to wait.
+
+    Most bodies have come with the head, and a timer takes longer than to read one.
+    """
+    try:
+        waited_for = work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    return (yield from _in_time(work, waited_for, seconds).__await__())
+
+
+async def _in_time(work: Coroutine[Any, Any, T], waited_for: Any, seconds: float) -> T:
+    async with asyncio.timeout(seconds):
+        return await _resumed(work, waited_for)
+
+
+@coroutine
+def _resumed(work: Coroutine[Any, Any, T], waited_for: Any) -> Generator[Any, Any, T]:
+    """Go on with a coroutine that has been begun and waits for something."""
+    try:
+        while True:
+            try:
+                result = yield waited_for
+            except BaseException as error:
+                waited_for = work.throw(error)
+            else:
+                waited_for = work.send(result)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
 
 
 class _Growing:

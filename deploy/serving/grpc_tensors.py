@@ -14,6 +14,7 @@ from deploy.serving.models import Served
 from deploy.serving.numbers import LARGE_ELEMENTS, PIECE_ELEMENTS, YIELD_S
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import (
+    DATATYPE_OF,
     DATATYPES,
     InferRequest,
     Wanted,
@@ -142,7 +143,7 @@ def fill_response(
     for output, array in made:
         if output.classes:
             array = classes_of(array, output.classes, served.artifact.manifest.classes)
-        tensor = answer.outputs.add(name=output.name, datatype=DATATYPES.get(str(array.dtype), "BYTES"), shape=array.shape)
+        tensor = answer.outputs.add(name=output.name, datatype=DATATYPE_OF.get(array.dtype, "BYTES"), shape=array.shape)
         if output.place is not None:
             regions.write(output.place, array)
             tensor.parameters["shared_memory_region"].string_param = output.place.region

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import re
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,8 +68,20 @@ def _finite(text: str) -> float:
     return value
 
 
-def from_json(data: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
-    """The array of decoded JSON: nested lists of this shape, or all numbers in one list. Raises InputError."""
+def may_have_truth_values(text: Body, end: int) -> bool:
+    """Whether true or false may stand in the data among the first `end` bytes of JSON text: whether a letter of theirs does.
+
+    That is quick, and mostly enough: clients send the data last, and no number has these letters.
+    """
+    at = max(text.find(b'"data"', 0, end), 0) + len(b'"data"')
+    return text.find(b"t", at, end) >= 0 or text.find(b"f", at, end) >= 0 or text.find(b"\\", 0, end) >= 0  # a key may be escaped
+
+
+def from_json(data: Any, spec: TensorSpec, shape: Sequence[int], *, truth_values: bool = True) -> np.ndarray:
+    """The array of decoded JSON: nested lists of this shape, or all numbers in one list. Raises InputError.
+
+    truth_values: whether there may be any, which are no numbers; without, types are not looked at one by one.
+    """
     if not isinstance(data, list):
         raise InputError(f"the data of {spec.name!r} must be a list")
     if not data or type(data[0]) is not list:
@@ -80,7 +93,7 @@ def from_json(data: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
             data = list(itertools.chain.from_iterable(data)) if shape_fits else data
     if not shape_fits:
         raise _misfit(spec, shape)
-    return _typed(data, spec).reshape(shape)
+    return _typed(data, spec, truth_values).reshape(shape)
 
 
 def _misfit(spec: TensorSpec, shape: Sequence[int]) -> InputError:
@@ -89,22 +102,18 @@ def _misfit(spec: TensorSpec, shape: Sequence[int]) -> InputError:
     )
 
 
-def _typed(values: list[Any], spec: TensorSpec) -> np.ndarray:
+def _typed(values: list[Any], spec: TensorSpec, truth_values: bool) -> np.ndarray:
     """A flat list as an array of the input's dtype. Raises InputError unless every value is exactly one of it, or rounds to one."""
     target = np.dtype(spec.dtype)
-    kinds = set(map(type, values))
     if target.kind == "f":
-        if not kinds <= {int, float}:
+        if truth_values and not set(map(type, values)) <= {int, float}:
             values = [_float(value, spec) for value in values]
         try:
-            wide = np.frombuffer(array.array("d", values))
-        except OverflowError:
+            with np.errstate(over="raise"):
+                return np.frombuffer(_doubles(values, spec)).astype(target)
+        except (OverflowError, FloatingPointError):
             raise _beyond(spec) from None
-        with np.errstate(over="ignore"):
-            result = wide.astype(target)
-        if not np.isfinite(result).all() and (np.isinf(result) & np.isfinite(wide)).any():
-            raise _beyond(spec)
-        return result
+    kinds = set(map(type, values))
     if not kinds <= ({bool} if target.kind == "b" else {int}):
         raise _no_such(spec)
     if target.kind == "b":
@@ -118,6 +127,19 @@ def _typed(values: list[Any], spec: TensorSpec) -> np.ndarray:
     if exact.size and (exact.min() < info.min or exact.max() > info.max):
         raise _beyond(spec)
     return exact.astype(target)
+
+
+def _doubles(values: list[Any], spec: TensorSpec) -> bytes:
+    """The numbers as float64. Raises InputError for what is none, and OverflowError for integers beyond it."""
+    form = f"{len(values)}d"
+    try:
+        return struct.pack(form, *values)
+    except struct.error:
+        values = [_float(value, spec) for value in values]
+    try:
+        return struct.pack(form, *values)
+    except struct.error as error:
+        raise OverflowError from error
 
 
 def _float(value: Any, spec: TensorSpec) -> float:
@@ -195,7 +217,7 @@ def from_text(text: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nd
             piece = piece[:whole]
         found = piece.translate(None, _NO_BRACKETS_OR_COMMAS)
         numbers = piece.translate(_BRACKETS_AS_SPACES).strip()
-        values = _typed(decode(b"[" + (numbers[:-1] if at < len(text) else numbers) + b"]"), spec)
+        values = _typed(decode(b"[" + (numbers[:-1] if at < len(text) else numbers) + b"]"), spec, truth_values=True)
         if found != brackets.part(matched, matched + len(found)) or filled + len(values) > count:
             raise _misfit(spec, shape)
         matched += len(found)

@@ -5,6 +5,7 @@ The protocol: KServe, "Open Inference Protocol (V2)". The extensions: Triton Inf
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,10 +14,10 @@ import numpy as np
 from deploy.artifact.tensors import TensorSpec
 from deploy.errors import InputError
 from deploy.serving.classes import classes_of, pack
-from deploy.serving.numbers import LARGE_BYTES, Body, Cut, decode, from_json, from_text, to_json
+from deploy.serving.numbers import LARGE_BYTES, Body, Cut, decode, from_json, from_text, may_have_truth_values, to_json
 from deploy.serving.regions import NO_REGIONS, Regions
 from deploy.serving.request import (
-    DATATYPES,
+    DATATYPE_OF,
     InferRequest,
     Wanted,
     bytes_of,
@@ -80,7 +81,7 @@ def parse_request(
 def _read(body: Body, head: memoryview) -> tuple[Any, ReadNumbers]:
     """The decoded document, and what makes an array of the `data` in it."""
     if len(head) <= LARGE_BYTES:
-        return decode(head), from_json
+        return decode(head), partial(from_json, truth_values=may_have_truth_values(body, len(head)))
     cut = Cut(body, len(head))
 
     def read(data: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
@@ -109,7 +110,7 @@ def build_response(
         array = results[output.name]
         if output.classes:
             array = classes_of(array, output.classes, classes)
-        entry: Json = {"name": output.name, "datatype": DATATYPES.get(str(array.dtype), "BYTES"), "shape": list(array.shape)}
+        entry: Json = {"name": output.name, "datatype": DATATYPE_OF.get(array.dtype, "BYTES"), "shape": list(array.shape)}
         if output.place is not None:
             regions.write(output.place, array)
             entry["parameters"] = {

@@ -4,8 +4,7 @@ An option is done or refused, never ignored.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,9 @@ DATATYPES = {
     "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64", "bfloat16": "BF16",
 }  # fmt: skip
 """The protocol's datatypes, by numpy's names (and `bfloat16`)."""
+
+DATATYPE_OF = {np.dtype(name): datatype for name, datatype in DATATYPES.items() if name != "bfloat16"}  # which is torch's alone
+"""The protocol's datatypes, by numpy's dtypes."""
 
 _MOST_DIMS = 32
 _MOST_ELEMENTS = 1 << 40
@@ -34,8 +36,7 @@ _OF_OUTPUTS = frozenset(("binary_data", "classification")) | _PLACE
 Options = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies in a region of shared memory that the client has registered; offset and size in bytes."""
 
     region: str
@@ -43,8 +44,7 @@ class Place:
     size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An output that the client wants. binary: not in JSON, or in raw_output_contents over gRPC. classes: so many of the likeliest
     classes in place of the numbers; 0 for the numbers. place: where the numbers go; None into the answer.
     """
@@ -55,8 +55,7 @@ class Wanted:
     place: Place | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """An inference request. timeout_s: None for no limit."""
 
     id: str

@@ -20,7 +20,7 @@ from deploy.evaluation.detector import boxes_json
 from deploy.evaluation.segmenter import shares
 from deploy.evaluation.tasks import Task
 from deploy.serving import answers, metrics
-from deploy.serving.body import compress, read_body
+from deploy.serving.body import compress, in_time, read_body
 from deploy.serving.guard import Access, Limits
 from deploy.serving.images import Ran, check_task, image_feed
 from deploy.serving.lingering import Lingering
@@ -254,8 +254,7 @@ class _Door:
     async def _read(self, headers: Mapping[str, str], receive: Receive, most: int) -> Body:
         reading = read_body(receive, headers.get("content-length"), headers.get("content-encoding", ""), most)
         try:
-            async with asyncio.timeout(self._limits.body_s):
-                return await reading
+            return await in_time(reading, self._limits.body_s)
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s") from None
 

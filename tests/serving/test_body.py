@@ -12,7 +12,7 @@ import pytest
 
 from deploy.errors import UnavailableError
 from deploy.serving import body as serving_body
-from deploy.serving.body import compress, read_body
+from deploy.serving.body import compress, in_time, read_body
 
 from .conftest import INFER, Server, body, call
 from .test_rest_door import talk_to
@@ -131,3 +131,49 @@ def test_a_document_without_tensors_is_small(path: str) -> None:
 
     status, content = talk_to(talk)
     assert (status, b"larger than 1048576 bytes" in content) == (413, True)
+
+
+def test_a_timer_is_set_only_where_there_is_something_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = []
+    timeout = asyncio.timeout
+    monkeypatch.setattr(asyncio, "timeout", lambda seconds: timers.append(seconds) or timeout(seconds))
+
+    async def main() -> None:
+        gate: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def at_once() -> int:
+            return 1
+
+        async def later() -> int:
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(gate.set_result, 2)
+            return await gate
+
+        async def refused() -> int:
+            await asyncio.sleep(0)
+            raise UnavailableError("no")
+
+        left = []
+
+        async def never() -> int:
+            try:
+                return await asyncio.get_running_loop().create_future()
+            finally:
+                left.append(True)
+
+        assert await in_time(at_once(), 5) == 1
+        assert not timers
+        assert await in_time(later(), 5) == 2
+        with pytest.raises(UnavailableError):
+            await in_time(refused(), 5)
+        with pytest.raises(TimeoutError):
+            await in_time(never(), 0.01)
+        assert timers == [5, 5, 0.01]
+        waiting = asyncio.create_task(in_time(never(), 5))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert left == [True, True]
+
+    asyncio.run(main())

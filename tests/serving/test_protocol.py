@@ -70,3 +70,21 @@ def test_what_is_wrong_with_a_request_is_said(change: dict[str, object], message
 def test_a_length_beyond_the_body_is_refused(length: int) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length"):
         parse_request(request(False)[0], length, INPUTS, OUTPUTS)
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, WORD, 0.5]}]}',
+        '{"inputs": [{"data": [[0.5, 1, WORD]], "shape": [1, 3], "datatype": "FP32", "name": "x"}]}',
+        '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "d\\u0061ta": [WORD, 1, 0]}], "id": "data"}',
+    ],
+    ids=["last", "first", "escaped"],
+)
+def test_truth_values_are_no_numbers_wherever_the_data_stand(text: str, word: str) -> None:
+    x = (TensorSpec(name="x", dtype="float32", shape=("batch", 3)),)
+    with pytest.raises(InputError, match="not all FP32"):
+        parse_request(text.replace("WORD", word).encode(), None, x, ())
+    read = parse_request(text.replace("WORD", "2").encode(), None, x, ()).feed["x"]
+    assert sorted(read[0].tolist()) in ([0.5, 1, 2], [0, 1, 2])

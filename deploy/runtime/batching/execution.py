@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from deploy.errors import BackendError, DeployError
 from deploy.runtime.batching.queue import Joiner, Outputs, Request, RequestTimes, apart
 from deploy.runtime.session import Session
 
 
-@dataclass(frozen=True, kw_only=True)
-class Done:
+class Done(NamedTuple):
     """A batch after its run: its outputs or the error, and when it began, was joined and had run (on the performance counter).
 
     here: it ran in the caller's thread.
@@ -62,7 +61,7 @@ def hand_out(done: Done, name: str) -> Done:
             request.finish(None, ours(answer, name))
         else:
             request.finish(answer, None)
-    return replace(done, error=error)
+    return done._replace(error=error)
 
 
 def _answers(done: Done) -> Sequence[Outputs | Exception]:

@@ -7,8 +7,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ NORMAL_PRIORITY = 100
 Outputs = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestTimes:
+class RequestTimes(NamedTuple):
     """When a request came, when its batch was begun, and when that had run: seconds on the performance counter."""
 
     came: float
@@ -143,8 +141,7 @@ class RequestQueue:
         return taken
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRecord:
+class BatchRecord(NamedTuple):
     """The times and the outcome of one batch.
 
     rows: in the batch. queue_s, total_s: seconds of each request from its arrival until it was taken, and until it was answered.
