@@ -23,11 +23,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the deploy of
 
 from deploy.bench.conditions import conditions
 from deploy.calibration.imagefolder import Sample
+from deploy.host.core_probe import CoreProbe, best_known, best_of, remember
 from deploy.host.cpu import usable_cores
 from deploy.words import count_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+AGAIN = 4
+"""How many times as many rounds as planned are taken at most, where those are wanted at which the cores are at their best."""
 MOST_BYTES = 200_000
 """Largest file of results."""
 SAMPLE_S = 0.05
@@ -75,20 +78,41 @@ def check_peers(python: Path, target: str = "peers") -> Path:
 # Turns
 
 
-def in_turns(sides: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: int = 0) -> dict[str, list[T]]:
+def in_turns(sides: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: int = 0, steady: bool = False) -> dict[str, list[T]]:
     """What each side returns in each round. The order rotates, so that no side always follows the same one.
 
-    warm_up: rounds before those that count.
+    warm_up: rounds before those that count. steady: take rounds again in which a hypervisor held the cores back.
     """
     names = list(sides)
-    values: dict[str, list[T]] = {name: [] for name in names}
-    for turn in range(warm_up + rounds):
+
+    def take(turn: int) -> dict[str, T]:
         shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            value = sides[name]()
-            if turn >= warm_up:
-                values[name].append(value)
-    return values
+        return {name: sides[name]() for name in names[shift:] + names[:shift]}
+
+    for turn in range(warm_up):
+        take(turn)
+    taken = _steady(take, warm_up, rounds) if steady else [take(warm_up + turn) for turn in range(rounds)]
+    return {name: [each[name] for each in taken] for name in names}
+
+
+def _steady(take: Callable[[int], T], turn: int, rounds: int) -> list[T]:
+    """Rounds at whose ends the cores were at their best (`deploy.host.core_probe`), of `AGAIN` times as many at most; others where those are too few."""
+    good: list[T] = []
+    bad: list[T] = []
+    with CoreProbe() as probe:
+        before = probe.measure()
+        while len(good) < rounds and len(good) + len(bad) < AGAIN * rounds:
+            each = take(turn + len(good) + len(bad))
+            after = probe.measure()
+            states = [state for state in (before, after) if state is not None]
+            if (found := best_of(states)) is not None:
+                remember(found)
+            best = best_known()
+            (bad if best is not None and any(state.is_below(best, 2) for state in states) else good).append(each)
+            before = after
+    if bad:
+        print(f"a hypervisor held the cores back in {len(bad)} of {count_of(len(good) + len(bad), 'round')}", file=sys.stderr)
+    return (good + bad)[:rounds]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

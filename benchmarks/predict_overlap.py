@@ -68,7 +68,7 @@ def measure(folder: Path, rounds: int, count: int, side: int) -> dict[str, Any]:
             "compute": rate(lambda: [session.run(feed) for _ in range(count // BATCH)]),
             "together": rate(together),
         }
-        per_s = in_turns(sides, rounds, warm_up=1)
+        per_s = in_turns(sides, rounds, warm_up=1, steady=True)
     ratios = [
         both / min(one, other) for both, one, other in zip(per_s["together"], per_s["decode"], per_s["compute"], strict=True)
     ]

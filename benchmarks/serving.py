@@ -231,7 +231,9 @@ def resnet34(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
             return best * len(samples) / sum(samples)
 
         request = binary("net", x)
-        rates_by_side = in_turns({"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds, warm_up=1)
+        rates_by_side = in_turns(
+            {"session": session, "server": lambda: here.loop(request, 8, seconds)[0]}, rounds, warm_up=1, steady=True
+        )
     ratios = [server / session for server, session in zip(rates_by_side["server"], rates_by_side["session"], strict=True)]
     return {"best_batch": best, "by_batch": rates, **rates_by_side, "ratio": statistics.median(ratios)}
 
@@ -248,7 +250,7 @@ def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, 
             "session": lambda: statistics.median(bare.round(seconds / 2, 10_000)) * 1e3,
             "rest": lambda: statistics.median(here.loop(binary("net", x), 1, seconds)[1]),
         }
-        p50 = in_turns(sides, rounds, warm_up=1)
+        p50 = in_turns(sides, rounds, warm_up=1, steady=True)
         loads: dict[str, Callable[[], float]] = {
             "deploy": lambda: here.loop(as_json("net", x), 32, seconds)[0],
             "deploy, binary": lambda: here.loop(binary("net", x), 32, seconds)[0],
@@ -259,7 +261,7 @@ def lenet5(folder: Path, peers: Path, rounds: int, seconds: float) -> dict[str, 
             if tool == "litserve":
                 request = post("/predict", json.dumps({"input": x.reshape(-1).tolist()}).encode())
             loads[tool] = lambda there=there, request=request: there.loop(request, 32, seconds)[0]  # type: ignore[misc]
-        per_s = in_turns(loads, rounds, warm_up=1)
+        per_s = in_turns(loads, rounds, warm_up=1, steady=True)
     overheads = [rest - session for rest, session in zip(p50["rest"], p50["session"], strict=True)]
     ratios = {
         tool: statistics.median(mine / other for mine, other in zip(per_s["deploy"], per_s[tool], strict=True))

@@ -96,7 +96,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
         "the InferenceSession inside": run_by_run(ours, lambda: inner.run([result.name], feed)),
         "InferenceSession by default": block_by_block(ours, lambda: plain.run([result.name], feed)),
     }
-    return [row(name, rounds) for name, rounds in in_turns(sides, ROUNDS).items()], engine
+    return [row(name, rounds) for name, rounds in in_turns(sides, ROUNDS, steady=True).items()], engine
 
 
 def row(name: str, rounds: list[Pair]) -> dict[str, Any]:

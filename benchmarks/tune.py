@@ -154,7 +154,7 @@ def beside_nncf(
     models = {name: core.compile_model(str(path), "CPU", config) for name, path in files.items()}
     image = calib[:1]
     sides = {name: lambda run=run: [seconds_of(lambda: run(image)) for _ in range(RUNS)] for name, run in models.items()}  # type: ignore[misc]
-    rounds = in_turns(sides, ROUNDS, warm_up=2)
+    rounds = in_turns(sides, ROUNDS, warm_up=2, steady=True)
     ratio = paired_ratio(rounds["nncf"], rounds["deploy"])
     hits = {}
     for name in ("deploy", "nncf"):

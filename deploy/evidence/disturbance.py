@@ -45,11 +45,6 @@ LEAST = 5
 """Undisturbed rounds without which a measurement is uncertain."""
 MOST_SHARE = 0.99
 """Beyond, nothing is known of a time; figures stay finite."""
-APART = 1.6
-"""Cores are farther apart from so many times the time of a handoff on."""
-SLOW = 1.4
-"""Cores are slower from so many times the time of a step on: the other half of a core costs 1.6 times, a clock that sinks less."""
-
 PATIENCE_S = 10.0
 """Rounds may be taken again for as long as the planned ones took, and short ones for up to so many seconds: a hypervisor's moods last 5 to 30."""
 PATIENCE = 5
@@ -258,18 +253,7 @@ def _best(rounds: Iterable[Round[K]]) -> CoreState | None:
 
 def _bad_moments(each: Round[K], best: CoreState | None) -> int:
     """How many times the cores were found below their best around a round."""
-    return sum(_below(state, best, each.threads) for state in each.cores)
-
-
-def _below(state: CoreState | None, best: CoreState | None, threads: int) -> bool:
-    """Whether cores are too slow, or too far apart for more than one thread; False if not known."""
-    if state is None or best is None:
-        return False
-    return state.step_ns > SLOW * best.step_ns or (threads > 1 and _apart(state, best))
-
-
-def _apart(state: CoreState, best: CoreState) -> bool:
-    return state.handoff_us is not None and best.handoff_us is not None and state.handoff_us > APART * best.handoff_us
+    return sum(state.is_below(best, each.threads) for state in each.cores) if best is not None else 0
 
 
 def _least(values: Sequence[float], count: int) -> list[int]:
@@ -299,7 +283,8 @@ class Measured(Generic[K]):
             bad = [_bad_moments(each, best) for each in quiet]
             measured = cls([quiet[index] for index in _least(bad, count)], quiet=True)
             threads = max(each.threads for each in measured.rounds)
-            return replace(measured, quiet=False, below=best) if _below(measured.cores, best, threads) else measured
+            held_back = measured.cores is not None and best is not None and measured.cores.is_below(best, threads)
+            return replace(measured, quiet=False, below=best) if held_back else measured
         shares = [max(each.use(candidate).share or 0.0 for candidate in each) for each in rounds]
         return cls([rounds[index] for index in _least(shares, count)], quiet=False)
 

@@ -31,6 +31,11 @@ STEPS = 1000
 LIMIT_S = 1.0
 """Seconds to wait for a measurement, which takes 2 ms a core, and more where other programs run on it."""
 
+APART = 1.6
+"""Cores are farther apart from so many times the time of a handoff on."""
+SLOW = 1.4
+"""Cores are slower from so many times the time of a step on: the other half of a core costs 1.6 times, a clock that sinks less."""
+
 KEPT_S = 86400
 """Seconds for which the best is kept: a virtual machine may move to another host."""
 
@@ -94,6 +99,12 @@ class CoreState:
 
     step_ns: float
     handoff_us: float | None
+
+    def is_below(self, best: "CoreState", threads: int) -> bool:
+        """Whether the cores are slower than at their `best`, or too far apart for more than one thread."""
+        known = self.handoff_us is not None and best.handoff_us is not None
+        apart = known and (self.handoff_us or 0.0) > APART * (best.handoff_us or 0.0)
+        return self.step_ns > SLOW * best.step_ns or (threads > 1 and apart)
 
 
 def best_of(states: Iterable[CoreState]) -> CoreState | None:

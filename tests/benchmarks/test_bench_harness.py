@@ -2,12 +2,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+
+from deploy.host.core_probe import CoreProbe, CoreState, remember
 
 Script = Callable[[str], ModuleType]
 
@@ -100,6 +103,33 @@ def test_sides_take_turns_in_an_order_that_rotates(harness: ModuleType) -> None:
     values = harness.in_turns({name: side(name) for name in "abc"}, 3, warm_up=1)
     assert "".join(order) == "abcbcacababc"
     assert values == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
+
+
+@pytest.mark.parametrize(
+    ("held_back", "kept"),
+    [
+        ("", [1, 2, 3]),
+        ("24", [1, 6, 7]),  # measured after the second and the fourth round, which is before the third and the fifth
+        ("2468", [1, 10, 11]),
+        ("1", [3, 4, 5]),
+        ("357", [1, 2, 9]),
+        ("2 4 6 8 10", [1, 12, 2]),
+    ],
+)
+def test_rounds_in_which_the_cores_were_held_back_are_taken_again(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held_back: str, kept: list[int]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bad = set(map(int, held_back.split() if " " in held_back else held_back))
+    moments = count()
+
+    def measure(_: CoreProbe) -> CoreState:
+        return CoreState(step_ns=18.0 if next(moments) in bad else 10.0, handoff_us=0.2)
+
+    remember(CoreState(step_ns=10.0, handoff_us=0.2))
+    monkeypatch.setattr(CoreProbe, "measure", measure)
+    rounds = count(1)
+    assert harness.in_turns({"a": lambda: next(rounds)}, 3, steady=True) == {"a": kept}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deploy.evidence.disturbance import APART
+from deploy.host.core_probe import APART
 from deploy.words import count_of
 
 

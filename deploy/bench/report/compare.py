@@ -10,8 +10,8 @@ import numpy as np
 
 from deploy.bench.rows import SCHEMA, UNCERTAIN, verdict_of
 from deploy.errors import UsageError
-from deploy.evidence.disturbance import APART, SLOW
 from deploy.evidence.timing import Ratio, bootstrap, interval
+from deploy.host.core_probe import APART, SLOW
 
 TOLERANCE = 0.05
 """The share of its speed that a candidate may lose."""
