@@ -49,13 +49,14 @@ GOAL_COSINE, GOAL_SHARE = 0.998, 0.9
 PEER = "nncf-transformer"
 METHODS: dict[str, dict[str, Any]] = {
     METHOD: {},
-    "auto": {"method": "auto"},
+    "percentile": {"method": "percentile"},
     "max": {"method": "max"},
     "mse": {"method": "mse"},
+    "entropy": {"method": "entropy"},
     f"{METHOD}, attention in INT8 too": {"include": ["MatMul"]},
     f"FP8, {FP8_METHOD}": {"fp8": True},
     "FP8, auto": {"fp8": True, "method": "auto"},
-    f"FP8, {METHOD}": {"fp8": True, "method": METHOD},
+    "FP8, percentile": {"fp8": True, "method": "percentile"},
 }
 Feed = dict[str, np.ndarray]
 

@@ -217,7 +217,7 @@ def test_a_gate_that_is_not_met_names_the_layers_and_writes_nothing(convnet, ima
     trained = _trained(images, tmp_path)
     monkeypatch.setattr(int8, "threshold", ruined)
     with pytest.raises(AccuracyError, match=r"loses .* points of top-1 .*at most 1 are allowed") as caught:
-        limits = {"rtol": 100, "min_cosine": -1, "min_sqnr": -100, "keep_below": -100}
+        limits = {"method": "percentile", "rtol": 100, "min_cosine": -1, "min_sqnr": -100, "keep_below": -100}
         deploy.quantize(trained, tmp_path / "bad", calib=images, eval_folder=images, **limits)
     assert "dB" in str(caught.value)
     assert not (tmp_path / "bad").exists()
@@ -243,7 +243,7 @@ def _trained(images: Path, tmp_path: Path) -> Artifact:
 def test_a_result_that_is_far_off_is_refused_with_the_noisiest_layers(convnet, images, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "threshold", lambda histogram, method, *, percentile: histogram.amax / 1000)
     with pytest.raises(ParityError, match=r"(?s)in INT8.*nothing was written.*most sensitive layers"):
-        deploy.quantize(convnet, tmp_path / "bad", calib=images, images=16, keep_below=-100)
+        deploy.quantize(convnet, tmp_path / "bad", calib=images, images=16, method="percentile", keep_below=-100)
     assert not (tmp_path / "bad").exists()
 
 

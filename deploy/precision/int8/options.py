@@ -15,8 +15,8 @@ from deploy.options import option
 AUTO = "auto"
 """The method that compares the others at the output of the layers: see `deploy.precision.int8.choose`."""
 
-METHOD = "percentile"
-"""The default method for INT8: it loses least on the benchmarks (docs/int8.md)."""
+METHOD = AUTO
+"""The default method for INT8."""
 
 FP8_METHOD = "max"
 """That for FP8, whose steps are as fine beside the largest number as elsewhere: what is cut off is lost for nothing (docs/int8.md)."""
@@ -29,7 +29,7 @@ STEPPED = ("mse", "entropy")
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
 
-REVISION = 2
+REVISION = 3
 """Of the passes: raised where the same request gives other scales or names of tensors, so that what older code has kept is not taken."""
 
 
