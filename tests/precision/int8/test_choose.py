@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from deploy.calibration.histogram import Histogram
-from deploy.calibration.thresholds import threshold
+from deploy.calibration.thresholds import METHODS, Method, threshold
 from deploy.precision.codes import INT8
 from deploy.precision.int8.choose import BETTER, best_ranges
 from deploy.precision.int8.placement import Selection, place
@@ -53,23 +53,34 @@ def test_outliers_are_kept_if_the_layer_reads_them_and_clipped_if_not(build_with
     assert ranges[1] < 0.6 * np.abs(x).max()
 
 
-@pytest.mark.parametrize(("tail", "first"), [(1.5, False), (1.8, False), (3.0, False), (3.5, True), (30.0, True)])
-def test_a_percentile_stands_unless_another_range_is_clearly_better(build_with, tail: float, first: bool) -> None:
-    x = np.random.default_rng(3).standard_t(tail, (200, 2, 8, 8)).astype(np.float32)
-    w = np.random.default_rng(4).standard_normal((3, 2, 1, 1)).astype(np.float32)
-    found, histograms = chosen(build_with(CONV, w=w), {"x": x})
+@pytest.mark.parametrize(
+    ("text", "shape", "einsum", "usual"),
+    [
+        (CONV, (200, 2, 8, 8), "oc,nchw->nohw", "percentile"),
+        (GEMM, (12_800, 2), "oc,nc->no", "entropy"),
+        (MATMUL, (2_560, 5, 2), "oc,ntc->nto", "entropy"),
+    ],
+)
+@pytest.mark.parametrize("tail", [1.5, 1.8, 2.5, 3.0, 3.5, 5.0, 30.0])
+def test_the_usual_range_stands_unless_another_is_clearly_better(
+    build_with, text: str, shape: tuple[int, ...], einsum: str, usual: Method, tail: float
+) -> None:
+    x = np.random.default_rng(3).standard_t(tail, shape).astype(np.float32)
+    w = np.random.default_rng(4).standard_normal((3, 2)).astype(np.float32)
+    given = {"w": w[..., None, None] if text == CONV else w.T, **({"b": np.zeros(3, np.float32)} if text == GEMM else {})}
+    found, histograms = chosen(build_with(text, **given), {"x": x})
 
     def error(amax: float) -> float:
         scale = INT8.scale_of(amax)
         off = x - np.clip(np.rint(x / scale), -128, 127) * scale
-        return float(np.square(np.einsum("oc,nchw->nohw", w[:, :, 0, 0], off)).sum())
+        return float(np.square(np.einsum(einsum, w, off)).sum())
 
-    tried = {method: error(threshold(histograms["x"], method)) for method in ("percentile", "max", "mse", "entropy")}
-    assert first == (tried["percentile"] <= BETTER * min(tried.values()))  # else this test tests nothing
-    if first:
-        assert found["x"] == threshold(histograms["x"], "percentile")
+    tried: dict[Method, float] = {method: error(threshold(histograms["x"], method)) for method in METHODS}
+    if tried[usual] <= BETTER * min(tried.values()):
+        assert found["x"] == threshold(histograms["x"], usual)
     else:
         assert error(found["x"]) <= 1.01 * min(tried.values())
+        assert error(found["x"]) < tried[usual] / BETTER
 
 
 def test_it_depends_neither_on_how_rows_are_divided_nor_on_their_order(build: Callable[[str], onnx.ModelProto]) -> None:
