@@ -35,6 +35,8 @@ A fork does not wait for runs on a GPU: the child can do nothing with them anywa
 """
 
 _forks = 0
+_aside = False
+"""Whether the last fork came from another thread than the main one."""
 _over = threading.Event()  # set where no fork is under way
 _over.set()
 _ender: int | None = None
@@ -120,7 +122,8 @@ def _wait(*under_way: list[int]) -> bool:
 
 
 def _before_fork() -> None:
-    global _forks
+    global _forks, _aside
+    _aside = threading.current_thread() is not threading.main_thread()
     with gate:
         _forks += 1
         _over.clear()
@@ -147,8 +150,24 @@ def _after_fork_in_child() -> None:
         runs[:] = [other for other in runs if other == thread]  # the caller's, if it forks in the middle of a run
     gate, _forks, _over = threading.Lock(), 0, threading.Event()
     _over.set()
-    for thing in _things():
+    things = _things()
+    for thing in things:
         thing._forked()
+    if _aside and things:
+        ServiceThread(_end_with, "deploy end", threading.current_thread()).start()
+
+
+def _end_with(thread: threading.Thread) -> None:
+    """End the process when this thread, and those of the program, have ended.
+
+    A child that was forked beside the main thread ends with its last thread, and not by an end of the program: those of a library would
+    keep it for ever. Its status is 0 then, as without them.
+    """
+    own = threading.current_thread()
+    thread.join()
+    while left := [each for each in threading.enumerate() if each is not own and not each.daemon and each.is_alive()]:
+        left[0].join()
+    os._exit(0)
 
 
 def _at_exit() -> None:
