@@ -6,8 +6,8 @@ bias, on x - q(x): one run of the layer for each candidate.
 
 The least error is not the best range: over the nets of docs/int8.md it loses 20 images of 3,000 of a MobileNet where a percentile loses 2, and with
 four times the rows it loses more, for what it keeps is the largest numbers, which are those of the images that are classified with ease. So
-the first candidate stands unless another is better by more than that: a percentile before convolutions, and entropy before products with
-matrices, where it is the best of all methods for MiniLM and the ViTs.
+the first candidate stands unless another is better by more than that: a percentile before convolutions and Gemm, and entropy before
+MatMul, which the linear layers of transformers are, where it is the best of all methods for MiniLM and the ViTs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ CANDIDATES: tuple[tuple[Method, float], ...] = (
 )
 """Where a range may end."""
 
-BETTER = 1.3
-"""The first candidate is taken unless its error is so many times that of another one."""
+BETTER = 2.0
+"""The first candidate is taken unless its error is more than so many times that of another one (3 dB)."""
 
 _ALIKE = 1.01
 """Candidates that differ by less than this factor are one."""
@@ -59,9 +59,9 @@ def best_ranges(
 
     def choose(item: tuple[str, tuple[tuple[str, int], ...]]) -> float:
         tensor, uses = item
-        products = any(nodes[name].op_type in ("Gemm", "MatMul") for name, _ in uses)
+        tokens = any(nodes[name].op_type == "MatMul" for name, _ in uses)
         candidates = _distinct(
-            histograms[tensor], FP8_METHOD if codes is not INT8 else "entropy" if products else "percentile", codes
+            histograms[tensor], FP8_METHOD if codes is not INT8 else "entropy" if tokens else "percentile", codes
         )
         if len(candidates) == 1 or not any(tensor in sample for sample in samples):
             return max(candidates)
