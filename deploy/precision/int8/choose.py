@@ -34,8 +34,8 @@ CANDIDATES: tuple[tuple[Method, float], ...] = (
 )
 """Where a range may end."""
 
-BETTER = 2.0
-"""The first candidate is taken unless its error is more than so many times that of another one (3 dB)."""
+BETTER = 4.0
+"""The first candidate is taken unless its error is more than so many times that of another one (6 dB)."""
 
 _ALIKE = 1.01
 """Candidates that differ by less than this factor are one."""
