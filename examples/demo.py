@@ -102,21 +102,19 @@ def make(net: str, weights: Path) -> tuple[list[Path], list[Path]]:
 
 
 def measure(net: str, artifacts: list[Path]) -> list[Row]:
-    """Benchmark the artifacts, and evaluate them on every backend that they were timed on."""
+    """Benchmark the artifacts on every backend, their accuracy too."""
     timings, report = BUILD / f"{net}-bench.json", BUILD / f"{net}-report.html"
-    batches = ",".join(map(str, BATCHES))
-    deploy("bench", *artifacts, "--batch", batches, "--seconds", BENCH_S, "--json", timings, "--report", report)
+    options = ("--batch", ",".join(map(str, BATCHES)), "--seconds", BENCH_S, "--eval", DIGITS / "eval")
+    deploy("bench", *artifacts, *options, "--json", timings, "--report", report)
     results: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in json.loads(timings.read_text())["results"]:
         results.setdefault((result["artifact"], result["backend"]), {})[result["batch"]] = result
-    manifests = {artifact: deploy_json("inspect", artifact) for artifact in dict.fromkeys(name for name, _ in results)}
     rows = []
-    for (artifact, backend), bench in results.items():
-        accuracy = deploy_json("eval", artifact, DIGITS / "eval", "--backend", backend)
-        print(f"top-1 {accuracy['top1']:.2f} %, top-{accuracy['k']} {accuracy['top5']:.2f} % of {accuracy['images']:,} images")
-        precision = next(iter(bench.values()))["precision"]
-        size = payload_bytes(manifests[artifact], accuracy["file"])
-        rows.append(Row(net=net, runs_on=backend, precision=precision, top1=accuracy["top1"], size=size, bench=bench))
+    for (_, backend), bench in results.items():
+        first = next(iter(bench.values()))
+        rows.append(
+            Row(net=net, runs_on=backend, precision=first["precision"], top1=first["top1"], size=first["size_bytes"], bench=bench)
+        )
     return rows
 
 
@@ -127,12 +125,7 @@ def engine_row(net: str, engine: Path) -> Row:
     parts = [f"{100 * share[name]:.0f} % {name}" for name in ("int8", "fp16", "bf16", "tf32", "fp32") if share[name] >= 0.005]
     precision = f"{', '.join(parts)} ({share['from']})"
     flavour = manifest["target"]["flavour"]
-    return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=payload_bytes(manifest, "engine.plan"), bench={})
-
-
-def payload_bytes(manifest: dict[str, Any], file: str) -> int:
-    """Bytes of the file that was run, `engine.plan` for example, and of what lies beside an ONNX file for it."""
-    return sum(record["bytes"] for name, record in manifest["files"].items() if name in (file, f"{file}.data"))
+    return Row(net=net, runs_on=flavour, precision=precision, top1=None, size=manifest["files"]["engine.plan"]["bytes"], bench={})
 
 
 def failures(rows: list[Row]) -> list[str]:

@@ -18,7 +18,7 @@ from deploy.evidence.parity import difference
 from deploy.evidence.timing import latency
 from deploy.host.core_probe import CoreState
 from deploy.host.nvidia_smi import gpu_watched
-from deploy.runtime.catalog import recorded_accuracy
+from deploy.runtime.catalog import recorded_accuracy, size_run
 from deploy.runtime.profiling import DeviceTimes
 
 ROUNDS = 15
@@ -181,7 +181,7 @@ def _row(candidate: Candidate, batch: int, measured: Measured[Candidate], baseli
         load_s=0.0,
         peak_bytes=0,
         gpu_bytes=None,
-        size_bytes=candidate.artifact.size,
+        size_bytes=size_run(candidate.artifact, candidate.backend),
         top1=accuracy.top1 if accuracy else None,
         top5=accuracy.top5 if accuracy else None,
         accuracy_from="manifest" if accuracy else None,

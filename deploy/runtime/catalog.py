@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import FLAVOURS, ONNX, Accuracy
+from deploy.artifact.manifest import CPU_ONNX, FLAVOURS, ONNX, Accuracy
 from deploy.errors import BackendError, UsageError
 from deploy.host.cpu import has_vnni
 
@@ -115,6 +115,14 @@ def onnx_file(artifact: Artifact, backend: str, variant: Sequence[str] = ()) -> 
     form = artifact.cpu_path
     runs_form = form is not None and backend == CPU_FORMS and not BACKENDS[backend].needs_gpu(variant) and has_vnni()
     return form if form is not None and runs_form else artifact.onnx_path
+
+
+def size_run(artifact: Artifact, backend: str) -> int:
+    """The bytes of the file that a backend, variants and all, runs here, with its external data."""
+    name, _, variant = backend.partition(":")
+    if own_backend(artifact) is not None or onnx_file(artifact, name, variant.split(",")) != artifact.cpu_path:
+        return artifact.size
+    return sum(record.bytes for file, record in artifact.manifest.files.items() if file.startswith(CPU_ONNX))
 
 
 def recorded_accuracy(artifact: Artifact, backend: str) -> Accuracy | None:

@@ -10,7 +10,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, Accuracy
 from deploy.errors import BackendError, UsageError
 from deploy.evidence.parity import BackendParity
-from deploy.runtime.catalog import AUTO, BACKENDS, auto_order, onnx_file, recorded_accuracy, refuse_wrong, split_backend
+from deploy.runtime.catalog import AUTO, BACKENDS, auto_order, onnx_file, recorded_accuracy, refuse_wrong, size_run, split_backend
 from deploy.runtime.load import open_session
 
 
@@ -61,7 +61,7 @@ def test_auto_takes_only_what_computes_and_runs_no_code_of_the_users() -> None:
 def int8(artifact: Artifact, *, form: bool) -> Artifact:
     """The artifact as if it were INT8, with a CPU form or without."""
     record = artifact.manifest.files["model.onnx"]
-    files = artifact.manifest.files | ({CPU_ONNX: record} if form else {})
+    files = artifact.manifest.files | ({CPU_ONNX: msgspec.structs.replace(record, bytes=record.bytes + 77)} if form else {})
     return Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, precision="int8", files=files))
 
 
@@ -99,6 +99,9 @@ def test_the_cpu_form_is_for_onnxruntime_on_a_cpu_with_vnni(
     artifact = int8(shared_lenet5, form=True)
     assert onnx_file(artifact, backend, variant) == artifact.path / (CPU_ONNX if runs_form else "model.onnx")
     assert onnx_file(shared_lenet5, backend, variant) == shared_lenet5.onnx_path
+    name = ":".join(filter(None, (backend, ",".join(variant))))
+    assert size_run(artifact, name) == shared_lenet5.size + (77 if runs_form else 0)
+    assert size_run(shared_lenet5, name) == shared_lenet5.size
 
 
 def test_a_file_that_is_wrong_on_a_backend_does_not_keep_the_cpu_form_from_running(
