@@ -359,9 +359,3 @@ def served(words: Sequence[str]) -> dict[str, object]:
     """The options of `deploy serve` with these arguments; it refuses what it does not know."""
     command = cli.get_command(click.Context(cli), "serve")
     return command.make_context("serve", list(words), resilient_parsing=False).params
-
-
-@pytest.mark.parametrize(("file", "size"), [("model.onnx", 1100), ("model.cpu.onnx", 10), ("engine.plan", 7)])
-def test_the_size_is_that_of_the_file_that_was_run(demo, file, size):
-    names = {"model.onnx": 100, "model.onnx.data": 1000, "model.cpu.onnx": 10, "engine.plan": 7, "weights.safetensors": 5000}
-    assert demo.payload_bytes({"files": {name: {"bytes": count} for name, count in names.items()}}, file) == size
