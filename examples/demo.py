@@ -29,8 +29,8 @@ DIGITS = BUILD / "digits"
 LEAST_TOP1 = {"lenet5": 96.0, "convnet": 97.0}
 """Per cent of the eval images that each net must get right."""
 TRAINING = {
-    "lenet5": ("--augment", "crop", "--area", 0.7, "--epochs", 8, "--batch-size", 64, "--lr", 4e-3),
-    "convnet": ("--augment", "crop", "--area", 0.7, "--epochs", 8, "--batch-size", 64, "--lr", 2e-3),
+    "lenet5": ("--augment", "crop", "--area", 0.7, "--epochs", 7, "--batch-size", 64, "--lr", 4e-3),
+    "convnet": ("--augment", "crop", "--area", 0.7, "--epochs", 7, "--batch-size", 64, "--lr", 2e-3),
 }
 """Options of examples/finetune.py. A flipped digit would be no digit."""
 MOST_LOST = {"fp16": 0.2, "int8": 0.5}
@@ -38,7 +38,7 @@ MOST_LOST = {"fp16": 0.2, "int8": 0.5}
 BATCHES = (1, 32)
 SHADES = ("#1f5fa8", "#9cc3ea")
 """Colours of the batch sizes."""
-BENCH_S = 4
+BENCH_S = 3
 BACKENDS = {
     "eager": "PyTorch eager",
     "onnxruntime": "ONNX Runtime",
