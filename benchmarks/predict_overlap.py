@@ -87,6 +87,10 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     ]
 
 
+def report(document: Mapping[str, Any]) -> str:
+    return f"# `deploy predict --out`\n\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}"
+
+
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the first (default: %(default)s)")
@@ -99,12 +103,7 @@ def main() -> int:
     document = {"conditions": {**conditions_here(), "rounds": options.rounds}}
     with tempfile.TemporaryDirectory() as name:
         document["overlap"] = measure(Path(name), options.rounds, options.images, options.side)
-    publish(
-        "predict-overlap",
-        document,
-        f"# `deploy predict --out`\n\n{bullets(goals(document))}\n{conditions_line(document['conditions'])}",
-        options.results,
-    )
+    publish("predict-overlap", document, report(document), options.results)
     return exit_status(goals(document))
 
 

@@ -46,7 +46,7 @@ def test_the_newest_fp32_artifact_is_quantized_to_its_name(
     assert done.status == 0, done.err
     assert "using build/lenet5" in done.err
     assert done.out.startswith("build/lenet5-int8: ONNX, int8")
-    assert "calibrated percentile over 20 images" in done.out
+    assert "calibrated auto over 20 images" in done.out
     assert "(95 % interval of the loss" in done.out
     manifest = json.loads(run("inspect", "build/lenet5-int8", "--json").out)
     assert manifest["precision"] == "int8"

@@ -36,6 +36,6 @@ def test_the_result_does_not_depend_on_the_batch_size():
 
 
 def test_the_default_method_is_that_of_the_codes():
-    assert [quantize_settings(QuantizeOptions(fp8=fp8))["method"] for fp8 in (False, True)] == ["percentile", "max"]
-    assert quantize_settings(QuantizeOptions(method="percentile")) == quantize_settings(QuantizeOptions())
+    assert [quantize_settings(QuantizeOptions(fp8=fp8))["method"] for fp8 in (False, True)] == ["auto", "max"]
+    assert quantize_settings(QuantizeOptions(method="auto")) == quantize_settings(QuantizeOptions())
     assert QuantizeOptions(fp8=True, method="percentile").chosen_method == "percentile"
