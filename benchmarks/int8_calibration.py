@@ -49,6 +49,8 @@ OURS = "deploy"
 TOOLS = ("onnxruntime-minmax", "onnxruntime-entropy", "modelopt-max", "modelopt-entropy", "nncf")
 GOALS = {"modelopt-entropy": 3.0, "onnxruntime-entropy": 5.0}
 AUTO, BARE = "deploy, auto", "decoding and forward passes alone"
+ALONE = "deploy, --no-cpu-form"
+"""One file, as the peers write."""
 GOAL_AUTO, GOAL_BARE = 1.3, 1.6
 GOAL_BYTES, GOAL_GROWTH = 0.95e9, 0.05
 PASSES = """
@@ -91,9 +93,9 @@ class Task:
         """Quantize once with `tool`; its output and its cache are removed."""
         out, cache = self.work / "out", self.work / "cache"
         out.mkdir()
-        if tool in (OURS, AUTO):
-            method = "entropy" if tool == OURS else "auto"
-            command = our_command(self.artifact.location, self.images, images, out / "int8", "--method", method)
+        if tool in (OURS, AUTO, ALONE):
+            settings = ["--method", "auto" if tool == AUTO else "entropy", *(["--no-cpu-form"] if tool == ALONE else [])]
+            command = our_command(self.artifact.location, self.images, images, out / "int8", *settings)
         elif tool == BARE:
             command = [sys.executable, "-c", PASSES, str(self.artifact.path), str(self.images), str(images)]
         else:
@@ -190,7 +192,7 @@ def main() -> int:
         else:
             collect(options.photos, images)
         task = Task(artifact=deploy.export(work / "resnet34", arch="resnet34"), images=images, peers=peers, work=work)
-        document |= measure(task, (OURS, AUTO, BARE, *options.tools), options.rounds)
+        document |= measure(task, (OURS, AUTO, ALONE, BARE, *options.tools), options.rounds)
     publish("int8-calibration", document, report(document), options.results)
     return exit_status(goals(document))
 

@@ -18,7 +18,7 @@ from deploy.errors import ParityError
 from deploy.precision.codes import INT8
 from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.cpu_placement import MeansToPools, widened
-from deploy.precision.int8.histograms import Activations
+from deploy.precision.int8.histograms import Activations, collect
 from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.stored import Stored
@@ -42,16 +42,10 @@ def cpu_ranges(
     seen = {name: each.low if math.isfinite(each.low) else 0.0 for name, each in histograms.items()}
     model, unshift, wide = _widened(model, placement, scales, seen, per_tensor=per_tensor)
     scales, placement = unshift.scales, unshift.placement
-    further = {tensor: Histogram() for tensor in wide.edges if tensor not in placement.edges}
-    if further:
-        activations = Activations(model, list(further))
-        for feed in feeds:
-            tensors, _ = activations(feed)
-            for name, array in tensors.items():
-                further[name].add(array)
-    further = {
-        name: histogram for name, histogram in further.items() if histogram.total
-    }  # others are in a branch that did not run
+    names = [tensor for tensor in wide.edges if tensor not in placement.edges]
+    measured = collect(Activations(model, names), feeds) if names else {}
+    # Others are in a branch that did not run.
+    further = {name: histogram for name, histogram in measured.items() if histogram.total}
     found = {name: INT8.scale_of(threshold(each, "mse")) for name, each in further.items()}
     lows = unshift.lows | {name: each.low if math.isfinite(each.low) else 0.0 for name, each in further.items()}
     groups = ([name for name in group if name in lows] for group in wide.groups)

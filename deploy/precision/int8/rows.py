@@ -10,8 +10,8 @@ from deploy.artifact.tensors import Feed, batched, row_count, slice_rows
 from deploy.data.calibration_set import CalibrationSet
 from deploy.progress import Progress
 
-AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 64
-"""One in 16 calibration rows is used for the bias correction and the noise of the layers, but at least 8 and at most 64."""
+AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 32
+"""One in 16 calibration rows is used for the bias correction and the noise of the layers, but at least 8 and at most 32, which are kept in memory."""
 SAMPLE_ROWS = 4
 """Rows that ranges are compared on. A few are enough, because every position of an image is a sample."""
 KEPT_BYTES = 100 << 20
