@@ -92,6 +92,8 @@ class CpuGraph:
 def _session_options(streams: int) -> "onnxruntime.SessionOptions":
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
+    # An output is a view of what the session allocated: one small output that is kept would keep the whole arena.
+    options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = max(1, usable_cores() // streams)
     # In the order of the graph: by default, what measures a tensor runs when all the others are there (three times the memory).
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -113,3 +113,30 @@ from deploy.artifact.onnxfile import load_model; from deploy.precision.cpu impor
 path = Path(sys.argv[1]); print({opened}({{"x": np.ones((2, 4, 3), np.float32)}})["y"].sum())"""
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "net.onnx"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "120.0\n"), done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_small_output_that_is_kept_does_not_keep_the_memory_of_its_session(rows):
+    code = f"""
+from pathlib import Path
+import numpy as np, onnx_ir as ir
+from deploy.precision.cpu import CpuGraph
+
+def held():
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in rollup if line.startswith("Pss_Anon:")) << 10
+
+text = '<ir_version: 8, opset_import: ["": 17]> g (float[N, 4096] x, int64[2] r) => (float[N, 1] y)'
+graph = CpuGraph(ir.from_onnx_text(text + "{{ wide = Tile(x, r) y = ReduceMax <axes = [1]> (wide) }}"))
+x = np.ones(({rows}, 4096), np.float32)
+graph(dict(x=x, r=np.array([1, 1])))
+before = held()
+kept = graph(dict(x=x, r=np.array([1, 8192 // {rows}])))["y"]
+del graph
+print(held() - before, kept.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left, kept = map(int, done.stdout.split())
+    assert kept < 100
+    assert left < 32 << 20  # the run has 128 MiB
