@@ -10,12 +10,16 @@ _WORTH_IT = 100_000_000
 def release(size: int) -> None:
     """Free what models of about `size` bytes left behind, before the next one is opened.
 
-    The graphs of `onnx_ir` hang together in cycles, which Python collects by the number of objects and not by their size; and the
-    C library keeps freed blocks for itself, hundreds of megabytes after a runtime has opened a large model.
+    The graphs of `onnx_ir` hang together in cycles, which Python collects by the number of objects and not by their size.
     """
     if size < _WORTH_IT:
         return
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Give back the blocks that are free: the C library keeps them for itself, hundreds of megabytes after large arrays."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if malloc_trim is not None:
+        malloc_trim(0)

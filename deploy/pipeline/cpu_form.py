@@ -32,7 +32,7 @@ def save_cpu_form(
     path = writer.path / CPU_ONNX
     try:
         form.save(path)
-        check_cpu_form(form.unrounded(path), manifest, cases, progress)
+        check_cpu_form(form, path, manifest, cases, progress)
     except _WRONG as error:
         return _left_out(writer, manifest, error)
     return manifest

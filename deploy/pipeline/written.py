@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from deploy.evidence.parity import TOLERANCES, BackendParity, Parity, ParityCase
 from deploy.host.memory import release
 from deploy.precision.cpu import ONNXRUNTIME_VERSION, CpuGraph
 from deploy.precision.half.emulate import Emulate
+from deploy.precision.int8.cpu_form import CpuForm
 from deploy.precision.int8.stored import Stored
 from deploy.progress import Progress
 from deploy.runtime.catalog import AUTO, BACKENDS, CPU_FORMS, onnx_file
@@ -165,6 +167,8 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
     half = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.initializers.values())
     run = _emulated(model) if half else CpuGraph(model)
     found = judged(run, "", written.manifest.inputs, cases, TOLERANCES["bf16" if half else "fp32"])
+    del run, model
+    release(2 * stored.size)  # the weights, and what was laid out of them
     if found.wrong is not None:
         raise ParityError(
             f"{written.manifest.name} computes something else than its source, {stored.codes.label} aside: {found.wrong};"
@@ -172,13 +176,14 @@ def check_unrounded(written: Artifact, stored: Stored, cases: Sequence[Case], pr
         )
 
 
-def check_cpu_form(unrounded: ir.Model, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> None:
-    """Compare the CPU form, with what it rounds undone but for its biases, with the source.
+def check_cpu_form(form: CpuForm, path: Path, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> None:
+    """Compare the CPU form in the file `path`, with what it rounds undone but for its biases, with the source.
 
     Raises ParityError beyond the tolerance of FP16: steps of a bias are far below those of activations.
     """
     progress("comparing the CPU form without its rounding")
-    found = judged(CpuGraph(unrounded), "", manifest.inputs, cases, TOLERANCES["fp16"])
+    found = judged(CpuGraph(form.unrounded(path)), "", manifest.inputs, cases, TOLERANCES["fp16"])
+    release(2 * form.stored.size)
     if found.wrong is not None:
         raise ParityError(f"it computes something else than its source, INT8 aside: {found.wrong}")
 

@@ -15,6 +15,7 @@ from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import threshold
 from deploy.errors import ParityError
+from deploy.host.memory import trim
 from deploy.precision.codes import INT8
 from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.cpu_placement import MeansToPools, widened
@@ -43,6 +44,7 @@ def cpu_ranges(
     model, unshift, wide = _widened(model, placement, scales, seen, per_tensor=per_tensor)
     scales, placement = unshift.scales, unshift.placement
     names = [tensor for tensor in wide.edges if tensor not in placement.edges]
+    trim()
     measured = collect(Activations(model, names), feeds) if names else {}
     # Others are in a branch that did not run.
     further = {name: histogram for name, histogram in measured.items() if histogram.total}

@@ -10,9 +10,13 @@ import onnx_ir as ir
 from deploy.artifact.tensors import Feed
 from deploy.calibration.histogram import Histogram, NonFiniteError
 from deploy.errors import PrecisionError
+from deploy.host.memory import trim
 from deploy.precision.cpu import STREAMS, CpuGraph
 from deploy.precision.int8.branches import branched_nodes, with_outputs
 from deploy.precision.ranges import activation_ranges
+
+_TRIMMED = 32
+"""After so many feeds, free blocks are given back: else they become more with the number of feeds, as the C library splits them."""
 
 
 class Activations:
@@ -69,12 +73,15 @@ def collect(
 
     running: deque[Future[None]] = deque()
     with ThreadPoolExecutor(STREAMS, thread_name_prefix="calibration") as pool:
-        for feed in feeds:
+        for index, feed in enumerate(feeds):
+            if index % _TRIMMED == 0:
+                trim()
             running.append(pool.submit(count, feed))
             if len(running) > STREAMS:  # at most one feed waits for a thread, because feeds take memory
                 running.popleft().result()
         while running:
             running.popleft().result()
+    trim()
     return {name: histogram for name, (histogram, _) in histograms.items()}
 
 

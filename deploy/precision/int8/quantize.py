@@ -211,17 +211,17 @@ def _calibrate(
     progress("measuring each layer")
     audit = Audit(model, placement, scales.own, joint=scales.joint, codes=codes, per_tensor=options.per_tensor)
     references: list[tuple[Feed, Feed]] = []
-    for feed, run in rows.kept:
+    for feed, run in rows.runs():
         tensors, outputs = run or activations(feed)
         audit.add(tensors, row_count(feed))
         if (missing := PARITY_ROWS - sum(row_count(compared) for compared, _ in references)) > 0:
             references.append(first_rows(feed, outputs, data, missing))
         del run, tensors, outputs  # before the next feed takes as much memory again
-    feeds = rows.release()
     del activations
     errors = audit.finish()
     del audit
     noisy, layers = _noise(errors, options)
+    feeds = [feed for feed, _ in rows.kept]
     known = Calibrated(
         scales=scales.own,
         joint=scales.joint,

@@ -8,6 +8,7 @@ import numpy as np
 
 from deploy.artifact.tensors import Feed, batched, row_count, slice_rows
 from deploy.data.calibration_set import CalibrationSet
+from deploy.host.memory import trim
 from deploy.progress import Progress
 
 AUDIT_SHARE, AUDIT_LEAST, AUDIT_MOST = 16, 8, 32
@@ -74,10 +75,17 @@ class Rows:
                 yield feed if whole else slice_rows(feed, 0, missing)
                 missing -= row_count(feed)
 
-    def release(self) -> list[Feed]:
-        """The kept feeds; their tensors and outputs are released."""
-        self.kept = [(feed, None) for feed, _ in self.kept]
-        return [feed for feed, _ in self.kept]
+    def runs(self) -> Iterator[tuple[Feed, tuple[Feed, Feed] | None]]:
+        """The kept feeds, each with its tensors and outputs, if they were kept: only the caller has them then."""
+        for index, (feed, _) in enumerate(self.kept):
+            trim()  # of the feed before, for the runs that are still kept
+            yield feed, self._taken(index)
+        trim()
+
+    def _taken(self, index: int) -> tuple[Feed, Feed] | None:
+        feed, run = self.kept[index]
+        self.kept[index] = (feed, None)
+        return run
 
 
 def first_rows(feed: Feed, outputs: Feed, data: CalibrationSet, wanted: int) -> tuple[Feed, Feed]:

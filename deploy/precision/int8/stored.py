@@ -66,6 +66,11 @@ class Stored:
             bias=bias,
         )
 
+    @property
+    def size(self) -> int:
+        """The bytes of the FP32 weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
     def check(self, path: Path) -> None:
         """Raise ParityError naming the layer if the ONNX file at `path` holds something else."""
         nodes = {node.name or "": node for node in load_model(path).graph.all_nodes()}

@@ -40,8 +40,9 @@ def test_what_came_of_a_kept_feed_is_kept_as_far_as_there_is_room(monkeypatch):
     for feed in result:
         result.seen(feed, {"t": np.zeros(10, np.float32)}, {"y": np.zeros(5, np.float32)})  # 60 bytes
     assert [run is not None for _, run in result.kept] == [True, False, False, False]
-    assert [feed["x"][0, 0] for feed in result.release()] == [0, 2, 4, 6]
-    assert all(run is None for _, run in result.kept)
+    taken = [(feed["x"][0, 0], run is not None, [kept for _, kept in result.kept[:1]]) for feed, run in result.runs()]
+    assert taken == [(0, True, [None]), (2, False, [None]), (4, False, [None]), (6, False, [None])]
+    assert [feed["x"][0, 0] for feed, _ in result.kept] == [0, 2, 4, 6]
 
 
 def test_a_feed_that_is_kept_in_part_has_no_tensors_for_they_would_not_fit(monkeypatch):
