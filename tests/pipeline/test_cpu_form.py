@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx_ir.passes import PassResult
 from PIL import Image
@@ -19,7 +20,7 @@ from deploy.artifact.manifest import CPU_ONNX, ONNX
 from deploy.artifact.onnxfile import load_model, save_model
 from deploy.artifact.summary import evidence, summary
 from deploy.errors import ArtifactError, UsageError
-from deploy.host.cpu import has_vnni
+from deploy.host.cpu import QUANTIZES_WEIGHTS, has_vnni
 from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.cache import Calibrated
 from deploy.precision.int8.cpu_form import CpuForm
@@ -118,6 +119,24 @@ def test_onnxruntime_runs_it_and_others_the_signed_file(made):
             assert session.onnx_file == made.path / name
             operators = {layer.operator for layer in session.layer_times(FEED, runs=1)}
             assert ("QLinearConv" in operators) is (name == CPU_ONNX)
+
+
+@vnni
+@pytest.mark.parametrize(
+    "left", [["classifier.4"], ["features.3"], ["features.3", "classifier.1", "classifier.4"], ["features.0", "classifier.4"]]
+)
+def test_no_weight_is_dequantized_at_every_run_beside_layers_in_floating_point(convnet, images, tmp_path, left):
+    """A layer whose reader is in floating point has no kernel on codes behind Relu, and a convolution has none at all."""
+    made = deploy.quantize(convnet, tmp_path / "int8", calib=images, exclude=[f"{name}/*" for name in left], min_share=0)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # that this file is for this processor
+    onnxruntime.InferenceSession(made.cpu_path, options, ["CPUExecutionProvider"], disabled_optimizers=[QUANTIZES_WEIGHTS])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    constants = {each.name for each in graph.initializer}
+    assert [node.name for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants] == []
+    kernels = {"QLinearConv", "QGemm"}
+    assert sum(node.op_type in kernels for node in graph.node) >= 1
 
 
 @vnni

@@ -97,7 +97,8 @@ def cpu_form(model: ir.Model, placement: Placement, known: Calibrated, *, per_te
     scales = {**known.cpu.scales, **unshift.scales}
     wide = replace(wide, edges={name: uses for name, uses in wide.edges.items() if name in scales})
     bias = {name: correction for name, correction in known.bias.items() if name in wide.nodes}
-    bias |= {name: bias.get(name, 0) + correction for name, correction in unshift.bias.items()}
+    shifted = {name: correction for name, correction in unshift.bias.items() if name in wide.nodes}
+    bias |= {name: bias.get(name, 0) + correction for name, correction in shifted.items()}
     stored = Stored.of(model, wide, scales, known.joint, bias, INT8)
     ToCodes(wide, scales, INT8, joint=known.joint, bias=bias, per_tensor=per_tensor)(model)
     to_unsigned = ToUnsigned(known.cpu.lows)

@@ -35,18 +35,21 @@ def widened(model: ir.Model, placement: Placement) -> Placement:
 
     model: prepared, FP32, of one scope (`deploy.precision.int8.branches`). The outputs of the graph and of its branches stay as they
     are, and so do those of Gemm and MatMul, which have kernels from codes to floating point. What the placement has left in floating
-    point reads and makes no codes here either.
+    point reads and makes no codes here either; a layer that only such nodes read has no kernel on codes then, and its weight stays in
+    floating point too: it would be dequantized again at every run.
     """
     return _Widening(model.graph, placement).result()
 
 
 class _Widening:
     def __init__(self, graph: ir.Graph, placement: Placement) -> None:
+        self._graph = graph
         self._inputs = graph.inputs
         self._nodes = {node: node.name in placement.left for node in branched_nodes(graph)}
         self._placement = placement
         self._edges = dict(placement.edges)
         self._joined = set(placement.joints.values())
+        self._made: set[str] = set()  # by kernels on codes
 
     def result(self) -> Placement:
         groups = [list(group) for group in self._placement.groups]
@@ -61,10 +64,29 @@ class _Widening:
                 groups.append([source.name or "", node.outputs[0].name or ""])
         order = [*self._inputs, *(value for node in self._nodes for value in node.outputs)]
         names = [value.name or "" for value in order]
-        return replace(
+        found = replace(
             self._placement,
             edges={name: self._edges[name] for name in names if name in self._edges},
             groups=_merged(groups),
+        )
+        slow = {node.name or "" for node in self._nodes if node.name in found.weights and not self._has_kernel(node)}
+        if not slow:
+            return found
+        edges = {
+            name: uses
+            for name, uses in self._placement.edges.items()
+            if name in self._made or not slow.issuperset(user for user, _ in uses)
+        }
+        weights = {name: weight for name, weight in found.weights.items() if name not in slow}
+        nodes = tuple(name for name in found.nodes if name not in slow)
+        return _Widening(self._graph, replace(self._placement, nodes=nodes, weights=weights, edges=edges)).result()
+
+    def _has_kernel(self, node: ir.Node) -> bool:
+        """Whether ONNX Runtime computes a layer on codes: Conv with those behind it alone, others unless there is an activation alone
+        between them and what reads floating point (seen with 1.32)."""
+        behind = self._behind(node.outputs[0])
+        return self._has_codes(behind) or not (
+            _is(node, ("Conv",)) or (behind is not node.outputs[0] and not behind.is_graph_output())
         )
 
     def _widen(self, node: ir.Node) -> None:
@@ -77,7 +99,9 @@ class _Widening:
             fused = _is(node, _POOLS)
             fused |= _is(node, ("Conv",)) and node.name in self._placement.nodes
             fused |= _is(node, _UNARY) and self._has_codes(operands[0])
-        if fused and self._quantize(self._behind(node.outputs[0])):
+        behind = self._behind(node.outputs[0])
+        if fused and self._quantize(behind):
+            self._made.add(behind.name or "")
             for value in operands:
                 if not self._has_codes(value):
                     self._quantize(value)

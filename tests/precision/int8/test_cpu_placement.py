@@ -54,6 +54,46 @@ def test_outputs_of_matrices_stay_floats(build):
     assert further(model)[0] == set()
 
 
+@pytest.mark.parametrize(
+    ("body", "exclude", "weights", "edges"),
+    [
+        ("[c] a = Conv(x, w) [d] y = Conv(a, v)", "d", set(), set()),
+        (
+            "[c] a = Conv(x, w) [r] b = Relu(a) [d] e = Conv(b, v) [t] f = Tanh(e) [k] y = Conv(f, w)",
+            "k",
+            {"c", "d"},
+            {"x", "b", "e"},
+        ),
+        ("[c] a = Conv(x, w) [r] b = Relu(a) [d] e = Conv(b, v) [k] y = Conv(e, w)", "k", {"c"}, {"x", "b"}),
+        ("[c] a = Conv(x, w) [d] y = Conv(a, v)", "", {"c"}, {"x", "a"}),
+    ],
+    ids=["alone", "with another reader", "made of codes", "output"],
+)
+def test_a_layer_that_has_no_kernel_keeps_its_weight_in_floating_point(build, body, exclude, weights, edges):
+    """Its input is rounded all the same where the layer before makes codes."""
+    model = build(f"g ({MAP}) => (float[] y) {WEIGHTS} {{ {body} }}")
+    _, wide = further(model, exclude=tuple(filter(None, [exclude])))
+    assert set(wide.weights) == set(wide.nodes) == weights
+    assert set(wide.edges) == edges
+
+
+@pytest.mark.parametrize(
+    ("behind", "kernels"),
+    [
+        ("[r] e = Relu(a) [h] y = MatMul(e, v)", set()),
+        ("[r] e = Clip(a, l) [h] y = MatMul(e, v)", set()),
+        ("[t] e = Tanh(a) [h] y = MatMul(e, v)", {"g"}),
+        ("[h] y = MatMul(a, v)", {"g"}),
+        ("[r] y = Relu(a)", {"g"}),
+    ],
+)
+def test_a_matrix_has_no_kernel_where_an_activation_alone_is_before_floating_point(build, behind, kernels):
+    weights = "<float[4, 4] w, float[4] b, float[4, 4] v, float l>"
+    model = build(f"g (float[2, 4] x) => (float[] y) {weights} {{ [g] a = Gemm(x, w, b) {behind} }}")
+    exclude = ("h",) if "[h]" in behind else ()
+    assert set(further(model, exclude=exclude)[1].weights) == kernels
+
+
 def test_a_layer_that_is_left_in_floating_point_gets_no_codes(build):
     model = build(f"g ({MAP}) => (float[] y) {WEIGHTS} {{ [c] a = Conv(x, w) [t] b = Tanh(a) [d] y = Conv(b, v) }}")
     assert further(model, exclude=("c",))[0] == set()
@@ -66,7 +106,7 @@ def test_a_pool_that_is_left_in_floating_point_gets_no_codes(build):
 
 
 def test_numbers_that_only_move_share_a_scale(build):
-    body = "[c] a = Conv(x, w) [p] b = MaxPool<kernel_shape = [2, 2]>(a) [i] d = Identity(b) [d] y = Conv(d, v)"
+    body = "[c] a = Conv(x, w) [p] b = MaxPool<kernel_shape = [2, 2]>(a) [i] d = Identity(b) [d] e = Conv(d, v) [t] y = Tanh(e)"
     _, wide = further(build(f"g ({MAP}) => (float[] y) {WEIGHTS} {{ {body} }}"))
     assert [set(group) for group in wide.groups] == [{"a", "b", "d"}]
 
