@@ -205,10 +205,8 @@ def goals_of(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
         min(runs, key=lambda run: run[1]["speedup"][2]),
         max(runs, key=lambda run: run[1]["seconds"]),
     )
-    off = {
-        row["net"]: max((row[backend]["off"] for backend in BACKENDS if row[backend]["off"] is not None), default=0.0)
-        for row in rows
-    }
+    known = {row["net"]: [row[backend]["off"] for backend in BACKENDS if row[backend]["off"] is not None] for row in rows}
+    off = {net: max(found) for net, found in known.items() if found}  # the others have no mix but plain INT8
     near = sum(value <= NEAR for value in off.values())
     goals = [
         Goal(
