@@ -1,4 +1,5 @@
-"""Outlier channels planted into a trained transformer, which computes nearly the same afterwards.
+"""Outlier channels planted into trained nets: `plant` into a transformer, which computes nearly the same afterwards, and `plant_between` into a
+net with ReLU, which computes the same.
 
 Large transformers have channels of the residual stream at a thousand times the others, on every token (Dettmers et al. 2022,
 arXiv:2208.07339; Sun et al. 2024, arXiv:2402.17762); small ones that are trained for minutes do not. Two channels of opposite
@@ -8,8 +9,10 @@ so becomes a constant. That is why a net that is to get them is first fine-tuned
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
 
 class ConstantNorm(nn.LayerNorm):
@@ -74,3 +77,50 @@ def plant(model: nn.Module, times: float, channels: tuple[int, int]) -> None:
             planted.load_state_dict(norm.state_dict())
             planted.weight *= deviation / norm.deviation
             setattr(holder, name, planted)
+
+
+_HOMOGENEOUS = (
+    nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, functional.relu, functional.max_pool2d, torch.flatten,
+)  # fmt: skip
+"""What multiplies its output by s where its input is multiplied by s > 0."""
+
+
+def plant_between(model: nn.Module, times: float, count: int, seed: int = 0) -> list[str]:
+    """Raise `count` channels between every two layers by `times`, drawn by the seed, and lower the weights that read them, in place.
+
+    Between such layers are ReLU, pooling and flattening alone, and nothing else reads what is between. Returns the names of the layers before.
+    """
+    generator = np.random.default_rng(seed)
+    modules = dict(model.named_modules())
+    found = []
+    for node in fx.symbolic_trace(model.eval()).graph.nodes:
+        before = modules.get(node.target) if node.op == "call_module" else None
+        after = _reader(node, modules)
+        if not isinstance(before, nn.Conv2d | nn.BatchNorm2d | nn.Linear) or after is None:
+            continue
+        channels = before.weight.shape[0]
+        factor = torch.ones(channels)
+        factor[torch.from_numpy(generator.choice(channels, count, replace=False))] = times
+        with torch.no_grad():
+            before.weight *= factor.view(-1, *[1] * (before.weight.dim() - 1))
+            if before.bias is not None:
+                before.bias *= factor
+            if isinstance(after, nn.Conv2d) and after.groups > 1:
+                after.weight /= factor.view(-1, 1, 1, 1)
+            else:  # of a flattened map, each channel has as many columns as the map has places
+                columns = factor.repeat_interleave(after.weight.shape[1] // channels)
+                after.weight /= columns.view(1, -1, *[1] * (after.weight.dim() - 2))
+        found.append(str(node.target))
+    return found
+
+
+def _reader(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Conv2d | nn.Linear | None:
+    """The layer that reads the output of `node`, if nothing but `_HOMOGENEOUS` is between, and nothing else reads it."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        target = modules.get(str(node.target)) if node.op == "call_module" else node.target
+        if isinstance(target, nn.Conv2d | nn.Linear):
+            return target
+        if not (target in _HOMOGENEOUS or type(target) in _HOMOGENEOUS):
+            return None
+    return None

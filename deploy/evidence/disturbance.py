@@ -218,11 +218,11 @@ class Round(dict[K, Turn]):
         return all(self.use(candidate).quiet for candidate in self)
 
 
-def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]]) -> None:
+def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]], until: float | None = None) -> None:
     """Put `count` undisturbed rounds into a list: further rounds are taken for disturbed ones, in as much time as the first `count` took, or
-    more if that is short (`PATIENCE_S`).
+    more if that is short (`PATIENCE_S`), but none after `until`.
 
-    take: a round of this number.
+    take: a round of this number. until: on the clock of `time.monotonic`; None for no such end.
     """
     start = time.monotonic()
     limit_s = math.inf
@@ -237,6 +237,8 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
             if len(into) == count:
                 planned_s = time.monotonic() - start
                 limit_s = planned_s + max(planned_s, min(PATIENCE * planned_s, PATIENCE_S))
+                if until is not None:
+                    limit_s = min(limit_s, until - start)
     if (found := _best(into)) is not None:
         remember(found)
 

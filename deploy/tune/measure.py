@@ -114,13 +114,16 @@ class Mixes:
 class Stopwatch:
     """Times artifacts in processes of their own, which take turns; leaves none behind.
 
-    The artifacts of `always` stay open, and are in every measurement.
+    The artifacts of `always` stay open, and are in every measurement. The processes of the others are kept for those of the next one, for it takes longer
+    to start a process than to open a session.
     """
 
     def __init__(self, place: Place, always: Mapping[str, Artifact]) -> None:
         self._place = place
         with ExitStack() as stack:  # closes what was opened where one cannot be
-            self._always = self._opened(stack, always)
+            self._stack = stack
+            self._kept: list[WorkerProcess] = []
+            self._always = self._opened(always)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Stopwatch":
@@ -129,28 +132,38 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def measure(self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float) -> Measured[str]:
-        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again (`take_rounds`). Raises BackendError."""
-        with ExitStack() as stack:
-            workers = self._always | self._opened(stack, mixes)
-            names = list(workers)
-            taken: list[Round[str]] = []
+    def measure(self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float, until: float | None = None) -> Measured[str]:
+        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again (`take_rounds`). Raises BackendError.
 
-            def take(turn: int) -> Round[str]:
-                shift = turn % len(names)
-                return Round({name: _turn(workers[name], slice_s) for name in names[shift:] + names[:shift]})
+        until: on the clock of `time.monotonic`; afterwards none is taken again.
+        """
+        opened = self._opened(mixes)
+        workers = self._always | opened
+        names = list(workers)
+        taken: list[Round[str]] = []
 
-            take_rounds(take, rounds, taken)
-            return Measured.of(taken, rounds)
+        def take(turn: int) -> Round[str]:
+            shift = turn % len(names)
+            return Round({name: _turn(workers[name], slice_s) for name in names[shift:] + names[:shift]})
 
-    def _opened(self, stack: ExitStack, artifacts: Mapping[str, Artifact]) -> dict[str, WorkerProcess]:
-        backend, options = self._place.backend, self._place.options
-        workers = {name: stack.enter_context(WorkerProcess(each, backend, options)) for name, each in artifacts.items()}
+        take_rounds(take, rounds, taken, until)
+        self._kept += opened.values()
+        return Measured.of(taken, rounds)
+
+    def _opened(self, artifacts: Mapping[str, Artifact]) -> dict[str, WorkerProcess]:
+        workers = {name: self._opening(artifact) for name, artifact in artifacts.items()}
         for worker in workers.values():
             worker.wait_open()
         for worker in workers.values():
             worker.prepare(self._place.dims)
         return workers
+
+    def _opening(self, artifact: Artifact) -> WorkerProcess:
+        if not self._kept:
+            return self._stack.enter_context(WorkerProcess(artifact, self._place.backend, self._place.options))
+        worker = self._kept.pop(0)
+        worker.reopen(artifact)
+        return worker
 
 
 def _turn(worker: WorkerProcess, slice_s: float) -> Turn:

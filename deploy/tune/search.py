@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 UNIT_ROUNDS, UNIT_SLICE_S = 7, 0.06
 POINT_ROUNDS, POINT_SLICE_S = 15, 0.25
-UNITS_SHARE = 0.5
+UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 
 
@@ -44,7 +44,11 @@ class Clock:
 
     def over(self, share: float = 1.0) -> bool:
         """Whether this share of it has passed."""
-        return time.monotonic() - self._start > share * self._limit_s
+        return time.monotonic() > self.end(share)
+
+    def end(self, share: float = 1.0) -> float:
+        """When this share of it has passed, on the clock of `time.monotonic`."""
+        return self._start + share * self._limit_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +118,21 @@ def _measure(
                 break
             progress("measuring units", done, len(units))
             if len(units) > 1:
-                journal.add_unit(unit.name, _measured(unit, units, made, watch))
+                now = time.monotonic()
+                until = now + (clock.end(UNITS_SHARE) - now) / (len(units) - done)
+                journal.add_unit(unit.name, _measured(unit, units, made, watch, until))
             else:  # alone it is everything, and nothing is INT8 without it
                 whole, damage = journal.whole or 1.0, made.damage(everything)
                 journal.add_unit(unit.name, MeasuredUnit(alone=whole, without=1.0, whole=whole, error=0.0, damage=damage))
     shutil.rmtree(everything.path)
 
 
-def _measured(unit: Unit, units: Sequence[Unit], made: Mixes, watch: Stopwatch) -> MeasuredUnit:
+def _measured(unit: Unit, units: Sequence[Unit], made: Mixes, watch: Stopwatch, until: float) -> MeasuredUnit:
+    """until: on the clock of `time.monotonic`, afterwards the next unit is to have its share of the time."""
     others = [node for other in units if other is not unit for node in other.nodes]
     alone, without = made.build("alone", others), made.build("without", unit.nodes)
     damage = made.damage(alone)
-    found = watch.measure({"alone": alone, "without": without}, UNIT_ROUNDS, UNIT_SLICE_S)
+    found = watch.measure({"alone": alone, "without": without}, UNIT_ROUNDS, UNIT_SLICE_S, until)
     for each in (alone, without):
         shutil.rmtree(each.path)
     shares = {name: time_share(found, name) for name in ("alone", "without", WHOLE)}

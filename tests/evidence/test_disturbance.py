@@ -250,6 +250,18 @@ def test_how_long_rounds_are_taken_again(clock: Clock, planned_s: float, longest
     assert clock.now == pytest.approx(longest_s, abs=planned_s / 9)
 
 
+@pytest.mark.parametrize(("until_s", "longest_s"), [(-1, 3), (2, 3), (5, 5), (100, 13)])
+def test_rounds_are_not_taken_again_after_a_given_time(clock: Clock, until_s: float, longest_s: float) -> None:
+    def take(_: int) -> Round[str]:
+        clock.now += 0.3
+        return round_of(0.9)
+
+    taken: list[Round[str]] = []
+    start = clock.now
+    take_rounds(take, 10, taken, until=start + until_s)
+    assert clock.now - start == pytest.approx(longest_s, abs=0.31)
+
+
 @pytest.mark.parametrize("bad", [FAR, SLOW_CORES])
 def test_of_rounds_with_a_bad_moment_each_the_median_decides(bad: CoreState) -> None:
     pairs = {CORES: [(CORES, bad), (bad, CORES), (CORES, CORES)], bad: [(bad, bad), (bad, CORES), (CORES, bad)]}

@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker:
-    """One session, and the feeds that it is timed on in turns."""
+    """One session at a time, and the feeds that it is timed on in turns."""
 
     def __init__(self) -> None:
         self._opened: tuple[Artifact, Session] | None = None
@@ -53,13 +53,21 @@ class Worker:
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Handle one request; the reply."""
-        if self._opened is None:  # the first request
+        if self._opened is None or request.get("do") == "open":
+            self._close()
             options = SessionOptions(**request["options"])
             start = time.perf_counter()
             artifact = open_artifact(request["artifact"])
             self._opened = artifact, open_session(artifact, request["backend"], options)
             return {"load_s": time.perf_counter() - start}
         return self._answer(*self._opened, request)
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened, self._samples, self._feeds = None, [], iter(())
+            gc.unfreeze()
+            gc.collect()
 
     def _answer(self, artifact: Artifact, session: Session, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to any request but the first."""

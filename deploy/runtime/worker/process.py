@@ -48,7 +48,8 @@ class WorkerProcess:
         self.label = f"{artifact.shown} on {backend}"
         self.threads = 1 if options.device.startswith("cuda") else options.threads or usable_cores()
         """The threads that its runs need at a time."""
-        opened = {"artifact": artifact.shown, "backend": backend, "options": asdict(options)}
+        self._backend, self._options = backend, options
+        opened = self._request(artifact)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close; a pipe could fill up and block)
         # The child gets our sys.path, so that it imports the same modules from any folder.
         self._process = subprocess.Popen(
@@ -62,6 +63,14 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def _request(self, artifact: Artifact) -> dict[str, Any]:
+        return {"artifact": artifact.shown, "backend": self._backend, "options": asdict(self._options)}
+
+    def reopen(self, artifact: Artifact) -> None:
+        """Close the session and open another artifact, with the same backend and options: `wait_open`, then `prepare`, come next."""
+        self.label = f"{artifact.shown} on {self._backend}"
+        self._send({"do": "open", **self._request(artifact)})
 
     def wait_open(self) -> float:
         """Wait until the session is open; the seconds that it took. Several workers can start side by side."""

@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,39 @@ def test_every_worker_makes_the_same_feed_and_saves_what_comes_of_it(
     with open_session(shared_lenet5, "onnxruntime") as session:
         expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_process_opens_one_artifact_after_another(
+    shared_lenet5: Artifact, reference: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    other = reference("mlp")
+    with WorkerProcess(shared_lenet5, "onnxruntime", OPTIONS) as process:
+        first = process.pid
+        process.wait_open()
+        process.prepare({"batch": 1})
+        for artifact in (other, shared_lenet5):
+            process.reopen(artifact)
+            assert process.wait_open() > 0
+            process.prepare({"batch": 3}, tmp_path / "outputs.npz")
+            with np.load(tmp_path / "outputs.npz") as file:
+                (logits,) = file.values()
+            with open_session(artifact, "onnxruntime") as session:
+                expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+            assert len(process.round(0.1, 5)) == 5
+        assert process.pid == first
+
+
+def test_an_artifact_that_does_not_open_is_an_error_after_which_another_opens(shared_lenet5: Artifact, lenet5: Artifact) -> None:
+    (lenet5.path / ONNX).write_bytes(b"rubbish")
+    with WorkerProcess(shared_lenet5, "onnxruntime", OPTIONS) as process:
+        process.wait_open()
+        process.reopen(lenet5)
+        with pytest.raises(ArtifactError, match=r"model\.onnx has 7 bytes"):
+            process.wait_open()
+        process.reopen(shared_lenet5)
+        assert process.wait_open() > 0
+        assert process.prepare({"batch": 1}).run_s > 0
 
 
 def used(process: WorkerProcess) -> float:
