@@ -29,8 +29,10 @@ from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-UNIT_ROUNDS, UNIT_SLICE_S = 7, 0.06
-POINT_ROUNDS, POINT_SLICE_S = 15, 0.25
+UNIT_ROUNDS, UNIT_SLICE_S, UNIT_LONGEST_S = 7, 0.06, 6.0
+"""Rounds and seconds of the measurement of a unit, and how long it may take until disturbed rounds are not taken again: the less certain a
+time is, the less is made of it (`solve.fit_costs`)."""
+POINT_ROUNDS, POINT_SLICE_S = 15, 0.1
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 
@@ -109,7 +111,8 @@ def _measure(
     with Stopwatch(made.place, {BASE: made.base, WHOLE: everything}) as watch:
         if journal.whole is None:
             progress("timing floating point and INT8")
-            journal.set_whole(time_share(watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S), WHOLE).value)
+            timed = watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S, time.monotonic() + UNIT_LONGEST_S)
+            journal.set_whole(time_share(timed, WHOLE).value)
         for done, unit in enumerate(missing, len(units) - len(missing)):
             if clock.over(UNITS_SHARE):
                 logger.warning(
@@ -119,7 +122,7 @@ def _measure(
             progress("measuring units", done, len(units))
             if len(units) > 1:
                 now = time.monotonic()
-                until = now + (clock.end(UNITS_SHARE) - now) / (len(units) - done)
+                until = now + min(UNIT_LONGEST_S, (clock.end(UNITS_SHARE) - now) / (len(units) - done))
                 journal.add_unit(unit.name, _measured(unit, units, made, watch, until))
             else:  # alone it is everything, and nothing is INT8 without it
                 whole, damage = journal.whole or 1.0, made.damage(everything)
