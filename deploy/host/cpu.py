@@ -65,6 +65,11 @@ def has_vnni() -> bool:
     return not _VNNI.isdisjoint(flags)
 
 
+def adds_in_16_bits() -> bool:
+    """Whether products of unsigned and signed bytes overflow: see `has_vnni`."""
+    return platform.machine() in ("x86_64", "AMD64") and not has_vnni()
+
+
 def usable_cores() -> int:
     """The number of physical cores that this process may use, or fewer if a control group allows less time, rounded down; at least 1.
 

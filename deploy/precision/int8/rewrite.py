@@ -108,7 +108,7 @@ class _Rewrite(GraphEdit):
     def __init__(self, graph: ir.Graph, codes: Codes) -> None:
         super().__init__(graph)
         self.codes = codes
-        self.zeros: dict[tuple[ir.Graph, tuple[int, ...]], ir.Value] = {}
+        self.zeros: dict[ir.Graph, ir.Value] = {}
 
     def insert_pairs(self, placement: Placement, scales: Mapping[str, float], joint: Mapping[str, float]) -> None:
         branches: dict[str, str] = {}  # name of a Concat -> one of its branches
@@ -142,7 +142,7 @@ class _Rewrite(GraphEdit):
         value = self.values[tensor]
         producer = value.producer()
         graph = graph_of(producer) if producer is not None else self.graph
-        operands = [value, self._scale(graph, tensor, scale), self._zero(graph, ())]
+        operands = [value, self._scale(graph, tensor, scale), self._zero(graph)]
         quantize = self.node("QuantizeLinear", operands, tensor, self.value(f"{tensor}_quantized", value, self.codes.dtype))
         pair = [quantize]
         if dequantize:
@@ -158,7 +158,7 @@ class _Rewrite(GraphEdit):
         result = self.take_over(codes, f"{tensor}_quantized")
         codes.type = ir.TensorType(self.codes.dtype)
         graph = graph_of(node)
-        operands = [codes, self._scale(graph, tensor, scale), self._zero(graph, ())]
+        operands = [codes, self._scale(graph, tensor, scale), self._zero(graph)]
         graph.insert_after(node, self.node("DequantizeLinear", operands, tensor, result))
         return codes
 
@@ -182,7 +182,8 @@ class _Rewrite(GraphEdit):
             operands = [
                 self.initializer(f"{initializer}_{self.codes.name}", codes, graph),
                 self.initializer(f"{initializer}_scale", scale, graph),
-                self._zero(graph, scale.shape),
+                # Of its own: ONNX Runtime makes unsigned weights, for `session.x64quantprecision`, of each with its zero point.
+                self.initializer(f"{initializer}_zero_point", np.zeros(scale.shape, self.codes.dtype.numpy()), graph),
             ]
             attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
             result = self.value(f"{initializer}_dequantized", value, ir.DataType.FLOAT)
@@ -194,11 +195,10 @@ class _Rewrite(GraphEdit):
     def _scale(self, graph: ir.Graph, tensor: str, scale: float) -> ir.Value:
         return self.initializer(f"{tensor}_scale", np.array(scale, dtype=np.float32), graph)
 
-    def _zero(self, graph: ir.Graph, shape: tuple[int, ...]) -> ir.Value:
-        if (graph, shape) not in self.zeros:
-            name = "_".join([f"{self.codes.name}_zero_point", *map(str, shape)])
-            self.zeros[graph, shape] = self.initializer(name, np.zeros(shape, dtype=self.codes.dtype.numpy()), graph)
-        return self.zeros[graph, shape]
+    def _zero(self, graph: ir.Graph) -> ir.Value:
+        if graph not in self.zeros:
+            self.zeros[graph] = self.initializer(f"{self.codes.name}_zero_point", np.zeros((), self.codes.dtype.numpy()), graph)
+        return self.zeros[graph]
 
 
 def _scale_floor(node: ir.Node, axis: int | None, scale: float) -> np.ndarray:

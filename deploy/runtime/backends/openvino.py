@@ -17,7 +17,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
-from deploy.host.cpu import usable_cores
+from deploy.host.cpu import adds_in_16_bits, usable_cores
 from deploy.runtime.lifetime import keep_for_ever
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.runner import closed_error
@@ -46,6 +46,8 @@ def _without_telemetry() -> Iterator[None]:
 
 with _without_telemetry():
     import openvino
+
+    from deploy.runtime.backends.openvino_weights import halve_weights
 
 _CORE = openvino.Core()
 """The Core of all sessions. It lives as long as the process.
@@ -92,7 +94,10 @@ class OpenVinoSession(Session):
 
     def _compile(self, config: Mapping[str, Any]) -> Any:
         try:
-            return _CORE.compile_model(_CORE.read_model(self.onnx_file), "CPU", dict(config))
+            model = _CORE.read_model(self.onnx_file)
+            if adds_in_16_bits() and halve_weights(model):
+                logger.debug("%r: weights of 7 bits, for this processor has no VNNI", self.name)
+            return _CORE.compile_model(model, "CPU", dict(config))
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open {self._artifact.location}: {_reason(error)}") from error
 

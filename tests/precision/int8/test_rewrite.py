@@ -105,10 +105,10 @@ def test_pairs_and_int8_weights_stand_where_they_should(build):
     assert list(found["conv"].input) == ["x_dequantized", "w_dequantized", "b"]
     assert [attribute.i for attribute in found["w/DequantizeLinear"].attribute] == [0]
     arrays = stored(quantized)
-    assert set(arrays) == {"x_scale", "int8_zero_point", "w_int8", "w_scale", "int8_zero_point_6", "b"}
+    assert set(arrays) == {"x_scale", "int8_zero_point", "w_int8", "w_scale", "w_zero_point", "b"}
     assert (arrays["w_int8"].dtype, arrays["w_scale"].shape, arrays["b"].dtype) == (np.int8, (6,), np.float32)
     assert arrays["x_scale"] == np.float32(0.05)
-    for name in ("int8_zero_point", "int8_zero_point_6"):
+    for name in ("int8_zero_point", "w_zero_point"):
         assert (arrays[name].dtype, not arrays[name].any()) == (np.int8, True)
 
 
