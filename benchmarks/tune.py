@@ -19,7 +19,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,20 +167,29 @@ def nncf_model(
     return dict(json.loads(reply.stdout.splitlines()[-1]))
 
 
-def compared(source: Artifact, files: Mapping[str, Path], unseen: Sequence[Sample]) -> dict[str, Any]:
-    """FP32, our model and NNCF's, timed in turns and judged in this process, all by OpenVINO as it is."""
+def compared(source: Artifact, made: Artifact, peer: Path, unseen: Sequence[Sample]) -> dict[str, Any]:
+    """FP32 and our result in sessions, and NNCF's model by OpenVINO as it is: timed in turns and judged in this process."""
     assert source.preprocess is not None
-    core = openvino.Core()
-    config = {"INFERENCE_NUM_THREADS": usable_cores(), "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    models = {name: core.compile_model(str(path), "CPU", config) for name, path in files.items()}
+    config = {"INFERENCE_NUM_THREADS": usable_cores(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     judged = list(batches(unseen, source.preprocess.open, 32))
     image = judged[0][0][:1]
-    sides = {name: lambda run=run: [seconds_of(lambda: run(image)) for _ in range(RUNS)] for name, run in models.items()}  # type: ignore[misc]
-    rounds = in_turns(sides, ROUNDS, warm_up=2, steady=True)
-    ratios = {name: paired_ratio(rounds[other], rounds["deploy"]) for name, other in (("nncf", "nncf"), ("fp32", "fp32"))}
-    hits = {
-        name: np.concatenate([run(images)[0].argmax(1) == labels for images, labels in judged]) for name, run in models.items()
-    }
+    with deploy.load(source, "openvino") as before, deploy.load(made, "openvino") as ours:
+        (name,), (output,) = ((spec.name for spec in specs) for specs in (ours.inputs, ours.outputs))
+        theirs = openvino.Core().compile_model(str(peer), "CPU", config)
+        models: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "fp32": lambda images: before.run({name: images})[output],
+            "deploy": lambda images: ours.run({name: images})[output],
+            "nncf": lambda images: theirs(images)[0],
+        }
+        sides = {
+            name: lambda run=run: [seconds_of(lambda: run(image)) for _ in range(RUNS)]  # type: ignore[misc]
+            for name, run in models.items()
+        }
+        rounds = in_turns(sides, ROUNDS, warm_up=2, steady=True)
+        hits = {
+            name: np.concatenate([run(images).argmax(1) == labels for images, labels in judged]) for name, run in models.items()
+        }
+    ratios = {name: paired_ratio(rounds[name], rounds["deploy"]) for name in ("nncf", "fp32")}
     return {
         **{f"faster_than_{name}": [ratio.value, ratio.low, ratio.high] for name, ratio in ratios.items()},
         "less_right_than_nncf": list(paired_drop(hits["nncf"], hits["deploy"])),
@@ -232,8 +241,7 @@ def beside_nncf(name: str, cache: Path, python: Path, minutes: float, most: int 
         found = {"net": name, "deploy": tuned_on(source, "openvino", folders, unseen, work / "tuned", minutes)}
         data = {"calib": scan(folders["calib"]).sample(CALIB), "judged": scan(folders["certify"]).samples}
         found["nncf"] = nncf_model(source, data, name.startswith("vit"), python, work / "nncf.xml")
-        files = {"fp32": source.onnx_path, "deploy": Artifact.open(work / "tuned").onnx_path, "nncf": work / "nncf.xml"}
-        found |= compared(source, files, unseen)
+        found |= compared(source, Artifact.open(work / "tuned"), work / "nncf.xml", unseen)
     print(json.dumps(found), flush=True)
     return found
 

@@ -23,8 +23,8 @@ from deploy.precision.int8.options import QuantizeOptions
 from deploy.tune.options import TuneOptions
 
 SCHEMA = 1
-NOT_HERE = ("fp8", "fp16", "min_share")
-"""Options of `quantize` that make no mix of INT8 and FP32, or say how much of it must be which."""
+NOT_HERE = ("fp8", "fp16", "keep_below", "min_share")
+"""Options of `quantize` that make no mix of INT8 and FP32, or say how much of it must be which: that is what is searched."""
 
 
 @click.command("tune")

@@ -44,6 +44,9 @@ from deploy.tune.search import Built, Clock, Weighed, build_points, time_points,
 
 logger = logging.getLogger(__name__)
 
+KEEP_BELOW = 0.0
+"""A layer whose noise is larger than its signal, in dB, stays in floating point; of all others the damage at the outputs decides."""
+
 
 def tune(
     artifact: Artifact | PathLike,
@@ -59,7 +62,6 @@ def tune(
     include: Sequence[str] = (),
     float_first: bool = False,
     float_last: bool = False,
-    keep_below: float = 10.0,
     bias_correction: bool = True,
     equalize: bool | None = None,
     metric: str = "top1",
@@ -93,7 +95,7 @@ def tune(
         logger.warning(
             "%s calibrates and judges: what is shown on images that were calibrated on need not hold for others", calib
         )
-    quantizing = collect(QuantizeOptions, given, min_share=0.0)
+    quantizing = collect(QuantizeOptions, given, min_share=0.0, keep_below=KEEP_BELOW)
     stage = TuneStage(source, data, options, quantizing, session, progress)
     return run_stage(stage, default_out(out, source, "tuned"), source)
 

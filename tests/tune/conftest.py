@@ -26,13 +26,20 @@ SIDE, CLASSES = 12, 4
 
 @pytest.fixture(scope="package")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A convolution, one with a residual sum, and a matrix, with random weights."""
+    return small_net(tmp_path_factory.mktemp("net") / "net")
+
+
+def small_net(out: Path, outlier: float = 1) -> Artifact:
+    """A convolution, one with a residual sum, and a matrix, with random weights; the second one reads a channel at `outlier` times the others, and
+    takes that back."""
     rng = np.random.default_rng(0)
     arrays = {
         "w1": rng.standard_normal((8, 1, 3, 3)) * 0.5,
         "w2": rng.standard_normal((8, 8, 3, 3)) * 0.2,
         "w3": rng.standard_normal((8, CLASSES)) * 2,
     }
+    arrays["w1"][0] *= outlier
+    arrays["w2"][:, 0] /= outlier
     nodes = [
         helper.make_node("Conv", ["x", "w1"], ["c1"], name="stem/Conv", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c1"], ["r1"], name="stem/Relu"),
@@ -51,7 +58,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    with ArtifactWriter(tmp_path_factory.mktemp("net") / "net") as writer:
+    with ArtifactWriter(out) as writer:
         onnx.save(model, writer.path / ONNX)
         manifest = open_onnx(writer.path / ONNX).manifest
         preprocess = Preprocess(channels=1, crop=SIDE, mean=(0.5,))

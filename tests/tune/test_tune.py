@@ -22,6 +22,7 @@ from deploy.tune.measure import Place
 from deploy.tune.page import render
 from deploy.tune.text import text
 from deploy.tune.tune import tune
+from tests.tune.conftest import small_net
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -70,6 +71,16 @@ def test_the_result_is_byte_for_byte_what_was_tested_and_its_manifest_has_the_ev
     tuned.verify()
     assert tuned.root().manifest.digest == net.manifest.digest
     assert f"tuned      {result.name}: " in summary(tuned)
+
+
+def test_the_search_decides_on_layers_that_quantize_leaves_in_floating_point_for_their_noise(
+    images: Path, tmp_path: Path
+) -> None:
+    planted = small_net(tmp_path / "planted", 1000)
+    made = deploy.quantize(planted, tmp_path / "int8", calib=images / "calib", min_share=0)
+    assert [each.node for each in made.manifest.exclusions] == ["body/Conv"]
+    found = record(search_of(planted, images, tmp_path / "tuned"))
+    assert [unit.name for unit in found.units] == ["stem", "body", "head"]
 
 
 def test_everything_in_int8_is_what_quantize_makes(tuned: Artifact, net: Artifact, images: Path, tmp_path: Path) -> None:
