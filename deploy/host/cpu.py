@@ -4,9 +4,13 @@ import functools
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from deploy.host.cpu_limit import cpu_limit
+
+T = TypeVar("T")
 
 CRASHES_ON_HALF = "MatmulTransposeFusion"
 """The optimizer of ONNX Runtime that puts a Transpose into the MatMul behind it. Where the batch is moved too and the numbers are
@@ -20,6 +24,9 @@ it leaves it out all the same, so that the results are wrong (seen with 1.32).""
 QUANTIZES_WEIGHTS = "WeightBiasQuantization"
 """The optimizer of ONNX Runtime that quantizes the weight of a layer between a DequantizeLinear and a QuantizeLinear: those that were
 left in floating point on purpose too."""
+
+_IN_32_BITS = "session.x64quantprecision"
+_SHARED_ZERO = "Attempt to replace the existing tensor"
 
 _VNNI = frozenset(("avx512_vnni", "avx_vnni"))
 
@@ -68,6 +75,22 @@ def has_vnni() -> bool:
 def adds_in_16_bits() -> bool:
     """Whether products of unsigned and signed bytes overflow: see `has_vnni`."""
     return platform.machine() in ("x86_64", "AMD64") and not has_vnni()
+
+
+def open_in_32_bits(settings: Any, open_session: Callable[[], T]) -> T:
+    """What `open_session` returns, which opens an InferenceSession with these SessionOptions.
+
+    Where products of bytes overflow in 16 bits, ONNX Runtime is told to make weights unsigned, which are added up in 32. It cannot load a file in
+    which weights share the initializer of a zero point then (seen with 1.32; those of `deploy quantize` do not): such a file is opened without.
+    """
+    settings.add_session_config_entry(_IN_32_BITS, "1")  # of no effect on other processors
+    try:
+        return open_session()
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        if _SHARED_ZERO not in str(error):
+            raise
+        settings.add_session_config_entry(_IN_32_BITS, "0")
+        return open_session()
 
 
 def usable_cores() -> int:

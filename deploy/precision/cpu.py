@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deploy.artifact.tensors import Feed
 from deploy.errors import PrecisionError
-from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, open_in_32_bits, usable_cores
 from deploy.host.extras import missing
 from deploy.precision.graph import first_line, unknown_nodes
 
@@ -69,13 +69,11 @@ class CpuGraph:
     def read(cls, path: Path, *, cpu_form: bool = False) -> "CpuGraph":
         """The graph of an ONNX file as it is written, which may compute in half precision.
 
-        cpu_form: of an INT8 graph; products of unsigned and signed bytes are added in 32 bits on a processor without VNNI too.
+        cpu_form: of an INT8 graph.
         """
         graph = cls.__new__(cls)
         graph._weights = {}
         options = _session_options(1)
-        if cpu_form:
-            options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = [QUANTIZES_WEIGHTS] if cpu_form else [CRASHES_ON_HALF, DROPS_RELU]
         graph._session = _open(str(path), options, lambda: ir.load(path), disabled)
         graph._outputs = [output.name for output in graph._session.get_outputs()]
@@ -113,7 +111,10 @@ def _holds_half(model: ir.Model) -> bool:
 def _open(source: bytes | str, options: Any, model: Callable[[], ir.Model], disabled: Sequence[str]) -> Any:
     """A session on serialized bytes or a file; `model` is looked into for what an error is about."""
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+        providers = ["CPUExecutionProvider"]
+        return open_in_32_bits(
+            options, lambda: onnxruntime.InferenceSession(source, options, providers=providers, disabled_optimizers=disabled)
+        )
     except Exception as error:  # ONNX Runtime's errors have no common base
         for node in unknown_nodes(model()):
             if f"{node.domain}:{node.op_type}(" in str(error):

@@ -61,6 +61,14 @@ def made(convnet: Artifact, images: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
+def unjudged(convnet: Artifact, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Without an accuracy, which a processor without VNNI cannot measure of the CPU form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return deploy.quantize(convnet, tmp_path_factory.mktemp("int8") / "int8", calib=images)
+
+
+@pytest.fixture(scope="module")
 def favourite(convnet: Artifact, images: Path) -> int:
     """The class that the net finds in noise."""
     with deploy.load(convnet, "onnxruntime") as session:
@@ -100,15 +108,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], None]:
     return multiply
 
 
-def test_both_files_are_listed_with_their_hashes_and_evidence(made):
-    manifest = made.manifest
+def test_both_files_are_listed_with_their_hashes_and_evidence(unjudged):
+    manifest = unjudged.manifest
     assert {ONNX, CPU_ONNX} <= set(manifest.files)
-    assert made.size == manifest.files[ONNX].bytes
+    assert unjudged.size == manifest.files[ONNX].bytes
     assert manifest.cpu_form.left_out is None
     assert manifest.cpu_form.parity.against == manifest.parity.against
     assert manifest.cpu_form.parity.worst != manifest.parity.worst  # of another file
     assert [text for text in evidence(manifest) if text.startswith("CPU form: model.cpu.onnx: max abs")]
-    assert "CPU form   model.cpu.onnx: max abs" in summary(made)
+    assert "CPU form   model.cpu.onnx: max abs" in summary(unjudged)
     assert json.loads(manifest.to_json())["cpu_form"]["parity"]["cases"]
 
 
@@ -174,8 +182,8 @@ def test_without_vnni_the_parity_is_that_of_sums_in_32_bits(convnet, images, tmp
     assert found.manifest.cpu_form.parity.by.endswith("without VNNI, in 32 bits")
 
 
-def test_a_damaged_form_is_named(made, tmp_path):
-    shutil.copytree(made.path, tmp_path / "copy")
+def test_a_damaged_form_is_named(unjudged, tmp_path):
+    shutil.copytree(unjudged.path, tmp_path / "copy")
     (tmp_path / "copy" / CPU_ONNX).write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match=CPU_ONNX):
         deploy.load(tmp_path / "copy", "openvino")

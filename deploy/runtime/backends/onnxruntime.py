@@ -26,7 +26,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import QUANTIZED, Manifest
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, UsageError
-from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, usable_cores
+from deploy.host.cpu import CRASHES_ON_HALF, DROPS_RELU, QUANTIZES_WEIGHTS, open_in_32_bits, usable_cores
 from deploy.runtime.catalog import onnx_file
 from deploy.runtime.nvinfer import nvinfer_missing
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
@@ -83,12 +83,15 @@ class OnnxRuntimeSession(Session):
         providers = self._providers(artifact, options, settings)
         try:
             # Without enable_fallback=0, the CPU replaces a provider that fails, with only a line on standard output.
-            return onnxruntime.InferenceSession(
-                str(self.onnx_file),
+            return open_in_32_bits(
                 settings,
-                providers=providers,
-                enable_fallback=0,
-                disabled_optimizers=self._disabled(),
+                lambda: onnxruntime.InferenceSession(
+                    str(self.onnx_file),
+                    settings,
+                    providers=providers,
+                    enable_fallback=0,
+                    disabled_optimizers=self._disabled(),
+                ),
             )
         except Exception as error:  # ONNX Runtime's errors share no base class
             hint = ""

@@ -1,12 +1,14 @@
 """What is written, and that ONNX Runtime, OpenVINO and TensorRT-RTX take it as it stands."""
 
+import tempfile
+
 import numpy as np
 import onnx
 import onnx_ir
-import openvino
 import pytest
 from onnx import TensorProto, numpy_helper
 
+import deploy
 from deploy.artifact.tensors import ShapeRange
 from deploy.engine.attestation import network_share
 from deploy.engine.builder import BuildOptions, build_engine
@@ -54,11 +56,10 @@ def max_scales(model, placement, feed):
 
 
 def run_openvino(model, feed):
-    compiled = openvino.Core().compile_model(
-        openvino.Core().read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
-    results = compiled(feed)
-    return {output.name: results[index] for index, output in enumerate(model.graph.output)}
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, f"{folder}/model.onnx")
+        with deploy.load(f"{folder}/model.onnx", "openvino") as session:
+            return session.run(feed)
 
 
 def cosine(first, second):
