@@ -11,14 +11,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import deploy
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.onnxfile import load_model, open_onnx
 from deploy.artifact.tensors import ShapeRange
 from deploy.errors import BackendError, UsageError
+from deploy.host.cpu import adds_in_16_bits
 from deploy.precision.cpu import CpuGraph
 from deploy.runtime.backends.onnxruntime import count_nodes, profile_shapes, refuse_cpu_nodes, run_bound
 from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
+from tests.runtime.backends.codes import chained, exact
 
 
 def test_external_data_is_read(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -275,3 +278,15 @@ def test_a_relu_before_codes_of_fp8_is_not_dropped(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
     np.testing.assert_array_equal(CpuGraph.read(tmp_path / "net.onnx")({"x": x})["y"], np.maximum(x, 0))
     np.testing.assert_array_equal(CpuGraph(load_model(tmp_path / "net.onnx"))({"x": x})["y"], np.maximum(x, 0))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_of_bytes_are_added_in_32_bits_on_every_processor(shared: bool, tmp_path: Path) -> None:
+    model, x = chained(shared)
+    onnx.save(model, tmp_path / "chain.onnx")
+    (expected,) = exact(model, x, name="x0")
+    with deploy.load(tmp_path / "chain.onnx", "onnxruntime") as session:
+        assert "QLinearConv" in {layer.operator for layer in session.layer_times({"x0": x}, runs=1)}
+        (found,) = session.run({"x0": x}).values()
+    if not (shared and adds_in_16_bits()):  # then it cannot be had, but the file opens
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
