@@ -61,7 +61,6 @@ COVERED = {
     "runtime/cuda_graphs": "gpu/test_baselines",
     "runtime/profiling": "bench/candidate/test_layers",
     "version": "test_cli",
-    "tune/measure": "tune/test_tune",
     "tune/options": "cli/test_tune",
     "tune/page": "cli/test_tune",
     "tune/search": "tune/test_tune",
