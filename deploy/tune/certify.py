@@ -105,7 +105,8 @@ def choose(points: Sequence[TunedPoint], gate: Gate) -> Choice:
     if not passed:
         first = next((point for point in points if point.verdict is not None), None)
         if first is None:
-            return Choice(BASE, f"no mix was tested against the limit of {limit}")
+            reasons = "; ".join(f"{point.name} was left out, {point.left_out}" for point in points if point.left_out)
+            return Choice(BASE, f"no mix was tested against the limit of {limit}{reasons and ': ' + reasons}")
         return Choice(BASE, f"no mix is shown to keep within {limit}: {_shown(first, gate)}")
     best = max(passed, key=lambda point: point.speedup or 0.0)
     if (best.speedup or 0.0) <= 1 or (best.high or 0.0) < 1:

@@ -157,3 +157,10 @@ def test_where_none_passes_it_says_what_the_safest_lost_and_how_many_images_woul
         "no mix is shown to keep within 1 point of top-1: mix 1, the safest, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
         " would decide"
     )
+
+
+def test_where_all_were_left_out_it_says_why() -> None:
+    points = [point(name, 1.5, None, left_out=f"{name} is too far off") for name in ("mix 1", "int8")]
+    assert choose(points, GATE).because == (
+        "no mix was tested against the limit of 1 point of top-1: mix 1 was left out, mix 1 is too far off; int8 was left out, int8 is too far off"
+    )

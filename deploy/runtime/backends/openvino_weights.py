@@ -15,13 +15,18 @@ from openvino import opset13
 
 _LAYERS = frozenset(("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData", "MatMul"))
 _RESHAPES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
-_MOVES = _RESHAPES | {"Broadcast", "Transpose"}
+_MOVES = _RESHAPES | {
+    "AvgPool", "Broadcast", "Clamp", "Concat", "Interpolate", "MaxPool", "Pad", "Relu", "Slice", "Split", "StridedSlice", "Transpose",
+    "VariadicSplit",
+}  # fmt: skip
+"""What OpenVINO computes on codes, or moves behind a layer, where a conversion from codes is before it."""
 _MOST = 64
 """The largest code of which two products with 255 fit."""
 
 
 def halve_weights(model: Any) -> int:
-    """Halve the INT8 codes of the weights of all layers of an `openvino.Model`, and double their scales, in place; returns the number of weights.
+    """Halve the INT8 codes of the weights of all layers of an `openvino.Model` that multiply codes, and double their scales, in place; returns the
+    number of weights.
 
     Those whose codes fit already stay, and those with a zero point other than 0.
     """
@@ -34,17 +39,27 @@ def halve_weights(model: Any) -> int:
 
 
 def _products(model: Any) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """Each product of a conversion of codes and a scale that a layer reads, once, with the two."""
+    """Each product of a conversion of constant codes and a scale that a layer reads beside others, once, with the two."""
     seen: set[str] = set()
     for layer in model.get_ordered_ops():
-        for value in layer.input_values() if layer.get_type_name() in _LAYERS else ():
-            product = _behind(value, _MOVES)
-            if product.get_type_name() != "Multiply" or product.get_friendly_name() in seen:
+        operands = [_behind(value, _MOVES) for value in layer.input_values()[:2]] if layer.get_type_name() in _LAYERS else []
+        if not operands or not all(map(_is_dequantized, operands)):
+            continue  # what reads floats is computed in floating point
+        for product in operands:
+            if product.get_friendly_name() in seen:
                 continue
             seen.add(product.get_friendly_name())
             codes, scale = _codes(product.input_value(0)), _behind(product.input_value(1), _RESHAPES)
             if codes is not None and np.abs(codes.astype(np.int16)).max(initial=0) > _MOST and _is_constant(scale):
                 yield product, codes, scale.data.reshape(product.input_value(1).get_shape())
+
+
+def _is_dequantized(node: Any) -> bool:
+    """Whether a node multiplies a conversion of bytes, less a zero point or not, by something."""
+    if node.get_type_name() != "Multiply":
+        return False
+    source = _behind(node.input_value(0), frozenset(("Subtract",)))
+    return source.get_type_name() == "Convert" and source.input_value(0).get_element_type().get_type_name() in ("i8", "u8")
 
 
 def _codes(value: Any) -> np.ndarray | None:

@@ -35,6 +35,27 @@ def test_weights_with_a_zero_point_or_small_codes_stay(change: dict[str, int], k
     assert backend.halve_weights(read(quantized(kind, **change), tmp_path)) == 0
 
 
+def test_what_is_between_codes_and_a_layer_may_stay_there(tmp_path: Path) -> None:
+    model = quantized("Conv")
+    (layer,) = (node for node in model.graph.node if node.op_type == "Conv")
+    layer.input[0] = "p"
+    model.graph.node.insert(2, onnx.helper.make_node("MaxPool", ["d"], ["p"], kernel_shape=[2, 2]))
+    opened, x = read(model, tmp_path), bright("Conv")
+    assert backend.halve_weights(opened) == 1
+    compiled = backend._CORE.compile_model(opened, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (expected,) = exact(halved(model), x)
+    np.testing.assert_allclose(compiled(x)[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_weights_of_layers_that_read_floats_stay(tmp_path: Path) -> None:
+    model = quantized("Conv")
+    (layer,) = (node for node in model.graph.node if node.op_type == "Conv")
+    layer.input[0] = "x"
+    for name in ("QuantizeLinear", "DequantizeLinear"):
+        model.graph.node.remove(next(node for node in model.graph.node if node.op_type == name))
+    assert backend.halve_weights(read(model, tmp_path)) == 0
+
+
 def test_constants_of_other_graphs_stay(shared_lenet5: deploy.Artifact) -> None:
     assert backend.halve_weights(backend._CORE.read_model(shared_lenet5.onnx_path)) == 0
 
