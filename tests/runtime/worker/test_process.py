@@ -84,15 +84,20 @@ def test_rounds_give_samples_within_the_time_and_the_most(worker: WorkerProcess)
     assert len(worker.round(10.0, 20)) == 20
 
 
+def assert_runs(process: WorkerProcess, artifact: Artifact, outputs: Path) -> None:
+    """The worker's outputs on its first feed are those of a session here."""
+    process.prepare({"batch": 3}, outputs)
+    with np.load(outputs) as file:
+        (logits,) = file.values()
+    with open_session(artifact, "onnxruntime") as session:
+        expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+
+
 def test_every_worker_makes_the_same_feed_and_saves_what_comes_of_it(
     worker: WorkerProcess, shared_lenet5: Artifact, tmp_path: Path
 ) -> None:
-    worker.prepare({"batch": 3}, tmp_path / "outputs.npz")
-    with np.load(tmp_path / "outputs.npz") as file:
-        (logits,) = file.values()
-    with open_session(shared_lenet5, "onnxruntime") as session:
-        expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+    assert_runs(worker, shared_lenet5, tmp_path / "outputs.npz")
 
 
 def test_a_process_opens_one_artifact_after_another(
@@ -106,12 +111,7 @@ def test_a_process_opens_one_artifact_after_another(
         for artifact in (other, shared_lenet5):
             process.reopen(artifact)
             assert process.wait_open() > 0
-            process.prepare({"batch": 3}, tmp_path / "outputs.npz")
-            with np.load(tmp_path / "outputs.npz") as file:
-                (logits,) = file.values()
-            with open_session(artifact, "onnxruntime") as session:
-                expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
-            np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+            assert_runs(process, artifact, tmp_path / "outputs.npz")
             assert len(process.round(0.1, 5)) == 5
         assert process.pid == first
 
