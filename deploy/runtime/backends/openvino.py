@@ -47,7 +47,7 @@ def _without_telemetry() -> Iterator[None]:
 with _without_telemetry():
     import openvino
 
-    from deploy.runtime.backends.openvino_weights import halve_weights
+    from deploy.runtime.backends.openvino_codes import halve_weights, unsign
 
 _CORE = openvino.Core()
 """The Core of all sessions. It lives as long as the process.
@@ -95,6 +95,7 @@ class OpenVinoSession(Session):
     def _compile(self, config: Mapping[str, Any]) -> Any:
         try:
             model = _CORE.read_model(self.onnx_file)
+            unsign(model)
             if adds_in_16_bits() and halve_weights(model):
                 logger.debug("%r: weights of 7 bits, for this processor has no VNNI", self.name)
             return _CORE.compile_model(model, "CPU", dict(config))

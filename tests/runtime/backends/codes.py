@@ -53,6 +53,20 @@ def quantized(kind: str, zero: int = 0, *, also: str = "", most: int = 127) -> o
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def signed(kind: str) -> onnx.ModelProto:
+    """As `quantized`, with signed activations behind a Relu."""
+    model = quantized(kind)
+    set_array(model, "xz", np.array(0, np.int8))
+    model.graph.node[0].input[0] = "r"
+    model.graph.node.insert(0, helper.make_node("Relu", ["x"], ["r"]))
+    return model
+
+
+def set_array(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
+    """Give the initializer `name` other numbers."""
+    next(each for each in model.graph.initializer if each.name == name).CopyFrom(numpy_helper.from_array(array, name))
+
+
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with half the codes and twice the scale."""
     made = onnx.ModelProto()
