@@ -59,7 +59,7 @@ COVERED = {
     "runtime/backends/tensorrt_rtx": "runtime/test_load",
     "runtime/device_calls": "runtime/backends/test_tensorrt",
     "runtime/cuda_graphs": "gpu/test_baselines",
-    "runtime/profiling": "bench/candidate/test_layers",
+    "runtime/profiling": "runtime/test_layers",
     "version": "test_cli",
     "tune/options": "cli/test_tune",
     "tune/page": "cli/test_tune",

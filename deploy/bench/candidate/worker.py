@@ -8,9 +8,9 @@ from typing import Any
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.tensors import Feed
 from deploy.bench.candidate.inputs import make_feeds
-from deploy.bench.candidate.layers import named_layers
 from deploy.bench.candidate.loadgen import Scenario, run_scenario
 from deploy.bench.candidate.traffic import Load, put_on
+from deploy.runtime.layers import named_layers
 from deploy.runtime.session import Session
 from deploy.runtime.worker import child
 

@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.artifact.summary import points_text
-from deploy.bench.candidate.layers import shares
 from deploy.bench.report.certainty import distance, gaps, warnings
 from deploy.bench.report.compare import Comparison
 from deploy.bench.report.labels import baseline_name, digits, metric_name, short_names
 from deploy.bench.rows import UNCERTAIN, BenchResult, BenchRow, LayersRow
+from deploy.runtime.layers import shares
 from deploy.words import count_of
 
 WIDTH = 100

@@ -10,9 +10,9 @@ import pytest
 
 import deploy
 from deploy.artifact.artifact import Artifact
-from deploy.bench.candidate.layers import named_layers, shares
 from deploy.errors import BackendError
 from deploy.host.cpu import has_vnni
+from deploy.runtime.layers import named_layers, shares
 from deploy.runtime.load import open_session
 from deploy.runtime.profiling import LayerTime
 
