@@ -16,17 +16,17 @@ class TunedUnit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Layers that are INT8 or floating point together.
 
     name: the module of its first layer. nodes: the quantized nodes. int8: whether they are INT8 in the result. macs: its share of the
-    multiply-accumulates, 0 to 1. alone, without: the time of a run with this unit alone in INT8, and with all others, as a share of
-    that in floating point; None where time ran out. gain: the share of the time that INT8 takes away from the unit itself, without
-    crossings. damage: what INT8 of this unit alone does to the outputs (`tune.damage`); None where time ran out.
+    multiply-accumulates, 0 to 1. floating_time, int8_time: of its layers by profiles of the two networks, as shares of the time in floating
+    point; None where the backend has none. gain: the share of the time that INT8 takes away from the unit itself, without
+    crossings, by the cost model. damage: what INT8 of this unit alone does to the outputs (`tune.damage`); None where time ran out.
     """
 
     name: str
     nodes: list[str]
     int8: bool
     macs: float
-    alone: float | None
-    without: float | None
+    floating_time: float | None
+    int8_time: float | None
     gain: float
     damage: float | None
 

@@ -7,7 +7,7 @@ clinical trials and preclinical assays; Westfall and Krishen 2001, J. Stat. Plan
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy.artifact.artifact import Artifact
@@ -44,6 +44,7 @@ def check_budget(artifact: Artifact, gate: Gate) -> None:
 
 def certify(
     points: Sequence[Built],
+    prove: Callable[[Built], Built],
     reference: Reference,
     gate: Gate,
     data: Mapping[str, Any],
@@ -51,18 +52,20 @@ def certify(
     clock: Clock,
     progress: Progress,
 ) -> tuple[list[Built], dict[str, Accuracy], Stopped | None]:
-    """Test the points in their order until one does not pass; returns them, what was found by name, and why it stopped early.
+    """Test the points that may be the result in their order until one does not pass; returns them, what was found by name, and why it stopped early.
 
-    data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
+    prove: gives a point the files that are tested, and that are the result; without an artifact where they are wrong. data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
     """
     tested = list(points)
     found: dict[str, Accuracy] = {}
-    for index, each in enumerate(points):
-        if each.artifact is None:
-            continue
+    front = _front(points)
+    for index in front:
         if found and clock.over():
             return tested, found, "minutes"
-        progress(f"testing {each.point.name}", index, len(points))
+        each = tested[index] = prove(points[index])
+        if each.artifact is None:
+            continue
+        progress(f"testing {each.point.name}", front.index(index), len(front))
         key = {"files": each.point.files, **data}
         try:
             accuracy = journal.accuracy(key) or reference.compared(each.artifact, gate.backend or "")
@@ -76,6 +79,17 @@ def certify(
         if tested[index].point.verdict != "inside":
             break
     return tested, found, None
+
+
+def _front(points: Sequence[Built]) -> list[int]:
+    """The places of those that are faster than floating point, and than all that are safer: no other can be the result."""
+    found: list[int] = []
+    fastest = 1.0
+    for index, each in enumerate(points):
+        if each.artifact is not None and each.point.speedup is not None and each.point.speedup > fastest:
+            fastest = each.point.speedup
+            found.append(index)
+    return found
 
 
 def _judged(each: Built, accuracy: Accuracy) -> Built:
@@ -99,22 +113,27 @@ class Choice(NamedTuple):
 
 
 def choose(points: Sequence[TunedPoint], gate: Gate) -> Choice:
-    """The fastest of the points that passed if it is faster than floating point, else floating point."""
+    """The fastest of the points that passed, which are faster than floating point, or else floating point."""
     passed = [point for point in points if point.verdict == "inside" and point.speedup is not None]
     limit = _limit(gate)
     if not passed:
         first = next((point for point in points if point.verdict is not None), None)
         if first is None:
-            reasons = "; ".join(f"{point.name} was left out, {point.left_out}" for point in points if point.left_out)
-            return Choice(BASE, f"no mix was tested against the limit of {limit}{reasons and ': ' + reasons}")
+            return Choice(BASE, _none_tested(points, limit))
         return Choice(BASE, f"no mix is shown to keep within {limit}: {_shown(first, gate)}")
     best = max(passed, key=lambda point: point.speedup or 0.0)
-    if (best.speedup or 0.0) <= 1 or (best.high or 0.0) < 1:
-        return Choice(
-            BASE,
-            f"no mix that keeps within {limit} is faster: {best.name} has {best.speedup:.2f} times the speed of floating point",
-        )
     return Choice(best.name, f"the fastest of {len(passed)} that are shown to keep within {limit}")
+
+
+def _none_tested(points: Sequence[TunedPoint], limit: str) -> str:
+    """Why nothing was held to the limit."""
+    reasons = "; ".join(f"{point.name} was left out, {point.left_out}" for point in points if point.left_out)
+    timed = [point for point in points if point.speedup is not None and point.left_out is None]
+    if not timed:
+        return f"no mix was tested against the limit of {limit}{reasons and ': ' + reasons}"
+    best = max(timed, key=lambda point: point.speedup or 0.0)
+    slower = f"no mix is faster than floating point: {best.name} has {best.speedup:.2f} times its speed"
+    return f"{slower}; {reasons}" if reasons else slower
 
 
 def _limit(gate: Gate) -> str:

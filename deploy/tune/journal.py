@@ -12,22 +12,29 @@ from deploy.artifact.manifest import Accuracy, request_digest
 from deploy.host.cache import cache_folder, keep
 
 
-class MeasuredUnit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured of a unit: `alone`, `without` and `damage` of `artifact.tuning.TunedUnit`; whole: all in INT8, in the same rounds.
+class MeasuredMix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The time of a mix as a share of that in floating point, in the same rounds, and its standard error. int8: the names of its units in INT8."""
 
-    error: the standard error of the unit's gain, half the difference of what `alone` and `without` change.
+    int8: list[str]
+    share: float
+    error: float
+
+
+class MeasuredTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the cost model is fitted to.
+
+    mixes: the first has everything in INT8. floating, int8: by the name of a unit, its share of the time of the network in floating point, and of that
+    in INT8, by profiles; None where the backend has none.
     """
 
-    alone: float
-    without: float
-    whole: float
-    error: float
-    damage: float
+    mixes: list[MeasuredMix]
+    floating: dict[str, float] | None
+    int8: dict[str, float] | None
 
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    whole: float | None = None
-    units: dict[str, MeasuredUnit] = {}
+    times: MeasuredTimes | None = None
+    damages: dict[str, float] = {}
     accuracies: dict[str, Accuracy] = {}
 
 
@@ -45,21 +52,21 @@ class Journal:
                 self._file = msgspec.convert(json.loads(self.path.read_bytes()), _File)
 
     @property
-    def units(self) -> Mapping[str, MeasuredUnit]:
-        """By the names of the units."""
-        return self._file.units
+    def times(self) -> MeasuredTimes | None:
+        """Those of mixes and of the layers of the network, if they were measured."""
+        return self._file.times
 
-    @property
-    def whole(self) -> float | None:
-        """The time of everything in INT8, as a share of that in floating point."""
-        return self._file.whole
-
-    def set_whole(self, share: float) -> None:
-        self._file.whole = share
+    def set_times(self, times: MeasuredTimes) -> None:
+        self._file.times = times
         self._keep()
 
-    def add_unit(self, name: str, measured: MeasuredUnit) -> None:
-        self._file.units[name] = measured
+    @property
+    def damages(self) -> Mapping[str, float]:
+        """By the names of the units."""
+        return self._file.damages
+
+    def add_damage(self, unit: str, damage: float) -> None:
+        self._file.damages[unit] = damage
         self._keep()
 
     def accuracy(self, tested: Mapping[str, Any]) -> Accuracy | None:

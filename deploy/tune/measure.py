@@ -1,25 +1,31 @@
 """Builds mixes of a network, runs them for their damage, and times them in turns, on the backend that they are for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, DATA, ONNX, Stage
-from deploy.artifact.tensors import Feed, batch_dim, default_dims
+from deploy.artifact.tensors import Feed, batch_dim, default_dims, random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
+from deploy.evidence.timing import paired_ratio
 from deploy.host.cpu import has_vnni
 from deploy.pipeline.stage import descendant
 from deploy.precision.int8.quantize import CalibratedGraph
 from deploy.runtime.catalog import CPU_FORMS
+from deploy.runtime.layers import named_layers
 from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
 from deploy.runtime.worker.process import WorkerProcess
 from deploy.tune.damage import Kind, damage
+from deploy.tune.units import Unit
 
 ROWS = 64
 """Rows of the calibration data that damage is measured on."""
@@ -178,6 +184,27 @@ class Share(NamedTuple):
 
 
 def time_share(measured: Measured[str], name: str) -> Share:
-    """That of a mix; the error is as large as what other programs did allows."""
-    ratio = measured.ratio(BASE, name)
+    """That of a mix, for the cost model: what others did to all alike makes no difference there, and is not in the error."""
+    ratio = paired_ratio(measured.samples_s(BASE), measured.samples_s(name))
     return Share(1 / ratio.value, (1 / ratio.low - 1 / ratio.high) / (2 * _Z95))
+
+
+def profiled(artifacts: Sequence[Artifact], place: Place, units: Sequence[Unit], times: int) -> list[np.ndarray]:
+    """Of each artifact (units,) the shares of its time that go to the units, by the profiler of the backend: medians of so many profiles, in turns.
+
+    A layer of several units counts for the first; what is in no unit, for none. Raises BackendError where the backend has no profiler.
+    """
+    owners = {node: index for index, unit in enumerate(units) for node in unit.nodes}
+    found: list[list[np.ndarray]] = [[] for _ in artifacts]
+    for _ in range(times):
+        for artifact, shares in zip(artifacts, found, strict=True):
+            with open_session(artifact, place.backend, place.options) as session:
+                feed = random_feed(session.inputs, place.dims)
+                layers = named_layers(artifact, session.onnx_file, session.layer_times(feed))
+            spent = np.zeros(len(units))
+            for layer in layers:
+                owner = next((owners[node] for node in layer.nodes if node in owners), None)
+                if owner is not None:
+                    spent[owner] += layer.ms
+            shares.append(spent / max(sum(layer.ms for layer in layers), math.ulp(0.0)))
+    return [np.median(shares, axis=0) for shares in found]

@@ -1,10 +1,9 @@
 """The search: units are measured one at a time, and mixes of several budgets are built, run and timed together."""
 
 import logging
-import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -14,7 +13,7 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Stage
+from deploy.artifact.manifest import CPU_ONNX, ONNX, Stage
 from deploy.artifact.tuning import TunedPoint, TunedUnit
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import BackendError, ParityError, PrecisionError
@@ -22,19 +21,23 @@ from deploy.evidence.disturbance import Measured
 from deploy.evidence.timing import latency
 from deploy.pipeline.quantize import QuantizeStage
 from deploy.progress import Progress
-from deploy.tune.journal import Journal, MeasuredUnit
-from deploy.tune.measure import BASE, STAYS, WHOLE, Mixes, Stopwatch, time_share
+from deploy.tune.journal import Journal, MeasuredMix, MeasuredTimes
+from deploy.tune.measure import BASE, STAYS, WHOLE, Mixes, Stopwatch, profiled, time_share
 from deploy.tune.solve import Costs, fit_costs, mixes
 from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-UNIT_ROUNDS, UNIT_SLICE_S, UNIT_LONGEST_S = 7, 0.06, 6.0
-"""Rounds and seconds of the measurement of a unit, and how long it may take until disturbed rounds are not taken again: the less certain a
-time is, the less is made of it (`solve.fit_costs`)."""
-POINT_ROUNDS, POINT_SLICE_S = 15, 0.1
+ROUNDS, SLICE_S, LONGEST_S = 15, 0.1, 8.0
+"""Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model half as many and half as long
+do, and disturbed rounds too: it compares all with one another."""
+PROFILES = 3
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
+
+
+_REFUSED = (BackendError, ParityError, PrecisionError)
+"""What says that a mix is too far off, or does not run."""
 
 
 class Clock:
@@ -55,93 +58,108 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """The units with what was measured of them (None where time ran out), and the cost model that follows.
+    """The units with the damage of each (None where time ran out), and the cost model.
 
     whole: the time of everything in INT8, as a share of that in floating point.
     """
 
     units: tuple[Unit, ...]
     pairs: tuple[Crossing, ...]
-    measured: tuple[MeasuredUnit | None, ...]
-    whole: float
+    times: MeasuredTimes
+    damages: Mapping[str, float]
     costs: Costs
 
     @property
     def complete(self) -> bool:
-        return None not in self.measured
+        return all(unit.name in self.damages for unit in self.units)
+
+    @property
+    def whole(self) -> float:
+        return self.times.mixes[0].share
 
     def records(self, chosen: Sequence[str]) -> list[TunedUnit]:
         """For the manifest; `chosen`: the names of the units that are INT8 in the result."""
+        floating, int8 = self.times.floating, self.times.int8
         return [
             TunedUnit(
                 name=unit.name,
                 nodes=list(unit.nodes),
                 int8=unit.name in chosen,
                 macs=unit.macs,
-                alone=found.alone if found else None,
-                without=found.without if found else None,
+                floating_time=floating[unit.name] if floating is not None else None,
+                int8_time=int8[unit.name] * self.whole if int8 is not None else None,
                 gain=float(gain),
-                damage=found.damage if found else None,
+                damage=self.damages.get(unit.name),
             )
-            for unit, found, gain in zip(self.units, self.measured, self.costs.gains, strict=True)
+            for unit, gain in zip(self.units, self.costs.gains, strict=True)
         ]
 
 
-def weigh(made: Mixes, journal: Journal, clock: Clock, progress: Progress) -> Weighed:
-    """Measure every unit that is not in the journal, the largest first, until its share of the time is over.
+def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progress: Progress) -> Weighed:
+    """Measure what is not in the journal: the times, and the damage of every unit, the largest first, until its share of the time is over.
 
     Raises PrecisionError, ParityError, BackendError and OutputError.
     """
-    shapes = made.place.shapes(made.base)
-    units, pairs = units_of(made.graph.model, made.graph.placement(), shapes)
-    missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.units]
-    if missing or journal.whole is None:
-        _measure(missing, units, made, journal, clock, progress)
-    assert journal.whole is not None
-    measured = tuple(journal.units.get(unit.name) for unit in units)
-    costs = fit_costs(units, pairs, whole=journal.whole, measured=measured)
-    return Weighed(units=units, pairs=pairs, measured=measured, whole=journal.whole, costs=costs)
+    units, pairs = units_of(made.graph.model, made.graph.placement(), made.place.shapes(made.base))
+    if journal.times is None:
+        journal.set_times(_times(units, made, watch, progress))
+    missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
+    for done, unit in enumerate(missing, len(units) - len(missing)):
+        if clock.over(UNITS_SHARE):
+            logger.warning("%d of %d units are not measured: their damages are guessed", len(units) - done, len(units))
+            break
+        progress("measuring units", done, len(units))
+        journal.add_damage(unit.name, damage_alone(unit, units, made))
+    assert journal.times is not None
+    costs = fit_costs(units, pairs, journal.times, journal.damages)
+    return Weighed(units=units, pairs=pairs, times=journal.times, damages=journal.damages, costs=costs)
 
 
-def _measure(
-    missing: Sequence[Unit], units: Sequence[Unit], made: Mixes, journal: Journal, clock: Clock, progress: Progress
-) -> None:
-    """Put into the journal the time of everything in INT8 and what is missing of the units, until their share of the time is over."""
-    everything = made.build(WHOLE, [])
-    with Stopwatch(made.place, {BASE: made.base, WHOLE: everything}) as watch:
-        if journal.whole is None:
-            progress("timing floating point and INT8")
-            timed = watch.measure({}, POINT_ROUNDS, UNIT_SLICE_S, time.monotonic() + UNIT_LONGEST_S)
-            journal.set_whole(time_share(timed, WHOLE).value)
-        for done, unit in enumerate(missing, len(units) - len(missing)):
-            if clock.over(UNITS_SHARE):
-                logger.warning(
-                    "%d of %d units are not measured: their times and damages are guessed", len(units) - done, len(units)
-                )
-                break
-            progress("measuring units", done, len(units))
-            if len(units) > 1:
-                now = time.monotonic()
-                until = now + min(UNIT_LONGEST_S, (clock.end(UNITS_SHARE) - now) / (len(units) - done))
-                journal.add_unit(unit.name, _measured(unit, units, made, watch, until))
-            else:  # alone it is everything, and nothing is INT8 without it
-                whole, damage = journal.whole or 1.0, made.damage(everything)
-                journal.add_unit(unit.name, MeasuredUnit(alone=whole, without=1.0, whole=whole, error=0.0, damage=damage))
-    shutil.rmtree(everything.path)
-
-
-def _measured(unit: Unit, units: Sequence[Unit], made: Mixes, watch: Stopwatch, until: float) -> MeasuredUnit:
-    """until: on the clock of `time.monotonic`, afterwards the next unit is to have its share of the time."""
-    others = [node for other in units if other is not unit for node in other.nodes]
-    alone, without = made.build("alone", others), made.build("without", unit.nodes)
+def damage_alone(unit: Unit, units: Sequence[Unit], made: Mixes) -> float:
+    """What INT8 of this unit alone does to the outputs."""
+    alone = made.build("alone", _others(units, [unit.name]))
     damage = made.damage(alone)
-    found = watch.measure({"alone": alone, "without": without}, UNIT_ROUNDS, UNIT_SLICE_S, until)
-    for each in (alone, without):
-        shutil.rmtree(each.path)
-    shares = {name: time_share(found, name) for name in ("alone", "without", WHOLE)}
-    error = math.hypot(*(share.error for share in shares.values())) / 2
-    values = {"alone": shares["alone"].value, "without": shares["without"].value, "whole": shares[WHOLE].value}
-    return MeasuredUnit(**values, error=error, damage=damage)
+    shutil.rmtree(alone.path)
+    return damage
+
+
+def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progress) -> MeasuredTimes:
+    """The profiles of the network in floating point and in INT8, and the times of a few mixes with many crossings and with few."""
+    names = [unit.name for unit in units]
+    halves = {
+        WHOLE: names,
+        "even": names[::2],
+        "odd": names[1::2],
+        "first": names[: len(names) // 2],
+        "last": names[len(names) // 2 :],
+    }
+    sets = {
+        name: chosen for name, chosen in halves.items() if chosen and chosen not in [*halves.values()][: [*halves].index(name)]
+    }
+    mixes = {name: made.build(name, _others(units, chosen)) for name, chosen in sets.items()}
+    progress("profiling floating point and INT8")
+    floating: dict[str, float] | None = None
+    int8: dict[str, float] | None = None
+    try:
+        found = profiled([made.base, mixes[WHOLE]], made.place, units, PROFILES)
+        floating, int8 = (dict(zip(names, map(float, each), strict=True)) for each in found)
+    except BackendError as error:
+        logger.warning("units have the time of their multiply-accumulates: %s", error)
+    progress("timing floating point and INT8")
+    measured = watch.measure(mixes, (ROUNDS + 1) // 2, SLICE_S / 2, time.monotonic())
+    for mix in mixes.values():
+        shutil.rmtree(mix.path)
+    shares = {name: time_share(measured, name) for name in mixes}
+    return MeasuredTimes(
+        mixes=[MeasuredMix(int8=chosen, share=shares[name].value, error=shares[name].error) for name, chosen in sets.items()],
+        floating=floating,
+        int8=int8,
+    )
+
+
+def _others(units: Sequence[Unit], chosen: Collection[str]) -> list[str]:
+    """The nodes of the units that are not chosen."""
+    return [node for unit in units if unit.name not in chosen for node in unit.nodes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +174,10 @@ class Built:
         return replace(self, point=msgspec.structs.replace(self.point, **changes))
 
 
-def build_points(made: Mixes, weighed: Weighed, stage: QuantizeStage, folder: Path, progress: Progress) -> list[Built]:
-    """The mixes of several budgets and everything in INT8, built as `quantize` builds, with its evidence; the safest first.
+def build_points(made: Mixes, weighed: Weighed, progress: Progress) -> list[Built]:
+    """The mixes of several budgets and everything in INT8, the safest first.
 
-    The order is that of the damage on the calibration data, of the files as they run; those that `quantize` would refuse come last,
+    The order is that of the damage on the calibration data, of the files as they run; those that cannot be built come last,
     without an artifact. Mixes are named in that order.
     """
     chosen = mixes(weighed.costs, weighed.pairs)
@@ -168,38 +186,56 @@ def build_points(made: Mixes, weighed: Weighed, stage: QuantizeStage, folder: Pa
     found: list[Built] = []
     for index, mix in enumerate(chosen):
         progress("building mixes", index, len(chosen))
-        found.append(_built(made, weighed, mix, stage, folder / f"point{index}"))
+        found.append(_built(made, weighed, mix, f"point{index}"))
     found.sort(key=lambda each: (each.artifact is None, each.point.damage or 0.0))
     names = iter(f"mix {number}" for number in range(1, len(found) + 1))
     return [each if each.point.name == WHOLE else each.found(name=next(names)) for each in found]
 
 
-def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, stage: QuantizeStage, out: Path) -> Built:
-    stay = {node: STAYS for unit, chosen in zip(weighed.units, mix, strict=True) if not chosen for node in unit.nodes}
+def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, name: str) -> Built:
     point = TunedPoint(
         name=WHOLE if mix.all() else "",
         int8=[unit.name for unit, chosen in zip(weighed.units, mix, strict=True) if chosen],
         predicted=weighed.whole if mix.all() else weighed.costs.time(mix, weighed.pairs),
     )
     try:
+        artifact = made.build(name, _others(weighed.units, point.int8))
+        return Built(point=msgspec.structs.replace(point, damage=made.damage(artifact)), artifact=artifact)
+    except _REFUSED as error:
+        return _without(point, error)
+
+
+def prove(each: Built, made: Mixes, weighed: Weighed, stage: QuantizeStage, out: Path) -> Built:
+    """The mix built anew as `quantize` builds, with its evidence, and the hashes of its files; or left out, where `quantize` would refuse it."""
+    stay = dict.fromkeys(_others(weighed.units, each.point.int8), STAYS)
+    try:
         with ArtifactWriter(out) as writer:
             for function in made.base.manifest.functions:
                 function.copy(made.base.path, writer.path)
             make = partial(made.graph.quantized, stay=stay, cpu=True)
             artifact = writer.commit(stage.write(writer, Stage(name="tune", request=""), make))
-        files = {name: record.sha256 for name, record in artifact.manifest.files.items()}
-        point = msgspec.structs.replace(point, damage=made.damage(artifact), files=files)
-    except (BackendError, ParityError, PrecisionError) as error:
-        return Built(point=msgspec.structs.replace(point, left_out=str(error).splitlines()[0]), artifact=None)
-    return Built(point=point, artifact=artifact)
+    except _REFUSED as error:
+        return _without(each.point, error)
+    assert each.artifact is not None
+    if (form := artifact.manifest.cpu_form) is not None and form.left_out and each.artifact.cpu_path is not None:
+        return Built(
+            point=msgspec.structs.replace(each.point, left_out=f"{CPU_ONNX}, by which it was timed: {form.left_out}"),
+            artifact=None,
+        )
+    files = {name: record.sha256 for name, record in artifact.manifest.files.items()}
+    assert files[ONNX] == each.artifact.manifest.files[ONNX].sha256, "what is tested is what was timed"
+    return Built(point=msgspec.structs.replace(each.point, files=files), artifact=artifact)
 
 
-def time_points(made: Mixes, points: Sequence[Built], progress: Progress) -> tuple[list[Built], float]:
+def _without(point: TunedPoint, error: Exception) -> Built:
+    return Built(point=msgspec.structs.replace(point, left_out=str(error).splitlines()[0]), artifact=None)
+
+
+def time_points(watch: Stopwatch, points: Sequence[Built], progress: Progress) -> tuple[list[Built], float]:
     """The points with their speed beside floating point, in the same rounds; and the median milliseconds of floating point."""
     artifacts = {each.point.name: each.artifact for each in points if each.artifact is not None}
     progress("timing mixes")
-    with Stopwatch(made.place, {BASE: made.base}) as watch:
-        measured = watch.measure(artifacts, POINT_ROUNDS, POINT_SLICE_S)
+    measured = watch.measure(artifacts, ROUNDS, SLICE_S, time.monotonic() + LONGEST_S)
     timed = []
     for each in points:
         name = each.point.name

@@ -9,24 +9,31 @@ is a mixed-integer linear programme: HiGHS (Huangfu and Hall 2018, Parallelizing
 10) solves it by branch and bound.
 """
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp, nnls
+from scipy.optimize import Bounds, LinearConstraint, lsq_linear, milp
 from scipy.sparse import coo_array
 
 from deploy.errors import PrecisionError
-from deploy.tune.journal import MeasuredUnit
+from deploy.tune.journal import MeasuredTimes
 from deploy.tune.units import Crossing, Unit
 
 BUDGETS = 5
 _PARTS = 1e3
 _CROSSING = 0.05
 """The share of the time that a crossing may cost, before anything is measured."""
-_EXACT = 1e-7
-"""An error below it is taken for that."""
+_PROFILE, _LEAST = 0.25, 2e-3
+"""How far a gain by profiles may be off, as a share of the unit's two times; and at least, as a share of the time of the network."""
+_TINY = 1e-12
+_MEASURED = 0.01
+"""What a measured time may be off besides its standard error, as a share of the time in floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,72 +52,55 @@ class Costs:
 
     def time(self, chosen: np.ndarray, pairs: Sequence[Crossing]) -> float:
         """The time of a mix, (units,) bool, as a share of that in floating point."""
-        crossed = np.array([chosen[pair.units[0]] != chosen[pair.units[1]] for pair in pairs], dtype=bool)
-        return float(1 - self.gains[chosen].sum() + self.crossings[crossed].sum())
+        return float(1 - self.gains[chosen].sum() + self.crossings[_crossed(chosen, pairs)].sum())
 
 
-def fit_costs(
-    units: Sequence[Unit],
-    pairs: Sequence[Crossing],
-    *,
-    whole: float,
-    measured: Sequence[MeasuredUnit | None],
-) -> Costs:
-    """The cost model from the times, as shares of that in floating point, of everything in INT8 (`whole`), and of each unit alone and
-    of all but it; None where they were not measured.
+def fit_costs(units: Sequence[Unit], pairs: Sequence[Crossing], times: MeasuredTimes, damages: Mapping[str, float]) -> Costs:
+    """The cost model by profiles and by the times of a few mixes. damages: by the name of a unit, where it was measured; others have that of the worst.
 
-    Both times of a unit contain the crossings around it, the second with the gain the other way round: half of their sum, less what
-    there is without it, is what its crossings cost, and half of the difference is its gain. A crossing costs an amount for the tensor
-    and one for each number in it, fitted to all units. Gains are drawn towards what their multiply-accumulates
-    suggest, as far as the errors of the measurements ask for (`_shrunk`), and moved together, so that they add up to `whole`. What was
-    not measured has its share of the rest, and the damage of the worst.
+    A unit gains what it takes less in INT8 by the profiles; what these do not account for is spread over all units. A crossing costs an amount for the
+    tensor and one for each number in it, 0 or more. Both are moved to the times of the mixes by least squares, each as far as its own error allows
+    (the estimate of greatest posterior density for normal errors: Gelman et al., Bayesian Data Analysis, 3rd edition 2013, section 14.8).
     """
-    weights = np.array([unit.macs for unit in units]) + 1e-3
-    known = np.array([each is not None for each in measured])
-    own = np.array([0.0 if each is None else each.alone - 1 for each in measured])
-    rest = np.array([0.0 if each is None else each.without - each.whole for each in measured])
-    incident = np.zeros((len(units), 2))
-    for pair in pairs:
-        for place in pair.units:
-            incident[place] += (1, pair.elements / _PARTS)
-    errors = np.array([each.error for each in measured if each is not None])
-    parts = _crossing_parts(incident[known], ((own + rest) / 2)[known], errors) if known.any() and pairs else np.zeros(2)
-    prior = (1 - whole) * weights / weights.sum()
-    gains = prior.copy()
-    gains[known] = _shrunk(((rest - own) / 2)[known], prior[known], errors)
-    missing = (1 - whole) - gains.sum()
-    spread = weights * ~known if not known.all() else weights
-    gains = gains + missing * spread / spread.sum()
-    worst = max((each.damage for each in measured if each is not None), default=1.0)
+    count, whole = len(units), times.mixes[0].share
+    names = [unit.name for unit in units]
+    macs = np.array([unit.macs for unit in units]) + 1e-6
+    floating = _shares(times.floating, names, macs)
+    int8 = whole * _shares(times.int8, names, macs)
+    prior = floating - int8
+    prior += (1 - whole - prior.sum()) * (floating + int8) / (floating + int8).sum()
+    sizes = np.array([[1, pair.elements / _PARTS] for pair in pairs]).reshape(-1, 2)
+    errors = np.concatenate(
+        [_PROFILE * (floating + int8) + _LEAST, _CROSSING / np.maximum(sizes.mean(axis=0) if pairs else 1.0, _TINY) * np.ones(2)]
+    )
+    rows, wanted = [np.eye(count + 2)], [np.zeros(count + 2)]
+    for mix in times.mixes:
+        chosen = np.isin(names, mix.int8)
+        row = np.concatenate([np.where(chosen, -1.0, 0.0), sizes[_crossed(chosen, pairs)].sum(axis=0)])
+        error = math.hypot(mix.error, _MEASURED)
+        rows.append(row[None] * errors / error)
+        wanted.append(np.array([(mix.share - 1 + prior[chosen].sum()) / error]))
+    least = np.concatenate([np.full(count, -np.inf), np.zeros(2)])
+    found = lsq_linear(np.vstack(rows), np.concatenate(wanted), bounds=(least, np.inf)).x * errors
+    per_tensor, per_thousand = (float(part) for part in found[count:])
+    worst = max(damages.values(), default=1.0)
     return Costs(
-        gains=gains,
-        crossings=np.array([parts[0] + parts[1] * pair.elements / _PARTS for pair in pairs]),
-        damage=np.array([worst if each is None else each.damage for each in measured]),
-        per_tensor=float(parts[0]),
-        per_thousand=float(parts[1]),
+        gains=prior + found[:count],
+        crossings=sizes @ found[count:],
+        damage=np.array([damages.get(name, worst) for name in names]),
+        per_tensor=per_tensor,
+        per_thousand=per_thousand,
     )
 
 
-def _crossing_parts(incident: np.ndarray, costs: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """The two parts of a crossing's cost, (2,): by least squares, none below 0, weighted by the errors, and drawn towards 0 where these are
-    larger than what a crossing may cost (`_CROSSING`)."""
-    usual = _CROSSING / np.maximum(incident.sum(axis=0) / max(incident[:, 0].sum(), 1.0), 1e-12)
-    rows = np.vstack([incident / np.maximum(errors, _EXACT)[:, None], np.diag(1 / usual)])
-    parts, _ = nnls(rows * usual, np.concatenate([costs / np.maximum(errors, _EXACT), np.zeros(2)]))
-    return np.asarray(parts * usual)
+def _shares(profile: Mapping[str, float] | None, names: Sequence[str], macs: np.ndarray) -> np.ndarray:
+    """(units,) by the profile, or by the multiply-accumulates where there is none."""
+    return macs / macs.sum() if profile is None else np.array([profile[name] for name in names])
 
 
-def _shrunk(found: np.ndarray, prior: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Empirical Bayes (Efron and Morris 1973, Stein's estimation rule and its competitors, J. Am. Stat. Assoc. 68(341)), all (units,).
-
-    Without it, the solver would choose the units whose errors happened to be in their favour, and promise too much.
-    """
-    if not len(found):
-        return found
-    spread = max(float(np.mean(np.square(found - prior) - np.square(errors))), 0.0)
-    total = spread + np.square(errors)
-    kept = np.divide(spread, total, out=np.ones_like(total), where=total > 0)
-    return np.asarray(prior + kept * (found - prior))
+def _crossed(chosen: np.ndarray, pairs: Sequence[Crossing]) -> np.ndarray:
+    """(crossings,) bool: those whose units have different labels."""
+    return np.array([chosen[pair.units[0]] != chosen[pair.units[1]] for pair in pairs], dtype=bool)
 
 
 def solve(costs: Costs, pairs: Sequence[Crossing], budget: float) -> np.ndarray:
@@ -129,16 +119,34 @@ def solve(costs: Costs, pairs: Sequence[Crossing], budget: float) -> np.ndarray:
     matrix = coo_array((values, (rows, columns)), shape=(2 * count + 1, units + count))
     least = np.zeros(2 * count + 1)
     least[-1] = -budget / scale
-    found = milp(
-        np.concatenate([-costs.gains, costs.crossings]),
-        integrality=np.repeat([1, 0], [units, count]),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix.tocsr(), lb=least),
-        options={"mip_rel_gap": 0},
-    )
+    with _silent():
+        found = milp(
+            np.concatenate([-costs.gains, costs.crossings]),
+            integrality=np.repeat([1, 0], [units, count]),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix.tocsr(), lb=least),
+            options={"mip_rel_gap": 0},
+        )
     if found.x is None:
         raise PrecisionError(f"HiGHS found no mix: {found.message}")
     return np.asarray(found.x[:units] > 0.5)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what C code prints away from standard output, which is for results: HiGHS prints what it tries, whatever `disp` is (seen with scipy 1.17)."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+        library.fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def mixes(costs: Costs, pairs: Sequence[Crossing]) -> list[np.ndarray]:

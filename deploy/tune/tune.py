@@ -38,9 +38,9 @@ from deploy.tune import options as tune_options
 from deploy.tune.certify import Choice, certify, check_budget, choose
 from deploy.tune.damage import Kind
 from deploy.tune.journal import Journal
-from deploy.tune.measure import ROWS, Mixes, Place
+from deploy.tune.measure import BASE, ROWS, Mixes, Place, Stopwatch
 from deploy.tune.options import TuneOptions
-from deploy.tune.search import Built, Clock, Weighed, build_points, time_points, weigh
+from deploy.tune.search import Built, Clock, Weighed, build_points, prove, time_points, weigh
 
 logger = logging.getLogger(__name__)
 
@@ -162,16 +162,21 @@ class TuneStage:
         with tempfile.TemporaryDirectory(prefix="deploy-tune-") as temporary:
             folder = Path(temporary)
             made = Mixes(source, graph, self._place, feeds, self._kind, folder)
-            try:
-                weighed = weigh(made, journal, clock, progress)
-            except KeyboardInterrupt:
-                logger.warning("what has been measured of %d units is kept: the same command goes on", len(journal.units))
-                raise
+            with Stopwatch(self._place, {BASE: source}) as watch:
+                try:
+                    weighed = weigh(made, watch, journal, clock, progress)
+                except KeyboardInterrupt:
+                    logger.warning("what has been measured is kept: the same command goes on")
+                    raise
+                points, p50_ms = time_points(watch, build_points(made, weighed, progress), progress)
             tolerance = TOLERANCES[self._quantizing.precision]
             quantizing = QuantizeStage(source, self._data, self._quantizing, tolerance, None, progress, cpu_form=True)
-            points, p50_ms = time_points(made, build_points(made, weighed, quantizing, folder, progress), progress)
+
+            def proved(each: Built) -> Built:
+                return prove(each, made, weighed, quantizing, folder / "proved" / each.point.name)
+
             data = {"gate": self._gate.request(source), "place": self._measuring}
-            points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
+            points, accuracies, stopped = certify(points, proved, reference, self._gate, data, journal, clock, progress)
             choice = choose([each.point for each in points], self._gate)
             tuning = self._tuning(choice, weighed, points, p50_ms, sum(map(row_count, feeds)), stopped)
             if tuning.stopped is not None:

@@ -18,7 +18,7 @@ from deploy.artifact.writer import ArtifactWriter
 from deploy.progress import Progress
 from deploy.tune import search
 from deploy.tune import tune as stage
-from deploy.tune.measure import Mixes
+from deploy.tune.measure import Stopwatch
 from deploy.tune.search import Built
 
 SIDE, CLASSES = 12, 4
@@ -83,16 +83,15 @@ def quick() -> Iterator[None]:
     """Few and short rounds, whose outcome is not left to the machine: the safest mix is 1.1 times as fast, the next 1.2 times, and so on."""
     timed = stage.time_points
 
-    def with_speeds(made: Mixes, points: Sequence[Built], progress: Progress) -> tuple[list[Built], float]:
-        found, p50_ms = timed(made, points, progress)
+    def with_speeds(watch: Stopwatch, points: Sequence[Built], progress: Progress) -> tuple[list[Built], float]:
+        found, p50_ms = timed(watch, points, progress)
         assert all(each.point.speedup for each in found if each.artifact is not None)
         speeds = [1.1 + 0.1 * index for index in range(len(found))]
         return [each.found(speedup=s, low=s - 0.01, high=s + 0.01) for each, s in zip(found, speeds, strict=True)], p50_ms
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("UNIT_ROUNDS", "POINT_ROUNDS"):
-            patch.setattr(search, name, 2)
-        for name in ("UNIT_SLICE_S", "POINT_SLICE_S"):
-            patch.setattr(search, name, 0.005)
+        patch.setattr(search, "ROUNDS", 2)
+        patch.setattr(search, "SLICE_S", 0.005)
+        patch.setattr(search, "PROFILES", 1)
         patch.setattr(stage, "time_points", with_speeds)
         yield

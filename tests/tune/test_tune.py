@@ -54,7 +54,7 @@ def test_the_result_is_byte_for_byte_what_was_tested_and_its_manifest_has_the_ev
     found = record(tuned)
     assert [unit.name for unit in found.units] == ["stem", "body", "head"]
     assert [unit.nodes for unit in found.units] == [["stem/Conv"], ["body/Conv", "Add", "pool"], ["head/Gemm"]]
-    assert all(unit.alone and unit.without and unit.damage is not None for unit in found.units)
+    assert all(unit.floating_time and unit.int8_time and unit.damage is not None for unit in found.units)
     tested = [point for point in found.points if point.left_out is None]
     assert [point.verdict for point in tested] == ["inside"] * len(tested)
     assert [point.damage for point in tested] == sorted(point.damage or 0 for point in tested)
@@ -92,7 +92,8 @@ def test_everything_in_int8_is_what_quantize_makes(tuned: Artifact, net: Artifac
 def test_a_search_that_is_repeated_measures_nothing_again_and_comes_to_the_same_files(
     tuned: Artifact, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "_measured", lambda *given: pytest.fail("a unit was measured again"))
+    monkeypatch.setattr(search, "_times", lambda *given: pytest.fail("the units were timed again"))
+    monkeypatch.setattr(search, "damage_alone", lambda *given: pytest.fail("a unit was measured again"))
     monkeypatch.setattr("deploy.evaluation.gate.Reference.compared", lambda *given: pytest.fail("a file was tested again"))
     again = search_of(net, images, tmp_path / "again", minutes=5.0)
 
@@ -117,10 +118,10 @@ def test_where_no_mix_passes_the_result_is_the_artifact_in_floating_point_and_wh
     assert [point.verdict for point in found.points] == ["outside", *[None] * (len(found.points) - 1)]
     assert made.onnx_path.read_bytes() == net.onnx_path.read_bytes()
     made.verify()
-    assert [(unit.int8, unit.alone, unit.damage) for unit in found.units] == [(False, None, None)] * 3
-    assert "3 of 3 units are not measured: their times and damages are guessed" in caplog.text
+    assert [(unit.int8, unit.damage) for unit in found.units] == [(False, None)] * 3
+    assert "3 of 3 units are not measured: their damages are guessed" in caplog.text
     assert "time ran out (--minutes): what was measured is kept" in text(made)
-    assert render(made).count("not measured") == 6
+    assert render(made).count("not measured") == 3
     wild = replace(found, points=[replace(point, predicted=-1.0, speedup=1.0, low=1.0, high=1.0) for point in found.points])
     assert "nan" not in render(Artifact(made.path, replace(made.manifest, tuning=wild)))
     with deploy.load(made, "onnxruntime") as session:
