@@ -2,19 +2,19 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import Accuracy, Score
+from deploy.artifact.manifest import Accuracy, Manifest, Score
 from deploy.artifact.summary import drop_text, number_text, range_text, score_text
 from deploy.artifact.tuning import Verdict
 from deploy.errors import AccuracyError, BackendError, UsageError
 from deploy.evaluation.annotated import labelled
 from deploy.evaluation.evaluate import Evaluation, measure
 from deploy.evaluation.intervals import wilson
-from deploy.evaluation.labelled import files_request
+from deploy.evaluation.labelled import Remembered, files_request
 from deploy.evaluation.options import MetricOptions
 from deploy.evaluation.scoring import FIDELITY, check_scoring, scoring
 from deploy.evidence.parity import TOLERANCES, Tolerance
@@ -153,8 +153,10 @@ class Reference:
         self._gate = gate
         self._progress = progress
         self._found: Evaluation | None = None
+        found = scoring(artifact, gate.folder, gate.metric)
+        self._data = Remembered(found.data)
         if gate.metric.metric not in FIDELITY:
-            found = scoring(artifact, gate.folder, gate.metric)
+            found = replace(found, data=self._data)
             self._found = measure(artifact, found, backend=gate.backend or "auto", progress=progress)
 
     def check(self, after: Artifact, hint: str) -> list[Accuracy]:
@@ -217,6 +219,8 @@ class Reference:
         """The score of `after` on a backend, and what it loses; see `verdict_of`. Raises BackendError."""
         gate = self._gate
         judged = scoring(after, gate.folder, gate.metric)
+        if _taken(after.manifest) == _taken(self._artifact.manifest):
+            judged = replace(judged, data=self._data)
         against = self._artifact if self._found is None else None
         second = measure(after, judged, against=against, backend=backend, progress=self._progress)
         file = second.file if after.cpu_path is not None else None
@@ -252,6 +256,19 @@ class Reference:
         if second.top1 is not None:
             return _accuracy(second, file=file, **top, score=score, undecided=undecided)
         return Accuracy(images=second.images, backend=second.backend, file=file, score=score, undecided=undecided)
+
+
+def _taken(manifest: Manifest) -> tuple[Any, ...]:
+    """All that the batches of data depend on."""
+    return (
+        manifest.inputs,
+        manifest.outputs,
+        manifest.image,
+        manifest.preprocess,
+        manifest.other_images,
+        manifest.classes,
+        manifest.decode,
+    )
 
 
 def verdict_of(found: Accuracy) -> Verdict:

@@ -26,6 +26,9 @@ Skip = Callable[[Path, Exception], None]
 """What is done with a file that cannot be used, and the error; it raises where that is not to be left out."""
 
 
+MOST_KEPT = 256 << 20
+
+
 class Batch(NamedTuple):
     """A feed, the targets of its first rows (the others fill it up), and the files they come from.
 
@@ -68,6 +71,46 @@ class Labelled(ABC):
     def batch_size(self, wanted: int) -> tuple[int, str]:
         """The batch size to use in place of `wanted`, and the reason if it is another, else ""."""
         return wanted, ""
+
+
+class Remembered(Labelled):
+    """The batches of other data, read once and kept where they take at most `MOST_KEPT` bytes: for several models that take the same."""
+
+    def __init__(self, data: Labelled) -> None:
+        self.kind, self.root, self.classes, self.files = data.kind, data.root, data.classes, data.files
+        self._data = data
+        self._kept: dict[int, list[Batch]] = {}
+
+    def batches(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        if skip is not None:  # what is left out is said every time
+            yield from self._data.batches(batch_size, skip)
+            return
+        if batch_size in self._kept:
+            yield from self._kept[batch_size]
+            return
+        kept: list[Batch] = []
+        left = MOST_KEPT
+        for batch in self._data.batches(batch_size, None):
+            left -= sum(array.nbytes for array in batch.feed.values()) + getattr(batch.targets, "nbytes", 0)
+            if left >= 0:
+                kept.append(batch)
+            else:
+                kept.clear()
+            yield batch
+        if left >= 0:
+            self._kept = {batch_size: kept}
+
+    def some(self, batch_size: int, skip: Skip | None) -> Iterator[Batch]:
+        return self._data.some(batch_size, skip)
+
+    def check(self) -> None:
+        self._data.check()
+
+    def needed(self) -> Sequence[Path]:
+        return self._data.needed()
+
+    def batch_size(self, wanted: int) -> tuple[int, str]:
+        return self._data.batch_size(wanted)
 
 
 class Images(Labelled):

@@ -7,7 +7,7 @@ clinical trials and preclinical assays; Westfall and Krishen 2001, J. Stat. Plan
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy.artifact.artifact import Artifact
@@ -44,7 +44,6 @@ def check_budget(artifact: Artifact, gate: Gate) -> None:
 
 def certify(
     points: Sequence[Built],
-    prove: Callable[[Built], Built],
     reference: Reference,
     gate: Gate,
     data: Mapping[str, Any],
@@ -54,18 +53,17 @@ def certify(
 ) -> tuple[list[Built], dict[str, Accuracy], Stopped | None]:
     """Test the points that may be the result in their order until one does not pass; returns them, what was found by name, and why it stopped early.
 
-    prove: gives a point the files that are tested, and that are the result; without an artifact where they are wrong. data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
+    data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
     """
     tested = list(points)
     found: dict[str, Accuracy] = {}
     front = _front(points)
-    for index in front:
+    for done, index in enumerate(front):
+        each = points[index]
+        assert each.artifact is not None
         if found and clock.over():
             return tested, found, "minutes"
-        each = tested[index] = prove(points[index])
-        if each.artifact is None:
-            continue
-        progress(f"testing {each.point.name}", front.index(index), len(front))
+        progress(f"testing {each.point.name}", done, len(front))
         key = {"files": each.point.files, **data}
         try:
             accuracy = journal.accuracy(key) or reference.compared(each.artifact, gate.backend or "")
@@ -114,10 +112,10 @@ class Choice(NamedTuple):
 
 def choose(points: Sequence[TunedPoint], gate: Gate) -> Choice:
     """The fastest of the points that passed, which are faster than floating point, or else floating point."""
-    passed = [point for point in points if point.verdict == "inside" and point.speedup is not None]
+    passed = [point for point in points if point.verdict == "inside" and point.left_out is None]
     limit = _limit(gate)
     if not passed:
-        first = next((point for point in points if point.verdict is not None), None)
+        first = next((point for point in points if point.verdict is not None and point.left_out is None), None)
         if first is None:
             return Choice(BASE, _none_tested(points, limit))
         return Choice(BASE, f"no mix is shown to keep within {limit}: {_shown(first, gate)}")

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import CPU_ONNX, ONNX, Stage
+from deploy.artifact.manifest import CPU_ONNX, Stage
 from deploy.artifact.tuning import TunedPoint, TunedUnit
 from deploy.artifact.writer import ArtifactWriter
 from deploy.errors import BackendError, ParityError, PrecisionError
@@ -200,13 +200,14 @@ def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, name: str) -> Built:
     )
     try:
         artifact = made.build(name, _others(weighed.units, point.int8))
-        return Built(point=msgspec.structs.replace(point, damage=made.damage(artifact)), artifact=artifact)
+        point = msgspec.structs.replace(point, damage=made.damage(artifact), files=_digests(artifact))
+        return Built(point=point, artifact=artifact)
     except _REFUSED as error:
         return _without(point, error)
 
 
 def prove(each: Built, made: Mixes, weighed: Weighed, stage: QuantizeStage, out: Path) -> Built:
-    """The mix built anew as `quantize` builds, with its evidence, and the hashes of its files; or left out, where `quantize` would refuse it."""
+    """The mix built anew as `quantize` builds, with its evidence: the same files, and maybe a CPU form besides; or left out, where `quantize` would refuse it."""
     stay = dict.fromkeys(_others(weighed.units, each.point.int8), STAYS)
     try:
         with ArtifactWriter(out) as writer:
@@ -222,9 +223,13 @@ def prove(each: Built, made: Mixes, weighed: Weighed, stage: QuantizeStage, out:
             point=msgspec.structs.replace(each.point, left_out=f"{CPU_ONNX}, by which it was timed: {form.left_out}"),
             artifact=None,
         )
-    files = {name: record.sha256 for name, record in artifact.manifest.files.items()}
-    assert files[ONNX] == each.artifact.manifest.files[ONNX].sha256, "what is tested is what was timed"
+    files = _digests(artifact)
+    assert each.point.files.items() <= files.items(), "what was timed and tested is what is delivered"
     return Built(point=msgspec.structs.replace(each.point, files=files), artifact=artifact)
+
+
+def _digests(artifact: Artifact) -> dict[str, str]:
+    return {name: record.sha256 for name, record in artifact.manifest.files.items()}
 
 
 def _without(point: TunedPoint, error: Exception) -> Built:

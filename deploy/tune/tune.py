@@ -169,22 +169,28 @@ class TuneStage:
                     logger.warning("what has been measured is kept: the same command goes on")
                     raise
                 points, p50_ms = time_points(watch, build_points(made, weighed, progress), progress)
-            tolerance = TOLERANCES[self._quantizing.precision]
-            quantizing = QuantizeStage(source, self._data, self._quantizing, tolerance, None, progress, cpu_form=True)
-
-            def proved(each: Built) -> Built:
-                return prove(each, made, weighed, quantizing, folder / "proved" / each.point.name)
-
             data = {"gate": self._gate.request(source), "place": self._measuring}
-            points, accuracies, stopped = certify(points, proved, reference, self._gate, data, journal, clock, progress)
-            choice = choose([each.point for each in points], self._gate)
+            points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
+            choice, built = self._chosen(points, made, weighed, folder)
             tuning = self._tuning(choice, weighed, points, p50_ms, sum(map(row_count, feeds)), stopped)
             if tuning.stopped is not None:
                 stage = msgspec.structs.replace(stage, request=secrets.token_hex(32))  # the next call goes on
-            built = next((each for each in points if each.point.name == choice.name), None)
-            if built is None or built.artifact is None:
+            if built is None:
                 return self._floating_point(writer, stage, tuning)
-            return _delivered(source, built.artifact, writer, stage, accuracies[choice.name], tuning)
+            return _delivered(source, built, writer, stage, accuracies[choice.name], tuning)
+
+    def _chosen(self, points: list[Built], made: Mixes, weighed: Weighed, folder: Path) -> tuple[Choice, Artifact | None]:
+        """The result, and its artifact with its evidence, which is put into `points`; what has none is left out, and the next best chosen."""
+        tolerance = TOLERANCES[self._quantizing.precision]
+        quantizing = QuantizeStage(self._source, self._data, self._quantizing, tolerance, None, self._progress, cpu_form=True)
+        while True:
+            choice = choose([each.point for each in points], self._gate)
+            place = next((index for index, each in enumerate(points) if each.point.name == choice.name), None)
+            if place is None:
+                return choice, None
+            points[place] = prove(points[place], made, weighed, quantizing, folder / f"proved{place}")
+            if points[place].artifact is not None:
+                return choice, points[place].artifact
 
     def _tuning(
         self, choice: Choice, weighed: Weighed, points: Sequence[Built], p50_ms: float, rows: int, stopped: Stopped | None

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from deploy.errors import BackendError, DataError
+from deploy.evaluation import labelled as module
 from deploy.evaluation.annotated import labelled
-from deploy.evaluation.labelled import Batch, out_of_order, run_batch
+from deploy.evaluation.labelled import Batch, Remembered, out_of_order, run_batch
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,41 @@ def test_images_come_with_the_indices_of_their_classes_and_their_files(model, tm
     assert first.targets.tolist() == [1, 1]
     assert second.targets.tolist() == [2]
     assert [path.name for path in (*first.files, *second.files)] == ["00.png", "01.png", "00.png"]
+
+
+def told(data, size=2, skip=None):
+    return [(batch.feed["input"].tolist(), batch.targets.tolist(), batch.files) for batch in data.batches(size, skip)]
+
+
+def test_batches_that_are_remembered_are_read_once(model, tmp_path, make_folder):
+    folder = make_folder(tmp_path, bee=[1, 1], cat=[2])
+    data = Remembered(labelled(model, folder))
+    assert (data.classes, data.kind, data.root, len(data.files)) == (("bee", "cat"), "classes", folder, 3)
+    next(data.batches(2, None))  # not all: nothing is kept
+    first = told(data)
+    assert first == told(labelled(model, folder))
+    (folder / "cat" / "00.png").unlink()
+    assert told(data) == first
+    for size, skip in ((1, None), (2, lambda path, error: pytest.fail("skipped") if path.name != "00.png" else None)):
+        if skip is None:
+            with pytest.raises(DataError, match=r"00\.png"):
+                told(data, size)
+        else:
+            assert len(told(data, size, skip)) == 1  # what is left out is said again
+
+
+@pytest.mark.parametrize(("most", "kept"), [(3 * 8 * 8 * 4 + 3 * 8, True), (3 * 8 * 8 * 4, False)])
+def test_batches_are_remembered_up_to_a_limit(model, tmp_path, make_folder, most, kept, monkeypatch):
+    monkeypatch.setattr(module, "MOST_KEPT", most)
+    folder = make_folder(tmp_path, bee=[1, 1], cat=[2])
+    data = Remembered(labelled(model, folder))
+    told(data)
+    (folder / "cat" / "00.png").unlink()
+    if kept:
+        assert len(told(data)) == 2
+    else:
+        with pytest.raises(DataError, match=r"00\.png"):
+            told(data)
 
 
 @pytest.mark.parametrize("layout", ["flat", "folders"])

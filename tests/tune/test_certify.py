@@ -52,10 +52,9 @@ def outcome(
     gate: Gate,
     journal: Journal,
     minutes: float = 1.0,
-    prove: Callable[[Built], Built] = lambda each: each,
 ) -> tuple[list[object], object]:
     reference = Reference(good, gate, silent)
-    found, accuracies, stopped = certify(points, prove, reference, gate, {"data": 1}, journal, Clock(minutes), silent)
+    found, accuracies, stopped = certify(points, reference, gate, {"data": 1}, journal, Clock(minutes), silent)
     assert list(accuracies) == [each.point.name for each in found if each.point.verdict is not None]
     return [each.point.verdict for each in found], stopped
 
@@ -79,19 +78,6 @@ def test_only_what_may_be_the_result_is_tested(good: Artifact, bad: Artifact, fo
     speeds = {"mix 1": 0.97, "mix 2": 1.2, "mix 3": 1.2, "mix 4": 1.1, "mix 5": 1.3}
     points = [built(name, good if name in ("mix 2", "mix 5") else bad, speed) for name, speed in speeds.items()]
     assert outcome(points, good, gate, Journal(None)) == ([None, "inside", None, None, "inside"], None)
-
-
-def test_what_is_wrong_is_left_out_when_it_is_built_with_its_evidence_and_the_test_goes_on(good: Artifact, folder: Path) -> None:
-    gate = Gate(folder=folder, max_drop=10, backend="onnxruntime")
-    proved = []
-
-    def prove(each: Built) -> Built:
-        proved.append(each.point.name)
-        return Built(point=each.point, artifact=None) if each.point.name == "mix 1" else each
-
-    points = [built("mix 1", good), built("mix 2", good), built("mix 3", good, 2.9)]
-    assert outcome(points, good, gate, Journal(None), prove=prove) == ([None, "inside", None], None)
-    assert proved == ["mix 1", "mix 2"]
 
 
 def test_when_time_is_over_the_first_is_still_tested(good: Artifact, folder: Path) -> None:
@@ -188,6 +174,12 @@ def test_where_none_passes_it_says_what_the_safest_lost_and_how_many_images_woul
         "no mix is shown to keep within 1 point of top-1: mix 1, the safest, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
         " would decide"
     )
+
+
+def test_what_passed_and_was_left_out_all_the_same_is_not_the_result() -> None:
+    points = [point("mix 1", 1.2, "inside"), point("mix 2", 1.5, "inside", left_out="it is too far off")]
+    assert choose(points, GATE).name == "mix 1"
+    assert choose(points[1:], GATE).because.endswith("of top-1: mix 2 was left out, it is too far off")
 
 
 def test_where_all_were_left_out_it_says_why() -> None:

@@ -14,8 +14,9 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import file_digest
 from deploy.artifact.summary import summary
 from deploy.artifact.tuning import Tuning
-from deploy.errors import DataError, UsageError
+from deploy.errors import DataError, ParityError, UsageError
 from deploy.evaluation.options import METRICS
+from deploy.pipeline.quantize import QuantizeStage
 from deploy.runtime.session import SessionOptions
 from deploy.tune import search
 from deploy.tune.measure import Place
@@ -152,6 +153,27 @@ def test_what_cannot_be_done_is_said_before_the_work(
 def test_what_is_quantized_already_is_refused(tuned: Artifact, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is int8 already; give the FP32 artifact that it was made from"):
         search_of(tuned, images, tmp_path / "out")
+
+
+def test_a_mix_that_quantize_would_refuse_is_left_out_for_the_next_best(
+    net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, refused = QuantizeStage.write, []
+
+    def refusing(*given: Any) -> Any:
+        if not refused:
+            refused.append(True)
+            raise ParityError("it is too far off")
+        return write(*given)
+
+    monkeypatch.setattr(QuantizeStage, "write", refusing)
+    made = search_of(net, images, tmp_path / "out")
+    found = record(made)
+    *passed, last = (point for point in found.points if point.verdict == "inside")
+    assert last.left_out == "it is too far off"
+    assert found.result == passed[-1].name
+    assert made.manifest.parity is not None
+    assert f"{last.name} (3 units in INT8) was left out: it is too far off" in text(made)
 
 
 def test_images_without_classes_need_a_metric_that_needs_no_labels(net: Artifact, images: Path, tmp_path: Path) -> None:
