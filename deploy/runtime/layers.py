@@ -17,6 +17,15 @@ from deploy.runtime.profiling import LayerTime
 _MARKS = ("fused ",)
 """Prefixes that ONNX Runtime puts before a name."""
 
+_ONNX = {
+    "Convolution": ("Conv",),
+    "Deconvolution": ("ConvTranspose",),
+    "FullyConnected": ("MatMul", "Gemm"),
+    "FullyConnectedQuantizedLegacy": ("MatMul", "Gemm"),
+    "GroupConvolution": ("Conv",),
+}
+"""The operators of ONNX that those of OpenVINO come from, where their names differ."""
+
 _SERIAL = re.compile(r"_token_\d+$")
 """What ONNX Runtime puts behind a name to make it unique."""
 
@@ -62,8 +71,10 @@ def _nodes(graph: onnx.GraphProto, layers: Sequence[LayerTime]) -> list[tuple[st
         anchored.append(anchor)
         if anchor is not None and exact:
             owners.setdefault(anchor, index)
-            if layer.name not in nodes:  # named after its output: follow the graph back to the operator that computes it
-                for name in _chain(nodes[anchor], layer.operator, producers):
+            kinds = _ONNX.get(layer.operator, ())
+            # Named after its output, or after a bias: follow the graph back to the operator that computes it.
+            if layer.name not in nodes or (kinds and nodes[anchor].op_type not in kinds):
+                for name in _chain(nodes[anchor], (*kinds, layer.operator.removeprefix("Fused")), producers):
                     owners.setdefault(name, index)
     for name in sorted(nodes, key=order.__getitem__):
         if name not in owners:
@@ -100,14 +111,13 @@ def _parts(name: str, known: Iterable[str]) -> Iterable[str]:
     )
 
 
-def _chain(last: onnx.NodeProto, operator: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """The nodes from `last` back to the nearest node of that operator, along the first path to it; empty if there is none."""
-    operator = operator.removeprefix("Fused")
+def _chain(last: onnx.NodeProto, operators: Collection[str], producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """The nodes from `last` back to the nearest node of these operators, along the first path to it; empty if there is none."""
     ways = [[last]]
     seen = {last.name}
     while ways:
         way = ways.pop(0)
-        if way[-1].op_type == operator:
+        if way[-1].op_type in operators:
             return [node.name for node in way]
         if len(way) > 4:
             continue

@@ -28,7 +28,7 @@ from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-ROUNDS, SLICE_S, LONGEST_S = 15, 0.1, 8.0
+ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 8.0
 """Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model half as many and half as long
 do, and disturbed rounds too: it compares all with one another."""
 PROFILES = 3

@@ -71,6 +71,31 @@ def test_the_layers_take_about_as_long_as_a_run(resnet: Artifact, backend: str) 
     assert 0.3 < told / np.median(whole) < 3
 
 
+def test_a_layer_that_is_named_after_its_bias_has_the_product_too(tmp_path: Path) -> None:
+    """OpenVINO calls the layers of a MatMul and an Add after the Add: the product is not of the layer before."""
+    rng = np.random.default_rng(0)
+    nodes, arrays = [], {}
+    for at in range(3):
+        arrays |= {f"w{at}": rng.standard_normal((64, 64)) / 8, f"b{at}": rng.standard_normal(64), f"s{at}": np.ones(64)}
+        nodes += [
+            onnx.helper.make_node("MatMul", [f"x{at}", f"w{at}"], [f"m{at}"], name=f"fc{at}/MatMul"),
+            onnx.helper.make_node("Add", [f"m{at}", f"b{at}"], [f"a{at}"], name=f"fc{at}/Add"),
+            onnx.helper.make_node(
+                "LayerNormalization", [f"a{at}", f"s{at}"], [f"x{at + 1}"], name=f"norm{at}/LayerNormalization"
+            ),
+        ]
+    specs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 8, 64]) for name in ("x0", "x3")]
+    held = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
+    graph = onnx.helper.make_graph(nodes, "layers", specs[:1], specs[1:], held)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a.onnx")
+    artifact = deploy.export(tmp_path / "fc", onnx=tmp_path / "a.onnx")
+    with open_session(artifact, "openvino") as session:
+        feed = {"x0": rng.standard_normal((4, 8, 64)).astype(np.float32)}
+        found = named_layers(artifact, artifact.onnx_path, session.layer_times(feed))
+    products = [layer.nodes[:2] for layer in found if layer.operator == "FullyConnected"]
+    assert products == [(f"fc{at}/MatMul", f"fc{at}/Add") for at in range(3)]
+
+
 def test_eager_layers_are_modules_with_their_own_time_and_their_nodes(resnet: Artifact) -> None:
     found = {layer.modules[0]: layer for layer in layers(resnet, "eager", (1, 3, 64, 64), runs=15)}
     assert found["layer1.0.conv1"].operator == "Conv2d"
