@@ -22,7 +22,7 @@ from deploy.pipeline.quantize import CalibrationOptions
 from deploy.precision.int8.options import QuantizeOptions
 from deploy.tune.options import TuneOptions
 
-SCHEMA = 1
+SCHEMA = 2
 NOT_HERE = ("fp8", "fp16", "keep_below", "min_share")
 """Options of `quantize` that make no mix of INT8 and FP32, or say how much of it must be which: that is what is searched."""
 

@@ -1,4 +1,4 @@
-"""The search: units are measured one at a time, and mixes of several budgets are built, run and timed together."""
+"""The search: what each unit takes and does is measured, and mixes of several budgets are built, run and timed together."""
 
 import logging
 import shutil
@@ -32,10 +32,9 @@ ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 8.0
 """Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model half as many and half as long
 do, and disturbed rounds too: it compares all with one another."""
 PROFILES = 3
+"""Profiles of each network, of which the medians count."""
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
-
-
 _REFUSED = (BackendError, ParityError, PrecisionError)
 """What says that a mix is too far off, or does not run."""
 
@@ -49,11 +48,7 @@ class Clock:
 
     def over(self, share: float = 1.0) -> bool:
         """Whether this share of it has passed."""
-        return time.monotonic() > self.end(share)
-
-    def end(self, share: float = 1.0) -> float:
-        """When this share of it has passed, on the clock of `time.monotonic`."""
-        return self._start + share * self._limit_s
+        return time.monotonic() > self._start + share * self._limit_s
 
 
 @dataclass(frozen=True, kw_only=True)
