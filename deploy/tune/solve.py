@@ -25,7 +25,8 @@ from deploy.errors import PrecisionError
 from deploy.tune.journal import MeasuredTimes
 from deploy.tune.units import Crossing, Unit
 
-BUDGETS = 5
+BUDGETS = (0.3, 0.6, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""The shares of the units whose damages make the budgets: a few units do most of it, and so the steps are smaller at the end."""
 _PARTS = 1e3
 _CROSSING = 0.05
 """The share of the time that a crossing may cost, before anything is measured."""
@@ -150,16 +151,16 @@ def _silent() -> Iterator[None]:
 
 
 def mixes(costs: Costs, pairs: Sequence[Crossing]) -> list[np.ndarray]:
-    """The fastest mixes of `BUDGETS` budgets, without repetitions, without the one that quantizes nothing, and without those that the
+    """The fastest mixes of the `BUDGETS`, without repetitions, without the one that quantizes nothing, and without those that the
     cost model has slower than floating point.
 
-    The budgets are the damage of the least harmful fifth of the units, of two fifths, and so on to all: the damage of single units
-    is of different orders of magnitude, so that equal steps between nothing and all would be alike.
+    The budgets are the damage of the least harmful units, so many of all: the damage of single units is of different orders of magnitude, so
+    that equal steps between nothing and all would be alike.
     """
     sums = np.cumsum(np.sort(costs.damage))
     found: list[np.ndarray] = []
-    for part in range(1, BUDGETS + 1):
-        budget = float(sums[math.ceil(len(sums) * part / BUDGETS) - 1])
+    for part in BUDGETS:
+        budget = float(sums[math.ceil(len(sums) * part - 1e-9) - 1])
         chosen = solve(costs, pairs, budget * (1 + 1e-9))
         if chosen.any() and costs.time(chosen, pairs) < 1 and not any(np.array_equal(chosen, other) for other in found):
             found.append(chosen)

@@ -155,7 +155,7 @@ def test_mixes_go_from_little_damage_to_all_and_none_is_slower_than_floating_poi
     costs, pairs = network(np.random.default_rng(5), 12)
     found = mixes(costs, pairs)
     damages = [costs.damage[mix].sum() for mix in found]
-    assert 2 <= len(found) <= 5
+    assert 2 <= len(found) <= 7
     assert damages == sorted(damages)
     assert all(costs.time(mix, pairs) < 1 for mix in found)
     assert mixes(Costs(**{**vars(costs), "gains": -np.abs(costs.gains)}), pairs) == []
