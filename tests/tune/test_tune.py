@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -167,6 +168,7 @@ def test_a_mix_that_quantize_would_refuse_is_left_out_for_the_next_best(
         return write(*given)
 
     monkeypatch.setattr(QuantizeStage, "write", refusing)
+    monkeypatch.setattr(search, "mixes", lambda costs, pairs: [np.array([True, False, False]), np.array([True, True, False])])
     made = search_of(net, images, tmp_path / "out")
     found = record(made)
     *passed, last = (point for point in found.points if point.verdict == "inside")
