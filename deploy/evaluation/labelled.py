@@ -4,6 +4,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ Skip = Callable[[Path, Exception], None]
 
 
 MOST_KEPT = 256 << 20
+"""Bytes of the batches that `Remembered` keeps."""
 
 
 class Batch(NamedTuple):
@@ -86,14 +88,14 @@ class Remembered(Labelled):
             yield from self._data.batches(batch_size, skip)
             return
         if batch_size in self._kept:
-            yield from self._kept[batch_size]
+            yield from map(_for_one, self._kept[batch_size])
             return
         kept: list[Batch] = []
         left = MOST_KEPT
         for batch in self._data.batches(batch_size, None):
             left -= sum(array.nbytes for array in batch.feed.values()) + getattr(batch.targets, "nbytes", 0)
             if left >= 0:
-                kept.append(batch)
+                kept.append(_for_one(batch))
             else:
                 kept.clear()
             yield batch
@@ -111,6 +113,11 @@ class Remembered(Labelled):
 
     def batch_size(self, wanted: int) -> tuple[int, str]:
         return self._data.batch_size(wanted)
+
+
+def _for_one(batch: Batch) -> Batch:
+    """With targets of its own: metrics of users may write to them."""
+    return batch._replace(targets=deepcopy(batch.targets))
 
 
 class Images(Labelled):

@@ -72,9 +72,14 @@ def has_vnni() -> bool:
     return not _VNNI.isdisjoint(flags)
 
 
+def is_x86() -> bool:
+    """Whether the processor multiplies unsigned by signed bytes; others multiply signed ones."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 def adds_in_16_bits() -> bool:
     """Whether products of unsigned and signed bytes overflow: see `has_vnni`."""
-    return platform.machine() in ("x86_64", "AMD64") and not has_vnni()
+    return is_x86() and not has_vnni()
 
 
 def open_in_32_bits(settings: Any, open_session: Callable[[], T]) -> T:

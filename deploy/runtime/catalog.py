@@ -101,7 +101,7 @@ def check_variant(backend: Backend, variant: Sequence[str]) -> None:
 def auto_order(artifact: Artifact) -> tuple[str, ...]:
     """The backends that `auto` tries for an ONNX artifact, the one that is fast on it first.
 
-    INT8: OpenVINO, which computes the Q/DQ graph as it is on codes; ONNX Runtime before it where it runs the CPU form, and else
+    INT8: OpenVINO, which computes the Q/DQ graph on codes; ONNX Runtime before it where it runs the CPU form, and else
     behind it, because it is slower on a Q/DQ graph with signed activations than on the FP32 graph (docs/int8.md). Everything else:
     the order of the catalog.
     """

@@ -53,7 +53,7 @@ def certify(
 ) -> tuple[list[Built], dict[str, Accuracy], Stopped | None]:
     """Test the points that may be the result in their order until one does not pass; returns them, what was found by name, and why it stopped early.
 
-    data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
+    What is in the journal is not tested again. data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
     """
     tested = list(points)
     found: dict[str, Accuracy] = {}
@@ -118,20 +118,24 @@ def choose(points: Sequence[TunedPoint], gate: Gate) -> Choice:
         first = next((point for point in points if point.verdict is not None and point.left_out is None), None)
         if first is None:
             return Choice(BASE, _none_tested(points, limit))
-        return Choice(BASE, f"no mix is shown to keep within {limit}: {_shown(first, gate)}")
+        return Choice(BASE, "; ".join([f"no mix is shown to keep within {limit}: {_shown(first, gate)}", *_left_out(points)]))
     best = max(passed, key=lambda point: point.speedup or 0.0)
     return Choice(best.name, f"the fastest of {len(passed)} that are shown to keep within {limit}")
 
 
 def _none_tested(points: Sequence[TunedPoint], limit: str) -> str:
     """Why nothing was held to the limit."""
-    reasons = "; ".join(f"{point.name} was left out, {point.left_out}" for point in points if point.left_out)
+    reasons = "; ".join(_left_out(points))
     timed = [point for point in points if point.speedup is not None and point.left_out is None]
     if not timed:
         return f"no mix was tested against the limit of {limit}{reasons and ': ' + reasons}"
     best = max(timed, key=lambda point: point.speedup or 0.0)
     slower = f"no mix is faster than floating point: {best.name} has {best.speedup:.2f} times its speed"
     return f"{slower}; {reasons}" if reasons else slower
+
+
+def _left_out(points: Sequence[TunedPoint]) -> list[str]:
+    return [f"{point.name} was left out, {point.left_out}" for point in points if point.left_out]
 
 
 def _limit(gate: Gate) -> str:
@@ -146,10 +150,10 @@ def _shown(first: TunedPoint, gate: Gate) -> str:
     """What was found of the safest mix."""
     if first.loss is None:
         value = math.inf if first.value is None else first.value
-        said = f"{first.name}, the safest, has {points_text(value, 'dB' if gate.metric.metric == 'sqnr' else '')}"
+        said = f"{first.name}, the safest that was tested, has {points_text(value, 'dB' if gate.metric.metric == 'sqnr' else '')}"
     else:
         high = "" if first.loss_high is None else f" (95 % interval {first.loss_low:.2f} to {first.loss_high:.2f})"
-        said = f"{first.name}, the safest, loses {first.loss:.2f}{high}"
+        said = f"{first.name}, the safest that was tested, loses {first.loss:.2f}{high}"
     if first.images is None:
         return said
     more = "no number of images" if first.images == NEVER else count_of(first.images, "more image")

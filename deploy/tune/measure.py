@@ -1,6 +1,7 @@
 """Builds mixes of a network, runs them for their damage, and times them in turns, on the backend that they are for."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -138,12 +139,15 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def measure(self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float, until: float | None = None) -> Measured[str]:
+    def measure(
+        self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float, longest_s: float | None = None
+    ) -> Measured[str]:
         """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again (`take_rounds`). Raises BackendError.
 
-        until: on the clock of `time.monotonic`; afterwards none is taken again.
+        longest_s: after so many seconds none is taken again.
         """
         opened = self._opened(mixes)
+        until = time.monotonic() + longest_s if longest_s is not None else None
         workers = self._always | opened
         names = list(workers)
         taken: list[Round[str]] = []

@@ -16,7 +16,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, Stage
 from deploy.artifact.tuning import TunedPoint, TunedUnit
 from deploy.artifact.writer import ArtifactWriter
-from deploy.errors import BackendError, ParityError, PrecisionError
+from deploy.errors import ArtifactError, BackendError, ParityError, PrecisionError
 from deploy.evidence.disturbance import Measured
 from deploy.evidence.timing import latency
 from deploy.pipeline.quantize import QuantizeStage
@@ -28,11 +28,13 @@ from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 8.0
+ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 12.0
 """Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model half as many and half as long
 do, and disturbed rounds too: it compares all with one another."""
 PROFILES = 3
 """Profiles of each network, of which the medians count."""
+LEAST_PROFILED = 0.5
+"""The share of the units that must have a time in a profile."""
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 _REFUSED = (BackendError, ParityError, PrecisionError)
@@ -137,11 +139,13 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
     int8: dict[str, float] | None = None
     try:
         found = profiled([made.base, mixes[WHOLE]], made.place, units, PROFILES)
+        if min(np.mean(each > 0) for each in found) < LEAST_PROFILED:
+            raise BackendError("the layers that the profiler names are not known in the ONNX file")
         floating, int8 = (dict(zip(names, map(float, each), strict=True)) for each in found)
-    except BackendError as error:
+    except (ArtifactError, BackendError) as error:
         logger.warning("units have the time of their multiply-accumulates: %s", error)
     progress("timing floating point and INT8")
-    measured = watch.measure(mixes, (ROUNDS + 1) // 2, SLICE_S / 2, time.monotonic())
+    measured = watch.measure(mixes, (ROUNDS + 1) // 2, SLICE_S / 2, 0.0)
     for mix in mixes.values():
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
@@ -218,9 +222,8 @@ def prove(each: Built, made: Mixes, weighed: Weighed, stage: QuantizeStage, out:
             point=msgspec.structs.replace(each.point, left_out=f"{CPU_ONNX}, by which it was timed: {form.left_out}"),
             artifact=None,
         )
-    files = _digests(artifact)
-    assert each.point.files.items() <= files.items(), "what was timed and tested is what is delivered"
-    return Built(point=msgspec.structs.replace(each.point, files=files), artifact=artifact)
+    assert each.point.files.items() <= _digests(artifact).items(), "what was timed and tested is what is delivered"
+    return Built(point=each.point, artifact=artifact)
 
 
 def _digests(artifact: Artifact) -> dict[str, str]:
@@ -235,7 +238,7 @@ def time_points(watch: Stopwatch, points: Sequence[Built], progress: Progress) -
     """The points with their speed beside floating point, in the same rounds; and the median milliseconds of floating point."""
     artifacts = {each.point.name: each.artifact for each in points if each.artifact is not None}
     progress("timing mixes")
-    measured = watch.measure(artifacts, ROUNDS, SLICE_S, time.monotonic() + LONGEST_S)
+    measured = watch.measure(artifacts, ROUNDS, SLICE_S, LONGEST_S)
     timed = []
     for each in points:
         name = each.point.name

@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _CROSSING = 0.05
 _PROFILE, _LEAST = 0.25, 2e-3
 """How far a gain by profiles may be off, as a share of the unit's two times; and at least, as a share of the time of the network."""
 _TINY = 1e-12
+_SILENCE = threading.Lock()
 _MEASURED = 0.01
 """What a measured time may be off besides its standard error, as a share of the time in floating point."""
 
@@ -69,7 +71,7 @@ def fit_costs(units: Sequence[Unit], pairs: Sequence[Crossing], times: MeasuredT
     floating = _shares(times.floating, names, macs)
     int8 = whole * _shares(times.int8, names, macs)
     prior = floating - int8
-    prior += (1 - whole - prior.sum()) * (floating + int8) / (floating + int8).sum()
+    prior += (1 - whole - prior.sum()) * (floating + int8) / max((floating + int8).sum(), _TINY)
     sizes = np.array([[1, pair.elements / _PARTS] for pair in pairs]).reshape(-1, 2)
     errors = np.concatenate(
         [_PROFILE * (floating + int8) + _LEAST, _CROSSING / np.maximum(sizes.mean(axis=0) if pairs else 1.0, _TINY) * np.ones(2)]
@@ -137,17 +139,23 @@ def solve(costs: Costs, pairs: Sequence[Crossing], budget: float) -> np.ndarray:
 def _silent() -> Iterator[None]:
     """Keeps what C code prints away from standard output, which is for results: HiGHS prints what it tries, whatever `disp` is (seen with scipy 1.17)."""
     library = ctypes.CDLL(None)
-    sys.stdout.flush()
-    library.fflush(None)
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 1)
-        yield
+    with _SILENCE:
+        if sys.stdout is not None:
+            sys.stdout.flush()
         library.fflush(None)
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            kept = os.dup(1)
+        except OSError:  # it is closed
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), 1)
+            yield
+        finally:
+            library.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def mixes(costs: Costs, pairs: Sequence[Crossing]) -> list[np.ndarray]:

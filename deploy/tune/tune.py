@@ -83,7 +83,7 @@ def tune(
     what was measured is kept, and the same call goes on.
 
     Where no mix passes and is faster, the result is the artifact in floating point. The manifest's `tuning` says what was found, and why.
-    Raises a DeployError; nothing that stood at `out` is lost then. Ctrl-C leaves the best of what has passed, or is raised.
+    Raises a DeployError; nothing that stood at `out` is lost then. Ctrl-C during the tests leaves the best of what has passed; else it is raised.
     """
     given = dict(locals())
     options = collect(TuneOptions, given)
@@ -170,8 +170,18 @@ class TuneStage:
                     raise
                 points, p50_ms = time_points(watch, build_points(made, weighed, progress), progress)
             data = {"gate": self._gate.request(source), "place": self._measuring}
-            points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
-            choice, built = self._chosen(points, made, weighed, folder)
+            while (
+                True
+            ):  # until the result has its evidence; what has none is left out, and what it was faster than is tested in its place
+                points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
+                choice = choose([each.point for each in points], self._gate)
+                place = next((index for index, each in enumerate(points) if each.point.name == choice.name), None)
+                if place is None:
+                    built = None
+                    break
+                points[place] = self._proved(points[place], made, weighed, folder / f"proved{place}")
+                if (built := points[place].artifact) is not None:
+                    break
             tuning = self._tuning(choice, weighed, points, p50_ms, sum(map(row_count, feeds)), stopped)
             if tuning.stopped is not None:
                 stage = msgspec.structs.replace(stage, request=secrets.token_hex(32))  # the next call goes on
@@ -179,18 +189,15 @@ class TuneStage:
                 return self._floating_point(writer, stage, tuning)
             return _delivered(source, built, writer, stage, accuracies[choice.name], tuning)
 
-    def _chosen(self, points: list[Built], made: Mixes, weighed: Weighed, folder: Path) -> tuple[Choice, Artifact | None]:
-        """The result, and its artifact with its evidence, which is put into `points`; what has none is left out, and the next best chosen."""
+    def _proved(self, each: Built, made: Mixes, weighed: Weighed, out: Path) -> Built:
+        """See `search.prove`."""
         tolerance = TOLERANCES[self._quantizing.precision]
-        quantizing = QuantizeStage(self._source, self._data, self._quantizing, tolerance, None, self._progress, cpu_form=True)
-        while True:
-            choice = choose([each.point for each in points], self._gate)
-            place = next((index for index, each in enumerate(points) if each.point.name == choice.name), None)
-            if place is None:
-                return choice, None
-            points[place] = prove(points[place], made, weighed, quantizing, folder / f"proved{place}")
-            if points[place].artifact is not None:
-                return choice, points[place].artifact
+        stage = QuantizeStage(self._source, self._data, self._quantizing, tolerance, None, self._progress, cpu_form=True)
+        try:
+            return prove(each, made, weighed, stage, out)
+        except KeyboardInterrupt:
+            logger.warning("what has been measured and tested is kept: the same command goes on")
+            raise
 
     def _tuning(
         self, choice: Choice, weighed: Weighed, points: Sequence[Built], p50_ms: float, rows: int, stopped: Stopped | None

@@ -46,8 +46,12 @@ def test_batches_that_are_remembered_are_read_once(model, tmp_path, make_folder)
     data = Remembered(labelled(model, folder))
     assert (data.classes, data.kind, data.root, len(data.files)) == (("bee", "cat"), "classes", folder, 3)
     next(data.batches(2, None))  # not all: nothing is kept
-    first = told(data)
-    assert first == told(labelled(model, folder))
+    first = told(labelled(model, folder))
+    for _ in range(2):
+        for batch, expected in zip(data.batches(2, None), first, strict=True):
+            assert (batch.feed["input"].tolist(), batch.targets.tolist(), batch.files) == expected
+            batch.targets[:] = 7  # as a metric of the user's may
+    assert told(data) == first
     (folder / "cat" / "00.png").unlink()
     assert told(data) == first
     for size, skip in ((1, None), (2, lambda path, error: pytest.fail("skipped") if path.name != "00.png" else None)):

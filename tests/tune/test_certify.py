@@ -171,7 +171,7 @@ def test_where_none_passes_it_says_what_the_safest_lost_and_how_many_images_woul
     found = choose([first, point("int8", 1.9, None)], GATE)
     assert found.name == "fp32"
     assert found.because == (
-        "no mix is shown to keep within 1 point of top-1: mix 1, the safest, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
+        "no mix is shown to keep within 1 point of top-1: mix 1, the safest that was tested, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
         " would decide"
     )
 
@@ -180,6 +180,10 @@ def test_what_passed_and_was_left_out_all_the_same_is_not_the_result() -> None:
     points = [point("mix 1", 1.2, "inside"), point("mix 2", 1.5, "inside", left_out="it is too far off")]
     assert choose(points, GATE).name == "mix 1"
     assert choose(points[1:], GATE).because.endswith("of top-1: mix 2 was left out, it is too far off")
+    failed = point("mix 3", 1.6, "outside", loss=3.0)
+    assert choose([points[1], failed], GATE).because.endswith(
+        "that was tested, loses 3.00; mix 2 was left out, it is too far off"
+    )
 
 
 def test_where_all_were_left_out_it_says_why() -> None:

@@ -29,7 +29,7 @@ STEPPED = ("mse", "entropy")
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
 
-REVISION = 8
+REVISION = 9
 """Of the passes: raised where the same request gives other scales or names of tensors, so that what older code has kept is not taken."""
 
 

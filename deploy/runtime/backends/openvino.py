@@ -17,7 +17,7 @@ import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
-from deploy.host.cpu import adds_in_16_bits, usable_cores
+from deploy.host.cpu import adds_in_16_bits, is_x86, usable_cores
 from deploy.runtime.lifetime import keep_for_ever
 from deploy.runtime.profiling import RUNS, WARMUPS, LayerTime
 from deploy.runtime.runner import closed_error
@@ -95,7 +95,8 @@ class OpenVinoSession(Session):
     def _compile(self, config: Mapping[str, Any]) -> Any:
         try:
             model = _CORE.read_model(self.onnx_file)
-            unsign(model)
+            if is_x86():
+                unsign(model)
             if adds_in_16_bits() and halve_weights(model):
                 logger.debug("%r: weights of 7 bits, for this processor has no VNNI", self.name)
             return _CORE.compile_model(model, "CPU", dict(config))

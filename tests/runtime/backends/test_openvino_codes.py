@@ -206,6 +206,23 @@ def test_codes_that_mean_something_else_stay(change: str, tmp_path: Path) -> Non
     assert backend.unsign(read(model, tmp_path)) == 0
 
 
+@pytest.mark.parametrize("through", ["", "Transpose"])
+def test_the_second_operand_of_a_product_of_activations_stays_signed(through: str, tmp_path: Path) -> None:
+    model = behind(["Relu x"])
+    last = model.graph.node.pop()
+    if through:
+        model.graph.node.append(helper.make_node(through, ["d"], ["e"]))
+    read_by = "e" if through else "d"
+    shapes = {"first": [4, 8, 6, 6], "second": [6, 6, 8, 4]}["second" if through else "first"]
+    model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [*shapes[:2], 6, shapes[2]]))
+    model.graph.node.append(helper.make_node("MatMul", ["z", read_by], list(last.output)))
+    assert backend.unsign(read(model, tmp_path)) == 0
+    model.graph.node[-1].input[:] = [read_by, "z"]
+    model.graph.input[-1].type.tensor_type.shape.dim[-1].dim_value = 5
+    model.graph.input[-1].type.tensor_type.shape.dim[-2].dim_value = shapes[3]
+    assert backend.unsign(read(model, tmp_path)) == 1
+
+
 def test_all_readers_of_codes_get_the_finer_scale(tmp_path: Path) -> None:
     model = behind(["Relu x"])
     model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "xs", "xz"], ["again"]))
