@@ -1,14 +1,17 @@
 """The times of mixes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ONNX
+from deploy.artifact.onnxfile import load_model
 from deploy.errors import ArtifactError
 from deploy.runtime.session import SessionOptions
-from deploy.tune.measure import Place, Stopwatch
+from deploy.tune.measure import Place, Stopwatch, profiled
+from deploy.tune.units import Unit
 
 
 def children() -> set[int]:
@@ -37,3 +40,22 @@ def test_no_process_is_left_where_an_artifact_does_not_open(net: Artifact, lenet
     with pytest.raises(ArtifactError):
         Stopwatch(place, {"fp32": net, "b": lenet5})
     assert children() == before
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_profile_gives_each_unit_its_share_of_the_time(reference: Callable[[str], Artifact], backend: str) -> None:
+    resnet = reference("resnet18")
+    model = load_model(resnet.onnx_path)
+    layers = [node.name or "" for node in model.graph if node.op_type in ("Conv", "Gemm")]
+    half = len(layers) // 2
+    units = [Unit(name=str(index), nodes=tuple(nodes), macs=0.5) for index, nodes in enumerate((layers[:half], layers[half:]))]
+    sizes = {"batch": 1, "height": 64, "width": 64}
+    place = Place(backend=backend, options=SessionOptions(threads=1), dims=sizes, batch=1)
+    both, again = profiled([resnet, resnet], place, units, 3)
+    assert both.shape == (2,)
+    assert 0.6 < both.sum() <= 1
+    assert both.min() > 0.1
+    assert both == pytest.approx(again, abs=0.3)
+    (half_known,) = profiled([resnet], place, [units[1], Unit(name="none", nodes=("of another",), macs=0.5)], 1)
+    assert half_known[0] == pytest.approx(both[1], abs=0.3)
+    assert half_known[1] == 0
