@@ -29,8 +29,8 @@ from deploy.tune.units import Crossing, Unit, units_of
 logger = logging.getLogger(__name__)
 
 ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 12.0
-"""Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model half as many and half as long
-do, and disturbed rounds too: it compares all with one another."""
+"""Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model disturbed
+rounds do: it compares all with one another."""
 PROFILES = 3
 """Profiles of each network, of which the medians count."""
 LEAST_PROFILED = 0.5
@@ -145,7 +145,7 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
     except (ArtifactError, BackendError) as error:
         logger.warning("units have the time of their multiply-accumulates: %s", error)
     progress("timing floating point and INT8")
-    measured = watch.measure(mixes, (ROUNDS + 1) // 2, SLICE_S / 2, 0.0)
+    measured = watch.measure(mixes, ROUNDS, SLICE_S, 0.0)
     for mix in mixes.values():
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
