@@ -63,9 +63,9 @@ def fold_batchnorm(model: onnx.ModelProto) -> onnx.ModelProto:
     return apply(FoldBatchNorm(), model)
 
 
-def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def equalize(model: onnx.ModelProto, *, outliers: bool = False) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The equalized model, and the names of the changed layers."""
-    equalizing = Equalize()
+    equalizing = Equalize(outliers=outliers)
     return apply(equalizing, model), equalizing.layers
 
 

@@ -33,6 +33,13 @@ A dead channel gives a constant, its bias, from weights that are nearly zero. If
 equalization would enlarge the constant, and with it the range of the activations, in which all other channels would vanish.
 """
 
+OUTLIER = 8.0
+"""A channel is an outlier if its scale and the median of its pair's are further apart than by this factor: of the steps of a shared scale, a channel that
+is usual next to it has less than an eighth. Trained nets without outliers have up to 3."""
+
+LIVE = 0.1
+"""Outliers are looked for among the channels whose range, once equalized, is at least this share of the largest: others carry nothing."""
+
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _ELEMENTWISE = ("Relu", "LeakyRelu", "PRelu", "Dropout", "Identity")
 _POOLING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
@@ -55,17 +62,19 @@ class Equalize(PrecisionPass):
     latest. A channel is not changed if its weights are all zero in either layer, or have NaN or an infinity. s_i stays
     between SMALLEST and LARGEST.
 
+    outliers: equalize only the pairs that have an OUTLIER among their channels.
     layers: after the call, the names of the changed layers in the order of the graph; empty if nothing was equalized.
     """
 
     needs = (*PREPARED, FOLDED)
     leaves = (*PREPARED, VALID)
 
-    def __init__(self) -> None:
+    def __init__(self, *, outliers: bool = False) -> None:
         self.layers: tuple[str, ...] = ()
+        self._outliers = outliers
 
     def call(self, model: ir.Model) -> PassResult:
-        pairs = _find_pairs(model.graph)
+        pairs = [pair for pair in _find_pairs(model.graph) if not self._outliers or pair.spread() > OUTLIER]
         for _ in range(SWEEPS):
             if max((pair.sweep() for pair in pairs), default=0.0) < TOLERANCE:
                 break
@@ -128,12 +137,19 @@ class _Pair:
     def __post_init__(self) -> None:
         self.scales = np.ones_like(self.biases)
 
+    def spread(self) -> float:
+        """By what factor the channel furthest off the median scale of those that are LIVE is off it; 1 or more."""
+        made, taken, sound = self._ranges()
+        if not sound.any():
+            return 1.0
+        ranges, steps = np.sqrt(made[sound] * taken[sound]), np.sqrt(made[sound] / taken[sound])
+        steps = np.log(steps[ranges >= LIVE * ranges.max()])
+        return float(np.exp(np.abs(steps - np.median(steps)).max()))
+
     def sweep(self) -> float:
         """Equalize the current ranges; returns how far the scale that moved most is from 1."""
         first, second = self.first, self.second
-        made = first.ranges(first.output_axis)
-        taken = second.ranges(second.input_axis).reshape(-1, self.repeats).max(axis=1)
-        sound = (made > 0) & (taken > 0) & np.isfinite(made) & np.isfinite(taken) & np.isfinite(self.biases)
+        made, taken, sound = self._ranges()
         biases = self.biases / self.scales
         ranges = np.sqrt(np.multiply(made, taken, out=np.zeros_like(made), where=sound))  # the range of both afterwards
         usual = (biases > 0) & (ranges > ranges.max() / 10)  # without the dead channels, which may be the majority
@@ -146,6 +162,13 @@ class _Pair:
         first.scale_magnitudes(first.output_axis, 1 / step)
         second.scale_magnitudes(second.input_axis, np.repeat(step, self.repeats))
         return float(np.abs(step - 1).max())
+
+    def _ranges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each channel the range of its weights in the first layer and in the second, and whether both are finite and more than 0."""
+        made = self.first.ranges(self.first.output_axis)
+        taken = self.second.ranges(self.second.input_axis).reshape(-1, self.repeats).max(axis=1)
+        sound = (made > 0) & (taken > 0) & np.isfinite(made) & np.isfinite(taken) & np.isfinite(self.biases)
+        return made, taken, sound
 
     def apply(self, graph: ir.Graph) -> None:
         """Write the scales into the weights and the bias."""

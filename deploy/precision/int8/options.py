@@ -29,7 +29,7 @@ STEPPED = ("mse", "entropy")
 OPSET = 19
 """The first opset in which Q/DQ pairs may have FP16 scales, which the FP16 pass over a quantized graph gives them."""
 
-REVISION = 9
+REVISION = 10
 """Of the passes: raised where the same request gives other scales or names of tensors, so that what older code has kept is not taken."""
 
 
@@ -75,7 +75,9 @@ class QuantizeOptions:
     )
     bias_correction: bool = option(True, "Keep the mean error of each layer, which is otherwise taken away with its bias.")
     equalize: bool | None = option(
-        None, "Equalize ranges across layers first.", default="with --per-tensor, and where there are depthwise layers"
+        None,
+        "Equalize ranges across layers first.",
+        default="with --per-tensor and depthwise layers; else where channels stand out",
     )
     fp16: bool = option(False, "FP16 for what is not quantized, and for the scales.")
 

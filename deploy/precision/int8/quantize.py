@@ -133,12 +133,9 @@ def calibrate_onnx(
     FoldConstants()(model)
     FoldBatchNorm()(model)
     ShareScope()(model)
-    equalize = Equalize()
-    if _equalizes(model, options):
-        equalize(model)
-    equalized = bool(equalize.layers)
+    equalized = _equalize(model, options)
     if equalized:
-        logger.info("equalized the ranges of %d layers with those behind them", len(equalize.layers))
+        logger.info("equalized the ranges of %d layers with those behind them", len(equalized))
     selection = Selection(
         exclude=options.exclude,
         include=options.include,
@@ -153,7 +150,7 @@ def calibrate_onnx(
         Smooth(place(model, selection), known.channels)(model)
         feeds = first_feeds(data, options.batch_size, PARITY_ROWS)
         return CalibratedGraph(model=model, selection=selection, options=options, known=known, feeds=feeds, expected=[])
-    known, references = _calibrate(model, selection, data, options, progress, equalized=equalized)
+    known, references = _calibrate(model, selection, data, options, progress, equalized=bool(equalized))
     expected = check_prepared(artifact, references)
     if request is not None:
         cache.write(request, known)
@@ -171,13 +168,21 @@ def hint(calibration: Calibration | None) -> str:
     return f"the most sensitive layers: {worst}; leave them in floating point with `exclude`, or try another `method`"
 
 
-def _equalizes(model: ir.Model, options: QuantizeOptions) -> bool:
-    """Whether to look for pairs of layers to equalize."""
-    if options.equalize is not None:
-        return options.equalize
-    depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
-    wanted = options.per_tensor or depthwise
-    return wanted and not options.fp8  # whose steps are as fine, relative to a number, for small ones as for large ones
+def _equalize(model: ir.Model, options: QuantizeOptions) -> tuple[str, ...]:
+    """Equalize all pairs of layers, those with outliers, or none; returns the names of the changed layers."""
+    if (
+        options.equalize is None and options.fp8
+    ):  # whose steps are as fine, relative to a number, for small ones as for large ones
+        return ()
+    wanted = options.equalize
+    if wanted is None:
+        depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
+        wanted = options.per_tensor or depthwise
+    elif not wanted:
+        return ()
+    equalize = Equalize(outliers=not wanted)
+    equalize(model)
+    return equalize.layers
 
 
 def _calibrate(

@@ -206,6 +206,66 @@ def test_a_scale_has_its_bounds(build_with):
     assert_same_results(before, after)
 
 
+ORDINARY = """g (float[N, 4, 6, 6] x) => (float[N, 6, 6, 6] y) {
+    [c1] h = Conv(x, w1, b1) [r1] k = Relu(h) [c2] m = Conv<pads = [1, 1, 1, 1]>(k, w2) [r2] n = MaxPool<kernel_shape = [1, 1]>(m)
+    [c3] y = Conv(n, w3) }"""
+
+
+def ordinary():
+    """Three layers whose channels are as a training leaves them, 16 channels between."""
+    shapes = {"w1": (16, 4, 1, 1), "b1": (16,), "w2": (16, 16, 3, 3), "w3": (6, 16, 1, 1)}
+    return {name: pairs.RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("channels", [[3], [0, 15], [1, 4, 5, 6, 9]])
+@pytest.mark.parametrize("times", [30.0, 100.0, 1 / 100])
+def test_outliers_are_taken_off_the_pair_that_has_them_and_no_other_layer_is_changed(build_with, channels, times):
+    found = ordinary()
+    found["w1"][channels] *= times
+    found["b1"][channels] *= times
+    found["w2"][:, channels] /= times
+    before = build_with(ORDINARY, **found)
+    after, names = equalize(before, outliers=True)
+    assert names == ("c1", "c2")
+    assert_same_results(before, after)
+    assert np.array_equal(weights(after)["w3"], found["w3"])
+    ranges = made(weights(after)["w1"])
+    assert ranges.max() / ranges.min() < 3
+
+
+def ordinary_changed(name, channels, factor):
+    found = ordinary()
+    found[name][channels] *= factor
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("w1", [], 1.0),
+        ("w1", [2], 4.0),
+        ("w1", [2], 1e-6),  # dead: what reads it is as large as ever
+        ("w2", np.s_[:, 3], 1e-6),  # not read
+        ("w1", [1, 5], 0.0),
+        ("w1", np.s_[:], 1e-3),  # all alike
+        ("b1", [4], 1e-4),
+    ],
+    ids=str,
+)
+def test_where_no_channel_stands_out_nothing_is_changed(build_with, change):
+    found = ordinary_changed(*change)
+    after, names = equalize(build_with(ORDINARY, **found), outliers=True)
+    assert names == ()
+    assert all(np.array_equal(weights(after)[name], array) for name, array in found.items())
+
+
+def test_pairs_without_any_live_channel_have_no_outliers(build_with):
+    found = ordinary()
+    found["w1"][:] = 0
+    found["w3"][:] = np.nan
+    assert equalize(build_with(ORDINARY, **found), outliers=True)[1] == ()
+
+
 def test_a_graph_of_one_layer_has_nothing_to_equalize(build_with):
     before = build_with("g (float[N, 2, 6, 6] x) => (float[N, 3, 6, 6] y) { y = Conv(x, w) }", w=normal(3, 2, 1, 1))
     assert equalize(before)[1] == ()

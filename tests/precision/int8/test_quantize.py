@@ -25,6 +25,7 @@ from deploy.precision.int8.quantize import hint, quantize_onnx
 
 PAIR = "h = Conv(x, w) r = Relu(h) y = Conv(r, v)"
 APART = "h = Conv(x, w) r = Sigmoid(h) y = Conv(r, v)"  # a Sigmoid does not commute with a scale
+OUTLIER = "h = Conv(x, a) r = Relu(h) y = Conv(r, b)"  # of the channels between, one is at 400 times the other
 DEPTHWISE_APART = "h = Conv<group = 2>(x, d) r = Sigmoid(h) y = Conv(r, v)"
 DEPTHWISE_PAIR = "h = Conv<group = 2>(x, d) r = Relu(h) y = Conv(r, v)"
 EQUAL = "h = Conv(x, o) r = Relu(h) y = Conv(r, o)"  # o is used twice: no layer may change it
@@ -40,10 +41,18 @@ def net(folder: Path, body: str) -> Artifact:
         f'<ir_version: 10, opset_import: ["": 19]> g (float[N, 2, 4, 4] x) => (float[N, 2, 4, 4] y) {{ {body} }}'
     )
     rng = np.random.default_rng(0)
-    spread = np.array([1, 30]).reshape(2, 1, 1, 1)
-    for name, shape in {"w": (2, 2, 1, 1), "v": (2, 2, 1, 1), "d": (2, 1, 1, 1), "o": (2, 2, 1, 1)}.items():
+    spread, outlier = np.array([1, 30]).reshape(2, 1, 1, 1), np.array([1, 400]).reshape(2, 1, 1, 1)
+    for name, shape in {
+        "w": (2, 2, 1, 1),
+        "v": (2, 2, 1, 1),
+        "d": (2, 1, 1, 1),
+        "o": (2, 2, 1, 1),
+        "a": (2, 2, 1, 1),
+        "b": (2, 2, 1, 1),
+    }.items():
         if any(name in node.input for node in proto.graph.node):
-            array = (rng.uniform(0.5, 1, shape) * spread).astype(np.float32)
+            by = {"a": outlier, "b": 1 / outlier.reshape(1, 2, 1, 1)}.get(name, spread)
+            array = (rng.uniform(0.5, 1, shape) * by).astype(np.float32)
             proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     folder.mkdir()
     onnx.save(proto, folder / "net.onnx")
@@ -62,6 +71,8 @@ def data_for(artifact: Artifact) -> CalibrationSet:
         (PAIR, QuantizeOptions(per_tensor=True), True),
         (PAIR, QuantizeOptions(equalize=False), False),
         (PAIR, QuantizeOptions(), False),  # there is no depthwise convolution
+        (OUTLIER, QuantizeOptions(), True),
+        (OUTLIER, QuantizeOptions(equalize=False, keep_below=-100.0), False),
         (DEPTHWISE_PAIR, QuantizeOptions(), True),
         (APART, QuantizeOptions(equalize=True), False),
         (APART, QuantizeOptions(per_tensor=True), False),
