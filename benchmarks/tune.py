@@ -136,7 +136,7 @@ def timed_again(source: Artifact, made: Artifact, backend: str) -> tuple[list[fl
     if made.onnx_path.read_bytes() == source.onnx_path.read_bytes():
         return [1.0, 1.0, 1.0], True
     with Stopwatch(Place.of(source, backend, SessionOptions(), None), {"fp32": source}) as watch:
-        again = watch.measure({"tuned": made}, search.ROUNDS, search.SLICE_S)
+        again = watch.measure({"tuned": made}, search.ROUNDS)
     ratio = again.ratio("fp32", "tuned")
     return [ratio.value, ratio.low, ratio.high], again.certain("fp32") and again.certain("tuned")
 

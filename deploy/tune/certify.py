@@ -80,11 +80,11 @@ def certify(
 
 
 def _front(points: Sequence[Built]) -> list[int]:
-    """The places of those that are faster than floating point, and than all that are safer: no other can be the result."""
+    """The places of those that are shown to be faster than floating point, and are faster than all such that are safer: no other can be the result."""
     found: list[int] = []
     fastest = 1.0
     for index, each in enumerate(points):
-        if each.artifact is not None and each.point.speedup is not None and each.point.speedup > fastest:
+        if each.artifact is not None and each.point.faster and each.point.speedup is not None and each.point.speedup > fastest:
             fastest = each.point.speedup
             found.append(index)
     return found
@@ -130,7 +130,7 @@ def _none_tested(points: Sequence[TunedPoint], limit: str) -> str:
     if not timed:
         return f"no mix was tested against the limit of {limit}{reasons and ': ' + reasons}"
     best = max(timed, key=lambda point: point.speedup or 0.0)
-    slower = f"no mix is faster than floating point: {best.name} has {best.speedup:.2f} times its speed"
+    slower = f"no mix is {'shown to be ' * ((best.speedup or 0.0) > 1)}faster than floating point: {best.name} has {best.speedup:.2f} times its speed"
     return f"{slower}; {reasons}" if reasons else slower
 
 

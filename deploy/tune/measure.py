@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,13 @@ BASE, WHOLE = "fp32", "int8"
 """The names of floating point, and of everything in INT8 that can be."""
 
 STAYS = "it is faster or safer in floating point (deploy tune)"
+RUNS, SLICE_S = 100, (0.02, 0.04)
+"""Runs that a turn should have, and between what its seconds may be: short turns have more pauses between them, and long ones fewer rounds in the time."""
 _SAMPLES = 500
+_SETTLE_S = 0.0
+"""A turn begins with runs that are not timed, and what is not settled after the first window settles in the first rounds: they are few of many."""
+_PATIENCE = 2.0
+"""How many times the seconds of the planned turns may pass before disturbed rounds are not taken again."""
 _Z95 = 1.96
 
 
@@ -127,6 +133,7 @@ class Stopwatch:
 
     def __init__(self, place: Place, always: Mapping[str, Artifact]) -> None:
         self._place = place
+        self._run_s: dict[WorkerProcess, float] = {}
         with ExitStack() as stack:  # closes what was opened where one cannot be
             self._stack = stack
             self._kept: list[WorkerProcess] = []
@@ -140,32 +147,47 @@ class Stopwatch:
         self._stack.close()
 
     def measure(
-        self, mixes: Mapping[str, Artifact], rounds: int, slice_s: float, longest_s: float | None = None
+        self,
+        mixes: Mapping[str, Artifact],
+        rounds: int,
+        longest_s: float | None = None,
+        is_clear: Callable[[Measured[str]], bool] = lambda _: True,
     ) -> Measured[str]:
-        """Rounds in which each runs for `slice_s` seconds; disturbed ones are taken again (`take_rounds`). Raises BackendError.
+        """Rounds in which each runs for RUNS runs, or as SLICE_S has it; disturbed ones are taken again (`take_rounds`). Raises BackendError.
 
-        longest_s: after so many seconds none is taken again.
+        longest_s: after so many seconds at most none is taken again. is_clear: as long as that has not passed, as many more are taken
+        until what they show is clear.
         """
         opened = self._opened(mixes)
-        until = time.monotonic() + longest_s if longest_s is not None else None
         workers = self._always | opened
         names = list(workers)
+        slice_s = min(max(RUNS * max(self._run_s[worker] for worker in workers.values()), SLICE_S[0]), SLICE_S[1])
+        end = math.inf if longest_s is None else time.monotonic() + longest_s
+        patience_s = math.inf if longest_s is None else min(longest_s, _PATIENCE * rounds * len(names) * slice_s)
         taken: list[Round[str]] = []
 
         def take(turn: int) -> Round[str]:
             shift = turn % len(names)
             return Round({name: _turn(workers[name], slice_s) for name in names[shift:] + names[:shift]})
 
-        take_rounds(take, rounds, taken, until)
+        count = rounds
+        while True:
+            take_rounds(take, count, taken, min(time.monotonic() + patience_s, end))
+            measured = Measured.of(taken, count)
+            if is_clear(measured) or time.monotonic() >= end:
+                break
+            count += rounds
         self._kept += opened.values()
-        return Measured.of(taken, rounds)
+        return measured
 
     def _opened(self, artifacts: Mapping[str, Artifact]) -> dict[str, WorkerProcess]:
         workers = {name: self._opening(artifact) for name, artifact in artifacts.items()}
         for worker in workers.values():
             worker.wait_open()
         for worker in workers.values():
-            worker.prepare(self._place.dims)
+            worker.ask_prepare(self._place.dims, _SETTLE_S)
+        for worker in workers.values():
+            self._run_s[worker] = worker.wait_prepared().run_s
         return workers
 
     def _opening(self, artifact: Artifact) -> WorkerProcess:
@@ -178,6 +200,15 @@ class Stopwatch:
 
 def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
     return take_turn(worker.pid, worker.threads, lambda: worker.round(slice_s, _SAMPLES))
+
+
+def is_faster(measured: Measured[str], name: str) -> bool | None:
+    """Whether the rounds show a mix to be faster than floating point: its 95 % interval in rounds in which others did the same to both.
+
+    None where it had better times, and more rounds might show it.
+    """
+    ratio = paired_ratio(measured.samples_s(BASE), measured.samples_s(name))
+    return True if ratio.low > 1 else None if ratio.value > 1 else False
 
 
 class Share(NamedTuple):

@@ -22,14 +22,14 @@ from deploy.evidence.timing import latency
 from deploy.pipeline.quantize import QuantizeStage
 from deploy.progress import Progress
 from deploy.tune.journal import Journal, MeasuredMix, MeasuredTimes
-from deploy.tune.measure import BASE, STAYS, WHOLE, Mixes, Stopwatch, profiled, time_share
+from deploy.tune.measure import BASE, STAYS, WHOLE, Mixes, Stopwatch, is_faster, profiled, time_share
 from deploy.tune.solve import Costs, fit_costs, mixes
 from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-ROUNDS, SLICE_S, LONGEST_S = 15, 0.06, 12.0
-"""Rounds of the times of mixes, seconds of each, and after how long disturbed rounds are not taken again. For the cost model disturbed
+ROUNDS, LONGEST_S = 15, 12.0
+"""Rounds of the times of mixes, and after how long disturbed rounds are not taken again. For the cost model disturbed
 rounds do: it compares all with one another."""
 PROFILES = 3
 """Profiles of each network, of which the medians count."""
@@ -145,7 +145,7 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
     except (ArtifactError, BackendError) as error:
         logger.warning("units have the time of their multiply-accumulates: %s", error)
     progress("timing floating point and INT8")
-    measured = watch.measure(mixes, ROUNDS, SLICE_S, 0.0)
+    measured = watch.measure(mixes, ROUNDS, 0.0)
     for mix in mixes.values():
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
@@ -238,16 +238,18 @@ def time_points(watch: Stopwatch, points: Sequence[Built], progress: Progress) -
     """The points with their speed beside floating point, in the same rounds; and the median milliseconds of floating point."""
     artifacts = {each.point.name: each.artifact for each in points if each.artifact is not None}
     progress("timing mixes")
-    measured = watch.measure(artifacts, ROUNDS, SLICE_S, LONGEST_S)
+    measured = watch.measure(
+        artifacts, ROUNDS, LONGEST_S, lambda found: all(is_faster(found, name) is not None for name in artifacts)
+    )
     timed = []
     for each in points:
         name = each.point.name
         if name in artifacts:
             ratio = measured.ratio(BASE, name)
             certain = measured.certain(name) and measured.certain(BASE)
-            each = each.found(
-                speedup=ratio.value, low=ratio.low, high=ratio.high, p50_ms=_p50_ms(measured, name), certain=certain
-            )
+            faster = bool(is_faster(measured, name))
+            speed = {"speedup": ratio.value, "low": ratio.low, "high": ratio.high, "certain": certain, "faster": faster}
+            each = each.found(**speed, p50_ms=_p50_ms(measured, name))
         timed.append(each)
     return timed, _p50_ms(measured, BASE)
 

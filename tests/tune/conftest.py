@@ -16,7 +16,7 @@ from deploy.artifact.onnxfile import open_onnx
 from deploy.artifact.preprocess import Preprocess
 from deploy.artifact.writer import ArtifactWriter
 from deploy.progress import Progress
-from deploy.tune import search
+from deploy.tune import measure, search
 from deploy.tune import tune as stage
 from deploy.tune.measure import Stopwatch
 from deploy.tune.search import Built
@@ -87,11 +87,13 @@ def quick() -> Iterator[None]:
         found, p50_ms = timed(watch, points, progress)
         assert all(each.point.speedup for each in found if each.artifact is not None)
         speeds = [1.1 + 0.1 * index for index in range(len(found))]
-        return [each.found(speedup=s, low=s - 0.01, high=s + 0.01) for each, s in zip(found, speeds, strict=True)], p50_ms
+        return [
+            each.found(speedup=s, low=s - 0.01, high=s + 0.01, faster=True) for each, s in zip(found, speeds, strict=True)
+        ], p50_ms
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "ROUNDS", 2)
-        patch.setattr(search, "SLICE_S", 0.005)
+        patch.setattr(measure, "SLICE_S", (0.005, 0.005))
         patch.setattr(search, "PROFILES", 1)
         patch.setattr(stage, "time_points", with_speeds)
         yield

@@ -43,7 +43,12 @@ def built(name: str, artifact: Artifact | None, speedup: float | None = None) ->
     """speedup: by default the number in the name, or 9."""
     files = {name: "of its own"}
     speedup = speedup or float(name.partition(" ")[2]) + 1 if name.startswith("mix") else 9.0
-    return Built(point=TunedPoint(name=name, int8=["u"], predicted=0.5, speedup=speedup, files=files), artifact=artifact)
+    return Built(
+        point=TunedPoint(
+            name=name, int8=["u"], predicted=0.5, speedup=speedup, faster=speedup is not None and speedup > 1, files=files
+        ),
+        artifact=artifact,
+    )
 
 
 def outcome(

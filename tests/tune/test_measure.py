@@ -9,8 +9,9 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ONNX
 from deploy.artifact.onnxfile import load_model
 from deploy.errors import ArtifactError
+from deploy.evidence.disturbance import Measured, Round, Turn, Use
 from deploy.runtime.session import SessionOptions
-from deploy.tune.measure import Place, Stopwatch, profiled
+from deploy.tune.measure import Place, Stopwatch, is_faster, profiled
 from deploy.tune.units import Unit
 
 
@@ -22,21 +23,69 @@ def children() -> set[int]:
 def test_processes_are_kept_for_the_next_measurement_and_end_with_the_stopwatch(net: Artifact, shared_lenet5: Artifact) -> None:
     before = children()
     with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {"fp32": net}) as watch:
-        first = watch.measure({"a": net, "b": shared_lenet5}, 6, 0.02)
+        first = watch.measure({"a": net, "b": shared_lenet5}, 6)
         started = children() - before
-        second = watch.measure({"b": net, "a": shared_lenet5}, 6, 0.02)
-        third = watch.measure({"c": shared_lenet5}, 6, 0.02)
+        second = watch.measure({"b": net, "a": shared_lenet5}, 6)
+        third = watch.measure({"c": shared_lenet5}, 6)
         assert children() - before == started
     assert children() == before
     for ratio in (first.ratio("a", "b"), second.ratio("b", "a"), third.ratio("fp32", "c")):
         assert ratio.value < 0.9  # lenet5 takes longer than the net
 
 
+def measured(times_s: dict[str, list[float]]) -> Measured[str]:
+    """A round for each of the times, with five runs of that time."""
+    use = Use(seconds=1.0, threads=1, cores=2, waited_s=0.0, others_s=0.0, stolen_s=0.0, step_s=0.0)
+    return Measured(
+        [
+            Round({name: Turn(samples_s=[of[index]] * 5, use=use) for name, of in times_s.items()})
+            for index in range(len(times_s["fp32"]))
+        ],
+        quiet=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        ([0.9] * 12, True),
+        ([0.97, 0.98, 0.96] * 4, True),
+        ([0.8, 1.1, 0.9, 1.05] * 3, None),  # as fast in half of the rounds
+        ([1.0] * 12, False),
+        ([1.2, 1.1, 1.15] * 4, False),
+    ],
+)
+def test_a_mix_is_faster_where_the_rounds_show_it(mix: list[float], expected: bool | None) -> None:
+    assert is_faster(measured({"fp32": [1.0] * 12, "mix": mix}), "mix") is expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.9, True), (1.2, False)])
+def test_what_others_do_to_both_is_no_reason_for_doubt(share: float, expected: bool) -> None:
+    slowed = [1.0, 1.0, 3.0] * 4
+    found = measured({"fp32": slowed, "mix": [share * time for time in slowed]})
+    assert is_faster(found, "mix") is expected
+
+
+def test_rounds_are_taken_until_it_is_clear_what_they_show(net: Artifact) -> None:
+    counts = []
+
+    def is_clear(found: Measured[str]) -> bool:
+        counts.append(len(found.rounds))
+        return len(counts) == 3
+
+    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {"fp32": net}) as watch:
+        watch.measure({"a": net}, 2, 20.0, is_clear)
+        assert len(counts) == 3
+        counts.clear()
+        watch.measure({"a": net}, 2, 0.0, lambda found: bool(counts.append(1)))
+        assert len(counts) == 1
+
+
 def test_no_process_is_left_where_an_artifact_does_not_open(net: Artifact, lenet5: Artifact) -> None:
     (lenet5.path / ONNX).write_bytes(b"rubbish")
     place, before = Place.of(net, "onnxruntime", SessionOptions(threads=1), None), children()
     with Stopwatch(place, {"fp32": net}) as watch, pytest.raises(ArtifactError):
-        watch.measure({"a": net, "b": lenet5}, 2, 0.01)
+        watch.measure({"a": net, "b": lenet5}, 2)
     with pytest.raises(ArtifactError):
         Stopwatch(place, {"fp32": net, "b": lenet5})
     assert children() == before

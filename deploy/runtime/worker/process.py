@@ -77,15 +77,22 @@ class WorkerProcess:
         return float(self._receive()["load_s"])
 
     def prepare(self, dims: Mapping[str, int], outputs: Path | None = None) -> Prepared:
-        """Make random feeds, `dims` being the sizes of the symbolic dimensions, and warm up.
+        """Make random feeds, `dims` being the sizes of the symbolic dimensions, and warm up until the time of a run settles.
 
         The outputs on the first feed are saved to the .npz file `outputs`.
         """
         return self._prepare({"dims": dict(dims), "outputs": outputs and str(outputs)})
 
+    def ask_prepare(self, dims: Mapping[str, int], settle_s: float) -> None:
+        """As `prepare`, but warm up for no longer than `settle_s`, and do not wait: `wait_prepared` comes next. Several workers can so prepare side by side."""
+        self._send({"do": "prepare", "dims": dict(dims), "outputs": None, "settle_s": settle_s})
+
+    def wait_prepared(self) -> Prepared:
+        return Prepared(**self._receive())
+
     def _prepare(self, asked: Mapping[str, Any]) -> Prepared:
         self._send({"do": "prepare", **asked})
-        return Prepared(**self._receive())
+        return self.wait_prepared()
 
     def memory(self) -> tuple[int, int | None]:
         """The peak bytes of host memory, and the bytes of GPU memory, None if there is none."""

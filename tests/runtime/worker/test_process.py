@@ -84,13 +84,13 @@ def test_rounds_give_samples_within_the_time_and_the_most(worker: WorkerProcess)
     assert len(worker.round(10.0, 20)) == 20
 
 
-def assert_runs(process: WorkerProcess, artifact: Artifact, outputs: Path) -> None:
+def assert_runs(process: WorkerProcess, artifact: Artifact, outputs: Path, rows: int = 3) -> None:
     """The worker's outputs on its first feed are those of a session here."""
-    process.prepare({"batch": 3}, outputs)
+    process.prepare({"batch": rows}, outputs)
     with np.load(outputs) as file:
         (logits,) = file.values()
     with open_session(artifact, "onnxruntime") as session:
-        expected = session.run(random_feed(session.inputs, {"batch": 3}))["logits"]
+        expected = session.run(random_feed(session.inputs, {"batch": rows}))["logits"]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
 
 
@@ -114,6 +114,25 @@ def test_a_process_opens_one_artifact_after_another(
             assert_runs(process, artifact, tmp_path / "outputs.npz")
             assert len(process.round(0.1, 5)) == 5
         assert process.pid == first
+
+
+def test_what_is_opened_next_gets_the_same_feeds_only_where_it_takes_the_same_inputs(
+    shared_lenet5: Artifact, tmp_path: Path
+) -> None:
+    with WorkerProcess(shared_lenet5, "onnxruntime", OPTIONS) as process:
+        process.wait_open()
+        for index, rows in enumerate((3, 3, 1, 3)):
+            if index:
+                process.reopen(shared_lenet5)
+                process.wait_open()
+            process.ask_prepare({"batch": rows}, 0.0)
+            prepared = process.wait_prepared()
+            assert prepared.run_s > 0
+            assert (
+                prepared.input_bytes // prepared.inputs
+                == random_feed(shared_lenet5.manifest.inputs, {"batch": rows})["input"].nbytes
+            )
+            assert_runs(process, shared_lenet5, tmp_path / "outputs.npz", rows)
 
 
 def test_an_artifact_that_does_not_open_is_an_error_after_which_another_opens(shared_lenet5: Artifact, lenet5: Artifact) -> None:
