@@ -234,7 +234,7 @@ def take_rounds(take: Callable[[int], Round[K]], count: int, into: list[Round[K]
             each.cores, each.best = (before, after) if before is not None and after is not None else (), best
             before = after
             into.append(each)
-            if len(into) == count:
+            if math.isinf(limit_s) and len(into) >= count:
                 planned_s = time.monotonic() - start
                 limit_s = planned_s + max(planned_s, min(PATIENCE * planned_s, PATIENCE_S))
                 if until is not None:

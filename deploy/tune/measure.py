@@ -35,8 +35,10 @@ BASE, WHOLE = "fp32", "int8"
 """The names of floating point, and of everything in INT8 that can be."""
 
 STAYS = "it is faster or safer in floating point (deploy tune)"
-RUNS, SLICE_S = 100, (0.02, 0.04)
-"""Runs that a turn should have, and between what its seconds may be: short turns have more pauses between them, and long ones fewer rounds in the time."""
+RUNS, SLICE_S = 100, (0.04, 0.06)
+"""Runs of floating point that a turn should have, and between what its seconds may be: in short ones more of the time goes to the pauses between them."""
+SHOWN = 0.99
+"""The confidence of the interval that shows a mix to be faster: more than 95 %, for several mixes are looked at, and again after more rounds."""
 _SAMPLES = 500
 _SETTLE_S = 0.0
 """A turn begins with runs that are not timed, and what is not settled after the first window settles in the first rounds: they are few of many."""
@@ -133,11 +135,11 @@ class Stopwatch:
 
     def __init__(self, place: Place, always: Mapping[str, Artifact]) -> None:
         self._place = place
-        self._run_s: dict[WorkerProcess, float] = {}
         with ExitStack() as stack:  # closes what was opened where one cannot be
             self._stack = stack
             self._kept: list[WorkerProcess] = []
             self._always = self._opened(always)
+            self._run_s = max(worker.prepare(place.dims).run_s for worker in self._always.values())
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Stopwatch":
@@ -153,17 +155,16 @@ class Stopwatch:
         longest_s: float | None = None,
         is_clear: Callable[[Measured[str]], bool] = lambda _: True,
     ) -> Measured[str]:
-        """Rounds in which each runs for RUNS runs, or as SLICE_S has it; disturbed ones are taken again (`take_rounds`). Raises BackendError.
+        """Rounds in which all run equally long, as RUNS and SLICE_S have it; disturbed ones are taken again (`take_rounds`). Raises BackendError.
 
-        longest_s: after so many seconds at most none is taken again. is_clear: as long as that has not passed, as many more are taken
-        until what they show is clear.
+        longest_s: after so many seconds none is taken again. is_clear: as many more are taken until what they show is clear, if there is time.
         """
         opened = self._opened(mixes)
         workers = self._always | opened
         names = list(workers)
-        slice_s = min(max(RUNS * max(self._run_s[worker] for worker in workers.values()), SLICE_S[0]), SLICE_S[1])
+        slice_s = min(max(RUNS * self._run_s, SLICE_S[0]), SLICE_S[1])
+        planned_s = rounds * len(names) * slice_s
         end = math.inf if longest_s is None else time.monotonic() + longest_s
-        patience_s = math.inf if longest_s is None else min(longest_s, _PATIENCE * rounds * len(names) * slice_s)
         taken: list[Round[str]] = []
 
         def take(turn: int) -> Round[str]:
@@ -172,11 +173,12 @@ class Stopwatch:
 
         count = rounds
         while True:
-            take_rounds(take, count, taken, min(time.monotonic() + patience_s, end))
+            patience = math.inf if longest_s is None else time.monotonic() + _PATIENCE * planned_s
+            take_rounds(take, count, taken, min(patience, end))
             measured = Measured.of(taken, count)
-            if is_clear(measured) or time.monotonic() >= end:
+            if is_clear(measured) or time.monotonic() + planned_s > end:
                 break
-            count += rounds
+            count = len(taken) + rounds
         self._kept += opened.values()
         return measured
 
@@ -187,7 +189,7 @@ class Stopwatch:
         for worker in workers.values():
             worker.ask_prepare(self._place.dims, _SETTLE_S)
         for worker in workers.values():
-            self._run_s[worker] = worker.wait_prepared().run_s
+            worker.wait_prepared()
         return workers
 
     def _opening(self, artifact: Artifact) -> WorkerProcess:
@@ -199,15 +201,15 @@ class Stopwatch:
 
 
 def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
-    return take_turn(worker.pid, worker.threads, lambda: worker.round(slice_s, _SAMPLES))
+    return take_turn(worker.pid, worker.threads, lambda: worker.round(slice_s, _SAMPLES, warm_up=True))
 
 
 def is_faster(measured: Measured[str], name: str) -> bool | None:
-    """Whether the rounds show a mix to be faster than floating point: its 95 % interval in rounds in which others did the same to both.
+    """Whether the rounds show a mix to be faster than floating point: its interval in rounds in which others did the same to both.
 
     None where it had better times, and more rounds might show it.
     """
-    ratio = paired_ratio(measured.samples_s(BASE), measured.samples_s(name))
+    ratio = paired_ratio(measured.samples_s(BASE), measured.samples_s(name), confidence=SHOWN)
     return True if ratio.low > 1 else None if ratio.value > 1 else False
 
 

@@ -262,6 +262,18 @@ def test_rounds_are_not_taken_again_after_a_given_time(clock: Clock, until_s: fl
     assert clock.now - start == pytest.approx(longest_s, abs=0.31)
 
 
+@pytest.mark.parametrize(("had", "until_s"), [(10, 5), (14, 5), (40, 5), (40, -1)])
+def test_more_rounds_for_those_that_were_disturbed_end_too(clock: Clock, had: int, until_s: float) -> None:
+    def take(_: int) -> Round[str]:
+        clock.now += 0.3
+        return round_of(0.9)
+
+    taken = [round_of(0.9)] * had
+    start = clock.now
+    take_rounds(take, 10, taken, until=start + until_s)
+    assert clock.now - start <= max(until_s, 0) + 0.31
+
+
 @pytest.mark.parametrize("bad", [FAR, SLOW_CORES])
 def test_of_rounds_with_a_bad_moment_each_the_median_decides(bad: CoreState) -> None:
     pairs = {CORES: [(CORES, bad), (bad, CORES), (CORES, CORES)], bad: [(bad, bad), (bad, CORES), (CORES, bad)]}

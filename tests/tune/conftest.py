@@ -93,6 +93,7 @@ def quick() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "ROUNDS", 2)
+        patch.setattr(search, "LONGEST_S", 1.0)
         patch.setattr(measure, "SLICE_S", (0.005, 0.005))
         patch.setattr(search, "PROFILES", 1)
         patch.setattr(stage, "time_points", with_speeds)

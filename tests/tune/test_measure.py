@@ -75,7 +75,8 @@ def test_rounds_are_taken_until_it_is_clear_what_they_show(net: Artifact) -> Non
 
     with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {"fp32": net}) as watch:
         watch.measure({"a": net}, 2, 20.0, is_clear)
-        assert len(counts) == 3
+        assert counts[0] >= 2
+        assert counts == sorted(set(counts))
         counts.clear()
         watch.measure({"a": net}, 2, 0.0, lambda found: bool(counts.append(1)))
         assert len(counts) == 1

@@ -33,7 +33,7 @@ class CandidateWorker(child.Worker):
         return super()._answer(artifact, session, request)
 
     def _make_feeds(self, artifact: Artifact, session: Session, request: Mapping[str, Any]) -> list[Feed]:
-        return make_feeds(artifact, session.inputs, request["dims"], Path(request["data"]) if request["data"] else None)
+        return make_feeds(artifact, session.inputs, request["dims"], Path(request["data"]) if request.get("data") else None)
 
     def _judge(self, session: Session, request: dict[str, Any]) -> dict[str, Any]:
         judged = run_scenario(

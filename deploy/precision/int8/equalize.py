@@ -38,7 +38,7 @@ OUTLIER = 8.0
 is usual next to it has less than an eighth. Trained nets without outliers have up to 3."""
 
 LIVE = 0.1
-"""Outliers are looked for among the channels whose range, once equalized, is at least this share of the largest: others carry nothing."""
+"""Outliers are looked for among the channels whose range, once equalized, is at least this share of the upper quartile: others carry nothing."""
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _ELEMENTWISE = ("Relu", "LeakyRelu", "PRelu", "Dropout", "Identity")
@@ -143,7 +143,7 @@ class _Pair:
         if not sound.any():
             return 1.0
         ranges, steps = np.sqrt(made[sound] * taken[sound]), np.sqrt(made[sound] / taken[sound])
-        steps = np.log(steps[ranges >= LIVE * ranges.max()])
+        steps = np.log(steps[ranges >= LIVE * np.quantile(ranges, 0.75)])
         return float(np.exp(np.abs(steps - np.median(steps)).max()))
 
     def sweep(self) -> float:

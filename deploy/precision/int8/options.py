@@ -77,7 +77,7 @@ class QuantizeOptions:
     equalize: bool | None = option(
         None,
         "Equalize ranges across layers first.",
-        default="with --per-tensor and depthwise layers; else where channels stand out",
+        default="with --per-tensor, and where there are depthwise layers; else where channels stand out",
     )
     fp16: bool = option(False, "FP16 for what is not quantized, and for the scales.")
 

@@ -78,7 +78,7 @@ class Worker:
         if request["do"] == "memory":
             return {"peak_bytes": peak_bytes(), "gpu_peak_bytes": gpu_peak_bytes()}
         assert request["do"] == "round"
-        return self._round(session, request["seconds"], request["most"])
+        return self._round(session, request["seconds"], request["most"], request.get("warm_up"))
 
     def _make_feeds(self, artifact: Artifact, session: Session, request: Mapping[str, Any]) -> list[Feed]:
         """Random feeds; those of the last session, where it had the same inputs."""
@@ -104,16 +104,16 @@ class Worker:
         gc.freeze()
         return {"run_s": self._run_s, "first_s": first_s, "input_bytes": total_bytes(feeds), "inputs": len(feeds)}
 
-    def _round(self, session: Session, seconds: float, most: int) -> dict[str, Any]:
+    def _round(self, session: Session, seconds: float, most: int, warm_up: bool | None) -> dict[str, Any]:
         """Samples of one round, in seconds.
 
         The first tenth of the round, at least one run, is not timed, because the caches still hold another candidate's data. A
-        model that fits only one run into a round is timed at once.
+        model that fits only one run into a round is timed at once. warm_up: None for that rule; else whether there is such a tenth.
         """
         run, step = session.run, self._feeds.__next__
         gc.disable()  # as timeit does
         try:
-            if self._run_s < seconds:
+            if self._run_s < seconds if warm_up is None else warm_up:
                 sample(lambda: run(step()), seconds / 10)
             return {"samples_s": sample(lambda: run(step()), seconds, most)}
         finally:

@@ -100,9 +100,12 @@ class WorkerProcess:
         reply = self._receive()
         return reply["peak_bytes"], reply["gpu_peak_bytes"]
 
-    def round(self, seconds: float, most: int) -> list[float]:
-        """Run for `seconds`; the seconds of each run. At least one run is made, and `most` at most."""
-        self._send({"do": "round", "seconds": seconds, "most": most})
+    def round(self, seconds: float, most: int, warm_up: bool | None = None) -> list[float]:
+        """Run for `seconds`; the seconds of each run. At least one run is made, and `most` at most.
+
+        warm_up: whether a tenth as long is run before; None: where more than one run fits into the time.
+        """
+        self._send({"do": "round", "seconds": seconds, "most": most, "warm_up": warm_up})
         return [float(value) for value in self._receive()["samples_s"]]
 
     def _send(self, request: dict[str, Any]) -> None:

@@ -233,6 +233,17 @@ def test_outliers_are_taken_off_the_pair_that_has_them_and_no_other_layer_is_cha
     assert ranges.max() / ranges.min() < 3
 
 
+@pytest.mark.parametrize("times", [200.0, 1e3, 1e4])
+def test_an_outlier_of_the_first_layer_alone_is_found_however_large_it_is(build_with, times):
+    found = ordinary()
+    found["w1"][3] *= times
+    found["b1"][3] *= times
+    before = build_with(ORDINARY, **found)
+    after, names = equalize(before, outliers=True)
+    assert names == ("c1", "c2")
+    assert_same_results(before, after)
+
+
 def ordinary_changed(name, channels, factor):
     found = ordinary()
     found[name][channels] *= factor
