@@ -266,6 +266,7 @@ def test_rounds_are_not_taken_again_after_a_given_time(clock: Clock, until_s: fl
 def test_more_rounds_for_those_that_were_disturbed_end_too(clock: Clock, had: int, until_s: float) -> None:
     def take(_: int) -> Round[str]:
         clock.now += 0.3
+        assert clock.now - start < 60, "it does not end"
         return round_of(0.9)
 
     taken = [round_of(0.9)] * had
