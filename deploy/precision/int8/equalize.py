@@ -15,6 +15,7 @@ from onnx_ir.passes import PassResult
 
 from deploy.precision.graph import STANDARD, unused
 from deploy.precision.int8.folding import FOLDED
+from deploy.precision.int8.options import QuantizeOptions
 from deploy.precision.passes import PREPARED, VALID, PrecisionPass
 
 SWEEPS = 40
@@ -85,6 +86,23 @@ class Equalize(PrecisionPass):
                 changed |= {pair.first.node, pair.second.node}
         self.layers = tuple(node.name or "" for node in model.graph if node in changed)
         return PassResult(model, bool(changed))
+
+
+def equalize(model: ir.Model, options: QuantizeOptions) -> tuple[str, ...]:
+    """As the options say, equalize all pairs of layers, those with outliers, or none; returns the names of the changed layers."""
+    if (
+        options.equalize is None and options.fp8
+    ):  # whose steps are as fine, relative to a number, for small ones as for large ones
+        return ()
+    wanted = options.equalize
+    if wanted is None:
+        depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
+        wanted = options.per_tensor or depthwise
+    elif not wanted:
+        return ()
+    equalizing = Equalize(outliers=not wanted)
+    equalizing(model)
+    return equalizing.layers
 
 
 @dataclass

@@ -32,7 +32,7 @@ from deploy.precision.int8.cache import Calibrated, CpuRanges
 from deploy.precision.int8.channels import ROWS, choose_channels
 from deploy.precision.int8.choose import best_ranges
 from deploy.precision.int8.cpu_form import CpuForm, cpu_form, cpu_ranges
-from deploy.precision.int8.equalize import Equalize
+from deploy.precision.int8.equalize import equalize
 from deploy.precision.int8.folding import FoldBatchNorm
 from deploy.precision.int8.halfscales import SMALLEST_FP16, subnormal_scales
 from deploy.precision.int8.histograms import Activations, collect
@@ -133,7 +133,7 @@ def calibrate_onnx(
     FoldConstants()(model)
     FoldBatchNorm()(model)
     ShareScope()(model)
-    equalized = _equalize(model, options)
+    equalized = equalize(model, options)
     if equalized:
         logger.info("equalized the ranges of %d layers with those behind them", len(equalized))
     selection = Selection(
@@ -166,23 +166,6 @@ def hint(calibration: Calibration | None) -> str:
         f"{layer.node} ({layer.sqnr_db:.0f} dB)" for layer in calibration.layers[:_NAMED] if layer.sqnr_db is not None
     )
     return f"the most sensitive layers: {worst}; leave them in floating point with `exclude`, or try another `method`"
-
-
-def _equalize(model: ir.Model, options: QuantizeOptions) -> tuple[str, ...]:
-    """Equalize all pairs of layers, those with outliers, or none; returns the names of the changed layers."""
-    if (
-        options.equalize is None and options.fp8
-    ):  # whose steps are as fine, relative to a number, for small ones as for large ones
-        return ()
-    wanted = options.equalize
-    if wanted is None:
-        depthwise = any(node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 for node in model.graph)
-        wanted = options.per_tensor or depthwise
-    elif not wanted:
-        return ()
-    equalize = Equalize(outliers=not wanted)
-    equalize(model)
-    return equalize.layers
 
 
 def _calibrate(

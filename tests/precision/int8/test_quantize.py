@@ -18,7 +18,6 @@ from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.errors import PrecisionError
 from deploy.evidence.parity import difference
 from deploy.precision.cpu import CpuGraph
-from deploy.precision.int8 import quantize as int8
 from deploy.precision.int8.equalize import Equalize
 from deploy.precision.int8.options import QuantizeOptions
 from deploy.precision.int8.quantize import hint, quantize_onnx
@@ -109,7 +108,7 @@ def test_equalization_is_compared_with_the_graph_before_it(tmp_path, monkeypatch
             last.const_value = ir.tensor(-last.const_value.numpy(), name=last.name)
             return result
 
-    monkeypatch.setattr(int8, "Equalize", Wrong)
+    monkeypatch.setattr("deploy.precision.int8.equalize.Equalize", Wrong)
     with pytest.raises(PrecisionError, match=r"computes something else once the graph is .* equalized"):
         quantize_onnx(artifact, data, dataclasses.replace(QuantizeOptions(), method="max"))
 
