@@ -36,8 +36,8 @@ class TunedPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     int8: the names of its units in INT8. predicted: its time as a share of that in floating point, by the cost model.
     speedup, low, high: over floating point, measured in pairs, with the 95 % interval. p50_ms: the median latency. certain: whether
-    other programs left the times as they are. faster: whether the rounds, in which both were disturbed alike, show that it is faster. damage: on the calibration data. verdict: None where it was not tested. value: its score;
-    loss, loss_low, loss_high: in the unit of the metric, None for sqnr and cosine. images: how many more would decide, -1: no number.
+    other programs left the times as they are. faster: whether the rounds, in which both were disturbed alike, show that it is faster.
+    damage: on the calibration data. verdict: None where it was not tested. value: its score; loss, loss_low, loss_high: in the unit of the metric, None for sqnr and cosine. images: how many more would decide, -1: no number.
     files: the SHA-256 of every file that was tested. left_out: why it was not run.
     """
 
