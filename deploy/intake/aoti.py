@@ -12,7 +12,7 @@ from torch import nn
 
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, ExportError
-from deploy.host.compiler import NO_COMPILER, cxx_compiler
+from deploy.host.compiler import NO_COMPILER, cxx_compiler, is_static
 from deploy.intake.adaptive_pools import AdaptivePools
 from deploy.intake.attribute_names import any_attribute_name
 from deploy.intake.call import dynamic_shapes
@@ -80,6 +80,7 @@ def _compile(program: torch.export.ExportedProgram, path: Path, *, on_gpu: bool,
         "cpp.dynamic_threads": True,
         # One build needs each header once: to precompile them takes longer, and 150 MB a file.
         "aot_inductor.precompile_headers": False,
+        "cpp.cxx": (None, cxx_compiler()),
     }
     if on_gpu:
         settings["cpp.vec_isa_ok"] = (
@@ -129,12 +130,18 @@ def _example(inputs: Sequence[TensorSpec], profile: Mapping[str, Any] | None) ->
 
 
 def check_compiler(device: str) -> None:
-    """Raise BackendError where there is no C++ compiler, or for a GPU no CUDA toolkit: torch's own errors fill a page."""
+    """Raise BackendError where there is no C++ compiler that will do, or for a GPU no CUDA toolkit: torch's own errors fill a page."""
     with quiet():
         from torch.utils import cpp_extension  # warns where there is a toolkit and no GPU
 
-    if cxx_compiler() is None:
+    compiler = cxx_compiler()
+    if compiler is None:
         raise BackendError(f"AOTInductor {NO_COMPILER}")
+    if is_static(compiler):
+        raise BackendError(
+            f"{compiler} puts a copy of the C++ library into every package, and a process with several copies crashes: install"
+            " a g++ that links it dynamically (apt-get install g++), or name one in CXX"
+        )
     if device != "cpu" and cpp_extension.CUDA_HOME is None:
         raise BackendError(
             "AOTInductor builds for a GPU with the headers of the CUDA toolkit, and there are none: install it, or name its folder"

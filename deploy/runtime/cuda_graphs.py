@@ -85,8 +85,8 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
     """What `function` queues on `stream`, as a CUDA graph, and its results in the memory of the graph.
 
-    The caller holds `capturing`. Raises BackendError if it cannot be captured; the current stream and torch's allocator are then
-    as before.
+    The caller holds `capturing`. Raises BackendError if it cannot be captured; the current stream, torch's allocator and its random
+    generators are then as before.
     """
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle()
@@ -96,17 +96,28 @@ def capture(
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = function()
     except Exception as error:  # the module may do anything that a graph cannot hold
-        _end_allocations(graph, stream, pool)
+        _end(graph, stream, pool)
         raise BackendError(
             f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)}; leave out cuda_graph"
         ) from error
     return graph, outputs
 
 
-def _end_allocations(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
-    """End what a failed capture leaves open: until then, torch's allocator keeps every block that other streams have used."""
+def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    """End what a failed capture leaves open in torch.
+
+    Its allocator would keep every block that other streams have used. Its random generators would fail at every later use ("Offset
+    increment outside graph capture"); a capture that succeeds ends that.
+    """
     _failed.append(graph)
     device = torch.device(stream.device).index
     with contextlib.suppress(RuntimeError):  # the capture failed before it allocated, or after it had ended
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+    with contextlib.suppress(RuntimeError):  # the GPU is dead, which the reason of the failure says
+        x = torch.zeros(1, device=stream.device)
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
+        ):
+            x.zero_()

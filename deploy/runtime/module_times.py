@@ -10,6 +10,7 @@ from torch._C._autograd import DeviceType
 
 from deploy.errors import BackendError
 from deploy.runtime.profiling import WARMUPS, LayerTime
+from deploy.runtime.torch_device import wait_for_device
 
 _REGION = "deploy module "
 
@@ -40,7 +41,7 @@ def module_times(module: torch.nn.Module, inputs: Sequence[torch.Tensor], runs: 
             for _ in range(runs):
                 module(*inputs)
             if on_gpu:
-                torch.cuda.synchronize()
+                wait_for_device(inputs[0].device)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deploy.engine.cuda.capturing import capturing
 from deploy.errors import BackendError
 
 
@@ -20,6 +21,12 @@ def device_named(device: str) -> str:
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise BackendError(f"no {device} here: torch {torch.__version__} sees {torch.cuda.device_count()} usable CUDA devices")
     return f"cuda:{index}"
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait for all that a GPU has been given. It waits for captures of CUDA graphs too, which it would end, in any thread."""
+    with capturing:
+        torch.cuda.synchronize(device)
 
 
 def version(variant: Sequence[str]) -> str:

@@ -141,6 +141,7 @@ def test_a_module_that_waits_for_the_gpu_cannot_be_captured() -> None:
     with pytest.raises(BackendError, match=r"cannot be captured in a CUDA graph: .*; leave out cuda_graph"):
         graphs(torch.ones(2, device="cuda"))
     assert torch.ones(2, device="cuda").sum().item() == 2  # the device is still good
+    assert torch.randn(2, device="cuda").isfinite().all()  # and so are its random numbers
 
 
 def test_a_failed_capture_leaves_stream_and_allocator_as_they_were() -> None:

@@ -178,6 +178,25 @@ def test_what_is_released_on_another_thread_is_given_back(device: Device) -> Non
     device.stream().synchronize()
 
 
+def test_what_is_dropped_amid_a_capture_does_not_end_it(device: Device) -> None:
+    if device.library == "pycuda":
+        pytest.skip("pycuda has no CUDA graphs")
+    stream, other = device.stream(), device.stream()
+    held = [device.stream(), device.event(), device.pinned(100), device.allocate(100, other)]
+    held.append(device.capture(lambda: None, stream))
+    source, target = (torch.full((1000,), value, dtype=torch.uint8, device="cuda") for value in (5, 0))
+    torch.cuda.synchronize()
+
+    def work() -> None:
+        held.clear()
+        gc.collect()
+        device.copy(target.data_ptr(), source.data_ptr(), 1000, stream)
+
+    device.capture(work, stream).launch(stream)
+    stream.synchronize()
+    assert bool((target == 5).all())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])
 def test_arrays_go_to_torch_and_come_from_it(device: Device, dtype: str) -> None:
     host = np.arange(12).reshape(3, 4).astype(dtype)

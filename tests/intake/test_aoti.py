@@ -1,15 +1,18 @@
 """What keeps a module from being compiled. Packages that run: `runtime/backends/test_aoti.py`."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config
 
 from deploy.artifact.tensors import ShapeRange, TensorSpec
 from deploy.errors import BackendError, ExportError
 from deploy.intake import aoti
 from deploy.intake.aoti import compile_package
+from tests.host.test_compiler import static_compiler
 
 X = TensorSpec(name="x", dtype="float32", shape=("batch", 4))
 Y = TensorSpec(name="y", dtype="float32", shape=("batch", 4))
@@ -49,6 +52,19 @@ def test_without_a_compiler_the_remedy_is_said_before_anything_is_traced(tmp_pat
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match=r"^AOTInductor needs a C\+\+ compiler, and there is none: install g\+\+ .*CXX$"):
         build(Branches(), tmp_path / "model.pt2")
+
+
+def test_a_package_holds_no_copy_of_the_cxx_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    static = static_compiler(tmp_path, "static-g++")
+    monkeypatch.setenv("CXX", str(static))
+    with config.patch({"cpp.cxx": (None, str(static))}):  # torch reads CXX when it is imported
+        build(nn.Linear(4, 4), tmp_path / "model.pt2")
+    with zipfile.ZipFile(tmp_path / "model.pt2") as package:
+        (library,) = [name for name in package.namelist() if name.endswith(".so")]
+        assert b"libstdc++.so" in package.read(library)
+    monkeypatch.setattr("deploy.host.compiler.shutil.which", lambda name: str(static))
+    with pytest.raises(BackendError, match=r"static-g\+\+ puts a copy of the C\+\+ library into every package.*name one in CXX$"):
+        build(nn.Linear(4, 4), tmp_path / "other.pt2")
 
 
 def test_a_gpu_without_the_cuda_toolkit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

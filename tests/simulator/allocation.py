@@ -48,6 +48,7 @@ class Allocator:
         """cudaMallocAsync: what was given back in the order of the same stream is handed on at once."""
         if stream.capture is not None:
             raise RuleError("not modelled: an allocation becomes part of a graph")
+        self.machine.unsafe("cudaMallocAsync")
         if pool is not None and pool >= self.machine.devices and pool not in self.pools:
             raise RuleError(f"there is no memory pool {pool:#x}")
         self.machine.refuse_implicit(stream)
@@ -77,8 +78,8 @@ class Allocator:
         owner = self._owned(address, "cudaFreeAsync")
         label = f"cudaFreeAsync on {stream.name} at {site()}"
         if stream.capture is not None:
-            stream.capture.invalidate("cudaFreeAsync of memory that the graph did not allocate")
             raise CudaError("cudaErrorInvalidValue")
+        self.machine.unsafe("cudaFreeAsync")
         claim(stream, owner, label, _step(self.machine, stream))
         owner.freed = label
         self._free.append((owner.segment, self._places.pop(owner), stream.name, stream.clock[stream.name]))

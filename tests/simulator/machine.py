@@ -158,6 +158,8 @@ class Machine:
 
     @api
     def stream_synchronize(self, stream: Stream) -> None:
+        if stream.capture is None:
+            self.unsafe("another stream was synchronized")
         self.synchronize(stream)
 
     def synchronize(self, stream: Stream) -> None:
@@ -178,6 +180,7 @@ class Machine:
         if stream.capture is not None:
             stream.capture.invalidate(f"{stream.name} was queried")
             raise CudaError("cudaErrorStreamCaptureUnsupported")
+        self.unsafe("another stream was queried")
         return self._reach(stream.last, stream.clock)
 
     def _reach(self, work: Work | None, clock: Clock) -> bool:
@@ -344,6 +347,7 @@ class Machine:
     @api
     def event_synchronize(self, event: Event) -> None:
         self._refuse_captured(event)
+        self.unsafe("an event was waited for")
         self.waits += 1
         if event.work is not None:
             event.work.finish()

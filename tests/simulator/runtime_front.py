@@ -211,6 +211,7 @@ class RuntimeFront:
 
     @call(1)
     def cudaMemPoolCreate(self, poolProps: Any) -> Any:
+        self.machine.unsafe("cudaMemPoolCreate")
         assert poolProps.location.type == real.cudaMemLocationType.cudaMemLocationTypeDevice
         handle = self.machine.handle()
         self.allocator.pools.add(handle)
@@ -218,6 +219,7 @@ class RuntimeFront:
 
     @call(0)
     def cudaMemPoolDestroy(self, memPool: Any) -> None:
+        self.machine.unsafe("cudaMemPoolDestroy")
         self.allocator.destroy_pool(int(memPool))
 
     @call(1)
@@ -240,6 +242,7 @@ class RuntimeFront:
 
     @call(0)
     def cudaMemPoolTrimTo(self, memPool: Any, minBytesToKeep: int) -> None:
+        self.machine.unsafe("cudaMemPoolTrimTo")
         self.allocator.trim(int(memPool))
 
     @call(0)
@@ -289,6 +292,7 @@ class RuntimeFront:
 
     @call(1)
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        self.machine.unsafe("cudaGraphInstantiate")
         handle = self.machine.handle()
         captured = self.machine.graphs[int(graph)]
         assert isinstance(captured, captures.Graph)
@@ -305,6 +309,7 @@ class RuntimeFront:
 
     @call(0)
     def cudaGraphExecDestroy(self, graphExec: Any) -> None:
+        self.machine.unsafe("cudaGraphExecDestroy")
         del self.machine.graphs[int(graphExec)]
 
     @call(0)

@@ -212,6 +212,15 @@ def test_a_failed_capture_leaves_the_caller_as_it_was(
     del x, y
 
 
+def test_what_is_dropped_amid_a_capture_does_not_end_it(simulated: Simulated) -> None:
+    device = cuda.open_device(0)
+    stream, other = device.stream(), device.stream()
+    held = [device.stream(), device.event(), device.pinned(100), device.allocate(100, other)]
+    held.append(device.capture(lambda: None, stream))
+    device.capture(held.clear, stream).launch(stream)
+    stream.synchronize()
+
+
 def test_threads_that_capture_at_once_do_not_disturb_one_another(
     simulated: Simulated, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

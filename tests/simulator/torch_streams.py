@@ -106,11 +106,11 @@ def _wrap(inner: CudaStream, cls: type[Stream] = Stream) -> Stream:
 
 
 class ExternalStream(Stream):
-    """torch.cuda.ExternalStream: handle 1 is refused (seen with torch 2.11)."""
+    """torch.cuda.ExternalStream: handle 1 is refused at its first use (seen with torch 2.11)."""
 
     def __new__(cls, stream_ptr: int, device: Any = None, **kwargs: Any) -> ExternalStream:
         if stream_ptr == LEGACY_HANDLE:
-            raise RuntimeError("invalid StreamId1")
+            return object.__new__(_Unknown)
         before, State.machine.here.device = State.machine.here.device, _index(device)
         try:
             with State.machine.lock:
@@ -119,6 +119,18 @@ class ExternalStream(Stream):
             State.machine.here.device = before
         assert isinstance(made, ExternalStream)
         return made
+
+
+class _Unknown(ExternalStream):
+    """A stream that torch makes and does not know."""
+
+    @property
+    def inner(self) -> CudaStream:
+        raise RuntimeError("invalid StreamId1")
+
+    @inner.setter
+    def inner(self, inner: CudaStream) -> None:
+        raise AssertionError("there is none")
 
 
 class Event:

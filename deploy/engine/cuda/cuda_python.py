@@ -28,6 +28,7 @@ from deploy.errors import BackendError
 _KIND = cudart.cudaMemcpyKind
 _SUCCESS = cudart.cudaError_t.cudaSuccess
 _OUT_OF_MEMORY = cudart.cudaError_t.cudaErrorMemoryAllocation
+_RELAXED = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
 _HERE = nullcontext()
 
 
@@ -43,7 +44,7 @@ class RuntimeEvent(Event):
     def __init__(self, *, timed: bool) -> None:
         flags = cudart.cudaEventDefault if timed else cudart.cudaEventDisableTiming
         (self._event,) = _call(cudart.cudaEventCreateWithFlags(flags))
-        when_dropped(self, cudart.cudaEventDestroy, self._event)
+        when_dropped(self, _release, cudart.cudaEventDestroy, self._event)
 
     def record(self, stream: Stream) -> None:
         _call(cudart.cudaEventRecord(self._event, stream.handle))
@@ -68,7 +69,7 @@ class _Pool:
         place.id = index
         properties.location = place
         (self.handle,) = _call(cudart.cudaMemPoolCreate(properties))
-        when_dropped(self, cudart.cudaMemPoolDestroy, self.handle)
+        when_dropped(self, _release, cudart.cudaMemPoolDestroy, self.handle)
         threshold = cudart.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         _call(cudart.cudaMemPoolSetAttribute(self.handle, threshold, driver.cuuint64_t(2**64 - 1)))
 
@@ -88,8 +89,17 @@ class RuntimeMemory(Memory):
 
 
 def _free(pointer: int, stream: Stream, pool: _Pool) -> None:
-    """Freed in the order of `stream`, which lives until then, as does `pool`. The status says nothing: a dead GPU frees all."""
-    cudart.cudaFreeAsync(pointer, stream.handle)
+    """Freed in the order of `stream`, which lives until then, as does `pool`."""
+    _release(cudart.cudaFreeAsync, pointer, stream.handle)
+
+
+def _release(function: Callable[..., object], *arguments: object) -> None:
+    """Release what was dropped. A garbage collection may do so amid a capture of this thread, which this would end if the thread
+    were not relaxed meanwhile. The status says nothing: a dead GPU refuses all."""
+    _, before = cudart.cudaThreadExchangeStreamCaptureMode(_RELAXED)
+    function(*arguments)
+    if before is not None:
+        cudart.cudaThreadExchangeStreamCaptureMode(before)
 
 
 class RuntimeGraph(Graph):
@@ -98,7 +108,7 @@ class RuntimeGraph(Graph):
             (self._executable,) = _call(cudart.cudaGraphInstantiate(graph, 0))
         finally:
             cudart.cudaGraphDestroy(graph)
-        when_dropped(self, cudart.cudaGraphExecDestroy, self._executable)
+        when_dropped(self, _release, cudart.cudaGraphExecDestroy, self._executable)
 
     def launch(self, stream: Stream) -> None:
         _call(cudart.cudaGraphLaunch(self._executable, stream.handle))
@@ -160,14 +170,14 @@ class RuntimeDevice(Device):
     def pinned(self, nbytes: int) -> np.ndarray:
         (pointer,) = _call(cudart.cudaHostAlloc(max(nbytes, 1), cudart.cudaHostAllocDefault))
         buffer = (ctypes.c_uint8 * max(nbytes, 1)).from_address(int(pointer))
-        when_dropped(buffer, cudart.cudaFreeHost, int(pointer))
+        when_dropped(buffer, _release, cudart.cudaFreeHost, int(pointer))
         array: np.ndarray = np.ctypeslib.as_array(buffer)
         return array[:nbytes]
 
     def stream(self) -> Stream:
         (handle,) = _call(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         stream = RuntimeStream(int(handle))
-        when_dropped(stream, cudart.cudaStreamDestroy, int(handle))
+        when_dropped(stream, _release, cudart.cudaStreamDestroy, int(handle))
         return stream
 
     def external(self, handle: int) -> Stream:

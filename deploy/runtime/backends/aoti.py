@@ -15,14 +15,14 @@ from deploy.errors import BackendError
 from deploy.runtime.arrays import Sort, pinned, to_host, writable
 from deploy.runtime.catalog import refuse_compiled
 from deploy.runtime.cuda_graphs import CudaGraphs
-from deploy.runtime.cudnn import cudnn_benchmark
+from deploy.runtime.cudnn import FirstRuns, cudnn_benchmark
 from deploy.runtime.openmp import refuse_lost_threads
 from deploy.runtime.package import package_file
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes
 from deploy.runtime.runner import closed_error
 from deploy.runtime.session import Session, SessionOptions, first_line
 from deploy.runtime.tf32 import tf32
-from deploy.runtime.torch_device import device_named
+from deploy.runtime.torch_device import device_named, wait_for_device
 from deploy.runtime.torch_device import version as version
 
 _STREAMS = 2
@@ -72,15 +72,22 @@ class AotiSession(Session):
         self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
         for _ in range(self.concurrency):
             self._streams.put(torch.cuda.Stream(self._home))  # type: ignore[no-untyped-call]
+        launch, first_runs = self._launch, FirstRuns()
+
+        def apart(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            with first_runs(inputs):
+                results: list[torch.Tensor] = launch(inputs)
+            return results
+
+        self._launch = apart
         if "cuda_graph" in options.variant:
-            launch = self._launch
             graphs = CudaGraphs(lambda inputs: launch(list(inputs)), self._home)
             self._launch = lambda inputs: graphs(*inputs)
         if artifact.manifest.precision == "fp32":
             tf32.hold(allow=False)
             self._holds_tf32 = True
         cudnn_benchmark.hold()
-        torch.cuda.synchronize(self._home)  # the weights are there, whichever stream reads them
+        wait_for_device(self._home)  # the weights are there, whichever stream reads them
 
     def _check_request(self, artifact: Artifact, options: SessionOptions) -> None:
         target = artifact.manifest.package
@@ -191,7 +198,7 @@ class AotiSession(Session):
 
     def _release(self) -> None:
         if self._on_gpu:
-            torch.cuda.synchronize(self._home)  # what runs there reads the weights
+            wait_for_device(self._home)  # what runs there reads the weights
         with self._lock:
             self._launch = self._loader = None
         if self._holds_tf32:

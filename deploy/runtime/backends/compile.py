@@ -54,7 +54,7 @@ class CompileSession(EagerSession):
         # torch refuses. See pytorch/pytorch issues 118260 and 136833.
         with self._lock:
             if not self._replays:
-                return module(*inputs)
+                return super()._call(module, inputs)
             if self.device == "cpu":
                 return [x.clone() for x in flatten(module(*inputs))]
             key = _layout(inputs)

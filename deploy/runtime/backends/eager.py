@@ -16,14 +16,14 @@ from deploy.errors import BackendError
 from deploy.intake.build import rebuild
 from deploy.runtime.arrays import pinned, to_host, to_torch
 from deploy.runtime.cuda_graphs import CudaGraphs
-from deploy.runtime.cudnn import cudnn_benchmark
+from deploy.runtime.cudnn import FirstRuns, cudnn_benchmark
 from deploy.runtime.module_times import module_times
 from deploy.runtime.openmp import refuse_lost_threads
 from deploy.runtime.profiling import RUNS, WARMUPS, DeviceTimes, LayerTime
 from deploy.runtime.runner import closed_error
 from deploy.runtime.session import Session, SessionOptions, first_line
 from deploy.runtime.tf32 import tf32
-from deploy.runtime.torch_device import device_named
+from deploy.runtime.torch_device import device_named, wait_for_device
 from deploy.runtime.torch_device import version as version
 from deploy.words import a_type
 
@@ -61,6 +61,7 @@ class EagerSession(Session):
             module = module.to(memory_format=torch.channels_last)
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
         self._plain: torch.nn.Module | None = module
+        self._first_runs = FirstRuns()
         self._module: Any = self._prepare(module)
         if self.device != "cpu":
             tf32.hold(allow="tf32" in options.variant)
@@ -106,7 +107,10 @@ class EagerSession(Session):
         return x.to(dtype)
 
     def _call(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        return module(*inputs)
+        if self.device == "cpu" or "cuda_graph" in self._variant:
+            return module(*inputs)
+        with self._first_runs(inputs):
+            return module(*inputs)
 
     def layer_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> list[LayerTime]:
         """The time of each module by torch's profiler, less that of the modules that it calls."""
@@ -115,7 +119,9 @@ class EagerSession(Session):
             raise closed_error(self.name)
         inputs = [to_torch(feed[name], self.device) for name in self._input_names]
         with self._working(), torch.inference_mode():
-            return module_times(module, [self._adapt(x) for x in inputs], runs)
+            adapted = [self._adapt(x) for x in inputs]
+            with self._first_runs(adapted):
+                return module_times(module, adapted, runs)
 
     def device_times(self, feed: Mapping[str, Any], runs: int = RUNS) -> DeviceTimes | None:
         if self.device == "cpu":
@@ -133,7 +139,7 @@ class EagerSession(Session):
                 for result in results:
                     to_host(result)
                 marks[3].record()
-                torch.cuda.synchronize()
+                wait_for_device(torch.device(self.device))
             if run >= WARMUPS:
                 times.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from tests.simulator.rules.probe import Here, probe
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tests.simulator.rules.probe import Here, Status, probe
 
 GRAPHS = "CUDA C++ Programming Guide, CUDA Graphs: Creating a Graph Using Stream Capture"
 FORBIDDEN = "CUDA C++ Programming Guide, CUDA Graphs: Prohibited and Unhandled Operations"
 EVENTS = "CUDA C++ Programming Guide, CUDA Graphs: Cross-stream Dependencies and Events"
 MODES = "cuda_runtime_api.h: cudaStreamBeginCapture, cudaThreadExchangeStreamCaptureMode"
 CODES = "driver_types.h: cudaError"
+SEEN = "seen on an NVIDIA H100, driver 580.159.04, CUDA 13.0"
 INVALID = "cudaErrorStreamCaptureInvalidated"
 
 
@@ -108,38 +113,105 @@ def to_wait_for_the_device_in_another_thread_ends_a_thread_local_capture_too(her
     _invalid(here, a)
 
 
-@probe("runtime", MODES)
-def to_wait_for_another_stream_does_not_end_a_capture(here: Here) -> None:
-    pointer, a, b = here.memory(), here.stream(), here.stream()
+def _calls_beside(here: Here, other: int, *, unsafe: bool) -> dict[str, Callable[[], Status]]:
+    """Calls that have nothing to do with a stream that is captured: those that are unsafe meanwhile, or those that are not."""
+    cudart, pointer = here.cudart, here.memory(nbytes=1 << 13)
+    pool, event = here.do("cudaMemPoolCreate", _properties(cudart)), here.event()
+    here.do("cudaEventRecord", event, other)
+    pending = int(here.do("cudaMallocAsync", 64, other))
+    here.do("cudaStreamSynchronize", other)
+    graph = _graph(here)
+    executable, spare = (here.do("cudaGraphInstantiate", graph, 0) for _ in range(2))
+    host, freed = here.pinned(), here.memory()
+    to_device, within = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    calls: dict[bool, dict[str, tuple[Any, ...]]] = {
+        True: {
+            "cudaStreamSynchronize": (other,),
+            "cudaStreamQuery": (other,),
+            "cudaEventQuery": (event,),
+            "cudaEventSynchronize": (event,),
+            "cudaMalloc": (64,),
+            "cudaFree": (freed,),
+            "cudaMallocAsync": (64, other),
+            "cudaMallocFromPoolAsync": (64, pool, other),
+            "cudaFreeAsync": (pending, other),
+            "cudaMemPoolTrimTo": (pool, 0),
+            "cudaMemPoolCreate": (_properties(cudart),),
+            "cudaMemPoolDestroy": (pool,),
+            "cudaHostAlloc": (64, cudart.cudaHostAllocDefault),
+            "cudaFreeHost": (host.ctypes.data,),
+            "cudaGraphInstantiate": (graph, 0),
+            "cudaGraphExecDestroy": (spare,),
+        },
+        False: {
+            "cudaEventRecord": (event, other),
+            "cudaStreamWaitEvent": (other, event, 0),
+            "cudaMemsetAsync": (pointer, 0, 64, other),
+            "cudaMemcpyAsync": (pointer, host.ctypes.data, 64, to_device, other),
+            "cudaMemcpy": (pointer + 2048, pointer + 4096, 64, within),
+            "cudaGraphLaunch": (executable, other),
+            "cudaGraphDestroy": (graph,),
+            "cudaEventCreateWithFlags": (cudart.cudaEventDisableTiming,),
+            "cudaEventDestroy": (event,),
+            "cudaStreamCreateWithFlags": (cudart.cudaStreamNonBlocking,),
+            "cudaStreamDestroy": (here.stream(),),
+            "cudaPointerGetAttributes": (pointer,),
+            "cudaMemGetInfo": (),
+            "cudaGetDevice": (),
+        },
+    }
+    return {name: partial(here.ask, name, *arguments) for name, arguments in calls[unsafe].items()}
+
+
+def _properties(cudart: Any) -> Any:
+    found, place = cudart.cudaMemPoolProps(), cudart.cudaMemLocation()
+    found.allocType = cudart.cudaMemAllocationType.cudaMemAllocationTypePinned
+    place.type, place.id = cudart.cudaMemLocationType.cudaMemLocationTypeDevice, 0
+    found.location = place
+    return found
+
+
+def _graph(here: Here) -> Any:
+    a, pointer = here.stream(), here.memory()
     here.begin(a)
     here.set(pointer, 1, a)
-    here.do("cudaStreamSynchronize", b)
-    here.end(a)
+    return here.do("cudaStreamEndCapture", a)
 
 
-@probe("runtime", MODES)
-def to_allocate_ends_a_capture_of_the_same_thread(here: Here) -> None:
-    for mode in ("Global", "ThreadLocal"):
-        a = here.stream()
-        here.begin(a, mode)
-        assert here.ask("cudaMalloc", 64).name == "cudaErrorStreamCaptureUnsupported", mode
+@probe("runtime", SEEN)
+def these_calls_of_the_same_thread_end_a_capture(here: Here) -> None:
+    """Whatever they are about. A capture in the mode global or thread-local; the mode of a thread is global unless it says so."""
+    a, b = here.stream(), here.stream()
+    for name, call in _calls_beside(here, b, unsafe=True).items():
+        here.begin(a)
+        assert call().name == "cudaErrorStreamCaptureUnsupported", name
         _invalid(here, a)
 
 
-@probe("runtime", MODES)
-def to_free_ends_a_capture_of_the_same_thread(here: Here) -> None:
-    pointer, a = here.memory(), here.stream()
-    here.begin(a)
-    assert here.ask("cudaFree", pointer).name == "cudaErrorStreamCaptureUnsupported"
-    _invalid(here, a)
+@probe("runtime", SEEN)
+def they_do_not_where_the_thread_is_relaxed_or_another(here: Here) -> None:
+    pointer, a, b, modes = here.memory(), here.stream(), here.stream(), here.cudart.cudaStreamCaptureMode
+    for elsewhere in (False, True):
+        for name, call in _calls_beside(here, b, unsafe=True).items():
+            here.begin(a)
+            here.set(pointer, 1, a)
+            if elsewhere:
+                assert here.elsewhere(call).name == "cudaSuccess", name
+            else:
+                before = here.do("cudaThreadExchangeStreamCaptureMode", modes.cudaStreamCaptureModeRelaxed)
+                assert call().name == "cudaSuccess", name
+                here.do("cudaThreadExchangeStreamCaptureMode", before)
+            here.end(a)
 
 
-@probe("runtime", MODES)
-def to_allocate_pinned_memory_ends_a_capture_of_the_same_thread(here: Here) -> None:
-    a = here.stream()
-    here.begin(a)
-    assert here.ask("cudaHostAlloc", 64, here.cudart.cudaHostAllocDefault).name == "cudaErrorStreamCaptureUnsupported"
-    _invalid(here, a)
+@probe("runtime", SEEN)
+def these_calls_of_the_same_thread_leave_a_capture_alone(here: Here) -> None:
+    pointer, a, b = here.memory(), here.stream(), here.stream()
+    for name, call in _calls_beside(here, b, unsafe=False).items():
+        here.begin(a)
+        here.set(pointer, 1, a)
+        assert call().name == "cudaSuccess", name
+        here.end(a)
 
 
 @probe("runtime", MODES)
@@ -167,49 +239,15 @@ def a_relaxed_capture_or_thread_may_allocate(here: Here) -> None:
     here.end(a)
 
 
-@probe("runtime", MODES)
-def to_query_an_event_ends_a_capture_of_the_same_thread(here: Here) -> None:
-    a, b, event = here.stream(), here.stream(), here.event()
-    here.do("cudaEventRecord", event, b)
-    here.begin(a)
-    assert here.ask("cudaEventQuery", event).name == "cudaErrorStreamCaptureUnsupported"
-    _invalid(here, a)
-
-
-@probe("runtime", MODES)
-def streams_and_events_can_be_made_during_a_capture(here: Here) -> None:
-    pointer, a = here.memory(), here.stream()
-    here.begin(a)
-    here.set(pointer, 1, a)
-    b, event = here.stream(), here.event()
-    here.do("cudaEventDestroy", event)
-    here.do("cudaStreamDestroy", b)
-    here.do("cudaPointerGetAttributes", pointer)
-    here.do("cudaGetDevice")
-    here.end(a)
-
-
-@probe("runtime", "CUDA C++ Programming Guide, Stream Ordered Memory Allocator")
-def memory_of_other_streams_can_be_allocated_and_freed_during_a_capture(here: Here) -> None:
-    pointer, a, b = here.memory(), here.stream(), here.stream()
-    first = int(here.do("cudaMallocAsync", 64, b))
-    here.begin(a)
-    here.set(pointer, 1, a)
-    here.do("cudaFreeAsync", first, b)
-    second = int(here.do("cudaMallocAsync", 64, b))
-    here.end(a)
-    here.do("cudaFreeAsync", second, b)
-    here.do("cudaStreamSynchronize", b)
-
-
-@probe("runtime", "CUDA C++ Programming Guide, Stream Ordered Memory Allocator")
+@probe("runtime", SEEN)
 def memory_that_a_graph_did_not_allocate_is_not_freed_in_it(here: Here) -> None:
     a = here.stream()
     first = int(here.do("cudaMallocAsync", 64, a))
     here.do("cudaStreamSynchronize", a)
     here.begin(a)
-    assert here.ask("cudaFreeAsync", first, a).name != "cudaSuccess"  # no document names the error
-    here.ask("cudaStreamEndCapture", a)
+    assert here.ask("cudaFreeAsync", first, a).name == "cudaErrorInvalidValue"
+    here.end(a)
+    here.do("cudaFreeAsync", first, a)
     here.do("cudaStreamSynchronize", a)
 
 
@@ -313,9 +351,9 @@ def two_captures_of_two_streams_do_not_disturb_one_another(here: Here) -> None:
     here.begin(b)
     here.set(first, 1, a)
     here.set(second, 2, b)
-    graphs = here.end(a), here.end(b)
-    for graph in graphs:
-        here.do("cudaGraphLaunch", graph, a)
+    captured = [here.do("cudaStreamEndCapture", stream) for stream in (a, b)]
+    for graph in captured:
+        here.do("cudaGraphLaunch", here.do("cudaGraphInstantiate", graph, 0), a)
     assert (here.read(first, a), here.read(second, a)) == (1, 2)
 
 

@@ -15,8 +15,9 @@ SLEEP = 200_000_000
 @probe("torch", "c10/cuda/CUDAStream.h: StreamId; seen with torch 2.11")
 def handle_1_is_no_stream_to_torch(here: Here) -> None:
     for handle in (0, 2):
-        here.torch.cuda.ExternalStream(handle)
-    assert "StreamId" in here.refused(lambda: here.torch.cuda.ExternalStream(1))
+        assert here.torch.cuda.ExternalStream(handle).cuda_stream >= 0
+    found = here.torch.cuda.ExternalStream(1)  # which torch makes, and does not know
+    assert "StreamId" in here.refused(lambda: found.cuda_stream)
 
 
 @probe("torch", "c10/cuda/CUDAStream.h")
@@ -30,10 +31,13 @@ def there_are_32_streams_which_are_handed_out_in_turn(here: Here) -> None:
 def torchs_streams_do_not_wait_for_the_default_stream(here: Here) -> None:
     torch = here.torch
     x = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        x.fill_(0).cpu()  # what is used for the first time is loaded, which may wait for the device
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP)
     x.fill_(1)
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(stream):
         assert here.stale(lambda: int(x.cpu()[0]), old=0)
 
 
