@@ -55,7 +55,7 @@ from deploy.host.cpu import usable_cores
 from deploy.models import registry
 from deploy.runtime.session import SessionOptions
 from deploy.tune import search
-from deploy.tune.measure import Place, Stopwatch
+from deploy.tune.measure import BASE, Place, Stopwatch
 from deploy.tune.tune import tune
 
 RESULT = "tune"
@@ -135,10 +135,10 @@ def timed_again(source: Artifact, made: Artifact, backend: str) -> tuple[list[fl
     """
     if made.onnx_path.read_bytes() == source.onnx_path.read_bytes():
         return [1.0, 1.0, 1.0], True
-    with Stopwatch(Place.of(source, backend, SessionOptions(), None), {"fp32": source}) as watch:
+    with Stopwatch(Place.of(source, backend, SessionOptions(), None), {BASE: source}) as watch:
         again = watch.measure({"tuned": made}, search.ROUNDS)
-    ratio = again.ratio("fp32", "tuned")
-    return [ratio.value, ratio.low, ratio.high], again.certain("fp32") and again.certain("tuned")
+    ratio = again.ratio(BASE, "tuned")
+    return [ratio.value, ratio.low, ratio.high], again.certain(BASE) and again.certain("tuned")
 
 
 def prediction_error(tuning: Tuning) -> float | None:

@@ -167,7 +167,7 @@ def tuning_text(tuning: Tuning) -> str:
     point = next((each for each in tuning.points if each.name == tuning.result), None)
     if point is None or point.speedup is None:
         return f"floating point {where}"
-    return f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in INT8, {speedup_text(point, ' times as fast as floating point')} {where}"
+    return f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in {tuning.codes.upper()}, {speedup_text(point, ' times as fast as floating point')} {where}"
 
 
 def speedup_text(point: TunedPoint, what: str = "", why: str = "") -> str:

@@ -140,6 +140,16 @@ def batch_dim(specs: Sequence[TensorSpec]) -> str | None:
     return next((dim for spec in specs for dim in spec.dynamic if _BATCH.fullmatch(dim)), first)
 
 
+def batch_range(specs: Sequence[TensorSpec], profile: Profile) -> tuple[int, int] | None:
+    """The least and the largest batch that a profile takes; None where the batch is not symbolic, or the profile does not say."""
+    batch = batch_dim(specs)
+    for spec in specs:
+        if batch is not None and batch in spec.shape and spec.name in profile:
+            axis = spec.shape.index(batch)
+            return profile[spec.name].min[axis], profile[spec.name].max[axis]
+    return None
+
+
 def batched(specs: Sequence[TensorSpec]) -> bool:
     """Whether every tensor begins with the symbolic batch, so that feeds can be cut and joined by rows."""
     batch = batch_dim(specs)

@@ -64,8 +64,8 @@ class TunedPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an artifact was chosen.
 
-    result: the name of the point that the artifact is, `fp32` for floating point; because: why. backend, cpu, threads, batch: where and how time was
-    measured. metric, limit, unit: what the loss was held to, or for sqnr and cosine the least to be reached. rows: of the calibration
+    result: the name of the point that the artifact is, `fp32` or `fp16` for floating point; because: why. floats, codes: what is mixed; where codes
+    is `fp8`, that is meant wherever INT8 is named. backend, cpu, gpu, threads, batch: where and how time was measured. metric, limit, unit: what the loss was held to, or for sqnr and cosine the least to be reached. rows: of the calibration
     data that damage was measured on. kind: what the damage is. p50_ms: of floating point. crossing: the share of the time that a
     tensor between INT8 and floating point costs, and that of a thousand numbers in it. points: the safest first, as they were tested.
     stopped: why not all was measured and tested that could have been.
@@ -73,8 +73,11 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     result: str
     because: str
+    floats: Literal["fp32", "fp16"] = "fp32"
+    codes: Literal["int8", "fp8"] = "int8"
     backend: str
     cpu: str
+    gpu: str | None = None
     threads: int
     batch: int
     metric: str

@@ -29,6 +29,8 @@ from deploy.words import count_of
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+BATCH = 32
+"""The batch size, unless another one is asked for."""
 CONFUSIONS = 10
 """The most frequent confusions that are listed."""
 
@@ -117,7 +119,7 @@ def evaluate(
     ignore_index: int = IGNORE,
     against: Artifact | Path | str | None = None,
     backend: str = "auto",
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress = silent,
@@ -133,7 +135,7 @@ def evaluate(
         the folder (`deploy.data.table`).
     against: another artifact to run on the same data: see `Against`. `sqnr` and `cosine` compare with it, by default with the
         FP32 artifact that this one was made from.
-    batch_size: ignored for a model with a fixed batch; `progress` reports it.
+    batch_size: another for a model with a fixed batch, or whose engine takes no larger ones; `progress` reports it.
     skip: called with a file that cannot be used and the error, which leaves the file out; without it the error is raised.
 
     Raises UsageError for outputs that the metric cannot read or a model without preprocessing, DataError for a folder or a file
@@ -184,7 +186,7 @@ def measure(
     *,
     against: Artifact | None = None,
     backend: str = "auto",
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress = silent,

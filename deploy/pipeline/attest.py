@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import onnx_ir
 
-from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare
+from deploy.artifact.artifact import Artifact, parent_record
+from deploy.artifact.manifest import ENGINE, ONNX, Manifest, PrecisionShare, Stage
 from deploy.artifact.onnxfile import load_model
 from deploy.artifact.tensors import Profile, TensorSpec, batch_dim, random_feed
 from deploy.artifact.writer import ArtifactWriter
@@ -26,6 +26,7 @@ from deploy.errors import BackendError, EngineError
 from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
 from deploy.evidence.parity import TOLERANCES, Parity, Tolerance, compare, constant_outputs, tiny_outputs
 from deploy.evidence.timing import Ratio, sample
+from deploy.host.versions import tool_versions
 from deploy.pipeline.stage import fp32_source
 from deploy.precision.cpu import CpuGraph
 from deploy.precision.formats import ConvertOptions
@@ -201,6 +202,32 @@ def _as_fp32(array: np.ndarray) -> np.ndarray:
 
 def optimum(profiles: list[Profile]) -> dict[str, tuple[int, ...]]:
     return {name: shapes.opt for name, shapes in profiles[0].items()}
+
+
+def write_engine(
+    writer: ArtifactWriter,
+    typed: Manifest,
+    source: Artifact,
+    built: BuiltEngine,
+    profiles: list[Profile],
+    flavour: Flavour,
+    stage: Stage,
+) -> Manifest:
+    """Write an engine beside the typed ONNX file that it was built from; its manifest, without what a GPU says of it.
+
+    typed: the manifest of that file. source: the artifact that it was made from.
+    """
+    (writer.path / ENGINE).write_bytes(built.plan)
+    return msgspec.structs.replace(
+        typed,
+        kind="engine",
+        name=writer.out.resolve().name,
+        parent=parent_record(source, writer.out),
+        profiles=profiles,
+        tools=tool_versions() | {flavour.name: flavour.version},
+        stage=stage,
+        target=built.target,
+    )
 
 
 def attested(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from deploy.artifact.artifact import Artifact, parent_record
-from deploy.artifact.manifest import ENGINE, ONNX, QUANTIZED, Manifest, Stage
+from deploy.artifact.artifact import Artifact
+from deploy.artifact.manifest import ONNX, QUANTIZED, Manifest, Stage
 from deploy.artifact.tensors import Profile
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
@@ -250,7 +250,7 @@ class _BuildTrt:
         return manifest
 
     def _build(self, writer: ArtifactWriter, stage: Stage) -> Manifest:
-        from deploy.pipeline.attest import attested  # these load onnx and ONNX Runtime
+        from deploy.pipeline.attest import attested, write_engine  # these load onnx and ONNX Runtime
         from deploy.pipeline.refit import refitted
         from deploy.precision.int8.quantize import hint
 
@@ -270,17 +270,7 @@ class _BuildTrt:
             built = refitted(self._stripped, path, self._flavour, self._source.shown)
         else:
             built = build_engine(self._flavour, path, self._profiles, self._build_options, progress, shown=self._source.shown)
-        (writer.path / ENGINE).write_bytes(built.plan)
-        manifest = msgspec.structs.replace(
-            made,
-            kind="engine",
-            name=writer.out.resolve().name,
-            parent=parent_record(self._source, writer.out),
-            profiles=self._profiles,
-            tools=tool_versions() | {self._flavour.name: self._flavour.version},
-            stage=stage,
-            target=built.target,
-        )
+        manifest = write_engine(writer, made, self._source, built, self._profiles, self._flavour, stage)
         return attested(
             writer.describe(manifest),
             self._source,

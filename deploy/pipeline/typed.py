@@ -85,25 +85,7 @@ def typed_graph(
     manifest = _of_signed(source.manifest)
     if quantize is not None and manifest.precision == "fp32":
         assert data is not None
-        quantized = quantize_onnx(source, data, quantize, progress, engine=profile)
-        changed = msgspec.structs.replace(
-            manifest,
-            precision=quantize.precision,
-            parity=None,
-            accuracy=None,
-            accuracies=[],
-            calibration=quantized.calibration,
-            exclusions=quantized.exclusions,
-        )
-        return Typed(
-            source=source,
-            made=quantized,
-            stored=quantized.stored,
-            manifest=changed,
-            feeds=calibration_feeds(source, data, quantized.feeds, quantized.expected),
-            emulated=quantize.fp16,
-            remedy=hint(quantized.calibration),
-        )
+        return typed_quantized(source, data, quantize_onnx(source, data, quantize, progress, engine=profile), quantize)
     if convert is not None:
         converted = convert_onnx(source, data, convert, progress)
         changed = msgspec.structs.replace(
@@ -119,6 +101,28 @@ def typed_graph(
         feeds = parity_feeds(source, data, convert.profile)
         return Typed(source=source, made=converted, manifest=changed, feeds=feeds, emulated=True, remedy=converted.remedy)
     return Typed(source=source, made=None, manifest=manifest, feeds=[])
+
+
+def typed_quantized(source: Artifact, data: CalibrationSet, quantized: Quantized, options: QuantizeOptions) -> Typed:
+    """What was made of `source` with these options, calibrated on `data`."""
+    changed = msgspec.structs.replace(
+        _of_signed(source.manifest),
+        precision=options.precision,
+        parity=None,
+        accuracy=None,
+        accuracies=[],
+        calibration=quantized.calibration,
+        exclusions=quantized.exclusions,
+    )
+    return Typed(
+        source=source,
+        made=quantized,
+        stored=quantized.stored,
+        manifest=changed,
+        feeds=calibration_feeds(source, data, quantized.feeds, quantized.expected),
+        emulated=options.fp16,
+        remedy=hint(quantized.calibration),
+    )
 
 
 def _of_signed(manifest: Manifest) -> Manifest:

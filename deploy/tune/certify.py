@@ -45,7 +45,7 @@ def check_budget(artifact: Artifact, gate: Gate) -> None:
 def certify(
     points: Sequence[Built],
     reference: Reference,
-    gate: Gate,
+    backend: str,
     data: Mapping[str, Any],
     journal: Journal,
     clock: Clock,
@@ -53,7 +53,7 @@ def certify(
 ) -> tuple[list[Built], dict[str, Accuracy], Stopped | None]:
     """Test the points that may be the result in their order until one does not pass; returns them, what was found by name, and why it stopped early.
 
-    What is in the journal is not tested again. data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
+    What is in the journal is not tested again. backend: where they run. data: what the verdict depends on besides the files. Ctrl-C ends the test after a point has been tested; before, it is raised.
     """
     tested = list(points)
     found: dict[str, Accuracy] = {}
@@ -66,7 +66,7 @@ def certify(
         progress(f"testing {each.point.name}", done, len(front))
         key = {"files": each.point.files, **data}
         try:
-            accuracy = journal.accuracy(key) or reference.compared(each.artifact, gate.backend or "")
+            accuracy = journal.accuracy(key) or reference.compared(each.artifact, backend)
         except KeyboardInterrupt:
             if not found:
                 raise
@@ -104,7 +104,7 @@ def _judged(each: Built, accuracy: Accuracy) -> Built:
 
 
 class Choice(NamedTuple):
-    """The name of the point that is the result, and why."""
+    """The name of the point that is the result, or BASE, and why."""
 
     name: str
     because: str

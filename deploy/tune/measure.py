@@ -1,29 +1,39 @@
 """Builds mixes of a network, runs them for their damage, and times them in turns, on the backend that they are for."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, DATA, ONNX, Stage
-from deploy.artifact.tensors import Feed, batch_dim, default_dims, random_feed
+from deploy.artifact.tensors import Feed, Profile, batch_dim, default_dims, random_feed
 from deploy.artifact.writer import ArtifactWriter
+from deploy.data.calibration_set import CalibrationSet
+from deploy.engine.profile_choice import holds
 from deploy.errors import ParityError, PrecisionError, UsageError
 from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
+from deploy.evidence.parity import TOLERANCES
 from deploy.evidence.timing import paired_ratio
 from deploy.host.cpu import has_vnni
+from deploy.pipeline.quantize import QuantizeStage
 from deploy.pipeline.stage import descendant
+from deploy.precision.codes import CodesName
+from deploy.precision.int8.placement import Placement
 from deploy.precision.int8.quantize import CalibratedGraph
-from deploy.runtime.catalog import CPU_FORMS
+from deploy.progress import Progress
+from deploy.runtime.catalog import CPU_FORMS, split_backend
 from deploy.runtime.layers import named_layers
 from deploy.runtime.load import open_session
 from deploy.runtime.session import SessionOptions
+from deploy.runtime.worker.here import WorkerHere
 from deploy.runtime.worker.process import WorkerProcess
 from deploy.tune.damage import Kind, damage
 from deploy.tune.units import Unit
@@ -31,14 +41,14 @@ from deploy.tune.units import Unit
 ROWS = 64
 """Rows of the calibration data that damage is measured on."""
 
-BASE, WHOLE = "fp32", "int8"
-"""The names of floating point, and of everything in INT8 that can be."""
-
+BASE = "floating point"
+"""What is timed beside all mixes."""
 STAYS = "it is faster or safer in floating point (deploy tune)"
 RUNS, SLICE_S = 100, (0.04, 0.06)
 """Runs of floating point that a turn should have, and between what its seconds may be: in short ones more of the time goes to the pauses between them."""
 SHOWN = 0.99
 """The confidence of the interval that shows a mix to be faster: more than 95 %, for several mixes are looked at, and again after more rounds."""
+_STAGE = Stage(name="tune", request="")
 _SAMPLES = 500
 _SETTLE_S = 0.0
 """A turn begins with runs that are not timed, and what is not settled after the first window settles in the first rounds: they are few of many."""
@@ -49,16 +59,36 @@ _Z95 = 1.96
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where time is measured: dims are the sizes of the symbolic dimensions of the inputs, that of the batch among them."""
+    """Where time is measured: dims are the sizes of the symbolic dimensions of the inputs, that of the batch among them.
+
+    floats, codes: the precisions that are mixed.
+    """
 
     backend: str
     options: SessionOptions
     dims: Mapping[str, int]
     batch: int
+    floats: Literal["fp32", "fp16"] = "fp32"
+    codes: CodesName = "int8"
+
+    @property
+    def runs_engines(self) -> bool:
+        return split_backend(self.backend)[0].runs == "engine"
 
     @classmethod
-    def of(cls, artifact: Artifact, backend: str, options: SessionOptions, batch: int | None) -> "Place":
-        """Raises UsageError where a dimension has no size, or where the batch of the model is fixed at another size."""
+    def of(
+        cls,
+        artifact: Artifact,
+        backend: str,
+        options: SessionOptions,
+        batch: int | None,
+        profiles: Sequence[Profile] = (),
+        codes: CodesName = "int8",
+    ) -> "Place":
+        """profiles: of the engines, where the backend runs those; what is not in codes is in FP16 then.
+
+        Raises UsageError where a dimension has no size, or where the batch of the model is fixed at another size, or outside all profiles.
+        """
         manifest = artifact.manifest
         dim = batch_dim(manifest.inputs)
         first = manifest.inputs[0].shape[:1]
@@ -68,8 +98,14 @@ class Place:
         image = manifest.preprocess.shape if manifest.preprocess else None
         known = {dim: size} if dim is not None else {}
         remedy = "export it with fixed sizes, or with a preprocessing that crops"
-        dims = default_dims(manifest.inputs, manifest.profiles, image, known=known, remedy=remedy)
-        return cls(backend=backend, options=options, dims=dims, batch=size)
+        dims = default_dims(manifest.inputs, profiles or manifest.profiles, image, known=known, remedy=remedy)
+        if not profiles:
+            return cls(backend=backend, options=options, dims=dims, batch=size)
+        place = cls(backend=backend, options=options, dims=dims, batch=size, floats="fp16", codes=codes)
+        shapes = place.shapes(artifact)
+        if not any(holds(profile, shapes) for profile in profiles):
+            raise UsageError(f"an engine of these `shapes` takes no `batch` {size}")
+        return place
 
     def shapes(self, artifact: Artifact) -> dict[str, tuple[int, ...]]:
         """The shapes of the inputs."""
@@ -79,15 +115,54 @@ class Place:
         }
 
 
-class Mixes:
-    """Mixes of the network of `source`, in folders under `folder`.
+class Mixes(Protocol):
+    """Mixes of a network, as they run at a place. base: in floating point alone. graph: what is quantized."""
 
-    feeds: what damage is measured on. base: the artifact in floating point, as it is.
+    base: Artifact
+    graph: CalibratedGraph
+    place: Place
+
+    def placement(self) -> Placement:
+        """Where pairs go if every layer is quantized that can be."""
+
+    def build(self, name: str, stay: Sequence[str]) -> Artifact:
+        """The network in codes but for the nodes of `stay`, without evidence: for measuring alone.
+
+        Raises PrecisionError, ParityError, OutputError, EngineError and BackendError.
+        """
+
+    def damage(self, mix: Artifact) -> float:
+        """What a mix does to the outputs, as it runs: see `tune.damage`. Raises BackendError."""
+
+    def damage_alone(self, stay: Sequence[str]) -> float:
+        """What the codes of the nodes that are not in `stay` do to the outputs. Raises what `build` does, and BackendError."""
+
+    def proved(self, mix: Artifact, stay: Sequence[str]) -> Artifact:
+        """A mix, and its nodes in floating point, with its evidence: the same files, and maybe a CPU form besides.
+
+        Raises PrecisionError, ParityError, OutputError, EngineError and BackendError.
+        """
+
+
+class OnnxMixes:
+    """Mixes that run as ONNX files: INT8 and FP32.
+
+    source: the network in floating point, as it is. feeds: what damage is measured on. folder: the mixes are in folders in it.
     """
 
     def __init__(
-        self, source: Artifact, graph: CalibratedGraph, place: Place, feeds: Sequence[Feed], kind: Kind, folder: Path
+        self,
+        source: Artifact,
+        data: CalibrationSet,
+        graph: CalibratedGraph,
+        place: Place,
+        feeds: Sequence[Feed],
+        kind: Kind,
+        folder: Path,
+        progress: Progress,
     ) -> None:
+        options = graph.options
+        self._stage = QuantizeStage(source, data, options, TOLERANCES[options.precision], None, progress, cpu_form=True)
         self.base = source
         self.graph = graph
         self.place = place
@@ -96,11 +171,10 @@ class Mixes:
         self._kind: Kind = kind
         self._expected = self._outputs(source)
 
-    def build(self, name: str, stay: Sequence[str]) -> Artifact:
-        """The network in INT8 but for the nodes of `stay`, as it runs, without evidence: for measuring alone.
+    def placement(self) -> Placement:
+        return self.graph.placement()
 
-        Raises PrecisionError, ParityError and OutputError.
-        """
+    def build(self, name: str, stay: Sequence[str]) -> Artifact:
         form = self.place.backend == CPU_FORMS and has_vnni()
         quantized = self.graph.quantized(stay=dict.fromkeys(stay, STAYS), cpu=form)
         with ArtifactWriter(self.folder / name) as writer:
@@ -114,16 +188,33 @@ class Mixes:
                     for file in (CPU_ONNX, CPU_ONNX + DATA):
                         (writer.path / file).unlink(missing_ok=True)
             changes = {"precision": "int8", "parity": None, "exclusions": quantized.exclusions}
-            stage = Stage(name="tune", request="")
-            return writer.commit(descendant(self.base, writer.out, stage, calibration=quantized.calibration, **changes))
+            return writer.commit(descendant(self.base, writer.out, _STAGE, calibration=quantized.calibration, **changes))
 
     def damage(self, mix: Artifact) -> float:
-        """See `tune.damage`. Raises BackendError."""
         return damage(self._expected, self._outputs(mix), self._kind)
 
+    def damage_alone(self, stay: Sequence[str]) -> float:
+        alone = self.build("alone", stay)
+        found = self.damage(alone)
+        shutil.rmtree(alone.path)
+        return found
+
+    def proved(self, mix: Artifact, stay: Sequence[str]) -> Artifact:
+        """Built anew, as `quantize` builds."""
+        with ArtifactWriter(self.folder / f"{mix.path.name}-proved") as writer:
+            for function in self.base.manifest.functions:
+                function.copy(self.base.path, writer.path)
+            make = partial(self.graph.quantized, stay=dict.fromkeys(stay, STAYS), cpu=True)
+            return writer.commit(self._stage.write(writer, _STAGE, make))
+
     def _outputs(self, artifact: Artifact) -> list[Feed]:
-        with open_session(artifact, self.place.backend, self.place.options) as session:
-            return [dict(session.run(feed)) for feed in self._feeds]
+        return outputs(artifact, self.place.backend, self.place.options, self._feeds)
+
+
+def outputs(artifact: Artifact, backend: str, options: SessionOptions, feeds: Sequence[Feed]) -> list[Feed]:
+    """What an artifact makes of each feed. Raises BackendError."""
+    with open_session(artifact, backend, options) as session:
+        return [dict(session.run(feed)) for feed in feeds]
 
 
 class Stopwatch:
@@ -194,7 +285,8 @@ class Stopwatch:
 
     def _opening(self, artifact: Artifact) -> WorkerProcess:
         if not self._kept:
-            return self._stack.enter_context(WorkerProcess(artifact, self._place.backend, self._place.options))
+            kind = WorkerHere if self._place.runs_engines else WorkerProcess
+            return self._stack.enter_context(kind(artifact, self._place.backend, self._place.options))
         worker = self._kept.pop(0)
         worker.reopen(artifact)
         return worker

@@ -10,7 +10,7 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.summary import tuning_text
 from deploy.artifact.tuning import TunedPoint, TunedUnit, Tuning
 from deploy.errors import OutputError
-from deploy.tune.text import HEAD, STOPPED, rows
+from deploy.tune.text import STOPPED, head, rows
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 320, 48, 34, 12
 _COLOURS = {"inside": 3, "undecided": 5, "outside": 2, None: 0}
@@ -38,6 +38,7 @@ def render(made: Artifact) -> str:
     assert tuning is not None
     name = made.manifest.name
     said = tuning_text(tuning)
+    codes = tuning.codes.upper()
     notes = [STOPPED[tuning.stopped]] if tuning.stopped else []
     style = resources.files("deploy.bench.report").joinpath("style.css").read_text(encoding="utf-8")  # one style for all reports
     parts = [
@@ -48,13 +49,13 @@ def render(made: Artifact) -> str:
         f" {tuning.rows} rows of the calibration data: {_KINDS[tuning.kind]}. Rings: what the cost model predicted.</p>",
         _figure(tuning),
         _legend(),
-        _table(HEAD, rows(tuning)),
-        "<h2>Units</h2><p>Layers that are INT8 or floating point together. In floating point, and in INT8: the time of its layers by the profiler of the"
-        " backend, where the network in floating point takes 100 %. Gain: what INT8 takes away, moved to the times of mixes, without the crossings"
-        f" between INT8 and floating point, each of which costs {_percent(tuning.crossing[0])} and {_percent(tuning.crossing[1])} for a thousand numbers.</p>",
+        _table(head(tuning), rows(tuning)),
+        f"<h2>Units</h2><p>Layers that are {codes} or floating point together. In floating point, and in {codes}: the time of its layers by the profiler of the"
+        f" backend, where the network in floating point takes 100 %. Gain: what {codes} takes away, moved to the times of mixes, without the crossings"
+        f" between {codes} and floating point, each of which costs {_percent(tuning.crossing[0])} and {_percent(tuning.crossing[1])} for a thousand numbers.</p>",
         _table(
-            ("unit", "in the result", "multiply-adds", "in floating point", "in INT8", "gain", "damage"),
-            [_unit(each) for each in tuning.units],
+            ("unit", "in the result", "multiply-adds", "in floating point", f"in {codes}", "gain", "damage"),
+            [_unit(each, codes) for each in tuning.units],
         ),
         _conditions(made, tuning),
     ]
@@ -138,10 +139,10 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _unit(unit: TunedUnit) -> tuple[str, ...]:
+def _unit(unit: TunedUnit, codes: str) -> tuple[str, ...]:
     return (
         unit.name,
-        "INT8" if unit.int8 else "floating point",
+        codes if unit.int8 else "floating point",
         f"{unit.macs:.1%}",
         "" if unit.floating_time is None else f"{unit.floating_time:.1%}",
         "" if unit.int8_time is None else f"{unit.int8_time:.1%}",
@@ -157,8 +158,8 @@ def _percent(share: float) -> str:
 def _conditions(made: Artifact, tuning: Tuning) -> str:
     manifest = made.manifest
     entries = {
-        "backend": f"{tuning.backend}, batch {tuning.batch}, {tuning.threads} threads",
-        "machine": tuning.cpu,
+        "backend": f"{tuning.backend}, batch {tuning.batch}" + f", {tuning.threads} threads" * (tuning.gpu is None),
+        "machine": tuning.gpu or tuning.cpu,
         "limit": f"{tuning.limit:g} {tuning.unit} of {tuning.metric}",
         "made": manifest.created,
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),

@@ -5,24 +5,20 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
-from deploy.artifact.manifest import CPU_ONNX, Stage
+from deploy.artifact.manifest import CPU_ONNX
 from deploy.artifact.tuning import TunedPoint, TunedUnit
-from deploy.artifact.writer import ArtifactWriter
-from deploy.errors import ArtifactError, BackendError, ParityError, PrecisionError
+from deploy.errors import ArtifactError, BackendError, EngineError, ParityError, PrecisionError
 from deploy.evidence.disturbance import Measured
 from deploy.evidence.timing import latency
-from deploy.pipeline.quantize import QuantizeStage
 from deploy.progress import Progress
 from deploy.tune.journal import Journal, MeasuredMix, MeasuredTimes
-from deploy.tune.measure import BASE, STAYS, WHOLE, Mixes, Stopwatch, is_faster, profiled, time_share
+from deploy.tune.measure import BASE, Mixes, Stopwatch, is_faster, profiled, time_share
 from deploy.tune.solve import Costs, fit_costs, mixes
 from deploy.tune.units import Crossing, Unit, units_of
 
@@ -37,7 +33,7 @@ LEAST_PROFILED = 0.5
 """The share of the units that must have a time in a profile."""
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
-_REFUSED = (BackendError, ParityError, PrecisionError)
+_REFUSED = (BackendError, EngineError, ParityError, PrecisionError)
 """What says that a mix is too far off, or does not run."""
 
 
@@ -97,7 +93,7 @@ def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progres
 
     Raises PrecisionError, ParityError, BackendError and OutputError.
     """
-    units, pairs = units_of(made.graph.model, made.graph.placement(), made.place.shapes(made.base))
+    units, pairs = units_of(made.graph.model, made.placement(), made.place.shapes(made.base))
     if journal.times is None:
         journal.set_times(_times(units, made, watch, progress))
     missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
@@ -106,25 +102,18 @@ def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progres
             logger.warning("%d of %d units are not measured: their damages are guessed", len(units) - done, len(units))
             break
         progress("measuring units", done, len(units))
-        journal.add_damage(unit.name, damage_alone(unit, units, made))
+        journal.add_damage(unit.name, made.damage_alone(_others(units, [unit.name])))
     assert journal.times is not None
     costs = fit_costs(units, pairs, journal.times, journal.damages)
     return Weighed(units=units, pairs=pairs, times=journal.times, damages=journal.damages, costs=costs)
 
 
-def damage_alone(unit: Unit, units: Sequence[Unit], made: Mixes) -> float:
-    """What INT8 of this unit alone does to the outputs."""
-    alone = made.build("alone", _others(units, [unit.name]))
-    damage = made.damage(alone)
-    shutil.rmtree(alone.path)
-    return damage
-
-
 def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progress) -> MeasuredTimes:
-    """The profiles of the network in floating point and in INT8, and the times of a few mixes with many crossings and with few."""
+    """The profiles of the network in floating point and in codes, and the times of a few mixes with many crossings and with few."""
     names = [unit.name for unit in units]
+    whole = made.place.codes
     halves = {
-        WHOLE: names,
+        whole: names,
         "even": names[::2],
         "odd": names[1::2],
         "first": names[: len(names) // 2],
@@ -134,17 +123,17 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
         name: chosen for name, chosen in halves.items() if chosen and chosen not in [*halves.values()][: [*halves].index(name)]
     }
     mixes = {name: made.build(name, _others(units, chosen)) for name, chosen in sets.items()}
-    progress("profiling floating point and INT8")
+    progress(f"profiling floating point and {whole.upper()}")
     floating: dict[str, float] | None = None
     int8: dict[str, float] | None = None
     try:
-        found = profiled([made.base, mixes[WHOLE]], made.place, units, PROFILES)
+        found = profiled([made.base, mixes[whole]], made.place, units, PROFILES)
         if min(np.mean(each > 0) for each in found) < LEAST_PROFILED:
             raise BackendError("the layers that the profiler names are not known in the ONNX file")
         floating, int8 = (dict(zip(names, map(float, each), strict=True)) for each in found)
     except (ArtifactError, BackendError) as error:
         logger.warning("units have the time of their multiply-accumulates: %s", error)
-    progress("timing floating point and INT8")
+    progress(f"timing floating point and {whole.upper()}")
     measured = watch.measure(mixes, ROUNDS, 0.0)
     for mix in mixes.values():
         shutil.rmtree(mix.path)
@@ -188,12 +177,12 @@ def build_points(made: Mixes, weighed: Weighed, progress: Progress) -> list[Buil
         found.append(_built(made, weighed, mix, f"point{index}"))
     found.sort(key=lambda each: (each.artifact is None, each.point.damage or 0.0))
     names = iter(f"mix {number}" for number in range(1, len(found) + 1))
-    return [each if each.point.name == WHOLE else each.found(name=next(names)) for each in found]
+    return [each if each.point.name else each.found(name=next(names)) for each in found]
 
 
 def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, name: str) -> Built:
     point = TunedPoint(
-        name=WHOLE if mix.all() else "",
+        name=made.place.codes if mix.all() else "",
         int8=[unit.name for unit, chosen in zip(weighed.units, mix, strict=True) if chosen],
         predicted=weighed.whole if mix.all() else weighed.costs.time(mix, weighed.pairs),
     )
@@ -205,18 +194,13 @@ def _built(made: Mixes, weighed: Weighed, mix: np.ndarray, name: str) -> Built:
         return _without(point, error)
 
 
-def prove(each: Built, made: Mixes, weighed: Weighed, stage: QuantizeStage, out: Path) -> Built:
-    """The mix built anew as `quantize` builds, with its evidence: the same files, and maybe a CPU form besides; or left out, where `quantize` would refuse it."""
-    stay = dict.fromkeys(_others(weighed.units, each.point.int8), STAYS)
+def prove(each: Built, made: Mixes, weighed: Weighed) -> Built:
+    """The mix with its evidence, or left out where that is refused."""
+    assert each.artifact is not None
     try:
-        with ArtifactWriter(out) as writer:
-            for function in made.base.manifest.functions:
-                function.copy(made.base.path, writer.path)
-            make = partial(made.graph.quantized, stay=stay, cpu=True)
-            artifact = writer.commit(stage.write(writer, Stage(name="tune", request=""), make))
+        artifact = made.proved(each.artifact, _others(weighed.units, each.point.int8))
     except _REFUSED as error:
         return _without(each.point, error)
-    assert each.artifact is not None
     if (form := artifact.manifest.cpu_form) is not None and form.left_out and each.artifact.cpu_path is not None:
         return Built(
             point=msgspec.structs.replace(each.point, left_out=f"{CPU_ONNX}, by which it was timed: {form.left_out}"),

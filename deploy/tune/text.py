@@ -20,17 +20,28 @@ def text(made: Artifact) -> str:
     lines = [f"{made.shown}: {tuning_text(tuning)}", f"  because    {tuning.because}"]
     if tuning.stopped is not None:
         lines.append(f"  note       {STOPPED[tuning.stopped]}")
-    return "\n".join([*lines, "", *_aligned([HEAD, *rows(tuning)]), *_left_out(tuning)])
+    return "\n".join([*lines, "", *_aligned([head(tuning), *rows(tuning)]), *_left_out(tuning)])
 
 
-HEAD = ("", "units in INT8", "time", "predicted", "speed-up", "damage", "loss", "verdict")
+def head(tuning: Tuning) -> tuple[str, ...]:
+    """The titles of `rows`."""
+    return ("", f"units in {tuning.codes.upper()}", "time", "predicted", "speed-up", "damage", "loss", "verdict")
 
 
 def rows(tuning: Tuning) -> list[tuple[str, ...]]:
-    """The mixes, the safest first, with floating point before them, a cell for each of `HEAD`."""
+    """The mixes, the safest first, with floating point before them, a cell for each of `head`."""
     total = len(tuning.units)
     mark = " *"
-    floating = ("fp32" + mark * (tuning.result == "fp32"), f"0 of {total}", _ms(tuning.p50_ms), "", "1.00", "0", "", "")
+    floating = (
+        tuning.floats + mark * (tuning.result == tuning.floats),
+        f"0 of {total}",
+        _ms(tuning.p50_ms),
+        "",
+        "1.00",
+        "0",
+        "",
+        "",
+    )
     return [floating, *(_row(point, tuning, mark) for point in tuning.points if point.left_out is None)]
 
 
@@ -69,4 +80,7 @@ def _aligned(table: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def _left_out(tuning: Tuning) -> list[str]:
     left = [point for point in tuning.points if point.left_out is not None]
-    return [f"  {point.name} ({count_of(len(point.int8), 'unit')} in INT8) was left out: {point.left_out}" for point in left]
+    return [
+        f"  {point.name} ({count_of(len(point.int8), 'unit')} in {tuning.codes.upper()}) was left out: {point.left_out}"
+        for point in left
+    ]

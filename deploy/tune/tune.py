@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from deploy.artifact.artifact import Artifact, parent_record
 from deploy.artifact.manifest import ONNX, WEIGHTS, Accuracy, Manifest, Stage
 from deploy.artifact.onnxfile import load_model, save_model
-from deploy.artifact.tensors import row_count
+from deploy.artifact.tensors import Feed, row_count
 from deploy.artifact.tuning import Stopped, Tuning
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
@@ -23,13 +23,11 @@ from deploy.errors import BackendError, DataError, UsageError
 from deploy.evaluation.annotated import labelled
 from deploy.evaluation.gate import Reference
 from deploy.evaluation.options import IGNORE
-from deploy.evidence.parity import TOLERANCES
 from deploy.host.cpu import cpu_model, has_vnni, usable_cores
 from deploy.options import collect
-from deploy.pipeline.quantize import QuantizeStage
 from deploy.pipeline.stage import PathLike, check_fp32, default_out, descendant, open_source, run_stage
 from deploy.precision.int8.options import QuantizeOptions, quantize_request
-from deploy.precision.int8.quantize import calibrate_onnx
+from deploy.precision.int8.quantize import CalibratedGraph, calibrate_onnx
 from deploy.progress import Progress, silent
 from deploy.runtime.catalog import AUTO, BACKENDS, CPU_FORMS, split_backend
 from deploy.runtime.load import import_backend
@@ -38,9 +36,12 @@ from deploy.tune import options as tune_options
 from deploy.tune.certify import Choice, certify, check_budget, choose
 from deploy.tune.damage import Kind
 from deploy.tune.journal import Journal
-from deploy.tune.measure import BASE, ROWS, Mixes, Place, Stopwatch
+from deploy.tune.measure import BASE, ROWS, Mixes, OnnxMixes, Place, Stopwatch
 from deploy.tune.options import TuneOptions
 from deploy.tune.search import Built, Clock, Weighed, build_points, prove, time_points, weigh
+
+if TYPE_CHECKING:
+    from deploy.tune.engines import EngineSetting
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def tune(
     min_sqnr: float | None = None,
     min_cosine: float | None = None,
     backend: str = "auto",
+    shapes: Sequence[str] = (),
+    fp8: bool = False,
     batch: int | None = None,
     minutes: float = 10.0,
     device: str = "auto",
@@ -78,11 +81,13 @@ def tune(
 ) -> Artifact:
     """The fastest mix of INT8 and floating point of an FP32 ONNX artifact that keeps within `max_drop`; `out` is `build/<name>-tuned` by default.
 
+    On `tensorrt` and `tensorrt-rtx` it is an engine of INT8, or FP8, and FP16.
+
     calib to equalize: as of `quantize`. eval_folder, metric, ignore_index, max_drop: as of `quantize`, and the loss must be shown to be
-    within the limit by its 95 % interval. backend, device, threads, batch: where and how the artifact is to run. minutes: for the search;
+    within the limit by its 95 % interval. backend, device, threads, batch: where and how the artifact is to run. shapes: as of `build_trt`. minutes: for the search;
     what was measured is kept, and the same call goes on.
 
-    Where no mix passes and is faster, the result is the artifact in floating point. The manifest's `tuning` says what was found, and why.
+    Where no mix passes and is faster, the result is the artifact in floating point, or an engine in FP16. The manifest's `tuning` says what was found, and why.
     Raises a DeployError; nothing that stood at `out` is lost then. Ctrl-C during the tests leaves the best of what has passed; else it is raised.
     """
     given = dict(locals())
@@ -95,7 +100,7 @@ def tune(
         logger.warning(
             "%s calibrates and judges: what is shown on images that were calibrated on need not hold for others", calib
         )
-    quantizing = collect(QuantizeOptions, given, min_share=0.0, keep_below=KEEP_BELOW)
+    quantizing = collect(QuantizeOptions, given, min_share=0.0, keep_below=KEEP_BELOW, fp16=options.runs_engines)
     stage = TuneStage(source, data, options, quantizing, session, progress)
     return run_stage(stage, default_out(out, source, "tuned"), source)
 
@@ -120,8 +125,10 @@ class TuneStage:
         self._quantizing = quantizing
         self._progress = progress
         self._backend = _backend(options.backend)
-        self._place = Place.of(source, self._backend, session, options.batch)
-        self._gate = options.gate(self._backend)
+        self._engines = _engines(source, self._backend, options)
+        profiles = self._engines.profiles if self._engines else ()
+        self._place = Place.of(source, self._backend, session, options.batch, profiles, quantizing.precision)
+        self._gate = options.gate(None if self._engines else self._backend)
         self._measuring: dict[str, Any] | None = None
 
     def request(self) -> dict[str, Any] | None:
@@ -134,6 +141,8 @@ class TuneStage:
         place = self._place
         where = {"backend": place.backend, "version": _version(place.backend), "cpu": cpu_model(), "cores": usable_cores()}
         sizes = {"dims": dict(place.dims), "threads": place.options.threads, "device": place.options.device}
+        if self._engines is not None:
+            where |= {"gpu": self._engines.gpu, "profiles": msgspec.to_builtins(self._engines.profiles)}
         self._measuring = {**request, **where, **sizes, "kind": self._kind}
         return {**self._measuring, "gate": self._gate.request(self._source), "minutes": self._options.minutes}
 
@@ -157,12 +166,12 @@ class TuneStage:
         clock = Clock(self._options.minutes)
         reference = Reference(source, self._gate, progress)  # first: a metric that fails is to be known before the work
         graph = calibrate_onnx(source, self._data, self._quantizing, progress)
-        feeds = first_rows(self._data, self._quantizing.batch_size, ROWS) if self._measuring is not None else graph.feeds
+        feeds = self._feeds() if self._measuring is not None else graph.feeds
         journal = Journal(self._measuring)
         with tempfile.TemporaryDirectory(prefix="deploy-tune-") as temporary:
             folder = Path(temporary)
-            made = Mixes(source, graph, self._place, feeds, self._kind, folder)
-            with Stopwatch(self._place, {BASE: source}) as watch:
+            made = self._mixes(graph, feeds, folder)
+            with Stopwatch(self._place, {BASE: made.base}) as watch:
                 try:
                     weighed = weigh(made, watch, journal, clock, progress)
                 except KeyboardInterrupt:
@@ -170,34 +179,42 @@ class TuneStage:
                     raise
                 points, p50_ms = time_points(watch, build_points(made, weighed, progress), progress)
             data = {"gate": self._gate.request(source), "place": self._measuring}
-            while (
-                True
-            ):  # until the result has its evidence; what has none is left out, and what it was faster than is tested in its place
-                points, accuracies, stopped = certify(points, reference, self._gate, data, journal, clock, progress)
+            while True:  # until the result has its evidence; what has none is left out, and what it was faster than is tested
+                points, accuracies, stopped = certify(points, reference, self._backend, data, journal, clock, progress)
                 choice = choose([each.point for each in points], self._gate)
                 place = next((index for index, each in enumerate(points) if each.point.name == choice.name), None)
                 if place is None:
                     built = None
                     break
-                points[place] = self._proved(points[place], made, weighed, folder / f"proved{place}")
+                try:
+                    points[place] = prove(points[place], made, weighed)
+                except KeyboardInterrupt:
+                    logger.warning("what has been measured and tested is kept: the same command goes on")
+                    raise
                 if (built := points[place].artifact) is not None:
                     break
             tuning = self._tuning(choice, weighed, points, p50_ms, sum(map(row_count, feeds)), stopped)
             if tuning.stopped is not None:
                 stage = msgspec.structs.replace(stage, request=secrets.token_hex(32))  # the next call goes on
+            if built is None and self._engines is not None:
+                built = made.proved(made.base, ())
             if built is None:
                 return self._floating_point(writer, stage, tuning)
-            return _delivered(source, built, writer, stage, accuracies[choice.name], tuning)
+            return _delivered(source, built, writer, stage, accuracies.get(choice.name), tuning)
 
-    def _proved(self, each: Built, made: Mixes, weighed: Weighed, out: Path) -> Built:
-        """See `search.prove`."""
-        tolerance = TOLERANCES[self._quantizing.precision]
-        stage = QuantizeStage(self._source, self._data, self._quantizing, tolerance, None, self._progress, cpu_form=True)
-        try:
-            return prove(each, made, weighed, stage, out)
-        except KeyboardInterrupt:
-            logger.warning("what has been measured and tested is kept: the same command goes on")
-            raise
+    def _feeds(self) -> list[Feed]:
+        """The rows that damage is measured on."""
+        if self._engines is None:
+            return first_rows(self._data, self._quantizing.batch_size, ROWS)
+        return self._engines.feeds(self._source, self._data, self._quantizing.batch_size)
+
+    def _mixes(self, graph: CalibratedGraph, feeds: list[Feed], folder: Path) -> Mixes:
+        given = self._source, self._data, graph, self._place, feeds, self._kind, folder, self._progress
+        if self._engines is None:
+            return OnnxMixes(*given)
+        from deploy.tune.engines import EngineMixes
+
+        return EngineMixes(*given, self._engines)
 
     def _tuning(
         self, choice: Choice, weighed: Weighed, points: Sequence[Built], p50_ms: float, rows: int, stopped: Stopped | None
@@ -206,10 +223,13 @@ class TuneStage:
         gate = self._gate
         units = {"top1": "%", "top5": "%", "miou": "%", "map": "%", "sqnr": "dB"}
         return Tuning(
-            result=choice.name,
+            result=self._place.floats if choice.name == BASE else choice.name,
+            floats=self._place.floats,
+            codes=self._place.codes,
             because=choice.because,
             backend=self._backend,
             cpu=cpu_model(),
+            gpu=self._engines.gpu[0] if self._engines else None,
             threads=self._place.options.threads or usable_cores(),
             batch=self._place.batch,
             metric=gate.metric.metric,
@@ -236,7 +256,7 @@ class TuneStage:
 
 
 def _delivered(
-    source: Artifact, built: Artifact, writer: ArtifactWriter, stage: Stage, accuracy: Accuracy, tuning: Tuning
+    source: Artifact, built: Artifact, writer: ArtifactWriter, stage: Stage, accuracy: Accuracy | None, tuning: Tuning
 ) -> Manifest:
     """The files that were certified, byte for byte, and their manifest."""
     _copy(built, writer.path, built.manifest.files)
@@ -245,7 +265,7 @@ def _delivered(
         name=writer.out.name,
         parent=parent_record(source, writer.out),
         accuracy=accuracy,
-        accuracies=[accuracy],
+        accuracies=[] if accuracy is None else [accuracy],
         tuning=tuning,
         stage=stage,
     )
@@ -257,6 +277,14 @@ def _delivered(
 def _copy(artifact: Artifact, folder: Path, names: Iterable[str]) -> None:
     for name in names:
         shutil.copyfile(artifact.path / name, folder / name)
+
+
+def _engines(source: Artifact, backend: str, options: TuneOptions) -> "EngineSetting | None":
+    if not options.runs_engines:
+        return None
+    from deploy.tune.engines import EngineSetting  # loads what builds them
+
+    return EngineSetting.of(source, backend, options.shapes, fp8=options.fp8)
 
 
 def _backend(asked: str) -> str:

@@ -15,6 +15,7 @@ from deploy.evaluation.options import MetricOptions
 from deploy.progress import silent
 from deploy.tune.certify import certify, check_budget, choose
 from deploy.tune.journal import Journal
+from deploy.tune.measure import BASE
 from deploy.tune.search import Built, Clock
 from tests.evaluation.conftest import make_folder as folder_of
 from tests.evaluation.conftest import make_model
@@ -59,7 +60,7 @@ def outcome(
     minutes: float = 1.0,
 ) -> tuple[list[object], object]:
     reference = Reference(good, gate, silent)
-    found, accuracies, stopped = certify(points, reference, gate, {"data": 1}, journal, Clock(minutes), silent)
+    found, accuracies, stopped = certify(points, reference, gate.backend or "", {"data": 1}, journal, Clock(minutes), silent)
     assert list(accuracies) == [each.point.name for each in found if each.point.verdict is not None]
     return [each.point.verdict for each in found], stopped
 
@@ -159,12 +160,12 @@ GATE = Gate(folder=Path("images"), max_drop=1, backend="onnxruntime")
         ),
         (
             [("mix 1", 0.95, None), ("int8", 0.9, None)],
-            "fp32",
+            BASE,
             "no mix is faster than floating point: mix 1 has 0.95 times its speed",
         ),
         (
             [("mix 1", 1.06, None), ("int8", 0.9, None)],
-            "fp32",
+            BASE,
             "no mix is shown to be faster than floating point: mix 1 has 1.06 times its speed",
         ),
         ([("mix 1", 0.9, None), ("mix 2", 1.2, "inside"), ("int8", 1.3, "undecided")], "mix 2", "the fastest of 1 that"),
@@ -181,7 +182,7 @@ def test_the_fastest_that_passed_is_the_result_unless_floating_point_is_faster(
 def test_where_none_passes_it_says_what_the_safest_lost_and_how_many_images_would_decide() -> None:
     first = point("mix 1", 1.5, "undecided", loss=0.2, loss_low=-0.4, loss_high=1.3, images=250)
     found = choose([first, point("int8", 1.9, None)], GATE)
-    assert found.name == "fp32"
+    assert found.name == BASE
     assert found.because == (
         "no mix is shown to keep within 1 point of top-1: mix 1, the safest that was tested, loses 0.20 (95 % interval -0.40 to 1.30); 250 more images"
         " would decide"

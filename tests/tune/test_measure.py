@@ -11,7 +11,7 @@ from deploy.artifact.onnxfile import load_model
 from deploy.errors import ArtifactError
 from deploy.evidence.disturbance import Measured, Round, Turn, Use
 from deploy.runtime.session import SessionOptions
-from deploy.tune.measure import Place, Stopwatch, is_faster, profiled
+from deploy.tune.measure import BASE, Place, Stopwatch, is_faster, profiled
 from deploy.tune.units import Unit
 
 
@@ -22,14 +22,14 @@ def children() -> set[int]:
 
 def test_processes_are_kept_for_the_next_measurement_and_end_with_the_stopwatch(net: Artifact, shared_lenet5: Artifact) -> None:
     before = children()
-    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {"fp32": net}) as watch:
+    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {BASE: net}) as watch:
         first = watch.measure({"a": net, "b": shared_lenet5}, 6)
         started = children() - before
         second = watch.measure({"b": net, "a": shared_lenet5}, 6)
         third = watch.measure({"c": shared_lenet5}, 6)
         assert children() - before == started
     assert children() == before
-    for ratio in (first.ratio("a", "b"), second.ratio("b", "a"), third.ratio("fp32", "c")):
+    for ratio in (first.ratio("a", "b"), second.ratio("b", "a"), third.ratio(BASE, "c")):
         assert ratio.value < 0.9  # lenet5 takes longer than the net
 
 
@@ -39,7 +39,7 @@ def measured(times_s: dict[str, list[float]]) -> Measured[str]:
     return Measured(
         [
             Round({name: Turn(samples_s=[of[index]] * 5, use=use) for name, of in times_s.items()})
-            for index in range(len(times_s["fp32"]))
+            for index in range(len(times_s[BASE]))
         ],
         quiet=True,
     )
@@ -56,13 +56,13 @@ def measured(times_s: dict[str, list[float]]) -> Measured[str]:
     ],
 )
 def test_a_mix_is_faster_where_the_rounds_show_it(mix: list[float], expected: bool | None) -> None:
-    assert is_faster(measured({"fp32": [1.0] * 12, "mix": mix}), "mix") is expected
+    assert is_faster(measured({BASE: [1.0] * 12, "mix": mix}), "mix") is expected
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.9, True), (1.2, False)])
 def test_what_others_do_to_both_is_no_reason_for_doubt(share: float, expected: bool) -> None:
     slowed = [1.0, 1.0, 3.0] * 4
-    found = measured({"fp32": slowed, "mix": [share * time for time in slowed]})
+    found = measured({BASE: slowed, "mix": [share * time for time in slowed]})
     assert is_faster(found, "mix") is expected
 
 
@@ -73,7 +73,7 @@ def test_rounds_are_taken_until_it_is_clear_what_they_show(net: Artifact) -> Non
         counts.append(len(found.rounds))
         return len(counts) == 3
 
-    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {"fp32": net}) as watch:
+    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {BASE: net}) as watch:
         watch.measure({"a": net}, 2, 20.0, is_clear)
         assert counts[0] >= 2
         assert counts == sorted(set(counts))
@@ -85,10 +85,10 @@ def test_rounds_are_taken_until_it_is_clear_what_they_show(net: Artifact) -> Non
 def test_no_process_is_left_where_an_artifact_does_not_open(net: Artifact, lenet5: Artifact) -> None:
     (lenet5.path / ONNX).write_bytes(b"rubbish")
     place, before = Place.of(net, "onnxruntime", SessionOptions(threads=1), None), children()
-    with Stopwatch(place, {"fp32": net}) as watch, pytest.raises(ArtifactError):
+    with Stopwatch(place, {BASE: net}) as watch, pytest.raises(ArtifactError):
         watch.measure({"a": net, "b": lenet5}, 2)
     with pytest.raises(ArtifactError):
-        Stopwatch(place, {"fp32": net, "b": lenet5})
+        Stopwatch(place, {BASE: net, "b": lenet5})
     assert children() == before
 
 

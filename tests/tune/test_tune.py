@@ -21,7 +21,7 @@ from deploy.pipeline.quantize import QuantizeStage
 from deploy.runtime.session import SessionOptions
 from deploy.tune import search
 from deploy.tune import tune as stage
-from deploy.tune.measure import Place
+from deploy.tune.measure import OnnxMixes, Place
 from deploy.tune.page import render
 from deploy.tune.text import text
 from deploy.tune.tune import tune
@@ -98,7 +98,7 @@ def test_a_search_that_is_repeated_measures_nothing_again_and_comes_to_the_same_
     tuned: Artifact, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "_times", lambda *given: pytest.fail("the units were timed again"))
-    monkeypatch.setattr(search, "damage_alone", lambda *given: pytest.fail("a unit was measured again"))
+    monkeypatch.setattr(OnnxMixes, "damage_alone", lambda *given: pytest.fail("a unit was measured again"))
     monkeypatch.setattr("deploy.evaluation.gate.Reference.compared", lambda *given: pytest.fail("a file was tested again"))
     again = search_of(net, images, tmp_path / "again", minutes=5.0)
 
@@ -138,7 +138,8 @@ def test_where_no_mix_passes_the_result_is_the_artifact_in_floating_point_and_wh
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt"}, "mixes cannot be measured on tensorrt: name a backend that runs ONNX files"),
+        ({"backend": "eager"}, "mixes cannot be measured on eager: name a backend that runs ONNX files or engines"),
+        ({"backend": "null"}, "mixes cannot be measured on null"),
         ({"backend": "openvinno"}, "unknown backend 'openvinno'"),
         ({"max_drop": 0.5}, r"64 images of .*eval cannot show that at most 0\.5 points are lost.*: give [\d,]+ or more"),
         ({"min_sqnr": 20.0}, "`min_sqnr` is of `metric` sqnr"),

@@ -93,13 +93,17 @@ class CalibratedGraph:
     feeds: list[Feed]
     expected: list[Feed]
 
-    def placement(self) -> Placement:
-        """Where pairs go if every layer is quantized that can be."""
-        return _placed(self.model, self.selection, self.known.noisy, self.known.scales)
+    def placement(self, engine: Profile | None = None) -> Placement:
+        """Where pairs go if every layer is quantized that can be. engine: as of `quantize_onnx`."""
+        placement = _placed(self.model, self.selection, self.known.noisy, self.known.scales)
+        return _without_slow(self, placement, self.known.noisy, engine)[0]
 
-    def quantized(self, *, stay: Mapping[str, str], cpu: bool) -> Quantized:
-        """A quantized copy in which the nodes of `stay`, by name with the reason, are in floating point. Raises PrecisionError."""
-        return _quantized(replace(self, model=self.model.clone()), stay=stay, cpu=cpu, engine=None)
+    def quantized(self, *, stay: Mapping[str, str], cpu: bool, engine: Profile | None = None) -> Quantized:
+        """A quantized copy in which the nodes of `stay`, by name with the reason, are in floating point. cpu, engine: as of `quantize_onnx`.
+
+        Raises PrecisionError.
+        """
+        return _quantized(replace(self, model=self.model.clone()), stay=stay, cpu=cpu, engine=engine)
 
 
 def quantize_onnx(
@@ -316,10 +320,7 @@ def _quantized(graph: CalibratedGraph, *, stay: Mapping[str, str], cpu: bool, en
     placement = _placed(model, selection, left, known.scales)
     form = cpu_form(model, placement, known, per_tensor=options.per_tensor) if cpu else None
     half = options.floats == "fp16"
-    slow = _slow_in_engine(model, placement, selection.codes, engine) if engine is not None else {}
-    small = subnormal_scales(model, placement, known.scales, codes, per_tensor=options.per_tensor) if half else {}
-    if slow or half:
-        placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **left}, known.scales)
+    placement, slow = _without_slow(graph, placement, left, engine)
     smallest = SMALLEST_FP16 if half else 0.0
     scales = {tensor: max(scale, smallest) for tensor, scale in known.scales.items()}
     unrun = {each.node for each in placement.excluded if each.reason == _UNRUN}
@@ -350,6 +351,21 @@ def _quantized(graph: CalibratedGraph, *, stay: Mapping[str, str], cpu: bool, en
         expected=graph.expected,
         stored=stored,
     )
+
+
+def _without_slow(
+    graph: CalibratedGraph, placement: Placement, left: Mapping[str, str], engine: Profile | None
+) -> tuple[Placement, dict[str, str]]:
+    """`placement`, which leaves out the nodes of `left`, without those that are slow in an engine, which are the second, and those that
+    FP16 beside them keeps in FP32."""
+    model, selection, known, options = graph.model, graph.selection, graph.known, graph.options
+    half = options.floats == "fp16"
+    slow = _slow_in_engine(model, placement, selection.codes, engine) if engine is not None else {}
+    codes = CODES[selection.codes]
+    small = subnormal_scales(model, placement, known.scales, codes, per_tensor=options.per_tensor) if half else {}
+    if slow or half:
+        placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **left}, known.scales)
+    return placement, slow
 
 
 def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, profile: Profile) -> dict[str, str]:

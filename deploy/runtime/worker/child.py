@@ -55,7 +55,7 @@ class Worker:
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Handle one request; the reply."""
         if self._opened is None or request.get("do") == "open":
-            self._close()
+            self.close()
             options = SessionOptions(**request["options"])
             start = time.perf_counter()
             artifact = open_artifact(request["artifact"])
@@ -63,7 +63,8 @@ class Worker:
             return {"load_s": time.perf_counter() - start}
         return self._answer(*self._opened, request)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the session, if one is open."""
         if self._opened is not None:
             self._opened[1].close()
             self._opened, self._samples, self._feeds = None, [], iter(())
