@@ -24,7 +24,7 @@ from deploy.tune.options import TuneOptions
 
 SCHEMA = 2
 NOT_HERE = ("fp8", "fp16", "keep_below", "min_share")
-"""Options of `quantize` that make no mix of INT8 and FP32, or say how much of it must be which: that is what is searched."""
+"""Options of `quantize` that follow from the backend, or say how much of a mix must be which: that is what is searched."""
 
 
 @click.command("tune")
@@ -51,7 +51,7 @@ def command(
     Each unit of layers is timed in INT8 on the backend that the artifact is for, and its damage measured. Mixes of several budgets are
     solved for, built, timed beside floating point, and tested, the safest first, until one is not shown to keep within the limit. The
     fastest mix that passed becomes the artifact; where none is faster than floating point, the artifact stays in floating point, and the
-    output says why.
+    output says why. On TensorRT mixes are engines of INT8, or FP8, and FP16.
     """
     if calib is None:
         raise UsageError("say which images to calibrate on: --calib IMAGEFOLDER")

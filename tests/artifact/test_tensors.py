@@ -9,6 +9,7 @@ from deploy.artifact.tensors import (
     ShapeRange,
     TensorSpec,
     batch_dim,
+    batch_range,
     default_dims,
     default_profile,
     format_shape,
@@ -149,6 +150,18 @@ def test_a_first_dimension_that_is_not_the_batch_has_no_size_of_its_own():
     assert default_dims(specs, [], known={"T": 7}, remedy="say it") == {"T": 7, "N": 1}
     with pytest.raises(UsageError, match="gives 'T' a size: say it"):
         default_dims(specs, [], known={}, remedy="say it")
+
+
+def test_the_range_of_the_batch_is_that_of_the_first_input_that_has_it_in_the_profile():
+    specs = [spec("mask", (1, 7)), spec("x", ("T", "N", 3)), spec("y", ("N", 2))]
+    profile = {
+        "x": ShapeRange(min=(5, 2, 3), opt=(5, 4, 3), max=(9, 8, 3)),
+        "y": ShapeRange(min=(2, 2), opt=(4, 2), max=(8, 2)),
+    }
+    assert batch_range(specs, profile) == (2, 8)
+    assert batch_range(specs[::2], {"y": profile["y"]}) == (2, 8)
+    assert batch_range(specs, {}) is None
+    assert batch_range([spec("x", (4, 3))], {"x": ShapeRange(min=(4, 3), opt=(4, 3), max=(4, 3))}) is None
 
 
 def test_the_default_profile_ranges_over_the_batch():
