@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from deploy.artifact.artifact import Artifact
 from deploy.errors import BackendError
@@ -43,6 +44,7 @@ class EagerSession(Session):
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         super().__init__(artifact, options, device=device_named(options.device))
+        self._home = torch.device(self.device)
         self._variant = options.variant
         if "cuda_graph" in options.variant and self.device == "cpu":
             raise BackendError(
@@ -70,8 +72,17 @@ class EagerSession(Session):
     def _prepare(self, module: torch.nn.Module) -> Any:
         """The function to call in place of the module."""
         if "cuda_graph" in self._variant:
-            return CudaGraphs(lambda inputs: flatten(module(*inputs)), torch.device(self.device))
+            return CudaGraphs(lambda inputs: flatten(module(*inputs)), self._home)
         return module
+
+    def _run_torch(self, feed: Mapping[str, Any]) -> Sequence[Any]:
+        home, device = self._home, feed[self._input_names[0]].device
+        if device != home or len(feed) > 1:
+            feed = {name: x if x.device == home else x.to(home) for name, x in feed.items()}
+        # A tensor made in inference mode cannot be changed in place outside it; a second tensor on the same memory can. From the
+        # tensor itself, from_dlpack takes 20 µs longer, and on a GPU orders streams that are one.
+        results = [from_dlpack(to_dlpack(x)) for x in self._compute(feed)]
+        return results if device == home else [x.to(device) for x in results]
 
     def _compute(self, feed: Mapping[str, Any]) -> Sequence[Any]:
         module = self._module
@@ -101,6 +112,8 @@ class EagerSession(Session):
 
     def _adapt(self, x: torch.Tensor) -> torch.Tensor:
         """An input in the dtype and memory format of the module."""
+        if self._half is None and not self._channels_last:
+            return x
         dtype = self._half if self._half is not None and x.is_floating_point() else x.dtype
         if self._channels_last and x.dim() == 4:
             return x.to(dtype, memory_format=torch.channels_last)
@@ -129,7 +142,7 @@ class EagerSession(Session):
         times = []
         for run in range(WARMUPS + runs):
             marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self._home):
                 staged = {name: pinned(x) for name, x in feed.items()}
                 marks[0].record()
                 inputs = {name: x.to(self.device, non_blocking=True) for name, x in staged.items()}
@@ -139,7 +152,7 @@ class EagerSession(Session):
                 for result in results:
                     to_host(result)
                 marks[3].record()
-                wait_for_device(torch.device(self.device))
+                wait_for_device(self._home)
             if run >= WARMUPS:
                 times.append([before.elapsed_time(after) for before, after in itertools.pairwise(marks)])
         h2d_ms, gpu_ms, d2h_ms = (statistics.median(part) for part in zip(*times, strict=True))
