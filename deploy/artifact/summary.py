@@ -166,7 +166,7 @@ def tuning_text(tuning: Tuning) -> str:
     where = f"on {tuning.backend}, batch {tuning.batch}"
     point = next((each for each in tuning.points if each.name == tuning.result), None)
     if point is None or point.speedup is None:
-        return f"floating point {where}"
+        return f"{'floating point' if tuning.floats == 'fp32' else tuning.floats.upper()} {where}"
     return f"{point.name}: {len(point.int8)} of {count_of(len(tuning.units), 'unit')} in {tuning.codes.upper()}, {speedup_text(point, ' times as fast as floating point')} {where}"
 
 

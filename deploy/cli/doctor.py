@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
         lines.append(f"torch     missing: {torch['reason']}")
     else:
         lines.append(f"torch     {torch['version']}, built for CUDA {torch['cuda']}: {cuda}")
-    lines.append(f"C++       {report['compiler'] or 'none: ' + report['compiler_missing']}")
+    lines.append(f"C++       {': '.join(filter(None, (report['compiler'] or 'none', report['compiler_missing'])))}")
     for title, key in (("backend", "backends"), ("builder", "flavours"), ("optional", "optional")):
         for entry in report[key]:
             state = (

@@ -9,20 +9,16 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.image_ops import image_name
 from deploy.artifact.manifest import Manifest
 from deploy.artifact.preprocess import IMAGE_DTYPES, PRESET_NAMES, Preprocess
-from deploy.artifact.tensors import TensorSpec, batch_range, format_shape, format_specs
+from deploy.artifact.tensors import TensorSpec, format_shape, format_specs
 from deploy.errors import UsageError, UserCodeError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInput:
-    """An image input of an artifact, with the preprocessing that makes it of an image file.
-
-    most: the largest batch that it takes, None for any.
-    """
+    """An image input of an artifact, with the preprocessing that makes it of an image file."""
 
     spec: TensorSpec
     preprocess: Preprocess
-    most: int | None = None
 
     def load(self, source: Path | bytes) -> np.ndarray:
         """One preprocessed image, of a file or its bytes, without the batch dimension; float32, or as the user's function has it.
@@ -79,14 +75,13 @@ class ImageInput:
 
         Raises UsageError if `wanted` is below 1.
         """
-        singly = "" if self.of_one_size else "the preprocessing leaves them in many sizes"
-        return batch_size(self.spec, wanted, singly, self.most)
+        return batch_size(self.spec, wanted, "" if self.of_one_size else "the preprocessing leaves them in many sizes")
 
 
-def batch_size(spec: TensorSpec, wanted: int, singly: str, most: int | None) -> tuple[int, str]:
+def batch_size(spec: TensorSpec, wanted: int, singly: str) -> tuple[int, str]:
     """The batch size to use in place of `wanted` for an input, and the reason if it is another, else "".
 
-    singly: why images go one by one, or "". most: the largest that the model takes. Raises UsageError if `wanted` is below 1.
+    singly: why images go one by one, or "". Raises UsageError if `wanted` is below 1.
     """
     if wanted < 1:
         raise UsageError(f"the batch size must be 1 or more, not {wanted}")
@@ -95,17 +90,7 @@ def batch_size(spec: TensorSpec, wanted: int, singly: str, most: int | None) -> 
         return batch, "" if batch == wanted else f"the model takes batches of {batch} only"
     if singly:
         return 1, "" if wanted == 1 else f"images go one by one, because {singly}"
-    if most is not None and wanted > most:
-        return most, f"it takes batches of at most {most}"
     return wanted, ""
-
-
-def largest_batch(manifest: Manifest) -> int | None:
-    """The largest batch that an engine or a package takes; None for a fixed one, and for an ONNX file, which takes any."""
-    if manifest.kind == "onnx":
-        return None
-    ranges = [found for profile in manifest.profiles if (found := batch_range(manifest.inputs, profile)) is not None]
-    return max((most for _, most in ranges), default=None)
 
 
 def image_input(artifact: Artifact) -> ImageInput:
@@ -135,10 +120,7 @@ def image_inputs(artifact: Artifact) -> list[ImageInput]:
         )
     specs = {spec.name: spec for spec in manifest.inputs}
     made = {first.name: manifest.preprocess, **manifest.other_images}
-    most = largest_batch(manifest)
-    return [
-        ImageInput(spec=specs[name], preprocess=preprocess.within(artifact.path), most=most) for name, preprocess in made.items()
-    ]
+    return [ImageInput(spec=specs[name], preprocess=preprocess.within(artifact.path)) for name, preprocess in made.items()]
 
 
 def takes_images(spec: TensorSpec) -> bool:

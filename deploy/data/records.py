@@ -74,8 +74,7 @@ class RecordInput:
         """
         dynamic = next((spec.name for spec in self.values if any(isinstance(dim, str) for dim in spec.shape[1:])), None)
         singly = "" if all(image.of_one_size for image in self.images) else "the preprocessing leaves them in many sizes"
-        singly = singly or (f"{dynamic!r} may be of many sizes" if dynamic else "")
-        return batch_size(self.specs[0], wanted, singly, self.images[0].most)
+        return batch_size(self.specs[0], wanted, singly or (f"{dynamic!r} may be of many sizes" if dynamic else ""))
 
 
 def record_input(artifact: Artifact, folders: Sequence[Path]) -> RecordInput:

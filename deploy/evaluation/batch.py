@@ -22,6 +22,7 @@ from deploy.errors import BackendError, DataError, DeployError, InputError, Usag
 from deploy.evaluation.classifier import warn_if_null
 from deploy.evaluation.detector import placement_of
 from deploy.evaluation.many_options import BatchOptions
+from deploy.evaluation.profiles import filled, filled_rows, nearest_batch
 from deploy.evaluation.results import Reader, Result
 from deploy.runtime.load import load
 from deploy.words import as_utf8
@@ -82,6 +83,7 @@ class Predictor:
             for image in self._images.images:
                 image.preprocess.load_function()
         self._session = load(artifact, options.backend, options.device, threads=options.threads)
+        self._size, _ = nearest_batch(self._session, self._size, "")
         warn_if_null(self._session.backend)
         workers = options.workers or min(8, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
@@ -149,7 +151,7 @@ class Predictor:
         if not items:
             return
         rows = len(items)
-        index = np.arange(self._size if self._is_fixed else rows).clip(max=rows - 1)
+        index = np.arange(self._size if self._is_fixed else filled_rows(self._session, rows)).clip(max=rows - 1)
         try:
             feed = {name: np.stack([loaded[0][name] for _, loaded in items])[index] for name in items[0][1][0]}
             outputs = self._session.run(feed)
@@ -170,10 +172,11 @@ class Predictor:
         row = 0
         try:
             arrays, _ = read_npz(item.path, self._artifact.manifest.inputs)
-            for feed in fit_feed(arrays, self._artifact.manifest.inputs, self._options.batch_size, str(item.path)):
+            size, _ = nearest_batch(self._session, self._options.batch_size, "")
+            for feed in fit_feed(arrays, self._artifact.manifest.inputs, size, str(item.path)):
                 count = len(next(iter(feed.values())))
                 if row + count > item.start:
-                    outputs, skipped = self._session.run(feed), max(item.start - row, 0)
+                    outputs, skipped = self._session.run(filled(self._session, feed)), max(item.start - row, 0)
                     named = [Row(path=as_utf8(item.path), row=row + at) for at in range(skipped, count)]
                     rest = {name: array[skipped:count] for name, array in outputs.items()}
                     yield self._reading.submit(self._read, named, rest, [None] * len(named))

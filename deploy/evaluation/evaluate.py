@@ -19,6 +19,7 @@ from deploy.evaluation.differences import Differences
 from deploy.evaluation.labelled import Batch, Skip, run_batch
 from deploy.evaluation.metric import ClassScore, Confusion, Metric
 from deploy.evaluation.options import IGNORE, MetricOptions
+from deploy.evaluation.profiles import nearest_batch
 from deploy.evaluation.scoring import FIDELITY, Scoring, scoring
 from deploy.evaluation.topk import TopK
 from deploy.progress import Progress, silent
@@ -29,8 +30,6 @@ from deploy.words import count_of
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-BATCH = 32
-"""The batch size, unless another one is asked for."""
 CONFUSIONS = 10
 """The most frequent confusions that are listed."""
 
@@ -119,7 +118,7 @@ def evaluate(
     ignore_index: int = IGNORE,
     against: Artifact | Path | str | None = None,
     backend: str = "auto",
-    batch_size: int = BATCH,
+    batch_size: int = 32,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress = silent,
@@ -186,7 +185,7 @@ def measure(
     *,
     against: Artifact | None = None,
     backend: str = "auto",
-    batch_size: int = BATCH,
+    batch_size: int = 32,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress = silent,
@@ -195,9 +194,10 @@ def measure(
     """`evaluate` with a metric and data that were read for `artifact`."""
     data = found.data
     size, reason = data.batch_size(batch_size)
-    what = f"evaluating {artifact.manifest.name}" + (f" ({reason})" if reason else "")
     with ExitStack() as stack:
         session = stack.enter_context(load(artifact, backend, device, threads=threads))
+        size, reason = nearest_batch(session, size, reason)
+        what = f"evaluating {artifact.manifest.name}" + (f" ({reason})" if reason else "")
         warn_if_null(session.backend)
         second = None if against is None else stack.enter_context(_Other.opened(against, found, device, threads))
         _try_out(session, second, found, size, skip)

@@ -10,10 +10,9 @@ from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Accuracy, Manifest, Score
 from deploy.artifact.summary import drop_text, number_text, range_text, score_text
 from deploy.artifact.tuning import Verdict
-from deploy.data.images import largest_batch
 from deploy.errors import AccuracyError, BackendError, UsageError
 from deploy.evaluation.annotated import labelled
-from deploy.evaluation.evaluate import BATCH, Evaluation, measure
+from deploy.evaluation.evaluate import Evaluation, measure
 from deploy.evaluation.intervals import wilson
 from deploy.evaluation.labelled import Remembered, files_request
 from deploy.evaluation.options import MetricOptions
@@ -269,7 +268,6 @@ def _taken(manifest: Manifest) -> tuple[Any, ...]:
         manifest.other_images,
         manifest.classes,
         manifest.decode,
-        min(largest_batch(manifest) or BATCH, BATCH),
     )
 
 

@@ -19,6 +19,7 @@ from deploy.data.npz_folder import LABEL, read_npz, read_npz_folder
 from deploy.data.records import RecordInput
 from deploy.errors import BackendError, DataError, InputError
 from deploy.evaluation.metric import Kind
+from deploy.evaluation.profiles import filled
 from deploy.evaluation.segmenter import plane
 from deploy.runtime.session import Session
 from deploy.words import as_utf8, printable
@@ -312,9 +313,9 @@ def files_request(data: Labelled) -> list[list[Any]]:
 
 
 def run_batch(session: Session, batch: Batch, skip: Skip | None) -> Feed | None:
-    """The results of a batch; None where it is one file that the model does not run with and `skip` takes the error."""
+    """The results of a batch, which may be more rows than it has files; None where it is one file that the model does not run with and `skip` takes the error."""
     try:
-        return dict(session.run(batch.feed))
+        return dict(session.run(filled(session, batch.feed)))
     except (InputError, BackendError) as error:
         if skip is None or len(set(batch.files)) != 1:
             raise

@@ -23,6 +23,7 @@ from deploy.evaluation.detector import boxes_json, detect, named_boxes, placemen
 from deploy.evaluation.differences import shown
 from deploy.evaluation.labelled import Batch, Skip, run_batch
 from deploy.evaluation.pictures import OUTSIDE, boxed, mask_image, picture
+from deploy.evaluation.profiles import nearest_batch
 from deploy.evaluation.segmenter import picture_map, shares
 from deploy.evaluation.tasks import task_of
 from deploy.progress import Progress, silent
@@ -134,11 +135,12 @@ def predict(
     }
     source = record_input(artifact, [folder for _, folder, _ in found])
     size, reason = source.batch_size(batch_size)
-    what = f"predicting with {artifact.manifest.name}" + (f" ({reason})" if reason else "")
     samples = [(file, index) for index, file in enumerate(files)]
     predictions: list[Any] = []
     with load(artifact, backend, device, threads=threads) as session:
         warn_if_null(session.backend)
+        size, reason = nearest_batch(session, size, reason)
+        what = f"predicting with {artifact.manifest.name}" + (f" ({reason})" if reason else "")
         for feed, rows in image_batches(source, samples, size, skip=skip):
             results = run_batch(session, Batch(feed, rows, tuple(files[row] for row in rows)), skip)
             if results is None:

@@ -10,6 +10,12 @@ from pathlib import Path
 NO_COMPILER = "needs a C++ compiler, and there is none: install g++ (apt-get install g++), or name one in CXX"
 """What to say of what needs one."""
 
+STATIC = (
+    "it puts a copy of the C++ library into every package, and a process with several copies crashes: install a g++ that links it"
+    " dynamically (apt-get install g++), or name one in CXX"
+)
+"""What to say of a compiler that `is_static`."""
+
 _PROBE = '#include <locale>\nextern "C" bool probe() { return std::has_facet<std::collate<char>>(std::locale()); }\n'
 _LIBRARIES = (b"libstdc++.so", b"libc++.so")
 _PROBE_S = 60

@@ -12,7 +12,7 @@ from torch import nn
 
 from deploy.artifact.tensors import Profile, TensorSpec
 from deploy.errors import BackendError, ExportError
-from deploy.host.compiler import NO_COMPILER, cxx_compiler, is_static
+from deploy.host.compiler import NO_COMPILER, STATIC, cxx_compiler, is_static
 from deploy.intake.adaptive_pools import AdaptivePools
 from deploy.intake.attribute_names import any_attribute_name
 from deploy.intake.call import dynamic_shapes
@@ -138,10 +138,7 @@ def check_compiler(device: str) -> None:
     if compiler is None:
         raise BackendError(f"AOTInductor {NO_COMPILER}")
     if is_static(compiler):
-        raise BackendError(
-            f"{compiler} puts a copy of the C++ library into every package, and a process with several copies crashes: install"
-            " a g++ that links it dynamically (apt-get install g++), or name one in CXX"
-        )
+        raise BackendError(f"AOTInductor cannot use {compiler}: {STATIC}")
     if device != "cpu" and cpp_extension.CUDA_HOME is None:
         raise BackendError(
             "AOTInductor builds for a GPU with the headers of the CUDA toolkit, and there are none: install it, or name its folder"

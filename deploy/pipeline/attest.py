@@ -113,7 +113,9 @@ def engine_parity(session: Session, engine: Artifact, gpu: str, tolerance: Toler
         expected = reference({name: _as_fp32(array) for name, array in feed.items()})
         references.append(expected)
         cases.append(
-            compare(session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.shown}")
+            compare(
+                session.run(feed), expected, tolerance, data="random", batch=size, what=f"the engine for {engine.manifest.name}"
+            )
         )
     return Parity(
         against=manifest.files[ONNX].sha256,

@@ -95,8 +95,10 @@ def capture(
         # thread_local: other threads may allocate memory meanwhile.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = function()
-    except Exception as error:  # the module may do anything that a graph cannot hold
+    except BaseException as error:  # the module may do anything that a graph cannot hold, and Ctrl-C may come
         _end(graph, stream, pool)
+        if not isinstance(error, Exception):
+            raise
         raise BackendError(
             f"the module cannot be captured in a CUDA graph: {type(error).__name__}: {first_line(error)}; leave out cuda_graph"
         ) from error

@@ -12,7 +12,7 @@ from deploy.engine.compatibility import rtx_refusal
 from deploy.engine.cuda.driver import has_gpu
 from deploy.engine.flavour import load_flavour
 from deploy.errors import DeployError
-from deploy.host.compiler import NO_COMPILER, cxx_compiler
+from deploy.host.compiler import NO_COMPILER, STATIC, cxx_compiler, is_static
 from deploy.host.cpu import cpu_model, usable_cores
 from deploy.host.extras import EXTRAS
 from deploy.host.nvidia_smi import list_gpus
@@ -52,12 +52,19 @@ def examine() -> dict[str, Any]:
         "gpus_missing": reason,
         "torch": _torch(),
         "compiler": cxx_compiler(),
-        "compiler_missing": None if cxx_compiler() else f"`deploy build-aoti` {NO_COMPILER}",
+        "compiler_missing": _without_compiler(),
         "backends": [_backend(name, no_gpu or (no_rtx if name == _RTX else None)) for name in listed],
         "flavours": [_flavour(name, no_rtx if name == _RTX else None) for name in FLAVOURS],
         "optional": [_optional(name) for name in OPTIONAL],
         "extras": [_extra(name) for name in EXTRAS],
     }
+
+
+def _without_compiler() -> str | None:
+    compiler = cxx_compiler()
+    if compiler is None:
+        return f"`deploy build-aoti` {NO_COMPILER}"
+    return f"`deploy build-aoti` cannot use it: {STATIC}" if is_static(compiler) else None
 
 
 def _torch() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,13 @@ class EngineSetting:
     gpu: list[str]
 
     @classmethod
-    def of(cls, source: Artifact, backend: str, shapes: Sequence[str], *, fp8: bool) -> "EngineSetting":
+    def of(cls, source: Artifact, backend: str, device: str, shapes: Sequence[str], *, fp8: bool) -> "EngineSetting":
         """Raises UsageError where no engine can be built from `source` with these shapes, BackendError where none can run here."""
         check_engine_source(source)
+        if device not in ("auto", "cuda", "cuda:0"):
+            raise UsageError(
+                f"engines are built and timed on cuda:0, not on {device}: CUDA_VISIBLE_DEVICES says which GPU that is"
+            )
         flavour = load_flavour(split_backend(backend)[0].name)
         profiles = make_profiles(shapes, source.manifest.inputs, source.manifest.profiles)
         gpu = gpu_identity()
@@ -62,19 +66,19 @@ class EngineSetting:
             raise BackendError(refusal)
         return cls(flavour=flavour, profiles=profiles, options=checked(flavour, BuildOptions(), fp8=fp8), gpu=gpu)
 
-    def feeds(self, source: Artifact, data: CalibrationSet, wanted: int) -> list[Feed]:
-        """The rows that damage is measured on, as many at a time as engines take, near `wanted`.
-
-        Raises UsageError where there are fewer than the least batch of the engines.
-        """
+    def rows_at_a_time(self, source: Artifact, wanted: int) -> int:
+        """The rows that damage is measured on at a time: the nearest to `wanted` that the first profile takes."""
         found = batch_range(source.manifest.inputs, self.profiles[0])
-        if found is None:
-            return first_rows(data, wanted, ROWS)
-        low, high = found
-        size = min(max(wanted, low), high)
-        feeds = [feed for feed in first_rows(data, size, max(ROWS, size)) if row_count(feed) >= low]
+        return wanted if found is None else min(max(wanted, found[0]), found[1])
+
+    def feeds(self, source: Artifact, data: CalibrationSet, wanted: int) -> list[Feed]:
+        """The rows that damage is measured on. Raises UsageError where there are fewer than the least batch of the engines."""
+        size = self.rows_at_a_time(source, wanted)
+        feeds = first_rows(data, size, max(ROWS, size))
+        if (found := batch_range(source.manifest.inputs, self.profiles[0])) is not None:
+            feeds = [feed for feed in feeds if row_count(feed) >= found[0]]
         if not feeds:
-            raise UsageError(f"these engines take batches of {low} and more: give as many rows to calibrate on")
+            raise UsageError(f"the engines take batches of {size} and more: give as many rows to calibrate on, of one size")
         return feeds
 
 
@@ -104,10 +108,14 @@ class EngineMixes:
         self._kind: Kind = kind
         self._folder = folder
         self._typed: dict[Path, Typed] = {}
+        # What FP16 beside codes keeps in floating point, and codes alone would not.
+        self._plain = dataclasses.replace(graph, options=dataclasses.replace(graph.options, fp16=False))
+        whole = self._plain.placement(self._profile)
+        self._kept = tuple(set(_quantized(whole)) - set(_quantized(self.placement())))
         self._expected = outputs(source, _ON_CPU, SessionOptions(), feeds)
         half = ConvertOptions(precision="fp16", profile=self._profile)
         typed = typed_graph(source, data, quantize=None, convert=half, profile=self._profile, progress=progress)
-        self.base = self._built("fp16", typed)
+        self.base = self.proved(self._built("fp16", typed), ())
 
     @property
     def _profile(self) -> Profile:
@@ -137,8 +145,8 @@ class EngineMixes:
         return damage(self._expected, outputs(mix, self.place.backend, self.place.options, self._feeds), self._kind)
 
     def damage_alone(self, stay: Sequence[str]) -> float:
-        plain = dataclasses.replace(self.graph, options=dataclasses.replace(self.graph.options, fp16=False))
-        quantized = plain.quantized(stay=dict.fromkeys(stay, STAYS), cpu=False, engine=self._profile)
+        left = dict.fromkeys((*stay, *self._kept), STAYS)
+        quantized = self._plain.quantized(stay=left, cpu=False, engine=self._profile)
         with ArtifactWriter(self._folder / "alone") as writer:
             for function in self._source.manifest.functions:
                 function.copy(self._source.path, writer.path)
@@ -174,3 +182,10 @@ class EngineMixes:
             progress=self._progress,
         )
         return Artifact(mix.path, manifest)
+
+
+def _quantized(placement: Placement) -> Iterator[str]:
+    """The nodes that read codes."""
+    yield from placement.nodes
+    for uses in placement.edges.values():
+        yield from (node for node, _ in uses)

@@ -91,7 +91,7 @@ class Weighed:
 def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progress: Progress) -> Weighed:
     """Measure what is not in the journal: the times, and the damage of every unit, the largest first, until its share of the time is over.
 
-    Raises PrecisionError, ParityError, BackendError and OutputError.
+    Raises PrecisionError, ParityError, EngineError, BackendError and OutputError.
     """
     units, pairs = units_of(made.graph.model, made.placement(), made.place.shapes(made.base))
     if journal.times is None:
@@ -122,7 +122,12 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
     sets = {
         name: chosen for name, chosen in halves.items() if chosen and chosen not in [*halves.values()][: [*halves].index(name)]
     }
-    mixes = {name: made.build(name, _others(units, chosen)) for name, chosen in sets.items()}
+    mixes: dict[str, Artifact] = {whole: made.build(whole, _others(units, names))}
+    for name in [name for name in sets if name != whole]:
+        try:
+            mixes[name] = made.build(name, _others(units, sets[name]))
+        except _REFUSED as error:
+            logger.warning("the cost model has to do without one mix (%s): %s", name, error)
     progress(f"profiling floating point and {whole.upper()}")
     floating: dict[str, float] | None = None
     int8: dict[str, float] | None = None
@@ -139,7 +144,11 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
     return MeasuredTimes(
-        mixes=[MeasuredMix(int8=chosen, share=shares[name].value, error=shares[name].error) for name, chosen in sets.items()],
+        mixes=[
+            MeasuredMix(int8=chosen, share=shares[name].value, error=shares[name].error)
+            for name, chosen in sets.items()
+            if name in mixes
+        ],
         floating=floating,
         int8=int8,
     )

@@ -14,14 +14,15 @@ import numpy as np
 from deploy.artifact.artifact import Artifact, parent_record
 from deploy.artifact.manifest import ONNX, WEIGHTS, Accuracy, Manifest, Stage
 from deploy.artifact.onnxfile import load_model, save_model
+from deploy.artifact.summary import accuracy_text
 from deploy.artifact.tensors import Feed, row_count
 from deploy.artifact.tuning import Stopped, Tuning
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet, calibration_set
 from deploy.data.evidence_feeds import first_rows
-from deploy.errors import BackendError, DataError, UsageError
+from deploy.errors import AccuracyError, BackendError, DataError, UsageError
 from deploy.evaluation.annotated import labelled
-from deploy.evaluation.gate import Reference
+from deploy.evaluation.gate import Reference, verdict_of
 from deploy.evaluation.options import IGNORE
 from deploy.host.cpu import cpu_model, has_vnni, usable_cores
 from deploy.options import collect
@@ -125,7 +126,7 @@ class TuneStage:
         self._quantizing = quantizing
         self._progress = progress
         self._backend = _backend(options.backend)
-        self._engines = _engines(source, self._backend, options)
+        self._engines = _engines(source, self._backend, session.device, options)
         profiles = self._engines.profiles if self._engines else ()
         self._place = Place.of(source, self._backend, session, options.batch, profiles, quantizing.precision)
         self._gate = options.gate(None if self._engines else self._backend)
@@ -137,12 +138,17 @@ class TuneStage:
         self._source.verify(weights=False)
         request = quantize_request(self._source, self._data, self._quantizing)
         if request is None:
+            if self._engines is not None:
+                raise UsageError(
+                    "engines are converted and compared on `calib` after the calibration: give what can be read again"
+                )
             return None
         place = self._place
         where = {"backend": place.backend, "version": _version(place.backend), "cpu": cpu_model(), "cores": usable_cores()}
         sizes = {"dims": dict(place.dims), "threads": place.options.threads, "device": place.options.device}
         if self._engines is not None:
             where |= {"gpu": self._engines.gpu, "profiles": msgspec.to_builtins(self._engines.profiles)}
+            where["rows"] = self._engines.rows_at_a_time(self._source, self._quantizing.batch_size)
         self._measuring = {**request, **where, **sizes, "kind": self._kind}
         return {**self._measuring, "gate": self._gate.request(self._source), "minutes": self._options.minutes}
 
@@ -193,14 +199,27 @@ class TuneStage:
                     raise
                 if (built := points[place].artifact) is not None:
                     break
+            accuracy = accuracies.get(choice.name)
+            if built is None and self._engines is not None:
+                built, accuracy, choice = self._half(made, reference, choice)
             tuning = self._tuning(choice, weighed, points, p50_ms, sum(map(row_count, feeds)), stopped)
             if tuning.stopped is not None:
                 stage = msgspec.structs.replace(stage, request=secrets.token_hex(32))  # the next call goes on
-            if built is None and self._engines is not None:
-                built = made.proved(made.base, ())
             if built is None:
                 return self._floating_point(writer, stage, tuning)
-            return _delivered(source, built, writer, stage, accuracies.get(choice.name), tuning)
+            return _delivered(source, built, writer, stage, accuracy, tuning)
+
+    def _half(self, made: Mixes, reference: Reference, choice: Choice) -> tuple[Artifact, Accuracy, Choice]:
+        """The engine in FP16 as the result, with what it loses, which is not part of the test of mixes.
+
+        Raises AccuracyError where that is more than the limit.
+        """
+        accuracy = reference.compared(made.base, self._backend)
+        verdict, said = verdict_of(accuracy), accuracy_text(accuracy)
+        if verdict == "outside":
+            raise AccuracyError(f"{choice.because}, and neither does FP16 keep within the limit: {said}. Nothing was written")
+        shown = "keeps" if verdict == "inside" else "is not shown to keep"
+        return made.base, accuracy, choice._replace(because=f"{choice.because}; FP16 {shown} within the limit: {said}")
 
     def _feeds(self) -> list[Feed]:
         """The rows that damage is measured on."""
@@ -279,12 +298,12 @@ def _copy(artifact: Artifact, folder: Path, names: Iterable[str]) -> None:
         shutil.copyfile(artifact.path / name, folder / name)
 
 
-def _engines(source: Artifact, backend: str, options: TuneOptions) -> "EngineSetting | None":
+def _engines(source: Artifact, backend: str, device: str, options: TuneOptions) -> "EngineSetting | None":
     if not options.runs_engines:
         return None
     from deploy.tune.engines import EngineSetting  # loads what builds them
 
-    return EngineSetting.of(source, backend, options.shapes, fp8=options.fp8)
+    return EngineSetting.of(source, backend, device, options.shapes, fp8=options.fp8)
 
 
 def _backend(asked: str) -> str:

@@ -1,18 +1,15 @@
 import subprocess
 import sys
 
-import msgspec
 import numpy as np
 import pytest
 from onnx import TensorProto
 from PIL import Image
 
-from deploy.artifact.artifact import Artifact
 from deploy.artifact.preprocess import Preprocess
-from deploy.artifact.tensors import ShapeRange
 from deploy.data.image_folder import image_batches
-from deploy.data.images import image_input, largest_batch
-from deploy.data.records import RecordInput, record_input
+from deploy.data.images import image_input
+from deploy.data.records import RecordInput
 from deploy.errors import DataError, UsageError, UserCodeError
 
 
@@ -47,22 +44,6 @@ def with_function(tmp_path, make_artifact, text, *shape, dtype=TensorProto.FLOAT
     preprocess = Preprocess.load(f"{tmp_path / 'prep.py'}:f", None)
     Image.new("L", (4, 4), 7).save(tmp_path / "7.png")
     return image_input(make_artifact(tmp_path, shape, preprocess=preprocess, dtype=dtype))
-
-
-def test_an_engine_gets_no_larger_batches_than_the_largest_of_its_profiles(tmp_path, make_artifact):
-    artifact = make_artifact(tmp_path, ("N", 1, 4, 4))
-    name = artifact.manifest.inputs[0].name
-    profiles = [{name: ShapeRange(min=(low, 1, 4, 4), opt=(low, 1, 4, 4), max=(high, 1, 4, 4))} for low, high in ((1, 2), (3, 5))]
-    for kind, wanted, expected in (
-        ("engine", 32, (5, "it takes batches of at most 5")),
-        ("engine", 4, (4, "")),
-        ("package", 6, (5, "it takes batches of at most 5")),
-        ("onnx", 32, (32, "")),  # which any backend takes
-    ):
-        made = Artifact(artifact.path, msgspec.structs.replace(artifact.manifest, kind=kind, profiles=profiles))
-        assert image_input(made).batch_size(wanted) == expected
-        assert record_input(made, []).batch_size(wanted) == expected
-    assert largest_batch(msgspec.structs.replace(artifact.manifest, kind="engine", profiles=[])) is None
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_a_package_holds_no_copy_of_the_cxx_library(tmp_path: Path, monkeypatch:
         (library,) = [name for name in package.namelist() if name.endswith(".so")]
         assert b"libstdc++.so" in package.read(library)
     monkeypatch.setattr("deploy.host.compiler.shutil.which", lambda name: str(static))
-    with pytest.raises(BackendError, match=r"static-g\+\+ puts a copy of the C\+\+ library into every package.*name one in CXX$"):
+    with pytest.raises(
+        BackendError, match=r"static-g\+\+: it puts a copy of the C\+\+ library into every package.*name one in CXX$"
+    ):
         build(nn.Linear(4, 4), tmp_path / "other.pt2")
 
 

@@ -1,9 +1,11 @@
 """Mixes that run as engines, on the simulated GPU. TensorRT's parser reads every typed file; the engine is that file, on ONNX Runtime."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -15,8 +17,9 @@ from deploy.artifact.tuning import Tuning
 from deploy.engine.builder import BuiltEngine
 from deploy.engine.flavour import Flavour
 from deploy.engine.network import parse_network
-from deploy.errors import BackendError, EngineError, UsageError
+from deploy.errors import AccuracyError, BackendError, EngineError, UsageError
 from deploy.pipeline import build_trt
+from deploy.precision.int8.quantize import CalibratedGraph
 from deploy.runtime.load import open_session
 from deploy.tune import engines
 from deploy.tune.page import render
@@ -64,6 +67,13 @@ def types(path: Path) -> dict[str, set[int]]:
     graph = onnx.load(path).graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     return {node.name: {kinds[name] for name in node.input if name in kinds} for node in graph.node}
+
+
+def reading_codes(path: Path) -> set[str]:
+    """The layers of a Q/DQ graph that read codes."""
+    graph = onnx.load(path).graph
+    codes = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    return {node.name for node in graph.node if node.op_type in ("Conv", "Gemm") and not codes.isdisjoint(node.input)}
 
 
 def test_the_result_is_the_engine_that_was_timed_and_tested_with_the_evidence_of_build_trt(
@@ -127,7 +137,74 @@ def test_where_no_mix_passes_the_result_is_an_engine_in_fp16_with_its_evidence(
     assert manifest.engine_parity is not None
     assert (made.path / ENGINE).stat().st_size > (made.path / ONNX).stat().st_size
     assert "fp16 *" in text(made)
-    assert made.manifest.accuracy is None
+    assert "FP16 on tensorrt" in summary(made)
+    assert manifest.accuracy is not None
+    assert "; FP16 keeps within the limit: top-1" in record(made).because
+
+
+def test_fp16_that_loses_too_much_is_no_result(
+    simulated: Simulated, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.tune.certify.verdict_of", lambda found: "outside")
+    monkeypatch.setattr("deploy.tune.tune.verdict_of", lambda found: "outside")
+    with pytest.raises(AccuracyError, match=r"no mix is shown .*, and neither does FP16 keep within the limit: top-1"):
+        search_of(net, images, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_fp16_without_evidence_is_said_before_the_search(
+    simulated: Simulated, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attested(engine: Artifact, *given: Any, **options: Any) -> Any:
+        raise EngineError("the engine computes something else")
+
+    monkeypatch.setattr(engines, "attested", attested)
+    monkeypatch.setattr("deploy.tune.tune.weigh", lambda *given: pytest.fail("the search began"))
+    with pytest.raises(EngineError, match="the engine computes something else"):
+        search_of(net, images, tmp_path / "tuned")
+
+
+def test_a_mix_for_the_cost_model_that_is_not_built_is_done_without(
+    simulated: Simulated, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    original = engines.EngineMixes.build
+
+    def refusing(self: engines.EngineMixes, name: str, stay: Sequence[str]) -> Artifact:
+        if name in ("even", "odd", "first"):
+            raise EngineError("no kernel")
+        return original(self, name, stay)
+
+    monkeypatch.setattr(engines.EngineMixes, "build", refusing)
+    assert search_of(net, images, tmp_path / "tuned").manifest.kind == "engine"
+    assert "the cost model has to do without one mix (even): no kernel" in caplog.text
+
+
+def test_the_damage_of_a_unit_is_that_of_its_codes_and_of_no_others(
+    simulated: Simulated, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CalibratedGraph.placement
+    seen: list[set[str]] = []
+
+    def without_body(self: CalibratedGraph, engine: Any = None) -> Any:
+        """As if FP16 beside codes kept the second layer in FP32."""
+        if not self.options.fp16:
+            return original(self, engine)
+        stay = replace(self, known=replace(self.known, noisy={"body/Conv": "it overflows in FP16"}))
+        return original(stay, engine)
+
+    original_outputs = engines.outputs
+
+    def outputs(artifact: Artifact, *given: Any) -> Any:
+        if artifact.path.name == "alone":
+            seen.append(reading_codes(artifact.onnx_path))
+        return original_outputs(artifact, *given)
+
+    monkeypatch.setattr(CalibratedGraph, "placement", without_body)
+    monkeypatch.setattr(engines, "outputs", outputs)
+    made = search_of(net, images, tmp_path / "tuned")
+    units = [set(unit.nodes) for unit in record(made).units]
+    assert "body/Conv" not in set().union(*units)
+    assert sorted(map(sorted, seen)) == sorted(sorted(unit & {"stem/Conv", "head/Gemm"}) for unit in units)
 
 
 def test_an_engine_that_is_not_what_it_says_is_left_out_for_another(
@@ -137,7 +214,7 @@ def test_an_engine_that_is_not_what_it_says_is_left_out_for_another(
     refused: list[Path] = []
 
     def attested(engine: Artifact, *given: Any, **options: Any) -> Any:
-        if not refused:
+        if not refused and engine.manifest.precision == "int8":
             refused.append(engine.path)
             raise EngineError("50 % of the multiply-accumulates are INT8")
         return original(engine, *given, **options)
@@ -163,10 +240,11 @@ def test_damage_is_measured_on_rows_that_the_engines_take(
 ) -> None:
     made = search_of(net, images, tmp_path / "tuned", shapes=["x=1x1x12x12:1x1x12x12:1x1x12x12"], batch_size=8)
     assert record(made).rows == 32
-    made = search_of(net, images, tmp_path / "four", shapes=["x=5x1x12x12:5x1x12x12:8x1x12x12"], batch_size=2, batch=5)
+    made = search_of(net, images, tmp_path / "five", shapes=["x=5x1x12x12:6x1x12x12:7x1x12x12"], batch_size=2, batch=5)
+    assert any(point.verdict for point in record(made).points)  # 64 images: the last 1 fills no engine
     assert record(made).rows == 30
     assert record(made).batch == 5
-    with pytest.raises(UsageError, match="these engines take batches of 40 and more: give as many rows to calibrate on"):
+    with pytest.raises(UsageError, match="the engines take batches of 40 and more: give as many rows to calibrate on"):
         search_of(net, images, tmp_path / "many", shapes=["x=40x1x12x12"], batch=40)
 
 
@@ -177,6 +255,8 @@ def test_damage_is_measured_on_rows_that_the_engines_take(
         ({"shapes": ["z=1x1"]}, "`shapes`: unknown input 'z'"),
         ({"backend": "onnxruntime", "fp8": True}, "`shapes` and `fp8` are for engines: name the `backend` tensorrt"),
         ({"backend": "auto", "shapes": ["x=1x1x12x12"]}, "`shapes` and `fp8` are for engines"),
+        ({"device": "cuda:1"}, "engines are built and timed on cuda:0, not on cuda:1"),
+        ({"device": "cpu"}, "engines are built and timed on cuda:0, not on cpu"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(
@@ -198,3 +278,12 @@ def test_without_a_gpu_nothing_is_begun(net: Artifact, images: Path, tmp_path: P
         BackendError, match=r"no NVIDIA GPU here that tensorrt-rtx could run on|needs an NVIDIA GPU|no NVIDIA GPU"
     ):
         search_of(net, images, tmp_path / "out", backend="tensorrt-rtx")
+
+
+def test_data_that_can_be_read_only_once_is_refused_before_the_work(
+    simulated: Simulated, net: Artifact, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.tune.tune.calibrate_onnx", lambda *given: pytest.fail("the work began"))
+    feeds = ({"x": np.zeros((2, 1, 12, 12), np.float32)} for _ in range(4))
+    with pytest.raises(UsageError, match="give what can be read again"):
+        search_of(net, images, tmp_path / "tuned", calib=feeds)

@@ -2,6 +2,9 @@
 
 A capture empties the caches of torch's allocator and forbids its thread much of CUDA, so captures follow one another: those of
 engines, of eager sessions and of torch.compile. A wait for the whole device, by any thread, ends a capture that is under way.
+
+Not kept apart from captures: what other libraries wait for (ONNX Runtime's search for convolutions, TensorRT's builder), modules
+whose inner shapes depend on data, so that cuDNN searches at any run, and pycuda, which waits for the device to free memory.
 """
 
 import threading

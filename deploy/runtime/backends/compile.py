@@ -14,6 +14,7 @@ import torch
 from torch._C._autograd import DeviceType
 
 from deploy.artifact.artifact import Artifact
+from deploy.engine.cuda.capturing import capturing
 from deploy.runtime.backends.eager import EagerSession, flatten
 from deploy.runtime.catalog import BACKENDS
 from deploy.runtime.graph_trees import FIRST_RUNS, graph_trees
@@ -76,9 +77,14 @@ class CompileSession(EagerSession):
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
         for _ in range(WARMUPS):
             self.run(feed)
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        profile = torch.profiler.profile(activities=activities, acc_events=True)
+        profile.start()
+        try:
             for _ in range(runs):
                 self.run(feed)
+        finally:
+            with capturing:  # it waits for the whole device
+                profile.stop()
         layers = [
             LayerTime(
                 name=event.key,

@@ -45,7 +45,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Worker:
     """One session at a time, and the feeds that it is timed on in turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_process: bool = True) -> None:
+        """own_process: whether what its garbage collector does is nobody else's."""
+        self._own_process = own_process
         self._opened: tuple[Artifact, Session] | None = None
         self._made: tuple[object, list[Feed]] = None, []
         self._samples: list[Feed] = []
@@ -68,7 +70,8 @@ class Worker:
         if self._opened is not None:
             self._opened[1].close()
             self._opened, self._samples, self._feeds = None, [], iter(())
-            gc.unfreeze()
+            if self._own_process:
+                gc.unfreeze()
             gc.collect()
 
     def _answer(self, artifact: Artifact, session: Session, request: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +105,8 @@ class Worker:
         step = self._feeds.__next__
         self._run_s = settle(lambda: session.run(step()), limit_s=settle_s, first_s=first_s)
         gc.collect()
-        gc.freeze()
+        if self._own_process:
+            gc.freeze()
         return {"run_s": self._run_s, "first_s": first_s, "input_bytes": total_bytes(feeds), "inputs": len(feeds)}
 
     def _round(self, session: Session, seconds: float, most: int, warm_up: bool | None) -> dict[str, Any]:
@@ -112,13 +116,15 @@ class Worker:
         model that fits only one run into a round is timed at once. warm_up: None for that rule; else whether there is such a tenth.
         """
         run, step = session.run, self._feeds.__next__
+        collects = gc.isenabled()
         gc.disable()  # as timeit does
         try:
             if self._run_s < seconds if warm_up is None else warm_up:
                 sample(lambda: run(step()), seconds / 10)
             return {"samples_s": sample(lambda: run(step()), seconds, most)}
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
 
 
 def peak_bytes() -> int:

@@ -20,7 +20,7 @@ class WorkerHere(WorkerProcess):
         self.label = f"{artifact.shown} on {backend}"
         self.threads = 1  # the one that launches
         self._backend, self._options = backend, options
-        self._worker = Worker()
+        self._worker = Worker(own_process=False)
         self._reply: dict[str, Any] = {}
         self.reopen(artifact)
 
