@@ -109,6 +109,8 @@ def test_npz_files_without_labels_are_refused_at_once(model, tmp_path):
 class Refusing:
     """A session that runs nothing."""
 
+    backend = "onnxruntime"
+
     def run(self, feed):
         raise BackendError("it does not run")
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,8 @@ def test_what_packages_are_built_with_is_told(monkeypatch: pytest.MonkeyPatch) -
     report = doctor.examine()
     assert report["compiler"] is None
     assert "`deploy build-aoti` needs a C++ compiler, and there is none: install g++" in report["compiler_missing"]
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(doctor, "is_static", lambda compiler: True)
+    report = doctor.examine()
+    assert report["compiler"] == shutil.which("g++")
+    assert report["compiler_missing"].startswith("`deploy build-aoti` cannot use it: it puts a copy of the C++ library into")
