@@ -13,7 +13,6 @@ import onnx_ir as ir
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import Calibration, Exclusion, LayerNoise
 from deploy.artifact.onnxfile import load_model, save_model
-from deploy.artifact.onnxshapes import with_sizes
 from deploy.artifact.tensors import Feed, Profile, row_count
 from deploy.calibration.histogram import Histogram
 from deploy.calibration.thresholds import Method, threshold
@@ -21,7 +20,7 @@ from deploy.data.calibration_set import CalibrationSet
 from deploy.data.evidence_feeds import first_rows as first_feeds
 from deploy.errors import PrecisionError, UsageError
 from deploy.precision.checked import check_prepared
-from deploy.precision.codes import CODES, CodesName
+from deploy.precision.codes import CODES
 from deploy.precision.constants import FoldConstants
 from deploy.precision.half.keep import nodes_to_keep
 from deploy.precision.half.rewrite import ToHalf
@@ -40,7 +39,7 @@ from deploy.precision.int8.options import AUTO, OPSET, QuantizeOptions, quantize
 from deploy.precision.int8.placement import NothingToQuantizeError, Placement, Selection, place
 from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.rows import Rows, first_rows
-from deploy.precision.int8.rules import engine_rule_for
+from deploy.precision.int8.rules import slow_in_engine
 from deploy.precision.int8.scales import scales_of
 from deploy.precision.int8.share import asked_of, quantized_share
 from deploy.precision.int8.smooth import Channels, Smooth
@@ -360,34 +359,12 @@ def _without_slow(
     FP16 beside them keeps in FP32."""
     model, selection, known, options = graph.model, graph.selection, graph.known, graph.options
     half = options.floats == "fp16"
-    slow = _slow_in_engine(model, placement, selection.codes, engine) if engine is not None else {}
+    slow = slow_in_engine(model, placement.nodes, placement.included, selection.codes, engine) if engine is not None else {}
     codes = CODES[selection.codes]
     small = subnormal_scales(model, placement, known.scales, codes, per_tensor=options.per_tensor) if half else {}
     if slow or half:
         placement = _placed(model, selection, {**slow, **small, **(known.keep if half else {}), **left}, known.scales)
     return placement, slow
-
-
-def _slow_in_engine(model: ir.Model, placement: Placement, codes: CodesName, profile: Profile) -> dict[str, str]:
-    """The layers of `placement` that a rule for engines leaves in floating point, at the optimum of `profile`, with the reason.
-
-    None where that would leave nothing: what was asked for is more than what is fast.
-    """
-    sized = with_sizes(model, {name: shapes.opt for name, shapes in profile.items()})
-    made = (value for node in sized.graph.all_nodes() for value in node.outputs)
-    shapes = {value.name or "": value.shape for value in (*sized.graph.inputs, *made) if value.shape is not None}
-    sizes = {name: shape.numpy() for name, shape in shapes.items() if shape.is_static()}
-    nodes = {node.name or "": node for node in model.graph.all_nodes()}
-    found = {
-        name: rule.reason
-        for name in placement.nodes
-        if name not in placement.included and (rule := engine_rule_for(nodes[name], codes, sizes)) is not None
-    }
-    if found and len(found) == len(placement.nodes):
-        name, reason = next(iter(found.items()))
-        logger.warning("no layer is for %s in an engine (%s: %s); they are quantized all the same", codes.upper(), name, reason)
-        return {}
-    return found
 
 
 def _cpu_ranges(

@@ -4,13 +4,18 @@ Some rules are for engines alone: they leave out what TensorRT has no fast kerne
 of `quantize` is for the CPU too, where these layers are faster in INT8.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from deploy.artifact.onnxshapes import with_sizes
+from deploy.artifact.tensors import Profile
 from deploy.precision.codes import CodesName
 from deploy.precision.graph import STANDARD
+
+logger = logging.getLogger(__name__)
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and accumulate."""
@@ -163,3 +168,29 @@ def rule_for(node: ir.Node, codes: CodesName) -> Rule | None:
 def engine_rule_for(node: ir.Node, codes: CodesName, sizes: Sizes) -> Rule | None:
     """The first rule for engines that leaves `node` in floating point."""
     return next((rule for rule in RULES if rule.engine and codes in rule.codes and rule.applies(node, sizes)), None)
+
+
+def slow_in_engine(
+    model: ir.Model, layers: Collection[str], included: Container[str], codes: CodesName, profile: Profile
+) -> dict[str, str]:
+    """Those of the quantized `layers` that a rule for engines leaves in floating point, at the optimum of `profile`, with the reason.
+
+    included: the names of those that no rule leaves out.
+
+    None where that would leave nothing: what was asked for is more than what is fast.
+    """
+    sized = with_sizes(model, {name: shapes.opt for name, shapes in profile.items()})
+    made = (value for node in sized.graph.all_nodes() for value in node.outputs)
+    shapes = {value.name or "": value.shape for value in (*sized.graph.inputs, *made) if value.shape is not None}
+    sizes = {name: shape.numpy() for name, shape in shapes.items() if shape.is_static()}
+    nodes = {node.name or "": node for node in model.graph.all_nodes()}
+    found = {
+        name: rule.reason
+        for name in layers
+        if name not in included and (rule := engine_rule_for(nodes[name], codes, sizes)) is not None
+    }
+    if found and len(found) == len(layers):
+        name, reason = next(iter(found.items()))
+        logger.warning("no layer is for %s in an engine (%s: %s); they are quantized all the same", codes.upper(), name, reason)
+        return {}
+    return found
