@@ -316,7 +316,7 @@ class Measured(Generic[K]):
         """Why the times of these candidates are uncertain, the one that was disturbed most."""
         if self.below is not None and self.cores is not None:
             return _worse(self.cores, self.below)
-        return reason(self.most_disturbed(*candidates))
+        return reason(self.most_disturbed(*candidates)) or "others disturbed most of the rounds, although these candidates little"
 
     def most_disturbed(self, *candidates: K) -> Use:
         """What others did to the one of these candidates that they disturbed most."""

@@ -331,6 +331,23 @@ def test_the_reason_is_that_of_the_one_that_was_disturbed_most() -> None:
     assert measured.cores is None
 
 
+@pytest.mark.parametrize(
+    "waited",
+    [
+        [0.5] * 15,  # always, the baseline alone
+        [0.06, *[0.0] * 3] * 3,  # now and then, the baseline too
+        [0.06] * 8 + [0.0] * 4,
+    ],
+)
+def test_there_is_a_reason_where_others_disturbed_most_rounds_and_a_candidate_little(waited: list[float]) -> None:
+    measured = Measured.of([round_of(share) for share in waited], LEAST * 4)
+    quiet = sum(share == 0 for share in waited)
+    assert measured.certain("own") == (quiet >= LEAST)
+    assert measured.reason("own") == "others disturbed most of the rounds, although these candidates little"
+    if 0 < quiet < LEAST:
+        assert measured.reason("own", "base")
+
+
 def test_what_others_use_is_spread_over_the_turns_of_a_round() -> None:
     found = Round({"base": Turn(samples_s=[1.0], use=replace(QUIET, others_s=0.3)), "own": Turn(samples_s=[1.0], use=QUIET)})
     assert found.use("own").others_s == found.use("base").others_s == pytest.approx(0.15)
