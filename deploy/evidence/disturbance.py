@@ -316,7 +316,7 @@ class Measured(Generic[K]):
         """Why the times of these candidates are uncertain, the one that was disturbed most."""
         if self.below is not None and self.cores is not None:
             return _worse(self.cores, self.below)
-        return reason(self.most_disturbed(*candidates)) or "others disturbed most of the rounds, although these candidates little"
+        return reason(self.most_disturbed(*candidates))
 
     def most_disturbed(self, *candidates: K) -> Use:
         """What others did to the one of these candidates that they disturbed most."""
@@ -355,12 +355,12 @@ def reason(use: Use) -> str:
     if use.share is None:
         return "what other programs did cannot be measured here"
     said = []
-    if others is not None and (others >= SHOWN or not waited):
+    if others is not None and others >= SHOWN:
         whose = "a hypervisor's other guests" if 2 * (use.stolen_s or 0.0) > others * use.seconds else "other programs"
         said.append(f"{whose} used {others:.1f} of {count_of(use.cores, 'core')}")
     if waited is not None and waited > LIMIT:
         said.append(f"threads waited for a core in {waited:.0%} of the time")
-    return ", ".join(said)
+    return ", ".join(said) or "other programs ran now and then"  # in too many rounds, and little in all
 
 
 def fewer_threads(use: Use) -> int | None:
