@@ -83,7 +83,7 @@ class EngineSetting:
 
 
 class EngineMixes:
-    """Mixes of the network of `source`, in folders in `folder`; see `Mixes`. Each is built with the options of `build-trt`'s default.
+    """Mixes of the network of `source`, in folders in `folder`; see `Mixes`. Each is built with the default options of `build-trt`.
 
     feeds: what damage is measured on, within the profiles. The damage of one unit is that of its codes alone, on the CPU: to build an
     engine for each would take hours.

@@ -35,7 +35,7 @@ TARGET = Target(flavour="tensorrt", version="11.4.0", gpu="Simulated GPU", compu
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Simulated]:
-    """A GPU for which engines are built. `built` holds the precision of the weights of each."""
+    """A GPU for which engines are built, see `build`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = Simulated(monkeypatch)
     monkeypatch.setattr(build_trt, "has_gpu", lambda: True)
