@@ -54,7 +54,6 @@ from deploy.evidence.timing import paired_ratio
 from deploy.host.cpu import usable_cores
 from deploy.models import registry
 from deploy.runtime.session import SessionOptions
-from deploy.tune import search
 from deploy.tune.measure import BASE, Place, Stopwatch
 from deploy.tune.tune import tune
 
@@ -136,7 +135,7 @@ def timed_again(source: Artifact, made: Artifact, backend: str) -> tuple[list[fl
     if made.onnx_path.read_bytes() == source.onnx_path.read_bytes():
         return [1.0, 1.0, 1.0], True
     with Stopwatch(Place.of(source, backend, SessionOptions(), None), {BASE: source}) as watch:
-        again = watch.measure({"tuned": made}, search.ROUNDS)
+        again = watch.measure({"tuned": made})
     ratio = again.ratio(BASE, "tuned")
     return [ratio.value, ratio.low, ratio.high], again.certain(BASE) and again.certain("tuned")
 

@@ -40,7 +40,8 @@ def as_utf8(text: Path | str) -> str:
 
 def printable(path: Path | str) -> str:
     """A path on one line, as text that UTF-8 can hold: see `as_utf8`; a line feed is written as `\\n`."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in as_utf8(path))
+    text = as_utf8(path)
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def show_bytes(error: UnicodeError) -> tuple[str, int]:

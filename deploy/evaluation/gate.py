@@ -154,10 +154,9 @@ class Reference:
         self._progress = progress
         self._found: Evaluation | None = None
         found = scoring(artifact, gate.folder, gate.metric)
-        self._data = Remembered(found.data)
+        self._scoring = replace(found, data=Remembered(found.data))
         if gate.metric.metric not in FIDELITY:
-            found = replace(found, data=self._data)
-            self._found = measure(artifact, found, backend=gate.backend or "auto", progress=progress)
+            self._found = measure(artifact, self._scoring, backend=gate.backend or "auto", progress=progress)
 
     def check(self, after: Artifact, hint: str) -> list[Accuracy]:
         """The score of `after` on the backend of the gate, or on every backend of the CPU that can run it, the worst first.
@@ -218,9 +217,8 @@ class Reference:
     def compared(self, after: Artifact, backend: str) -> Accuracy:
         """The score of `after` on a backend, and what it loses; see `verdict_of`. Raises BackendError."""
         gate = self._gate
-        judged = scoring(after, gate.folder, gate.metric)
-        if _taken(after.manifest) == _taken(self._artifact.manifest):
-            judged = replace(judged, data=self._data)
+        same = _taken(after.manifest) == _taken(self._artifact.manifest)
+        judged = self._scoring if same else scoring(after, gate.folder, gate.metric)
         against = self._artifact if self._found is None else None
         second = measure(after, judged, against=against, backend=backend, progress=self._progress)
         file = second.file if after.cpu_path is not None else None
@@ -259,7 +257,7 @@ class Reference:
 
 
 def _taken(manifest: Manifest) -> tuple[Any, ...]:
-    """All that the batches of data depend on."""
+    """All that the batches of data depend on, and how the metric reads outputs."""
     return (
         manifest.inputs,
         manifest.outputs,

@@ -10,6 +10,7 @@ import msgspec
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import ENGINE, ONNX, Manifest, Stage
+from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import Feed, Profile, batch_range, row_count
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet
@@ -144,13 +145,13 @@ class EngineMixes:
     def damage(self, mix: Artifact) -> float:
         return damage(self._expected, outputs(mix, self.place.backend, self.place.options, self._feeds), self._kind)
 
-    def damage_alone(self, stay: Sequence[str]) -> float:
+    def damage_alone(self, name: str, stay: Sequence[str]) -> float:
         left = dict.fromkeys((*stay, *self._kept), STAYS)
         quantized = self._plain.quantized(stay=left, cpu=False, engine=self._profile)
-        with ArtifactWriter(self._folder / "alone") as writer:
+        with ArtifactWriter(self._folder / name) as writer:
             for function in self._source.manifest.functions:
                 function.copy(self._source.path, writer.path)
-            quantized.save(writer.path / ONNX)
+            save_model(quantized.model, writer.path / ONNX)
             changes = {"precision": self.place.codes, "parity": None, "exclusions": quantized.exclusions}
             alone = writer.commit(descendant(self._source, writer.out, _STAGE, calibration=quantized.calibration, **changes))
         found = damage(self._expected, outputs(alone, _ON_CPU, SessionOptions(), self._feeds), self._kind)

@@ -3,17 +3,19 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from deploy.artifact.artifact import Artifact
 from deploy.artifact.manifest import CPU_ONNX, DATA, ONNX, Stage
+from deploy.artifact.onnxfile import save_model
 from deploy.artifact.tensors import Feed, Profile, batch_dim, default_dims, random_feed
 from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet
@@ -44,8 +46,15 @@ ROWS = 64
 BASE = "floating point"
 """What is timed beside all mixes."""
 STAYS = "it is faster or safer in floating point (deploy tune)"
-RUNS, SLICE_S = 100, (0.04, 0.06)
-"""Runs of floating point that a turn should have, and between what its seconds may be: in short ones more of the time goes to the pauses between them."""
+RUNS, SLICE_S = 3, 0.015
+"""A turn takes so many runs of floating point, or so many seconds if that is longer: what a machine does to times lasts for tenths of a second, and does
+the same to both of two short turns that follow each other. Pauses between turns take 6 ms."""
+ROUNDS = 10
+"""Rounds after which it is looked whether they are enough."""
+PRECISE = 0.02
+"""The standard error of the times of mixes, as shares of that in floating point, that is enough."""
+LONGEST_S = 6.0
+"""Seconds after which no more rounds are taken, however far off their times may be; twice as many where more might show what is not clear."""
 SHOWN = 0.99
 """The confidence of the interval that shows a mix to be faster: more than 95 %, for several mixes are looked at, and again after more rounds."""
 _STAGE = Stage(name="tune", request="")
@@ -126,7 +135,7 @@ class Mixes(Protocol):
         """Where pairs go if every layer is quantized that can be."""
 
     def build(self, name: str, stay: Sequence[str]) -> Artifact:
-        """The network in codes but for the nodes of `stay`, without evidence: for measuring alone.
+        """The network in codes but for the nodes of `stay`, without evidence, and not read again: for measuring alone.
 
         Raises PrecisionError, ParityError, OutputError, EngineError and BackendError.
         """
@@ -134,8 +143,11 @@ class Mixes(Protocol):
     def damage(self, mix: Artifact) -> float:
         """What a mix does to the outputs, as it runs: see `tune.damage`. Raises BackendError."""
 
-    def damage_alone(self, stay: Sequence[str]) -> float:
-        """What the codes of the nodes that are not in `stay` do to the outputs. Raises what `build` does, and BackendError."""
+    def damage_alone(self, name: str, stay: Sequence[str]) -> float:
+        """What the codes of the nodes that are not in `stay` do to the outputs. Several threads may call it at a time.
+
+        Raises what `build` does, and BackendError.
+        """
 
     def proved(self, mix: Artifact, stay: Sequence[str]) -> Artifact:
         """A mix, and its nodes in floating point, with its evidence: the same files, and maybe a CPU form besides.
@@ -180,7 +192,7 @@ class OnnxMixes:
         with ArtifactWriter(self.folder / name) as writer:
             for function in self.base.manifest.functions:
                 function.copy(self.base.path, writer.path)
-            quantized.save(writer.path / ONNX)
+            save_model(quantized.model, writer.path / ONNX)
             if quantized.cpu is not None:
                 try:
                     quantized.cpu.save(writer.path / CPU_ONNX)
@@ -193,8 +205,8 @@ class OnnxMixes:
     def damage(self, mix: Artifact) -> float:
         return damage(self._expected, self._outputs(mix), self._kind)
 
-    def damage_alone(self, stay: Sequence[str]) -> float:
-        alone = self.build("alone", stay)
+    def damage_alone(self, name: str, stay: Sequence[str]) -> float:
+        alone = self.build(name, stay)
         found = self.damage(alone)
         shutil.rmtree(alone.path)
         return found
@@ -239,37 +251,32 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def measure(
-        self,
-        mixes: Mapping[str, Artifact],
-        rounds: int,
-        longest_s: float | None = None,
-        is_clear: Callable[[Measured[str]], bool] = lambda _: True,
-    ) -> Measured[str]:
-        """Rounds in which all run equally long, as RUNS and SLICE_S have it; disturbed ones are taken again (`take_rounds`). Raises BackendError.
+    def measure(self, mixes: Mapping[str, Artifact], is_clear: Callable[[Measured[str]], bool] = lambda _: True) -> Measured[str]:
+        """Rounds in which all run equally long, `ROUNDS` and as many again until they are `PRECISE` and clear, or for `LONGEST_S`. Raises BackendError.
 
-        longest_s: after so many seconds none is taken again. is_clear: as many more are taken until what they show is clear, if there is time.
+        Each is in an order of its own: what a turn leaves in the caches is another's gain or loss.
         """
         opened = self._opened(mixes)
         workers = self._always | opened
-        names = list(workers)
-        slice_s = min(max(RUNS * self._run_s, SLICE_S[0]), SLICE_S[1])
-        planned_s = rounds * len(names) * slice_s
-        end = math.inf if longest_s is None else time.monotonic() + longest_s
+        names, random = list(workers), Random(0)  # noqa: S311  (chosen to repeat, not to be secret)
+        slice_s = max(RUNS * self._run_s, SLICE_S)
+        begin = time.monotonic()
         taken: list[Round[str]] = []
 
-        def take(turn: int) -> Round[str]:
-            shift = turn % len(names)
-            return Round({name: _turn(workers[name], slice_s) for name in names[shift:] + names[:shift]})
+        def take(_: int) -> Round[str]:
+            random.shuffle(names)
+            return Round({name: _turn(workers[name], slice_s) for name in names})
 
-        count = rounds
         while True:
-            patience = math.inf if longest_s is None else time.monotonic() + _PATIENCE * planned_s
-            take_rounds(take, count, taken, min(patience, end))
+            count = len(taken) + ROUNDS
+            start = time.monotonic()
+            planned_s = ROUNDS * len(names) * slice_s
+            take_rounds(take, count, taken, min(start + _PATIENCE * planned_s, begin + 2 * LONGEST_S))
             measured = Measured.of(taken, count)
-            if is_clear(measured) or time.monotonic() + planned_s > end:
+            after_s = 2 * time.monotonic() - start - begin  # as many more rounds
+            enough = after_s > LONGEST_S or _is_precise(measured, mixes)
+            if after_s > 2 * LONGEST_S or (enough and is_clear(measured)):
                 break
-            count = len(taken) + rounds
         self._kept += opened.values()
         return measured
 
@@ -290,6 +297,10 @@ class Stopwatch:
         worker = self._kept.pop(0)
         worker.reopen(artifact)
         return worker
+
+
+def _is_precise(measured: Measured[str], mixes: Iterable[str]) -> bool:
+    return all(time_share(measured, name).error <= PRECISE for name in mixes)
 
 
 def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
@@ -325,15 +336,16 @@ def profiled(artifacts: Sequence[Artifact], place: Place, units: Sequence[Unit],
     """
     owners = {node: index for index, unit in enumerate(units) for node in unit.nodes}
     found: list[list[np.ndarray]] = [[] for _ in artifacts]
-    for _ in range(times):
-        for artifact, shares in zip(artifacts, found, strict=True):
-            with open_session(artifact, place.backend, place.options) as session:
-                feed = random_feed(session.inputs, place.dims)
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(open_session(artifact, place.backend, place.options)) for artifact in artifacts]
+        feeds = [random_feed(session.inputs, place.dims) for session in sessions]
+        for _ in range(times):
+            for artifact, session, feed, shares in zip(artifacts, sessions, feeds, found, strict=True):
                 layers = named_layers(artifact, session.onnx_file, session.layer_times(feed))
-            spent = np.zeros(len(units))
-            for layer in layers:
-                owner = next((owners[node] for node in layer.nodes if node in owners), None)
-                if owner is not None:
-                    spent[owner] += layer.ms
-            shares.append(spent / max(sum(layer.ms for layer in layers), math.ulp(0.0)))
+                spent = np.zeros(len(units))
+                for layer in layers:
+                    owner = next((owners[node] for node in layer.nodes if node in owners), None)
+                    if owner is not None:
+                        spent[owner] += layer.ms
+                shares.append(spent / max(sum(layer.ms for layer in layers), math.ulp(0.0)))
     return [np.median(shares, axis=0) for shares in found]

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -24,13 +25,12 @@ from deploy.tune.units import Crossing, Unit, units_of
 
 logger = logging.getLogger(__name__)
 
-ROUNDS, LONGEST_S = 15, 12.0
-"""Rounds of the times of mixes, and after how long disturbed rounds are not taken again. For the cost model disturbed
-rounds do: it compares all with one another."""
 PROFILES = 3
 """Profiles of each network, of which the medians count."""
 LEAST_PROFILED = 0.5
 """The share of the units that must have a time in a profile."""
+AT_A_TIME = 2
+"""Units that are measured at a time: a file is written and a session opened by one thread, more or less."""
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 _REFUSED = (BackendError, EngineError, ParityError, PrecisionError)
@@ -89,20 +89,26 @@ class Weighed:
 
 
 def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progress: Progress) -> Weighed:
-    """Measure what is not in the journal: the times, and the damage of every unit, the largest first, until its share of the time is over.
+    """Measure what is not in the journal: the damage of every unit, the largest first, until its share of the time is over, and the times.
 
     Raises PrecisionError, ParityError, EngineError, BackendError and OutputError.
     """
     units, pairs = units_of(made.graph.model, made.placement(), made.place.shapes(made.base))
-    if journal.times is None:
-        journal.set_times(_times(units, made, watch, progress))
     missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
-    for done, unit in enumerate(missing, len(units) - len(missing)):
-        if clock.over(UNITS_SHARE):
-            logger.warning("%d of %d units are not measured: their damages are guessed", len(units) - done, len(units))
-            break
-        progress("measuring units", done, len(units))
-        journal.add_damage(unit.name, made.damage_alone(_others(units, [unit.name])))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        stays = [_others(units, [unit.name]) for unit in missing]
+        coming = [pool.submit(made.damage_alone, f"alone{index}", stay) for index, stay in enumerate(stays)]
+        try:
+            for done, (unit, damage) in enumerate(zip(missing, coming, strict=True), len(units) - len(missing)):
+                if clock.over(UNITS_SHARE):
+                    logger.warning("%d of %d units are not measured: their damages are guessed", len(units) - done, len(units))
+                    break
+                progress("measuring units", done, len(units))
+                journal.add_damage(unit.name, damage.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if journal.times is None:  # last: so the machine is in about the same mood when the mixes are timed
+        journal.set_times(_times(units, made, watch, progress))
     assert journal.times is not None
     costs = fit_costs(units, pairs, journal.times, journal.damages)
     return Weighed(units=units, pairs=pairs, times=journal.times, damages=journal.damages, costs=costs)
@@ -139,7 +145,7 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
     except (ArtifactError, BackendError) as error:
         logger.warning("units have the time of their multiply-accumulates: %s", error)
     progress(f"timing floating point and {whole.upper()}")
-    measured = watch.measure(mixes, ROUNDS, 0.0)
+    measured = watch.measure(mixes)
     for mix in mixes.values():
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
@@ -231,9 +237,7 @@ def time_points(watch: Stopwatch, points: Sequence[Built], progress: Progress) -
     """The points with their speed beside floating point, in the same rounds; and the median milliseconds of floating point."""
     artifacts = {each.point.name: each.artifact for each in points if each.artifact is not None}
     progress("timing mixes")
-    measured = watch.measure(
-        artifacts, ROUNDS, LONGEST_S, lambda found: all(is_faster(found, name) is not None for name in artifacts)
-    )
+    measured = watch.measure(artifacts, lambda found: all(is_faster(found, name) is not None for name in artifacts))
     timed = []
     for each in points:
         name = each.point.name

@@ -28,6 +28,8 @@ from deploy.tune.units import Crossing, Unit
 
 BUDGETS = (0.3, 0.6, 0.8, 0.85, 0.9, 0.95, 1.0)
 """The shares of the units whose damages make the budgets: a few units do most of it, and so the steps are smaller at the end."""
+STEP = 0.05
+"""The share of the time by which a mix must be faster than a safer one: of less, no measurement of some seconds shows which is faster."""
 _PARTS = 1e3
 _CROSSING = 0.05
 """The share of the time that a crossing may cost, before anything is measured."""
@@ -160,7 +162,7 @@ def _silent() -> Iterator[None]:
 
 def mixes(costs: Costs, pairs: Sequence[Crossing]) -> list[np.ndarray]:
     """The fastest mixes of the `BUDGETS`, without repetitions, without the one that quantizes nothing, and without those that the
-    cost model has slower than floating point.
+    cost model has slower than floating point. Between the safest and the fastest are those that are faster by `STEP` than a safer one.
 
     The budgets are the damage of the least harmful units, so many of all: the damage of single units is of different orders of magnitude, so
     that equal steps between nothing and all would be alike.
@@ -172,4 +174,8 @@ def mixes(costs: Costs, pairs: Sequence[Crossing]) -> list[np.ndarray]:
         chosen = solve(costs, pairs, budget * (1 + 1e-9))
         if chosen.any() and costs.time(chosen, pairs) < 1 and not any(np.array_equal(chosen, other) for other in found):
             found.append(chosen)
-    return found
+    kept = found[:1]
+    for each in found[1:-1]:
+        if costs.time(each, pairs) <= (1 - STEP) * costs.time(kept[-1], pairs):
+            kept.append(each)
+    return kept + found[1:][-1:]

@@ -131,11 +131,13 @@ class TuneStage:
         self._place = Place.of(source, self._backend, session, options.batch, profiles, quantizing.precision)
         self._gate = options.gate(None if self._engines else self._backend)
         self._measuring: dict[str, Any] | None = None
+        self._judging: dict[str, Any] = {}
 
     def request(self) -> dict[str, Any] | None:
         self._check_labels()
         check_budget(self._source, self._gate)
         self._source.verify(weights=False)
+        self._judging = self._gate.request(self._source)
         request = quantize_request(self._source, self._data, self._quantizing)
         if request is None:
             if self._engines is not None:
@@ -150,7 +152,7 @@ class TuneStage:
             where |= {"gpu": self._engines.gpu, "profiles": msgspec.to_builtins(self._engines.profiles)}
             where["rows"] = self._engines.rows_at_a_time(self._source, self._quantizing.batch_size)
         self._measuring = {**request, **where, **sizes, "kind": self._kind}
-        return {**self._measuring, "gate": self._gate.request(self._source), "minutes": self._options.minutes}
+        return {**self._measuring, "gate": self._judging, "minutes": self._options.minutes}
 
     def _check_labels(self) -> None:
         """Raise DataError and UsageError where the data has not what the metric takes."""
@@ -184,7 +186,7 @@ class TuneStage:
                     logger.warning("what has been measured is kept: the same command goes on")
                     raise
                 points, p50_ms = time_points(watch, build_points(made, weighed, progress), progress)
-            data = {"gate": self._gate.request(source), "place": self._measuring}
+            data = {"gate": self._judging, "place": self._measuring}
             while True:  # until the result has its evidence; what has none is left out, and what it was faster than is tested
                 points, accuracies, stopped = certify(points, reference, self._backend, data, journal, clock, progress)
                 choice = choose([each.point for each in points], self._gate)

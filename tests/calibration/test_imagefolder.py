@@ -1,3 +1,5 @@
+import itertools
+import os
 import threading
 import time
 from collections import Counter
@@ -160,6 +162,25 @@ def test_images_are_decoded_in_parallel():
         return number(path)
 
     assert sum(len(labels) for _, labels in batches(numbered(16), load, 4, workers=4)) == 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "alone"), [([500], True), ([4000, 100, 60_000], True), ([60_000, 100, 5000], False), ([9000], False)]
+)
+def test_small_files_are_loaded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch, sizes, alone):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    samples = [(tmp_path / f"{index}", 0) for index in range(48)]
+    for (path, _), size in zip(samples, itertools.cycle(sizes)):
+        path.write_bytes(bytes(size))
+    threads = set()
+
+    def load(path):
+        threads.add(threading.get_ident())
+        time.sleep(0.002)
+        return np.zeros((1, 1, 1), np.float32)
+
+    assert sum(len(labels) for _, labels in batches(samples, load, 12)) == len(samples)
+    assert (len(threads) == 1) == alone
 
 
 def test_images_are_decoded_no_further_ahead_than_one_batch():

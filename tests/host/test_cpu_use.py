@@ -24,7 +24,7 @@ def files(patch: pytest.MonkeyPatch, machine: str | None, thread: str | None) ->
             raise FileNotFoundError(path)
         return found
 
-    patch.setattr(cpu_use, "_text", text)
+    patch.setattr(cpu_use, "proc_text", text)
 
 
 def test_idle_and_stolen_time_are_those_of_our_processors_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,9 +92,9 @@ def quick() -> Iterator[None]:
         ], p50_ms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "ROUNDS", 2)
-        patch.setattr(search, "LONGEST_S", 1.0)
-        patch.setattr(measure, "SLICE_S", (0.005, 0.005))
+        patch.setattr(measure, "ROUNDS", 2)
+        patch.setattr(measure, "LONGEST_S", 0.5)
+        patch.setattr(measure, "SLICE_S", 0.005)
         patch.setattr(search, "PROFILES", 1)
         patch.setattr(stage, "time_points", with_speeds)
         yield

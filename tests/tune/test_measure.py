@@ -11,7 +11,8 @@ from deploy.artifact.onnxfile import load_model
 from deploy.errors import ArtifactError
 from deploy.evidence.disturbance import Measured, Round, Turn, Use
 from deploy.runtime.session import SessionOptions
-from deploy.tune.measure import BASE, Place, Stopwatch, is_faster, profiled
+from deploy.tune import measure
+from deploy.tune.measure import BASE, Place, Share, Stopwatch, is_faster, profiled
 from deploy.tune.units import Unit
 
 
@@ -23,10 +24,10 @@ def children() -> set[int]:
 def test_processes_are_kept_for_the_next_measurement_and_end_with_the_stopwatch(net: Artifact, shared_lenet5: Artifact) -> None:
     before = children()
     with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {BASE: net}) as watch:
-        first = watch.measure({"a": net, "b": shared_lenet5}, 6)
+        first = watch.measure({"a": net, "b": shared_lenet5})
         started = children() - before
-        second = watch.measure({"b": net, "a": shared_lenet5}, 6)
-        third = watch.measure({"c": shared_lenet5}, 6)
+        second = watch.measure({"b": net, "a": shared_lenet5})
+        third = watch.measure({"c": shared_lenet5})
         assert children() - before == started
     assert children() == before
     for ratio in (first.ratio("a", "b"), second.ratio("b", "a"), third.ratio(BASE, "c")):
@@ -66,27 +67,42 @@ def test_what_others_do_to_both_is_no_reason_for_doubt(share: float, expected: b
     assert is_faster(found, "mix") is expected
 
 
-def test_rounds_are_taken_until_it_is_clear_what_they_show(net: Artifact) -> None:
-    counts = []
+def test_rounds_are_taken_until_they_are_precise_and_it_is_clear_what_they_show(
+    net: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LONGEST_S", 20.0)
+    monkeypatch.setattr(measure, "ROUNDS", 2)
+    errors = iter([0.1, 0.05, 0.01, 0.01, 0.01])
+    said: list[float | str] = []
+
+    def share(found: Measured[str], name: str) -> Share:
+        said.append(next(errors))
+        return Share(1.0, float(said[-1]))
 
     def is_clear(found: Measured[str]) -> bool:
-        counts.append(len(found.rounds))
-        return len(counts) == 3
+        said.append("clear?")
+        return said.count("clear?") == 3
 
+    monkeypatch.setattr(measure, "time_share", share)
     with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {BASE: net}) as watch:
-        watch.measure({"a": net}, 2, 20.0, is_clear)
-        assert counts[0] >= 2
-        assert counts == sorted(set(counts))
-        counts.clear()
-        watch.measure({"a": net}, 2, 0.0, lambda found: bool(counts.append(1)))
-        assert len(counts) == 1
+        watch.measure({"a": net}, is_clear)
+    assert said == [0.1, 0.05, 0.01, "clear?", 0.01, "clear?", 0.01, "clear?"]
+
+
+def test_no_rounds_are_taken_after_the_longest_time(net: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LONGEST_S", 0.0)
+    counts = []
+    with Stopwatch(Place.of(net, "onnxruntime", SessionOptions(threads=1), None), {BASE: net}) as watch:
+        found = watch.measure({"a": net}, lambda found: bool(counts.append(1)))
+    assert len(counts) <= 1
+    assert len(found.rounds) == measure.ROUNDS
 
 
 def test_no_process_is_left_where_an_artifact_does_not_open(net: Artifact, lenet5: Artifact) -> None:
     (lenet5.path / ONNX).write_bytes(b"rubbish")
     place, before = Place.of(net, "onnxruntime", SessionOptions(threads=1), None), children()
     with Stopwatch(place, {BASE: net}) as watch, pytest.raises(ArtifactError):
-        watch.measure({"a": net, "b": lenet5}, 2)
+        watch.measure({"a": net, "b": lenet5})
     with pytest.raises(ArtifactError):
         Stopwatch(place, {BASE: net, "b": lenet5})
     assert children() == before

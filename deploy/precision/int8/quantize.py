@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -41,7 +42,7 @@ from deploy.precision.int8.rewrite import ToCodes
 from deploy.precision.int8.rows import Rows, first_rows
 from deploy.precision.int8.rules import slow_in_engine
 from deploy.precision.int8.scales import scales_of
-from deploy.precision.int8.share import asked_of, quantized_share
+from deploy.precision.int8.share import asked_of, layer_macs, quantized_share
 from deploy.precision.int8.smooth import Channels, Smooth
 from deploy.precision.int8.stored import Stored
 from deploy.precision.prepare import Prepare
@@ -102,7 +103,12 @@ class CalibratedGraph:
 
         Raises PrecisionError.
         """
-        return _quantized(replace(self, model=self.model.clone()), stay=stay, cpu=cpu, engine=engine)
+        return _quantized(replace(self, model=self.model.clone()), self.macs, stay=stay, cpu=cpu, engine=engine)
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """The multiply-accumulates of the layers with weights, by name."""
+        return layer_macs(self.model, self.feeds[0])
 
 
 def quantize_onnx(
@@ -122,7 +128,8 @@ def quantize_onnx(
     Raises PrecisionError for a graph that cannot be quantized, that makes numbers that are not finite, or that would compute
     something else after the preparation; DataError, and BackendError (ONNX Runtime is not installed).
     """
-    return _quantized(calibrate_onnx(artifact, data, options, progress), stay={}, cpu=cpu, engine=engine)
+    graph = calibrate_onnx(artifact, data, options, progress)
+    return _quantized(graph, graph.macs, stay={}, cpu=cpu, engine=engine)
 
 
 def calibrate_onnx(
@@ -311,8 +318,13 @@ def _never_run(placement: Placement, measured: Collection[str]) -> dict[str, str
     return {node: _UNRUN for tensor, uses in placement.edges.items() if tensor not in measured for node, _ in uses}
 
 
-def _quantized(graph: CalibratedGraph, *, stay: Mapping[str, str], cpu: bool, engine: Profile | None) -> Quantized:
-    """Quantize the model of `graph` in place but for the nodes of `stay`, and convert it to FP16 where that is asked for."""
+def _quantized(
+    graph: CalibratedGraph, macs: Mapping[str, int], *, stay: Mapping[str, str], cpu: bool, engine: Profile | None
+) -> Quantized:
+    """Quantize the model of `graph` in place but for the nodes of `stay`, and convert it to FP16 where that is asked for.
+
+    macs: as of `layer_macs`.
+    """
     model, selection, known, options = graph.model, graph.selection, graph.known, graph.options
     left = {**stay, **known.noisy}
     codes = CODES[selection.codes]
@@ -324,9 +336,8 @@ def _quantized(graph: CalibratedGraph, *, stay: Mapping[str, str], cpu: bool, en
     scales = {tensor: max(scale, smallest) for tensor, scale in known.scales.items()}
     unrun = {each.node for each in placement.excluded if each.reason == _UNRUN}
     share = quantized_share(
-        model,
+        macs,
         placement,
-        graph.feeds[0],
         codes=selection.codes,
         asked=asked_of(model, selection) | unrun | slow.keys() | stay.keys(),
         least=options.min_share / 100,

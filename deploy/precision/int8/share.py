@@ -21,21 +21,11 @@ def asked_of(model: ir.Model, selection: Selection) -> set[str]:
     return set(place(model, everything).nodes) - set(place(model, selection).nodes)
 
 
-def quantized_share(
-    model: ir.Model,
-    placement: Placement,
-    feed: Mapping[str, np.ndarray],
-    *,
-    codes: CodesName,
-    asked: Collection[str],
-    least: float,
-) -> float | None:
-    """The share, 0 to 1, of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul with weights that `placement` quantizes.
+def layer_macs(model: ir.Model, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The multiply-accumulates of each Conv, ConvTranspose, Gemm and MatMul with weights of an FP32 model, by name, where they can be counted.
 
-    model: FP32, before it is quantized to `codes`. feed: one that it runs on; the counts are for its shapes. None where nothing can be
-    counted. Layers in the branches of If count once, whichever branch runs; those in loops do not, as how often they run depends on
-    the data. asked: nodes that are not held against it, as the user left them in floating point. Raises PrecisionError where, of
-    the others, less than `least` is quantized.
+    feed: one that it runs on; the counts are for its shapes. Layers in the branches of If count once, whichever branch runs; those in loops do
+    not, as how often they run depends on the data.
     """
     shapes = {name: array.shape for name, array in feed.items()}
     macs = count_macs(model, shapes) | count_in_branches(model, shapes)
@@ -44,6 +34,17 @@ def quantized_share(
         weight = node.inputs[1] if node.op_type in WEIGHTED and len(node.inputs) > 1 else None
         if weight is not None and weight.is_initializer() and (count := macs.get(node.name or "")):
             counts[node.name or ""] = count
+    return counts
+
+
+def quantized_share(
+    counts: Mapping[str, int], placement: Placement, *, codes: CodesName, asked: Collection[str], least: float
+) -> float | None:
+    """The share, 0 to 1, of the multiply-accumulates of layers with weights that `placement` quantizes to `codes`.
+
+    counts: as of `layer_macs`; the share of none is None. asked: nodes that are not held against it, as the user left them in floating point.
+    Raises PrecisionError where, of the others, less than `least` is quantized.
+    """
     if not counts:
         return None
     done = sum(count for name, count in counts.items() if name in placement.weights)

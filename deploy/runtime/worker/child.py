@@ -29,13 +29,14 @@ from deploy.artifact.find import open_artifact
 from deploy.artifact.tensors import Feed
 from deploy.errors import BackendError, DeployError
 from deploy.evidence.timing import sample, settle
+from deploy.host.cpu_use import proc_text
 from deploy.host.nvidia_smi import gpu_peak_bytes
 from deploy.runtime.load import open_session
 from deploy.runtime.session import Session, SessionOptions
 from deploy.runtime.worker.feeds import random_inputs, total_bytes
 
 SETTLE_S = 1.0
-REST_STEP_S = 0.002
+REST_STEP_S = 0.001
 REST_STEPS = 3
 REST_SHARE = 0.2
 REST_LIMIT_S = 3.0
@@ -154,10 +155,10 @@ def rest() -> None:
 def _runnable() -> bool:
     """Whether a thread other than this one is running or ready to run: state R in proc(5)."""
     own = str(threading.get_native_id())
-    for task in Path("/proc/self/task").iterdir():
-        if task.name != own:
+    for task in os.listdir("/proc/self/task"):
+        if task != own:
             with contextlib.suppress(OSError):  # it has just ended
-                if (task / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"R":
+                if proc_text(f"/proc/self/task/{task}/stat").rpartition(")")[2].split()[0] == "R":
                     return True
     return False
 

@@ -10,7 +10,7 @@ import pytest
 from deploy.errors import PrecisionError
 from deploy.precision.int8.branches import ShareScope
 from deploy.precision.int8.placement import Selection, place
-from deploy.precision.int8.share import asked_of, quantized_share
+from deploy.precision.int8.share import asked_of, layer_macs, quantized_share
 
 NET = """g (float[N, 8] x) => (float[] y) <float[8, 8] u, float[8, 24] v, float[24, 8] w> {
     [small] a = MatMul(x, u) [wide] b = MatMul(a, v) [back] y = MatMul(b, w) }"""
@@ -21,7 +21,7 @@ NOISY = "its signal is faint"
 def share(model: ir.Model, *noisy: str, exclude: tuple[str, ...] = (), least: float = 0.0) -> float | None:
     selection = Selection(exclude=exclude)
     placement = place(model, selection, stay=dict.fromkeys(noisy, NOISY))
-    return quantized_share(model, placement, FEED, codes="int8", asked=asked_of(model, selection), least=least)
+    return quantized_share(layer_macs(model, FEED), placement, codes="int8", asked=asked_of(model, selection), least=least)
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def test_products_of_activations_and_what_cannot_be_counted_are_left_out(build: 
         )
     )
     placement = place(unknown, Selection())
-    assert quantized_share(unknown, placement, {"x": np.ones((3, 8), np.float32)}, codes="int8", asked=(), least=0.9) is None
+    counts = layer_macs(unknown, {"x": np.ones((3, 8), np.float32)})
+    assert quantized_share(counts, placement, codes="int8", asked=(), least=0.9) is None
 
 
 def test_layers_in_branches_count(build: Callable[[str], onnx.ModelProto]) -> None:
