@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from deploy.artifact.writer import ArtifactWriter
 from deploy.data.calibration_set import CalibrationSet
 from deploy.engine.profile_choice import holds
 from deploy.errors import ParityError, PrecisionError, UsageError
-from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn
+from deploy.evidence.disturbance import Measured, Round, Turn, take_rounds, take_turn, together
 from deploy.evidence.parity import TOLERANCES
 from deploy.evidence.timing import paired_ratio
 from deploy.host.cpu import has_vnni
@@ -254,23 +255,28 @@ class Stopwatch:
     def measure(self, mixes: Mapping[str, Artifact], is_clear: Callable[[Measured[str]], bool] = lambda _: True) -> Measured[str]:
         """Rounds in which all run equally long, `ROUNDS` and as many again until they are `PRECISE` and clear, or for `LONGEST_S`. Raises BackendError.
 
-        Each is in an order of its own: what a turn leaves in the caches is another's gain or loss.
+        Each is in an order of its own: what a turn leaves in the caches is another's gain or loss. What is always there has two turns in each, for
+        all the others are compared with it.
         """
         opened = self._opened(mixes)
         workers = self._always | opened
-        names, random = list(workers), Random(0)  # noqa: S311  (chosen to repeat, not to be secret)
+        random = Random(0)  # noqa: S311  (chosen to repeat, not to be secret)
         slice_s = max(RUNS * self._run_s, SLICE_S)
         begin = time.monotonic()
         taken: list[Round[str]] = []
 
         def take(_: int) -> Round[str]:
-            random.shuffle(names)
-            return Round({name: _turn(workers[name], slice_s) for name in names})
+            order = [*workers, *self._always]
+            random.shuffle(order)
+            turns: dict[str, list[Turn]] = {name: [] for name in workers}
+            for name in order:
+                turns[name].append(_turn(workers[name], slice_s))
+            return Round({name: _joined(each) for name, each in turns.items()})
 
         while True:
             count = len(taken) + ROUNDS
             start = time.monotonic()
-            planned_s = ROUNDS * len(names) * slice_s
+            planned_s = ROUNDS * (len(workers) + len(self._always)) * slice_s
             take_rounds(take, count, taken, min(start + _PATIENCE * planned_s, begin + 2 * LONGEST_S))
             measured = Measured.of(taken, count)
             after_s = 2 * time.monotonic() - start - begin  # as many more rounds
@@ -297,6 +303,11 @@ class Stopwatch:
         worker = self._kept.pop(0)
         worker.reopen(artifact)
         return worker
+
+
+def _joined(turns: Sequence[Turn]) -> Turn:
+    """Several turns of one in a round as one."""
+    return Turn(samples_s=[*chain.from_iterable(turn.samples_s for turn in turns)], use=together(turn.use for turn in turns))
 
 
 def _is_precise(measured: Measured[str], mixes: Iterable[str]) -> bool:

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import msgspec
 import numpy as np
 import pytest
 
 from deploy.tune.journal import MeasuredMix, MeasuredTimes
-from deploy.tune.solve import Costs, fit_costs, mixes, solve
+from deploy.tune.solve import STEP, Costs, fit_costs, mixes, solve
 from deploy.tune.units import Crossing, Unit
 
 
@@ -159,3 +159,20 @@ def test_mixes_go_from_little_damage_to_all_and_none_is_slower_than_floating_poi
     assert damages == sorted(damages)
     assert all(costs.time(mix, pairs) < 1 for mix in found)
     assert mixes(Costs(**{**vars(costs), "gains": -np.abs(costs.gains)}), pairs) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_between_the_safest_and_the_fastest_mix_are_steps_that_can_be_measured(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs, pairs = network(np.random.default_rng(seed), 30)
+    costs = Costs(**{**vars(costs), "gains": costs.gains / 4})  # about 0.3 in all
+    found = mixes(costs, pairs)
+    times = [costs.time(mix, pairs) for mix in found]
+    assert all(later <= (1 - STEP) * earlier for earlier, later in pairwise(times[:-1]))
+    monkeypatch.setattr("deploy.tune.solve.STEP", 0.0)
+    everything = mixes(costs, pairs)
+    assert len(found) < len(everything)
+    assert np.array_equal(found[0], everything[0])
+    assert np.array_equal(found[-1], everything[-1])
+    assert times[-1] == min(costs.time(mix, pairs) for mix in everything)
