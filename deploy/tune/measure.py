@@ -47,8 +47,8 @@ ROWS = 64
 BASE = "floating point"
 """What is timed beside all mixes."""
 STAYS = "it is faster or safer in floating point (deploy tune)"
-RUNS, SLICE_S = 3, 0.015
-"""A turn takes so many runs of floating point, or so many seconds if that is longer: what a machine does to times lasts for tenths of a second, and does
+RUNS, SLICE_S = 3, (0.015, 0.06)
+"""Runs of floating point that a turn should have, and between what its seconds may be: what a machine does to times lasts for tenths of a second, and does
 the same to both of two short turns that follow each other. Pauses between turns take 6 ms."""
 ROUNDS = 10
 """Rounds after which it is looked whether they are enough."""
@@ -261,7 +261,7 @@ class Stopwatch:
         opened = self._opened(mixes)
         workers = self._always | opened
         random = Random(0)  # noqa: S311  (chosen to repeat, not to be secret)
-        slice_s = max(RUNS * self._run_s, SLICE_S)
+        slice_s = min(max(RUNS * self._run_s, SLICE_S[0]), SLICE_S[1])
         begin = time.monotonic()
         taken: list[Round[str]] = []
 

@@ -94,7 +94,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "ROUNDS", 2)
         patch.setattr(measure, "LONGEST_S", 0.5)
-        patch.setattr(measure, "SLICE_S", 0.005)
+        patch.setattr(measure, "SLICE_S", (0.005, 0.005))
         patch.setattr(search, "PROFILES", 1)
         patch.setattr(stage, "time_points", with_speeds)
         yield
