@@ -53,7 +53,7 @@ the same to both of two short turns that follow each other. Pauses between turns
 ROUNDS = 10
 """Rounds after which it is looked whether they are enough."""
 PRECISE = 0.02
-"""The standard error of the times of mixes, as shares of that in floating point, that is enough."""
+"""The standard error of the time of a mix that is enough, as a share of that in floating point, or of its own if that is longer."""
 LONGEST_S = 6.0
 """Seconds after which no more rounds are taken, however far off their times may be; twice as many where more might show what is not clear."""
 SHOWN = 0.99
@@ -311,7 +311,8 @@ def _joined(turns: Sequence[Turn]) -> Turn:
 
 
 def _is_precise(measured: Measured[str], mixes: Iterable[str]) -> bool:
-    return all(time_share(measured, name).error <= PRECISE for name in mixes)
+    shares = [time_share(measured, name) for name in mixes]
+    return all(share.error <= PRECISE * max(1.0, share.value) for share in shares)
 
 
 def _turn(worker: WorkerProcess, slice_s: float) -> Turn:
