@@ -62,7 +62,7 @@ def processors(*, others: float = 0.0, waiting: float = 0.0, cores: Iterable[Cor
         return Path(path).read_text(encoding="ascii")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_use, "_text", text)
+        patch.setattr(cpu_use, "proc_text", text)
         patch.setattr(cpu_use, "_used_s", lambda pid: 0.0)
         patch.setattr(CoreProbe, "measure", lambda probe: next(states))
         patch.setattr(disturbance, "best_known", lambda: None)
