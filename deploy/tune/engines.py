@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 
@@ -34,7 +35,7 @@ from deploy.progress import Progress
 from deploy.runtime.catalog import split_backend
 from deploy.runtime.session import SessionOptions
 from deploy.tune.damage import Kind, damage
-from deploy.tune.measure import ROWS, STAYS, Place, outputs
+from deploy.tune.measure import AT_A_TIME, ROWS, STAYS, Place, outputs
 
 _STAGE = Stage(name="tune", request="")
 _ON_CPU = "onnxruntime"
@@ -109,6 +110,8 @@ class EngineMixes:
         self._kind: Kind = kind
         self._folder = folder
         self._typed: dict[Path, Typed] = {}
+        self.at_a_time = AT_A_TIME  # on the CPU
+        self._building = Lock()
         # What FP16 beside codes keeps in floating point, and codes alone would not.
         self._plain = dataclasses.replace(graph, options=dataclasses.replace(graph.options, fp16=False))
         whole = self._plain.placement(self._profile)
@@ -147,8 +150,8 @@ class EngineMixes:
 
     def damage_alone(self, name: str, stay: Sequence[str]) -> float:
         left = dict.fromkeys((*stay, *self._kept), STAYS)
-        quantized = self._plain.quantized(stay=left, cpu=False, engine=self._profile)
-        with ArtifactWriter(self._folder / name) as writer:
+        with self._building, ArtifactWriter(self._folder / name) as writer:
+            quantized = self._plain.quantized(stay=left, cpu=False, engine=self._profile)
             for function in self._source.manifest.functions:
                 function.copy(self._source.path, writer.path)
             save_model(quantized.model, writer.path / ONNX)

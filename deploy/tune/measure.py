@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from random import Random
+from threading import Lock
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +47,8 @@ ROWS = 64
 
 BASE = "floating point"
 """What is timed beside all mixes."""
+AT_A_TIME = 2
+"""Units that are measured at a time on a CPU: a file is written and a session opened by one thread, more or less."""
 STAYS = "it is faster or safer in floating point (deploy tune)"
 RUNS, SLICE_S = 3, (0.015, 0.06)
 """Runs of floating point that a turn should have, and between what its seconds may be: what a machine does to times lasts for tenths of a second, and does
@@ -55,7 +58,7 @@ ROUNDS = 10
 PRECISE = 0.02
 """The standard error of the time of a mix that is enough, as a share of that in floating point, or of its own if that is longer."""
 LONGEST_S = 6.0
-"""Seconds after which no more rounds are taken, however far off their times may be; twice as many where more might show what is not clear."""
+"""Seconds after which no more rounds than the first are taken, however far off their times may be; twice as many where more might show what is not clear."""
 SHOWN = 0.99
 """The confidence of the interval that shows a mix to be faster: more than 95 %, for several mixes are looked at, and again after more rounds."""
 _STAGE = Stage(name="tune", request="")
@@ -126,17 +129,21 @@ class Place:
 
 
 class Mixes(Protocol):
-    """Mixes of a network, as they run at a place. base: in floating point alone. graph: what is quantized."""
+    """Mixes of a network, as they run at a place.
+
+    base: in floating point alone. graph: what is quantized. at_a_time: how many threads may call `damage_alone` at a time.
+    """
 
     base: Artifact
     graph: CalibratedGraph
     place: Place
+    at_a_time: int
 
     def placement(self) -> Placement:
         """Where pairs go if every layer is quantized that can be."""
 
     def build(self, name: str, stay: Sequence[str]) -> Artifact:
-        """The network in codes but for the nodes of `stay`, without evidence, and not read again: for measuring alone.
+        """The network in codes but for the nodes of `stay`, without evidence: for measuring alone.
 
         Raises PrecisionError, ParityError, OutputError, EngineError and BackendError.
         """
@@ -145,7 +152,7 @@ class Mixes(Protocol):
         """What a mix does to the outputs, as it runs: see `tune.damage`. Raises BackendError."""
 
     def damage_alone(self, name: str, stay: Sequence[str]) -> float:
-        """What the codes of the nodes that are not in `stay` do to the outputs. Several threads may call it at a time.
+        """What the codes of the nodes that are not in `stay` do to the outputs.
 
         Raises what `build` does, and BackendError.
         """
@@ -183,14 +190,17 @@ class OnnxMixes:
         self._feeds = feeds
         self._kind: Kind = kind
         self._expected = self._outputs(source)
+        named, variant = split_backend(place.backend)
+        self.at_a_time = 1 if named.needs_gpu(variant) or place.options.device.startswith("cuda") else AT_A_TIME
+        self._building = Lock()  # weights in a file beside the source are mapped by whoever reads them first
 
     def placement(self) -> Placement:
         return self.graph.placement()
 
     def build(self, name: str, stay: Sequence[str]) -> Artifact:
         form = self.place.backend == CPU_FORMS and has_vnni()
-        quantized = self.graph.quantized(stay=dict.fromkeys(stay, STAYS), cpu=form)
-        with ArtifactWriter(self.folder / name) as writer:
+        with self._building, ArtifactWriter(self.folder / name) as writer:
+            quantized = self.graph.quantized(stay=dict.fromkeys(stay, STAYS), cpu=form)
             for function in self.base.manifest.functions:
                 function.copy(self.base.path, writer.path)
             save_model(quantized.model, writer.path / ONNX)

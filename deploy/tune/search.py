@@ -29,8 +29,6 @@ PROFILES = 3
 """Profiles of each network, of which the medians count."""
 LEAST_PROFILED = 0.5
 """The share of the units that must have a time in a profile."""
-AT_A_TIME = 2
-"""Units that are measured at a time: a file is written and a session opened by one thread, more or less."""
 UNITS_SHARE = 0.6
 """Of the time that the search may take: for measuring units; the rest is for building, timing and testing mixes."""
 _REFUSED = (BackendError, EngineError, ParityError, PrecisionError)
@@ -94,46 +92,72 @@ def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progres
     Raises PrecisionError, ParityError, EngineError, BackendError and OutputError.
     """
     units, pairs = units_of(made.graph.model, made.placement(), made.place.shapes(made.base))
-    missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        stays = [_others(units, [unit.name]) for unit in missing]
-        coming = [pool.submit(made.damage_alone, f"alone{index}", stay) for index, stay in enumerate(stays)]
-        try:
-            for done, (unit, damage) in enumerate(zip(missing, coming, strict=True), len(units) - len(missing)):
-                if clock.over(UNITS_SHARE):
-                    logger.warning("%d of %d units are not measured: their damages are guessed", len(units) - done, len(units))
-                    break
-                progress("measuring units", done, len(units))
-                journal.add_damage(unit.name, damage.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    few = _few(units, made) if journal.times is None else {}
+    _measure_units(units, made, journal, clock, progress)
     if journal.times is None:  # last: so the machine is in about the same mood when the mixes are timed
-        journal.set_times(_times(units, made, watch, progress))
+        journal.set_times(_times(units, made, few, watch, progress))
     assert journal.times is not None
     costs = fit_costs(units, pairs, journal.times, journal.damages)
     return Weighed(units=units, pairs=pairs, times=journal.times, damages=journal.damages, costs=costs)
 
 
-def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progress) -> MeasuredTimes:
-    """The profiles of the network in floating point and in codes, and the times of a few mixes with many crossings and with few."""
+def _measure_units(units: Sequence[Unit], made: Mixes, journal: Journal, clock: Clock, progress: Progress) -> None:
+    """Put the damages of units into the journal; whatever ends it, those that have been measured are kept."""
+    missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
+    with ThreadPoolExecutor(made.at_a_time) as pool:
+        coming = {
+            unit.name: pool.submit(made.damage_alone, f"alone{index}", _others(units, [unit.name]))
+            for index, unit in enumerate(missing)
+        }
+        try:
+            for done, (name, damage) in enumerate(coming.items(), len(units) - len(missing)):
+                if clock.over(UNITS_SHARE):
+                    break
+                progress("measuring units", done, len(units))
+                journal.add_damage(name, damage.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for name, damage in coming.items():
+                if name not in journal.damages and damage.done() and not damage.cancelled() and damage.exception() is None:
+                    journal.add_damage(name, damage.result())
+    if left := sum(unit.name not in journal.damages for unit in units):
+        logger.warning("%d of %d units are not measured: their damages are guessed", left, len(units))
+
+
+def _few(units: Sequence[Unit], made: Mixes) -> dict[str, tuple[list[str], Artifact]]:
+    """Everything in codes, first, and a few mixes with many crossings and with few: the names of their units, and the files."""
     names = [unit.name for unit in units]
-    whole = made.place.codes
     halves = {
-        whole: names,
+        made.place.codes: names,
         "even": names[::2],
         "odd": names[1::2],
         "first": names[: len(names) // 2],
         "last": names[len(names) // 2 :],
     }
-    sets = {
-        name: chosen for name, chosen in halves.items() if chosen and chosen not in [*halves.values()][: [*halves].index(name)]
-    }
-    mixes: dict[str, Artifact] = {whole: made.build(whole, _others(units, names))}
-    for name in [name for name in sets if name != whole]:
+    found: dict[str, tuple[list[str], Artifact]] = {}
+    for name, chosen in halves.items():
+        if not chosen or any(chosen == others for others, _ in found.values()):
+            continue
         try:
-            mixes[name] = made.build(name, _others(units, sets[name]))
+            found[name] = chosen, made.build(name, _others(units, chosen))
         except _REFUSED as error:
+            if not found:
+                raise
             logger.warning("the cost model has to do without one mix (%s): %s", name, error)
+    return found
+
+
+def _times(
+    units: Sequence[Unit],
+    made: Mixes,
+    few: Mapping[str, tuple[list[str], Artifact]],
+    watch: Stopwatch,
+    progress: Progress,
+) -> MeasuredTimes:
+    """The profiles of the network in floating point and in codes, and the times of the mixes of `_few`, whose files are then deleted."""
+    names = [unit.name for unit in units]
+    whole = made.place.codes
+    mixes = {name: mix for name, (_, mix) in few.items()}
     progress(f"profiling floating point and {whole.upper()}")
     floating: dict[str, float] | None = None
     int8: dict[str, float] | None = None
@@ -150,11 +174,7 @@ def _times(units: Sequence[Unit], made: Mixes, watch: Stopwatch, progress: Progr
         shutil.rmtree(mix.path)
     shares = {name: time_share(measured, name) for name in mixes}
     return MeasuredTimes(
-        mixes=[
-            MeasuredMix(int8=chosen, share=shares[name].value, error=shares[name].error)
-            for name, chosen in sets.items()
-            if name in mixes
-        ],
+        mixes=[MeasuredMix(int8=chosen, share=shares[name].value, error=shares[name].error) for name, (chosen, _) in few.items()],
         floating=floating,
         int8=int8,
     )

@@ -165,9 +165,16 @@ def test_images_are_decoded_in_parallel():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "alone"), [([500], True), ([4000, 100, 60_000], True), ([60_000, 100, 5000], False), ([9000], False)]
+    ("sizes", "seconds", "alone"),
+    [
+        ([500], 0, True),
+        ([4000, 100, 60_000], 0, True),
+        ([60_000, 100, 5000], 0.002, False),
+        ([9000], 0.002, False),
+        ([500], 0.002, False),  # a small file that takes long
+    ],
 )
-def test_small_files_are_loaded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch, sizes, alone):
+def test_small_files_are_loaded_by_one_thread_and_others_by_several(tmp_path, monkeypatch, sizes, seconds, alone):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     samples = [(tmp_path / f"{index}", 0) for index in range(48)]
     for (path, _), size in zip(samples, itertools.cycle(sizes)):
@@ -175,12 +182,33 @@ def test_small_files_are_loaded_by_one_thread_and_large_ones_by_several(tmp_path
     threads = set()
 
     def load(path):
-        threads.add(threading.get_ident())
-        time.sleep(0.002)
+        threads.add(threading.current_thread())
+        time.sleep(seconds)
         return np.zeros((1, 1, 1), np.float32)
 
     assert sum(len(labels) for _, labels in batches(samples, load, 12)) == len(samples)
-    assert (len(threads) == 1) == alone
+    assert (len(threads - {threading.current_thread()}) == 1) == alone
+
+
+@pytest.mark.parametrize(("batch_size", "bad"), [(16, [2]), (16, [0, 5, 7]), (5, [3, 4, 29]), (32, [*range(8, 17)])])
+def test_of_images_that_a_thread_loads_at_once_only_the_broken_ones_are_left_out(batch_size, bad):
+    skipped = []
+    found = list(
+        batches(numbered(30), broken(*bad), batch_size, workers=1, skip=lambda path, error: skipped.append(int(path.stem)))
+    )
+    assert skipped == bad
+    assert np.concatenate([images.reshape(-1) for images, _ in found]).tolist() == [n for n in range(30) if n not in bad]
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(15, 1), (10, 2), (7, 3), (33, 2)])
+def test_no_more_than_one_batch_is_loaded_ahead_of_what_was_delivered(batch_size, workers):
+    loaded = []
+    stream = batches(numbered(1000), lambda path: loaded.append(path) or number(path), batch_size, workers=workers)
+    for count in range(1, 4):
+        next(stream)
+        time.sleep(0.05)
+        assert len(loaded) <= batch_size * count + max(batch_size, 2 * workers) + 8  # and what a thread loads at once
+    stream.close()
 
 
 def test_images_are_decoded_no_further_ahead_than_one_batch():
