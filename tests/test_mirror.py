@@ -63,7 +63,6 @@ COVERED = {
     "version": "test_cli",
     "tune/options": "cli/test_tune",
     "tune/page": "cli/test_tune",
-    "tune/search": "tune/test_tune",
     "tune/text": "cli/test_tune",
     "artifact/tuning": "tune/test_tune",
     "verify/floor": "verify/test_verify",

@@ -104,6 +104,8 @@ def weigh(made: Mixes, watch: Stopwatch, journal: Journal, clock: Clock, progres
 def _measure_units(units: Sequence[Unit], made: Mixes, journal: Journal, clock: Clock, progress: Progress) -> None:
     """Put the damages of units into the journal; whatever ends it, those that have been measured are kept."""
     missing = [unit for unit in sorted(units, key=lambda unit: -unit.macs) if unit.name not in journal.damages]
+    if clock.over(UNITS_SHARE):
+        missing = []
     with ThreadPoolExecutor(made.at_a_time) as pool:
         coming = {
             unit.name: pool.submit(made.damage_alone, f"alone{index}", _others(units, [unit.name]))
