@@ -162,7 +162,7 @@ def batches(
     """Images and labels, in order: (N, C, H, W) and (N,) int64; the last batch may be smaller.
 
     `load` makes a (C, H, W) array of a file, of the same dtype for all, or a dict of arrays; the images of a batch are then a dict too, of the same
-    dtypes, each with N in front. `workers` threads (None: one for each CPU core, at most 8, or one alone for small files) call it up to one
+    dtypes, each with N in front. `workers` threads (None: one for each CPU core, at most 8, or one alone for small files that take less than 0.5 ms, of which it tries three first) call it up to one
     batch ahead of need, so that memory does not grow with the number of images. An error of `load` is raised with a note
     that names the file. With `skip`, an image whose `load` raises an Exception is left out, the next images fill the batch,
     and `skip` is called with the error, in order and in the thread of the caller; if `skip` raises, the stream ends.

@@ -52,7 +52,7 @@ AT_A_TIME = 2
 STAYS = "it is faster or safer in floating point (deploy tune)"
 RUNS, SLICE_S = 3, (0.015, 0.06)
 """Runs of floating point that a turn should have, and between what its seconds may be: what a machine does to times lasts for tenths of a second, and does
-the same to both of two short turns that follow each other. Pauses between turns take 6 ms."""
+the same to both of two short turns that follow each other. Of each turn, 10 ms are not timed: runs that warm up, and the pause behind it."""
 ROUNDS = 10
 """Rounds after which it is looked whether they are enough."""
 PRECISE = 0.02
